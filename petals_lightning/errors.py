@@ -1,0 +1,71 @@
+"""Every exception that a user can meet.
+
+Each message says what was got, what the rule is, and how to fix it. `ConfigurationError` and its children are the
+user's to mend and are raised before anything has run; `SwarmError` and its children come from the network or from a
+server.
+"""
+
+from __future__ import annotations
+
+
+class PetalsLightningError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+
+class ConfigurationError(PetalsLightningError, ValueError):
+    """A setting is wrong. The message names it and says how to mend it."""
+
+
+class UnsupportedModelError(ConfigurationError):
+    """The checkpoint is no decoder that can be split into blocks."""
+
+
+class CheckpointError(ConfigurationError):
+    """A model folder or a trained checkpoint is missing, incomplete or made for something else."""
+
+
+class DataError(ConfigurationError):
+    """A data file has no usable text or labels."""
+
+
+class UnsupportedInputError(PetalsLightningError, ValueError):
+    """A call to a distributed model asks for something that cannot cross the swarm."""
+
+
+class SwarmError(PetalsLightningError, RuntimeError):
+    """Something in the swarm failed."""
+
+
+class SwarmConnectionError(SwarmError):
+    """This machine cannot join the swarm: no initial peer answers, or the node cannot start."""
+
+
+class NoServersError(SwarmError):
+    """Some blocks of the model are served by nobody who may be used."""
+
+
+class IncompatibleServerError(SwarmError):
+    """A server holds another model under the same name."""
+
+
+class RetriesExhaustedError(SwarmError):
+    """A part of a step failed on every server that was tried."""
+
+
+class RemoteRequestError(SwarmError):
+    """A server refused a request as wrong, or failed on it; it would fail elsewhere too, so it is not retried."""
+
+
+class PeerFailure(SwarmError):
+    """One peer failed (lost stream, silence, refusal for lack of room). Retried elsewhere; seen in logs only.
+
+    `peer` is the peer's base58 id; `code` is one of protocol.messages.ErrorCode where the peer itself answered.
+    """
+
+    def __init__(self, peer: str, reason: str, code: str | None = None):
+        super().__init__(f"server …{peer[-6:]}: {reason}")
+        self.peer, self.reason, self.code = peer, reason, code
+
+
+class ProtocolError(PetalsLightningError, ValueError):
+    """Bytes from the network do not follow the protocol."""

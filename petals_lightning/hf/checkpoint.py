@@ -1,0 +1,154 @@
+"""A model's checkpoint, local or on the hub: its config, the names of its tensors, and lazy access to each.
+
+Only the shards that hold wanted tensors are fetched, and of those only the wanted byte ranges are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file
+
+from petals_lightning.errors import CheckpointError, UnsupportedModelError
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+
+
+class Checkpoint:
+    """A checkpoint in Hugging Face's layout; safetensors preferred, `.bin` read through a memory map.
+
+    Args:
+        name_or_path: folder or hub id.
+        revision, token, cache_dir: as in `from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+    ):
+        self.name_or_path = str(name_or_path)
+        self.is_local = Path(self.name_or_path).is_dir()
+        self.revision = revision
+        self._hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's config.
+
+        Raises:
+            CheckpointError: there is no such folder or repository, or it has no config.
+            UnsupportedModelError: transformers does not know the architecture.
+        """
+        if self.is_local and not (Path(self.name_or_path) / "config.json").is_file():
+            raise CheckpointError(
+                f"model folder {self.name_or_path!r} has no config.json: give a folder written by save_pretrained, "
+                "or a hub id"
+            )
+        try:
+            return AutoConfig.from_pretrained(self.name_or_path, **self._hub)
+        except OSError as e:
+            raise CheckpointError(
+                f"cannot read model {self.name_or_path!r}: {_first_line(e)}. It must be a folder written by "
+                "save_pretrained or a hub id; a gated repository needs token=…"
+            ) from e
+        except ValueError as e:
+            raise UnsupportedModelError(
+                f"model {self.name_or_path!r} has an architecture that transformers does not know: {_first_line(e)}"
+            ) from e
+
+    @cached_property
+    def shard_of(self) -> dict[str, str]:
+        """For each tensor, the name of the file that holds it.
+
+        Raises:
+            CheckpointError: there are no weights.
+        """
+        for index in (_INDEX, _BIN_INDEX):
+            if (path := self._find(index)) is not None:
+                return json.loads(path.read_text())["weight_map"]
+        if (path := self._find(_SINGLE)) is not None:
+            with safe_open(path, framework="pt") as file:
+                return dict.fromkeys(file.keys(), _SINGLE)
+        if (path := self._find(_BIN_SINGLE)) is not None:
+            return dict.fromkeys(_load_bin(path), _BIN_SINGLE)
+        raise CheckpointError(
+            f"model {self.name_or_path!r} has no weights: found neither {_INDEX}, {_SINGLE}, {_BIN_INDEX} "
+            f"nor {_BIN_SINGLE}"
+        )
+
+    def tensors(
+        self, names: Iterable[str], stack: ExitStack, on_shard: Callable[[str, int, int], None] | None = None
+    ) -> dict[str, Any]:
+        """Lazy tensors by name: reading happens when transformers materialises them.
+
+        Args:
+            names: tensors of this checkpoint.
+            stack: closes the files when the caller is done with them.
+            on_shard: called with (file name, number of this file, number of files) before each file is fetched.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.shard_of[name], []).append(name)
+        lazy: dict[str, Any] = {}
+        for number, (file_name, wanted) in enumerate(sorted(by_file.items()), start=1):
+            if on_shard is not None:
+                on_shard(file_name, number, len(by_file))
+            path = self._find(file_name)
+            if path is None:
+                raise CheckpointError(f"model {self.name_or_path!r}: the shard {file_name} is missing")
+            if file_name.endswith(".bin"):
+                loaded = _load_bin(path)
+                lazy.update({name: loaded[name] for name in wanted})
+            else:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                lazy.update({name: file.get_slice(name) for name in wanted})
+        return lazy
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short digest of config and tensor names, which tells different models (not finetunes) apart."""
+        config = {k: v for k, v in self.config.to_dict().items() if k not in _CONFIG_KEYS_THAT_DO_NOT_MATTER}
+        content = json.dumps([config, sorted(self.shard_of)], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _find(self, file_name: str) -> Path | None:
+        try:
+            path = cached_file(
+                self.name_or_path,
+                file_name,
+                _raise_exceptions_for_missing_entries=False,
+                **{k: v for k, v in self._hub.items() if v is not None},
+            )
+        except OSError as e:
+            raise CheckpointError(f"cannot fetch {file_name} of model {self.name_or_path!r}: {_first_line(e)}") from e
+        return Path(path) if path is not None else None
+
+
+# What a user or a fine-tuning run may change without another result of the blocks.
+_CONFIG_KEYS_THAT_DO_NOT_MATTER = {
+    "_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "num_labels", "problem_type",
+    "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "dtype", "torch_dtype", "return_dict",
+    "output_hidden_states", "output_attentions", "dht_prefix",
+}  # fmt: skip
+
+
+def _load_bin(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

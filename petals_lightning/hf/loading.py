@@ -1,0 +1,154 @@
+"""Loads a part of a checkpoint into the model's own class, reading only the tensors of that part."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from petals_lightning.errors import CheckpointError, UnsupportedModelError
+from petals_lightning.hf.checkpoint import Checkpoint
+from petals_lightning.hf.skeleton import BlockLayout, Part, num_blocks, prune
+
+logger = logging.getLogger(__name__)
+
+
+def model_class(auto_class: Any, checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """The class that `auto_class` (`AutoModel`, …) would pick for the checkpoint.
+
+    Raises:
+        UnsupportedModelError: the family has no such class.
+    """
+    try:
+        found = auto_class._model_mapping[type(checkpoint.config)]
+    except KeyError as e:
+        raise UnsupportedModelError(
+            f"model type {checkpoint.config.model_type!r} of {checkpoint.name_or_path!r} has no class for "
+            f"{auto_class.__name__}"
+        ) from e
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def load_pruned(
+    cls: type[PreTrainedModel],
+    checkpoint: Checkpoint,
+    part: Part,
+    *,
+    dtype: torch.dtype | str = "auto",
+    config_overrides: dict[str, Any] | None = None,
+    mixin: type | None = None,
+    may_miss: Callable[[str], bool] = lambda key: False,
+    on_shard: Callable[[str, int, int], None] | None = None,
+) -> tuple[PreTrainedModel, BlockLayout]:
+    """Loads `part` of `checkpoint` as an instance of (a pruned subclass of) `cls`.
+
+    Args:
+        cls: the family's own class.
+        part: blocks and ends to keep.
+        dtype: of the weights; "auto" takes the checkpoint's.
+        config_overrides: attributes to set on the config, e.g. `num_labels`.
+        mixin: put in front of `cls` in the subclass.
+        may_miss: tells for a missing parameter whether the caller initialises it (a fresh classification head).
+        on_shard: progress, see `Checkpoint.tensors`.
+
+    Returns:
+        The model in eval mode with frozen parameters, and where its blocks are.
+
+    Raises:
+        CheckpointError: tensors of the part are missing or have other shapes than the config says.
+    """
+    config = copy.deepcopy(checkpoint.config)
+    for name, value in (config_overrides or {}).items():
+        setattr(config, name, value)
+    count = num_blocks(config)
+    if not 0 <= part.start <= part.end <= count:
+        raise UnsupportedModelError(f"blocks {part.start}:{part.end} of a model that has {count}")
+    layouts: list[BlockLayout] = []
+
+    def init(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        super(pruned, self).__init__(config, *args, **kwargs)
+        layouts.append(prune(self, part))
+
+    bases = (mixin, cls) if mixin is not None else (cls,)
+    # The name and module stay the family's own: transformers derives behaviour from them.
+    pruned: Any = type(cls.__name__, bases, {"__init__": init, "__module__": cls.__module__})
+
+    with torch.device("meta"):
+        layout = prune(cls(copy.deepcopy(config)), part)  # only its names are needed, to choose what to read
+    renamed = _names_to_read(cls, checkpoint, layout, part)
+    with ExitStack() as stack:
+        lazy = checkpoint.tensors(renamed, stack, on_shard)
+        with quiet_transformers():
+            model, info = pruned.from_pretrained(
+                None,
+                config=config,
+                state_dict={renamed[name]: tensor for name, tensor in lazy.items()},
+                dtype=_resolve_dtype(dtype, checkpoint, lazy),
+                output_loading_info=True,
+            )
+    missing = sorted(key for key in info["missing_keys"] if not may_miss(key))
+    if missing or info["mismatched_keys"]:
+        wrong = missing or sorted(str(key) for key in info["mismatched_keys"])
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name_or_path!r} does not fit {cls.__name__}: "
+            f"{'missing' if missing else 'of another shape'}: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}"
+        )
+    model.requires_grad_(False)
+    return model.eval(), layouts[-1]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' loading report and bar off the screen: what is missing is checked here, in our own words."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def _resolve_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint, lazy: dict[str, Any]) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    declared = getattr(checkpoint.config.get_text_config(), "dtype", None)
+    if declared is not None:
+        return getattr(torch, declared) if isinstance(declared, str) else declared
+    names = {"F16": torch.float16, "BF16": torch.bfloat16}
+    for tensor in lazy.values():
+        kind = tensor.get_dtype() if hasattr(tensor, "get_dtype") else tensor.dtype
+        return names.get(kind, kind if isinstance(kind, torch.dtype) else torch.float32)
+    return torch.float32
+
+
+def _names_to_read(
+    cls: type[PreTrainedModel], checkpoint: Checkpoint, layout: BlockLayout, part: Part
+) -> dict[str, str]:
+    """Maps the checkpoint's names of the tensors of `part` to the names that the pruned model gives them.
+
+    Checkpoints carry a base model's tensors with or without the prefix (`transformer.h.0…` or `h.0…`); transformers
+    resolves that by itself, so names keep whatever prefix they have and only block numbers change.
+    """
+    prefix = cls.base_model_prefix
+    inner = layout.list_path.removeprefix(f"{prefix}.")
+    block = re.compile(rf"^((?:{re.escape(prefix)}\.)?{re.escape(inner)}\.)(\d+)(\..*)$")
+    wanted = {}
+    for name in checkpoint.shard_of:
+        if (match := block.match(name)) is not None:
+            if part.start <= (number := int(match[2])) < part.end:
+                wanted[name] = f"{match[1]}{number - part.start}{match[3]}"
+        elif part.ends:
+            wanted[name] = name
+    return wanted

@@ -1,0 +1,152 @@
+"""Cuts a decoder's own Hugging Face class around its blocks.
+
+A decoder is an *owner* (`LlamaModel`, `OPTDecoder`, …) that embeds tokens, runs a ModuleList of blocks and normalises
+the result. A server keeps some blocks and none of the rest, a client keeps the rest and no block; both run the
+family's own code for everything else (masks, rotary embeddings, sliding windows, ALiBi).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from petals_lightning.errors import UnsupportedModelError
+
+# Blocks of these families return a tuple instead of hidden states: the one fact about families that code must know.
+TUPLE_BLOCK_MODEL_TYPES = frozenset({"bloom", "falcon"})
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where a model keeps its blocks, e.g. owner `model`, list `layers`; the owner may be the model itself (``""``)."""
+
+    owner_path: str
+    list_name: str
+
+    @property
+    def list_path(self) -> str:
+        return f"{self.owner_path}.{self.list_name}" if self.owner_path else self.list_name
+
+    def owner(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule(self.owner_path)
+
+    def blocks(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule(self.list_path)
+
+    def set_blocks(self, model: nn.Module, blocks: nn.Module) -> None:
+        setattr(self.owner(model), self.list_name, blocks)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a model to keep: blocks [start, end), and with `ends` all that is not a block (embeddings, norm, head)."""
+
+    start: int
+    end: int
+    ends: bool
+
+
+def num_blocks(config: PreTrainedConfig) -> int:
+    return config.get_text_config().num_hidden_layers
+
+
+def find_blocks(model: PreTrainedModel) -> BlockLayout:
+    """Finds the ModuleList of `num_hidden_layers` blocks.
+
+    Raises:
+        UnsupportedModelError: there is none, or more than one (encoder-decoders, multi-tower models).
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder: only decoders are served (Llama, BLOOM, Falcon, Mixtral, …)"
+        )
+    count = num_blocks(model.config)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and _holds_blocks(module)
+    ]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(found)} lists of {count} blocks where exactly one is needed: it is no plain "
+            "decoder of the kind that can be split (Llama, BLOOM, Falcon, Mixtral, Mistral, Qwen, Gemma, GPT-2, …)"
+        )
+    owner_path, _, list_name = found[0].rpartition(".")
+    return BlockLayout(owner_path, list_name)
+
+
+def _holds_blocks(modules: nn.ModuleList) -> bool:
+    return all(isinstance(module, GradientCheckpointingLayer) for module in modules) or all(
+        "Block" in type(module).__name__ or "Layer" in type(module).__name__ for module in modules
+    )
+
+
+def prune(model: PreTrainedModel, part: Part) -> BlockLayout:
+    """Cuts `model` down to `part`, in place. Meant for models on the meta device, before weights are loaded."""
+    layout = find_blocks(model)
+    owner, kept = layout.owner(model), list(layout.blocks(model))[part.start : part.end]
+    layout.set_blocks(model, nn.ModuleList(kept))
+    for block in kept:
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx -= part.start
+    if not part.ends:
+        embedding = model.get_input_embeddings()
+        for parent in _ancestors(model, layout.owner_path):
+            for name, child in list(parent.named_children()):
+                holds_blocks = child is owner or any(module is owner for module in child.modules())
+                if name == layout.list_name or holds_blocks or not any(True for _ in child.parameters()):
+                    continue
+                setattr(parent, name, _substitute(child, embedding))
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config = sliced_config(module.config, part.start, part.end)
+    return layout
+
+
+def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedConfig:
+    """A copy of `config` that describes blocks [start, end) only: their number, and lists with an entry per block."""
+    count = num_blocks(config)
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    for name, value in list(vars(text_config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            setattr(text_config, name, value[start:end])
+    text_config.num_hidden_layers = end - start
+    return config
+
+
+def _ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    yield model
+    for part in path.split(".") if path else ():
+        model = getattr(model, part)
+        yield model
+
+
+def _substitute(child: nn.Module, input_embedding: nn.Module | None) -> nn.Module:
+    if child is input_embedding:
+        return _NoTokens()
+    if isinstance(child, nn.Embedding):
+        return _ZeroEmbedding()
+    return nn.Identity()
+
+
+class _NoTokens(nn.Module):
+    """Stands for the token embedding that a server does not hold."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise AssertionError("a span of blocks takes hidden states, not tokens")
+
+
+class _ZeroEmbedding(nn.Module):
+    """Stands for learned position embeddings: the client has added them already."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())

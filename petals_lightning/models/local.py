@@ -1,0 +1,113 @@
+"""The same models without a swarm: every block in this process, plain Hugging Face, the prefix concatenated.
+
+What distributed training is compared with, in tests, in benchmarks and by anybody who has a small model
+(`swarm=none`). Parameters have the same names and, for a seed, the same start as in the distributed classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from petals_lightning.hf import Checkpoint, find_blocks
+from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.skeleton import BlockLayout
+from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
+from petals_lightning.models.trainable import attach_trainable
+
+
+class _LocalModel:
+    auto_class: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        tuning_mode: TuningMode | None = None,
+        pre_seq_len: int | None = None,
+        dtype: torch.dtype | str = "auto",
+        token: str | bool | None = None,
+        revision: str | None = None,
+        **config_overrides: Any,
+    ) -> PreTrainedModel:
+        """Loads the whole model, frozen but for prompts and head.
+
+        Args:
+            name_or_path: folder or hub id.
+            tuning_mode: None, "ptune" or "deep_ptune".
+            pre_seq_len: P, the number of virtual tokens.
+            dtype: of the frozen weights; "auto" takes the checkpoint's.
+            token, revision: as in transformers.
+            config_overrides: set on the config, e.g. `num_labels`.
+
+        Raises:
+            ConfigurationError, CheckpointError, UnsupportedModelError: as the distributed classes.
+        """
+        check_tuning(tuning_mode, pre_seq_len)
+        checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
+        config = checkpoint.config
+        for name, value in config_overrides.items():
+            setattr(config, name, value)
+        with torch.random.fork_rng(devices=[]), quiet_transformers():  # loading must not move the generator that start values come from
+            model = cls.auto_class.from_pretrained(
+                name_or_path, config=config, dtype=dtype, token=token, **({"revision": revision} if revision else {})
+            )
+        layout = find_blocks(model)
+        attach_trainable(model, layout, tuning_mode, pre_seq_len)
+        if tuning_mode is not None:
+            concatenate_prompts(model, layout)
+        return model
+
+
+class LocalModel(_LocalModel):
+    auto_class = AutoModel
+
+
+class LocalModelForCausalLM(_LocalModel):
+    auto_class = AutoModelForCausalLM
+
+
+class LocalModelForSequenceClassification(_LocalModel):
+    auto_class = AutoModelForSequenceClassification
+
+
+def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
+    """Makes a model whose owner has `prompts` run them: concatenated in front of the input, added before each block."""
+    owner = layout.owner(model)
+    prompts: Prompts = owner.prompts
+
+    def add_prefix(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args:
+            kwargs["input_ids"], args = args[0], args[1:]
+        input_ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
+        if embeds is None:
+            embeds = model.get_input_embeddings()(input_ids)
+        prefix = prompts.input.to(embeds.dtype).expand(len(embeds), -1, -1)
+        kwargs["inputs_embeds"] = torch.cat([prefix, embeds], dim=1)
+        if (mask := kwargs.get("attention_mask")) is not None:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), prompts.pre_seq_len), mask], dim=1)
+        return args, kwargs
+
+    def strip_prefix(module: nn.Module, args: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[:, prompts.pre_seq_len :]
+        return output
+
+    owner.register_forward_pre_hook(add_prefix, with_kwargs=True)
+    owner.register_forward_hook(strip_prefix)
+    if prompts.deep is None:
+        return
+
+    def add_deep(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = args[0]
+            deep = prompts.deep[index].to(hidden.dtype)
+            return (hidden + nn.functional.pad(deep, (0, 0, 0, hidden.shape[1] - len(deep))), *args[1:])
+
+        return hook
+
+    for index, block in enumerate(layout.blocks(model)):
+        block.register_forward_pre_hook(add_deep(index))

@@ -1,0 +1,67 @@
+"""The parameters that train in front of and inside frozen blocks: ptune and deep_ptune prompts.
+
+Shapes: P virtual tokens (`pre_seq_len`), L blocks, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from petals_lightning.errors import ConfigurationError
+
+TuningMode = Literal["ptune", "deep_ptune"]
+TUNING_MODES = ("ptune", "deep_ptune")
+
+
+class Prompts(nn.Module):
+    """Virtual tokens in front of the input, and with `deep_ptune` a vector per block, added to their hidden states.
+
+    Attributes:
+        input: [P, E] float32, in the place of token embeddings (E, their width, is H in nearly all families).
+        deep: [L, P, H] float32 added before block i to the hidden states of the prefix, or None with `ptune`.
+
+    Args:
+        tuning_mode: "ptune" or "deep_ptune".
+        pre_seq_len: P > 0.
+        embedding_size: E.
+        hidden_size: H.
+        num_blocks: L.
+
+    Raises:
+        ConfigurationError: unknown mode, or `pre_seq_len` below 1.
+    """
+
+    def __init__(self, tuning_mode: TuningMode, pre_seq_len: int, *, embedding_size: int, hidden_size: int, num_blocks: int):
+        super().__init__()
+        check_tuning(tuning_mode, pre_seq_len)
+        self.tuning_mode, self.pre_seq_len = tuning_mode, pre_seq_len
+        self.input = nn.Parameter(torch.zeros(pre_seq_len, embedding_size, dtype=torch.float32))
+        deep = torch.zeros(num_blocks, pre_seq_len, hidden_size, dtype=torch.float32)
+        self.deep = nn.Parameter(deep) if tuning_mode == "deep_ptune" else None
+
+    def reset_parameters(self, embedding_std: float) -> None:
+        """Draws `input` from N(0, embedding_std²), as long as real tokens are; `deep` starts at zero, that is as ptune."""
+        with torch.no_grad():
+            self.input.normal_(0.0, embedding_std)
+            if self.deep is not None:
+                self.deep.zero_()
+
+    def extra_repr(self) -> str:
+        return f"tuning_mode={self.tuning_mode!r}, pre_seq_len={self.pre_seq_len}"
+
+
+def check_tuning(tuning_mode: str | None, pre_seq_len: int | None) -> None:
+    """Raises ConfigurationError unless the mode is known (or None) and P fits it."""
+    if tuning_mode is None:
+        return
+    if tuning_mode not in TUNING_MODES:
+        raise ConfigurationError(
+            f"tuning_mode is {tuning_mode!r}: it must be one of {', '.join(TUNING_MODES)}, or None to train no prompts"
+        )
+    if not isinstance(pre_seq_len, int) or pre_seq_len < 1:
+        raise ConfigurationError(
+            f"pre_seq_len is {pre_seq_len!r}: {tuning_mode} needs a whole number of virtual tokens above 0, e.g. 16"
+        )

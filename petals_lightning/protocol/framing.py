@@ -1,0 +1,117 @@
+"""Puts messages together from a stream's frames, within stated limits."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.messages import (
+    CHUNK_BYTES,
+    FRAME_PREFIX,
+    MAX_HEADER_BYTES,
+    FrameKind,
+    Message,
+    Method,
+    parse_header,
+)
+from petals_lightning.protocol.tensors import packed_size, unpack_tensors
+
+
+@dataclass
+class _Partial:
+    method: Method
+    fields: dict[str, Any]
+    description: list[Any]
+    body: bytearray
+    received: int = 0
+
+
+class MessageReader:
+    """Reads messages that may come interleaved.
+
+    Args:
+        reader: the stream.
+        max_message_bytes: the largest body accepted, and the bound on the sum of bodies that are under way; memory is
+            allocated only within it.
+        max_open: how many messages may be under way at once.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, *, max_message_bytes: int, max_open: int):
+        self._reader = reader
+        self._max_bytes, self._max_open = max_message_bytes, max_open
+        self._partial: dict[int, _Partial] = {}
+        self.bytes_received = 0
+
+    async def next(self) -> tuple[int, Message] | None:
+        """The next complete message and its call id; None at the end of the stream.
+
+        Raises:
+            ProtocolError: the bytes break the format or a limit; the stream cannot be read on.
+        """
+        while True:
+            try:
+                prefix = await self._reader.readexactly(FRAME_PREFIX.size)
+                kind, call_id, header_length, chunk_length = FRAME_PREFIX.unpack(prefix)
+                if header_length > MAX_HEADER_BYTES or chunk_length > CHUNK_BYTES:
+                    raise ProtocolError(
+                        f"a frame of {header_length} + {chunk_length} bytes is over the limit"
+                    )
+                header = await self._reader.readexactly(header_length)
+                chunk = await self._reader.readexactly(chunk_length)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return None
+            self.bytes_received += FRAME_PREFIX.size + header_length + chunk_length
+            if (complete := self._accept(kind, call_id, header, chunk)) is not None:
+                return call_id, complete
+
+    def _accept(self, kind: int, call_id: int, header: bytes, chunk: bytes) -> Message | None:
+        if kind == FrameKind.HEAD:
+            if call_id in self._partial:
+                raise ProtocolError(f"two messages under call id {call_id}")
+            method, fields, description = parse_header(header)
+            size = packed_size(description)
+            under_way = sum(len(partial.body) for partial in self._partial.values())
+            if len(self._partial) >= self._max_open or under_way + size > self._max_bytes:
+                raise ProtocolError(
+                    f"a message of {size} bytes is over this peer's limit of {self._max_bytes} bytes"
+                )
+            partial = self._partial[call_id] = _Partial(method, fields, description, bytearray(size))
+        elif kind == FrameKind.MORE and call_id in self._partial and not header:
+            partial = self._partial[call_id]
+        else:
+            raise ProtocolError(f"unexpected frame of kind {kind} for call {call_id}")
+        end = partial.received + len(chunk)
+        if end > len(partial.body):
+            raise ProtocolError(f"call {call_id} sends more bytes than it announced")
+        partial.body[partial.received : end] = chunk
+        partial.received = end
+        if end < len(partial.body):
+            return None
+        del self._partial[call_id]
+        return Message(partial.method, partial.fields, unpack_tensors(partial.description, partial.body))
+
+
+class MessageWriter:
+    """Writes messages from many tasks on one stream, frame by frame in turn."""
+
+    def __init__(self, writer: asyncio.StreamWriter):
+        self._writer = writer
+        self._turn = asyncio.Lock()
+        self.bytes_sent = 0
+
+    async def send(self, call_id: int, message: Message) -> None:
+        """Raises ConnectionError if the stream is gone."""
+        for frame in message.frames(call_id):
+            async with (
+                self._turn
+            ):  # asyncio's lock is first come, first served: messages take turns by frames
+                if self._writer.is_closing():
+                    raise ConnectionResetError("the stream is closed")
+                self._writer.writelines(frame)
+                self.bytes_sent += sum(len(buffer) for buffer in frame)
+                await self._writer.drain()
+
+    def close(self) -> None:
+        self._writer.close()

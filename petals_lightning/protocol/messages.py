@@ -1,0 +1,107 @@
+"""Our stream method: what client and server say on one long-lived bidirectional stream.
+
+A stream carries messages in both directions, many at once. A message is a header (msgpack) and a body (the bytes of
+its tensors), cut into frames so that a short message never waits behind a long one:
+
+    frame   := kind u8 · call id u64 · header length u32 · chunk length u32 · header · chunk
+    HEAD    := first frame of a message: its header, and the first chunk of its body
+    MORE    := further chunks of the body
+
+The client numbers its calls; the server's reply carries the call's number. `forward` with `keep` leaves its autograd
+graph on the server under the call's number; `backward` names it and sends gradients only. Graphs and registered
+prompts belong to their stream and are freed when it ends.
+
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the span, N rows that are read.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import Any
+
+import msgpack
+import torch
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.tensors import pack_tensors
+
+STREAM_METHOD = "petals_lightning.stream.v1"
+CHUNK_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 16
+FRAME_PREFIX = struct.Struct("!BQII")
+
+
+class FrameKind(IntEnum):
+    HEAD = 1
+    MORE = 2
+
+
+class Method(str, Enum):
+    INFO = "info"
+    PING = "ping"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    CANCEL = "cancel"
+    RELEASE = "release"
+    OK = "ok"
+    ERROR = "error"
+
+
+class ErrorCode(str, Enum):
+    """Why a server did not do what it was asked.
+
+    BAD_REQUEST and INTERNAL would fail elsewhere too and surface to the user; the others are answered by sending the
+    request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING), or here with more (GRAPH_LOST, PROMPTS_LOST).
+    """
+
+    BAD_REQUEST = "bad_request"
+    INTERNAL = "internal"
+    NOT_SERVED = "not_served"
+    OVERLOADED = "overloaded"
+    LEAVING = "leaving"
+    GRAPH_LOST = "graph_lost"
+    PROMPTS_LOST = "prompts_lost"
+
+
+@dataclass
+class Message:
+    """One message: `method`, small `fields` (msgpack types) and named `tensors`."""
+
+    method: Method
+    fields: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def frames(self, call_id: int) -> Iterator[list[bytes | memoryview]]:
+        """The message as frames, each a list of buffers to write in order."""
+        description, buffers = pack_tensors(self.tensors)
+        header = msgpack.packb({"m": self.method.value, "f": self.fields, "t": description})
+        kind, pieces, size = FrameKind.HEAD, [], 0
+        for buffer in buffers:
+            while len(buffer):
+                piece, buffer = buffer[: CHUNK_BYTES - size], buffer[CHUNK_BYTES - size :]
+                pieces.append(piece)
+                size += len(piece)
+                if size == CHUNK_BYTES:
+                    yield [FRAME_PREFIX.pack(kind, call_id, len(header), size), header, *pieces]
+                    kind, header, pieces, size = FrameKind.MORE, b"", [], 0
+        if size or kind is FrameKind.HEAD:
+            yield [FRAME_PREFIX.pack(kind, call_id, len(header), size), header, *pieces]
+
+
+def parse_header(data: bytes) -> tuple[Method, dict[str, Any], list[Any]]:
+    """Method, fields and tensor description of a header.
+
+    Raises:
+        ProtocolError: the bytes are not such a header.
+    """
+    try:
+        header = msgpack.unpackb(data, raw=False)
+        method, fields, description = Method(header["m"]), header["f"], header["t"]
+    except Exception as e:  # msgpack documents no common base for what malformed input can raise
+        raise ProtocolError(f"malformed header: {type(e).__name__}") from e
+    if not isinstance(fields, dict):
+        raise ProtocolError("malformed header: fields are no map")
+    return method, fields, description

@@ -1,0 +1,109 @@
+"""What a server says of itself in the DHT: `(state, throughput, extra)` under each block it holds.
+
+The tuple and the names inside `extra` are Petals'; the keys under `lightning` are ours, and readers of either side
+ignore what they do not know.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from petals_lightning.errors import ProtocolError
+
+STREAM_VERSION = 1
+
+
+class ServerState(IntEnum):
+    OFFLINE = 0
+    JOINING = 1
+    ONLINE = 2
+
+
+@dataclass(frozen=True)
+class ServerRecord:
+    """One server's announcement.
+
+    Attributes:
+        start, end: the span of blocks held, `end` exclusive; None in records that do not say it.
+        throughput: requests a second, as Petals counts them; used to place and to compare servers.
+        tokens_per_second: forward speed of one block, in tokens a second; None if not measured.
+        stream_version: version of our stream method, None on servers that offer only Petals' methods.
+        hidden_size: H of the served model; None if the server does not say.
+        fingerprint: short digest of the served weights; None if the server does not say.
+    """
+
+    state: ServerState
+    throughput: float
+    start: int | None = None
+    end: int | None = None
+    public_name: str | None = None
+    version: str | None = None
+    torch_dtype: str | None = None
+    tokens_per_second: float | None = None
+    stream_version: int | None = None
+    hidden_size: int | None = None
+    fingerprint: str | None = None
+
+    def to_value(self) -> tuple[int, float, dict[str, Any]]:
+        """The value to store in the DHT."""
+        extra = {
+            "start_block": self.start,
+            "end_block": self.end,
+            "public_name": self.public_name,
+            "version": self.version,
+            "torch_dtype": self.torch_dtype,
+            "quant_type": "none",
+            "adapters": [],
+            "lightning": {
+                "stream": self.stream_version,
+                "hidden_size": self.hidden_size,
+                "tokens_per_second": self.tokens_per_second,
+                "fingerprint": self.fingerprint,
+            },
+        }
+        return int(self.state), float(self.throughput), {k: v for k, v in extra.items() if v is not None}
+
+    @classmethod
+    def from_value(cls, value: Any) -> ServerRecord:
+        """Reads a DHT value; every key of `extra` is optional and is dropped if it has the wrong type.
+
+        Raises:
+            ProtocolError: the value is not a tuple of a known state, a finite throughput and (maybe) a dict.
+        """
+        try:
+            state, throughput, *rest = value
+            state, throughput = ServerState(state), float(throughput)
+        except (TypeError, ValueError) as e:
+            raise ProtocolError(f"malformed server record {value!r:.200}") from e
+        if not math.isfinite(throughput) or throughput < 0:
+            raise ProtocolError(f"malformed server record: throughput {throughput}")
+        extra = rest[0] if rest and isinstance(rest[0], dict) else {}
+        ours = extra.get("lightning")
+        ours = ours if isinstance(ours, dict) else {}
+        start, end = _typed(extra, "start_block", int), _typed(extra, "end_block", int)
+        if start is None or end is None or not 0 <= start < end:
+            start = end = None
+        speed = _typed(ours, "tokens_per_second", (int, float))
+        return cls(
+            state=state,
+            throughput=throughput,
+            start=start,
+            end=end,
+            public_name=_typed(extra, "public_name", str),
+            version=_typed(extra, "version", str),
+            torch_dtype=_typed(extra, "torch_dtype", str),
+            tokens_per_second=float(speed)
+            if speed is not None and math.isfinite(speed) and speed > 0
+            else None,
+            stream_version=_typed(ours, "stream", int),
+            hidden_size=_typed(ours, "hidden_size", int),
+            fingerprint=_typed(ours, "fingerprint", str),
+        )
+
+
+def _typed(source: dict[Any, Any], key: str, kind: type | tuple[type, ...]) -> Any:
+    value = source.get(key)
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None

@@ -1,0 +1,53 @@
+"""Names of blocks in the DHT, in the form that Petals gave them."""
+
+from __future__ import annotations
+
+from petals_lightning.errors import ConfigurationError
+
+UID_DELIMITER = "."
+MODELS_KEY = "_petals.models"
+
+
+def check_dht_prefix(prefix: str) -> str:
+    """Returns `prefix` if it may stand in a block uid.
+
+    Raises:
+        ConfigurationError: the prefix is empty or holds a dot or white space, which separate uids.
+    """
+    if not prefix or UID_DELIMITER in prefix or any(c.isspace() for c in prefix):
+        raise ConfigurationError(
+            f"dht_prefix {prefix!r} cannot name a model: it must be non-empty and hold neither dots nor spaces; "
+            f"try {prefix.strip().replace(UID_DELIMITER, '-').replace(' ', '-') or 'my-model'!r}"
+        )
+    return prefix
+
+
+def block_uid(prefix: str, block: int) -> str:
+    """The DHT key of one block, e.g. `Llama-3-8B-hf.17`."""
+    return f"{prefix}{UID_DELIMITER}{block}"
+
+
+def derive_dht_prefix(name_or_path: str, model_type: str, *, is_local: bool) -> str:
+    """The prefix under which a hub repository's blocks are announced, as Petals derives it.
+
+    Llama: `name` with `.` → `-`, plus `-hf`; Mixtral: `org/name`; BLOOM: `org/name-petals`; Falcon and every family
+    that Petals does not know: `name`.
+
+    Raises:
+        ConfigurationError: a local folder has no name that other machines could know.
+    """
+    if is_local:
+        raise ConfigurationError(
+            f"no dht_prefix for the local folder {name_or_path!r}: a folder has no name that other machines know; "
+            "give the same one to servers (--dht-prefix NAME) and clients (dht_prefix=NAME)"
+        )
+    name = name_or_path.rsplit("/", 1)[-1]
+    if model_type == "llama":
+        prefix = name if name.endswith("-hf") else name + "-hf"
+    elif model_type == "mixtral":
+        prefix = name_or_path
+    elif model_type == "bloom":
+        prefix = name_or_path + "-petals"
+    else:
+        prefix = name
+    return check_dht_prefix(prefix.replace(UID_DELIMITER, "-"))

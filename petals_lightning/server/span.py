@@ -1,0 +1,230 @@
+"""The blocks that a server holds, and the arithmetic on them. No I/O, no threads, no protocol.
+
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of a (sub-)span, N rows that are read.
+
+The prefix runs once, with batch 1: in causal attention its hidden states do not depend on the samples behind it. Its
+keys and values are then shared by the batch, so each sample costs S positions instead of P + S, and outputs and
+gradients are those of the concatenated batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from petals_lightning.hf.skeleton import TUPLE_BLOCK_MODEL_TYPES, BlockLayout, sliced_config
+from petals_lightning.server.prefix_cache import PrefixCache
+
+
+@dataclass
+class SpanInputs:
+    """What enters blocks [start, end).
+
+    Attributes:
+        hidden: [B, S, H].
+        prefix: [P, H] hidden states of the prefix, or None without prompts.
+        deep: [n, P, H] prompts added before each block, or None.
+        rows: [N] indices into the B·S positions whose outputs are wanted, or None for all.
+    """
+
+    start: int
+    end: int
+    hidden: torch.Tensor
+    prefix: torch.Tensor | None = None
+    deep: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+
+@dataclass
+class SpanGraph:
+    """A forward whose autograd graph is kept: `leaves` are the inputs that gradients are taken for."""
+
+    inputs: SpanInputs
+    outputs: list[torch.Tensor]
+    leaves: dict[str, torch.Tensor]
+    num_bytes: int = 0
+
+
+@dataclass
+class _Call:
+    """What the hooks on blocks need to know of the running pass."""
+
+    start: int
+    end: int
+    hidden: torch.Tensor
+    deep: torch.Tensor | None
+    mode: str  # "tokens" | "prefix" | "both"
+    output: torch.Tensor | None = None
+    config_cache: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+
+class BlockSpan:
+    """Blocks [start, end) of a model, pruned from its own class.
+
+    Args:
+        model: the pruned model (`hf.load_pruned`), on its device, frozen, in eval mode.
+        layout: where its blocks are.
+        start: number of its first block in the full model.
+        share_prefix: whether the prefix may run once for the batch; `verify_shared_prefix` finds out.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: BlockLayout, start: int, *, share_prefix: bool = True):
+        self.model, self.layout, self.start = model, layout, start
+        self.blocks = list(layout.blocks(model))
+        self.end = start + len(self.blocks)
+        self.share_prefix = share_prefix
+        parameter = next(model.parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
+        self.hidden_size = model.config.get_text_config().hidden_size
+        self._config = model.config
+        self._returns_tuple = model.config.get_text_config().model_type in TUPLE_BLOCK_MODEL_TYPES
+        self._views: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
+        self._call: _Call | None = None
+        for index, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(self._before_block(start + index))
+            block.register_forward_hook(self._after_block(start + index))
+
+    def forward(self, inputs: SpanInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Outputs [B, S, H] (or [N, H] with `rows`), and the prefix's [P, H] if there is one.
+
+        Runs under whatever gradient mode the caller set.
+        """
+        hidden, prefix = inputs.hidden.to(self.dtype), inputs.prefix
+        deep = inputs.deep.to(self.dtype) if inputs.deep is not None else None
+        prefix_out = None
+        if prefix is None:
+            out = self._run(_Call(inputs.start, inputs.end, hidden, None, "tokens"), None)
+        elif self.share_prefix:
+            cache = PrefixCache(len(self.blocks))
+            cache.use_from(inputs.start - self.start)
+            prefix = prefix.to(self.dtype)[None]
+            prefix_out = self._run(_Call(inputs.start, inputs.end, prefix, deep, "prefix"), cache)[0]
+            out = self._run(_Call(inputs.start, inputs.end, hidden, None, "tokens"), cache)
+        else:
+            count = len(prefix)
+            both = torch.cat([prefix.to(self.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
+            both = self._run(_Call(inputs.start, inputs.end, both, deep, "both"), None)
+            # Every sample carries the same prefix, so any of them gives its output; the mean shares its gradient.
+            prefix_out, out = both[:, :count].mean(0), both[:, count:]
+        if inputs.rows is not None:
+            out = out.reshape(-1, out.shape[-1])[inputs.rows]
+        return out, prefix_out
+
+    def forward_with_graph(self, inputs: SpanInputs, *, input_grad: bool) -> SpanGraph:
+        """As `forward`, keeping what a backward needs; `input_grad` says whether `hidden` needs a gradient."""
+        leaves = {}
+        for name in ("hidden", "prefix", "deep"):
+            tensor = getattr(inputs, name)
+            if tensor is not None and (name != "hidden" or input_grad):
+                leaves[name] = tensor.detach().requires_grad_()
+        tracked = SpanInputs(**{**vars(inputs), **leaves})
+        with torch.enable_grad():
+            out, prefix_out = self.forward(tracked)
+        return SpanGraph(inputs, [out] if prefix_out is None else [out, prefix_out], leaves)
+
+    def backward(
+        self, graph: SpanGraph, grad: torch.Tensor, grad_prefix: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Gradients by leaf name, shaped like the leaves: prompts' are summed over the batch.
+
+        Args:
+            graph: consumed by the call.
+            grad: like the forward's output.
+            grad_prefix: [P, H], or None where nothing behind this span reads the prefix.
+        """
+        pairs = [(graph.outputs[0], grad)]
+        if len(graph.outputs) > 1 and grad_prefix is not None:
+            pairs.append((graph.outputs[1], grad_prefix))
+        pairs = [(out, grad.to(out)) for out, grad in pairs if out.requires_grad]
+        if not graph.leaves or not pairs:
+            return {name: torch.zeros_like(leaf) for name, leaf in graph.leaves.items()}
+        grads = torch.autograd.grad(
+            [out for out, _ in pairs], list(graph.leaves.values()), [grad for _, grad in pairs], allow_unused=True
+        )
+        return {
+            name: grad if grad is not None else torch.zeros_like(leaf)
+            for (name, leaf), grad in zip(graph.leaves.items(), grads, strict=True)
+        }
+
+    def _run(self, call: _Call, cache: PrefixCache | None) -> torch.Tensor:
+        with self._narrowed(call.start, call.end):
+            self._call = call
+            try:
+                self.model(inputs_embeds=call.hidden, past_key_values=cache, use_cache=cache is not None)
+            finally:
+                self._call = None
+        assert call.output is not None
+        return call.output
+
+    @contextmanager
+    def _narrowed(self, start: int, end: int) -> Iterator[None]:
+        """The model looks as if it had only blocks [start, end)."""
+        if (start, end) == (self.start, self.end):
+            yield
+            return
+        if (start, end) not in self._views:
+            first, last = start - self.start, end - self.start
+            self._views[start, end] = nn.ModuleList(self.blocks[first:last]), sliced_config(self._config, first, last)
+        blocks, config = self._views[start, end]
+        owner, all_blocks, full_config = self.layout.owner(self.model), self.layout.blocks(self.model), self._config
+        self.layout.set_blocks(self.model, blocks)
+        owner.config = config
+        try:
+            yield
+        finally:
+            self.layout.set_blocks(self.model, all_blocks)
+            owner.config = full_config
+
+    def _before_block(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            call = self._call
+            assert call is not None
+            # The first block takes what came over the wire, not what the owner made of it (scaling, layer norms).
+            hidden = call.hidden if number == call.start else args[0]
+            if call.deep is not None:
+                deep = call.deep[number - call.start]
+                if call.mode == "both":
+                    deep = nn.functional.pad(deep, (0, 0, 0, hidden.shape[1] - len(deep)))
+                hidden = hidden + deep
+            return (hidden, *args[1:])
+
+        return hook
+
+    def _after_block(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            call = self._call
+            assert call is not None
+            if number == call.end - 1:
+                call.output = output[0] if self._returns_tuple else output
+
+        return hook
+
+
+@torch.no_grad()
+def verify_shared_prefix(span: BlockSpan) -> bool:
+    """Whether running the prefix once gives what the concatenated batch gives, tried on random hidden states.
+
+    False for families whose attention is not ordinary (a state that samples change, say); they fall back to the
+    concatenated form, on the server alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, span.hidden_size, generator=generator).to(span.device)
+    prefix = torch.randn(3, span.hidden_size, generator=generator).to(span.device)
+    inputs = SpanInputs(span.start, span.end, hidden, prefix)
+    chosen, outputs = span.share_prefix, []
+    try:
+        for span.share_prefix in (True, False):
+            outputs.append(span.forward(inputs)[0].float())
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError, ValueError):
+        return False  # the family's code does not take a cache of this kind
+    finally:
+        span.share_prefix = chosen
+    tolerance = 1e-4 if span.dtype == torch.float32 else 5e-2
+    error = (outputs[0] - outputs[1]).norm() / outputs[1].norm()
+    return bool(error < tolerance)

@@ -1,0 +1,6 @@
+"""One peer a process: libp2p and the DHT on one background event loop; the records that peers keep there."""
+
+from petals_lightning.swarm.directory import SwarmDirectory
+from petals_lightning.swarm.node import SwarmNode
+
+__all__ = ["SwarmDirectory", "SwarmNode"]

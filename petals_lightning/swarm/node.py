@@ -1,0 +1,186 @@
+"""This process's peer: libp2p daemon and DHT node, driven by one asyncio loop in a background thread.
+
+hivemind's own `DHT` forks a process and talks to it through shared memory; its `DHTNode` and `P2P` run in-process as
+well as there, and that is all that is used here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import uvloop
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
+from hivemind.utils.multiaddr import Multiaddr
+
+from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.swarm.daemon import P2PDaemon
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DEFAULT_HOST_MADDRS = ("/ip4/0.0.0.0/tcp/0",)
+
+
+class SwarmNode:
+    """A peer of a swarm. `start` joins it, `close` leaves it; both may be called from any thread.
+
+    Args:
+        initial_peers: multiaddresses of peers to join; none starts a new swarm.
+        host_maddrs: addresses to listen on; empty for a peer that only calls others.
+        announce_maddrs: addresses that others are told, where they differ (NAT).
+        identity_path: file of the private key, made if missing; the peer id follows from it.
+        client_mode: use the DHT without storing others' records.
+        connect_timeout: seconds to start the daemon and to reach an initial peer.
+    """
+
+    def __init__(
+        self,
+        initial_peers: Sequence[str] = (),
+        *,
+        host_maddrs: Sequence[str] = DEFAULT_HOST_MADDRS,
+        announce_maddrs: Sequence[str] | None = None,
+        identity_path: str | None = None,
+        client_mode: bool = False,
+        connect_timeout: float = 30.0,
+    ):
+        self.initial_peers = [check_peer_maddr(peer) for peer in initial_peers]
+        self._daemon = P2PDaemon(
+            initial_peers=self.initial_peers,
+            host_maddrs=host_maddrs,
+            announce_maddrs=announce_maddrs or (),
+            identity_path=identity_path,
+            dht_server=not client_mode,
+            start_timeout=connect_timeout,
+        )
+        self._client_mode, self._connect_timeout = client_mode, connect_timeout
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._p2p: P2P | None = None
+        self._dht: DHTNode | None = None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        assert self._loop is not None, "the node has not been started"
+        return self._loop
+
+    @property
+    def p2p(self) -> P2P:
+        assert self._p2p is not None, "the node has not been started"
+        return self._p2p
+
+    @property
+    def dht(self) -> DHTNode:
+        assert self._dht is not None, "the node has not been started"
+        return self._dht
+
+    @property
+    def peer_id(self) -> PeerID:
+        return self.p2p.peer_id
+
+    def start(self) -> SwarmNode:
+        """Joins the swarm.
+
+        Raises:
+            SwarmConnectionError: the daemon does not start, or no initial peer answers in `connect_timeout` seconds.
+        """
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._run_loop, args=(started,), name="swarm", daemon=True)
+        self._thread.start()
+        started.wait()
+        try:
+            self.run(self._join())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """Runs a coroutine on the loop and waits for its result; cancels it if the wait is interrupted."""
+        future = self.submit(coroutine)
+        try:
+            return future.result(timeout)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Starts a coroutine on the loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def visible_maddrs(self) -> list[str]:
+        """Multiaddresses, ending in `/p2p/<peer id>`, by which others can reach this peer."""
+        return [str(maddr) for maddr in self.run(self.p2p.get_visible_maddrs(latest=True))]
+
+    def close(self) -> None:
+        """Leaves the swarm, ends the daemon and the thread. Does nothing if it was closed before."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        try:
+            self.run(self._leave(), timeout=10)
+        except (OSError, P2PDaemonError, concurrent.futures.TimeoutError) as e:
+            logger.warning("the swarm node did not leave in order: %s", e)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        thread.join()
+
+    def _run_loop(self, started: threading.Event) -> None:
+        self._loop = uvloop.new_event_loop()  # this thread's only: notebooks and callers keep their loops
+        asyncio.set_event_loop(self._loop)
+        self._loop.call_soon(started.set)
+        self._loop.run_forever()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _join(self) -> None:
+        try:
+            self._p2p = await self._daemon.start()
+            self._dht = await asyncio.wait_for(
+                DHTNode.create(
+                    self._p2p, initial_peers=self.initial_peers or None, client_mode=self._client_mode
+                ),
+                self._connect_timeout,
+            )
+        except (SwarmConnectionError, P2PDaemonError, RuntimeError, OSError, asyncio.TimeoutError) as e:
+            raise SwarmConnectionError(self._explain(e)) from e
+
+    def _explain(self, error: BaseException) -> str:
+        detail = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
+        if self.initial_peers:
+            peers = ", ".join(self.initial_peers)
+            return (
+                f"cannot join the swarm: none of initial_peers [{peers}] answered within {self._connect_timeout:.0f} s "
+                f"({detail}). Check that a peer runs there (`petals-lightning serve`/`bootstrap` print their "
+                "addresses), that its port is open, and that both machines' clocks agree within 3 s"
+            )
+        return f"cannot start a swarm node: {detail}"
+
+    async def _leave(self) -> None:
+        if self._dht is not None:
+            await self._dht.shutdown()
+        await self._daemon.stop()
+
+
+def check_peer_maddr(maddr: str) -> str:
+    """Returns `maddr` if it is the multiaddress of a peer.
+
+    Raises:
+        ConfigurationError: it is not, or lacks the peer's id.
+    """
+    try:
+        "p2p" in Multiaddr(maddr) and Multiaddr(maddr)["p2p"]
+    except Exception as e:  # multiaddr documents no common base for its errors
+        raise ConfigurationError(
+            f"initial_peers: {maddr!r} is no peer's multiaddress; one looks like /ip4/10.0.0.1/tcp/31337/p2p/Qm… "
+            "and is printed by `petals-lightning serve` and `petals-lightning bootstrap`"
+        ) from e
+    return str(maddr)
