@@ -19,9 +19,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from petals_lightning.errors import UnsupportedModelError
 
-# Blocks of these families return a tuple instead of hidden states: the one fact about families that code must know.
-TUPLE_BLOCK_MODEL_TYPES = frozenset({"bloom", "falcon"})
-
 
 @dataclass(frozen=True)
 class BlockLayout:

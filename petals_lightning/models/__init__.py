@@ -1,5 +1,20 @@
 """AutoDistributed*: Hugging Face models whose blocks live in a swarm; prompts; the same models run locally."""
 
+from petals_lightning.models.auto import (
+    AutoDistributedConfig,
+    AutoDistributedModel,
+    AutoDistributedModelForCausalLM,
+    AutoDistributedModelForSequenceClassification,
+    remote_blocks,
+)
 from petals_lightning.models.trainable import prompts_of, trainable_state_dict
 
-__all__ = ["prompts_of", "trainable_state_dict"]
+__all__ = [
+    "AutoDistributedConfig",
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "prompts_of",
+    "remote_blocks",
+    "trainable_state_dict",
+]

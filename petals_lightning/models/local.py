@@ -52,7 +52,10 @@ class _LocalModel:
         config = checkpoint.config
         for name, value in config_overrides.items():
             setattr(config, name, value)
-        with torch.random.fork_rng(devices=[]), quiet_transformers():  # loading must not move the generator that start values come from
+        with (
+            torch.random.fork_rng(devices=[]),
+            quiet_transformers(),
+        ):  # loading must not move the generator that start values come from
             model = cls.auto_class.from_pretrained(
                 name_or_path, config=config, dtype=dtype, token=token, **({"revision": revision} if revision else {})
             )

@@ -34,7 +34,9 @@ class Prompts(nn.Module):
         ConfigurationError: unknown mode, or `pre_seq_len` below 1.
     """
 
-    def __init__(self, tuning_mode: TuningMode, pre_seq_len: int, *, embedding_size: int, hidden_size: int, num_blocks: int):
+    def __init__(
+        self, tuning_mode: TuningMode, pre_seq_len: int, *, embedding_size: int, hidden_size: int, num_blocks: int
+    ):
         super().__init__()
         check_tuning(tuning_mode, pre_seq_len)
         self.tuning_mode, self.pre_seq_len = tuning_mode, pre_seq_len

@@ -59,7 +59,9 @@ def _heads(model: PreTrainedModel) -> list[nn.Module]:
     """The classification head: what a task model has beside its base model, unless that is the language-model head."""
     if model.base_model is model or model.can_generate():
         return []
-    return [child for child in model.children() if child is not model.base_model and any(True for _ in child.parameters())]
+    return [
+        child for child in model.children() if child is not model.base_model and any(True for _ in child.parameters())
+    ]
 
 
 def _cast_to_weight(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ class _Partial:
     description: list[Any]
     body: bytearray
     received: int = 0
+    wire_bytes: int = 0
 
 
 class MessageReader:
@@ -42,10 +43,9 @@ class MessageReader:
         self._reader = reader
         self._max_bytes, self._max_open = max_message_bytes, max_open
         self._partial: dict[int, _Partial] = {}
-        self.bytes_received = 0
 
-    async def next(self) -> tuple[int, Message] | None:
-        """The next complete message and its call id; None at the end of the stream.
+    async def next(self) -> tuple[int, Message, int] | None:
+        """The next complete message: its call id, itself, its bytes on the wire. None at the end of the stream.
 
         Raises:
             ProtocolError: the bytes break the format or a limit; the stream cannot be read on.
@@ -55,18 +55,15 @@ class MessageReader:
                 prefix = await self._reader.readexactly(FRAME_PREFIX.size)
                 kind, call_id, header_length, chunk_length = FRAME_PREFIX.unpack(prefix)
                 if header_length > MAX_HEADER_BYTES or chunk_length > CHUNK_BYTES:
-                    raise ProtocolError(
-                        f"a frame of {header_length} + {chunk_length} bytes is over the limit"
-                    )
+                    raise ProtocolError(f"a frame of {header_length} + {chunk_length} bytes is over the limit")
                 header = await self._reader.readexactly(header_length)
                 chunk = await self._reader.readexactly(chunk_length)
             except (asyncio.IncompleteReadError, ConnectionError):
                 return None
-            self.bytes_received += FRAME_PREFIX.size + header_length + chunk_length
             if (complete := self._accept(kind, call_id, header, chunk)) is not None:
-                return call_id, complete
+                return call_id, *complete
 
-    def _accept(self, kind: int, call_id: int, header: bytes, chunk: bytes) -> Message | None:
+    def _accept(self, kind: int, call_id: int, header: bytes, chunk: bytes) -> tuple[Message, int] | None:
         if kind == FrameKind.HEAD:
             if call_id in self._partial:
                 raise ProtocolError(f"two messages under call id {call_id}")
@@ -74,14 +71,13 @@ class MessageReader:
             size = packed_size(description)
             under_way = sum(len(partial.body) for partial in self._partial.values())
             if len(self._partial) >= self._max_open or under_way + size > self._max_bytes:
-                raise ProtocolError(
-                    f"a message of {size} bytes is over this peer's limit of {self._max_bytes} bytes"
-                )
+                raise ProtocolError(f"a message of {size} bytes is over this peer's limit of {self._max_bytes} bytes")
             partial = self._partial[call_id] = _Partial(method, fields, description, bytearray(size))
         elif kind == FrameKind.MORE and call_id in self._partial and not header:
             partial = self._partial[call_id]
         else:
             raise ProtocolError(f"unexpected frame of kind {kind} for call {call_id}")
+        partial.wire_bytes += FRAME_PREFIX.size + len(header) + len(chunk)
         end = partial.received + len(chunk)
         if end > len(partial.body):
             raise ProtocolError(f"call {call_id} sends more bytes than it announced")
@@ -90,7 +86,8 @@ class MessageReader:
         if end < len(partial.body):
             return None
         del self._partial[call_id]
-        return Message(partial.method, partial.fields, unpack_tensors(partial.description, partial.body))
+        message = Message(partial.method, partial.fields, unpack_tensors(partial.description, partial.body))
+        return message, partial.wire_bytes
 
 
 class MessageWriter:
@@ -99,19 +96,18 @@ class MessageWriter:
     def __init__(self, writer: asyncio.StreamWriter):
         self._writer = writer
         self._turn = asyncio.Lock()
-        self.bytes_sent = 0
 
-    async def send(self, call_id: int, message: Message) -> None:
-        """Raises ConnectionError if the stream is gone."""
+    async def send(self, call_id: int, message: Message) -> int:
+        """Returns the bytes written; raises ConnectionError if the stream is gone."""
+        num_bytes = 0
         for frame in message.frames(call_id):
-            async with (
-                self._turn
-            ):  # asyncio's lock is first come, first served: messages take turns by frames
+            async with self._turn:  # asyncio's lock is first come, first served: messages take turns by frames
                 if self._writer.is_closing():
                     raise ConnectionResetError("the stream is closed")
                 self._writer.writelines(frame)
-                self.bytes_sent += sum(len(buffer) for buffer in frame)
                 await self._writer.drain()
+            num_bytes += sum(len(buffer) for buffer in frame)
+        return num_bytes
 
     def close(self) -> None:
         self._writer.close()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import msgpack
@@ -39,18 +39,17 @@ class FrameKind(IntEnum):
     MORE = 2
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     INFO = "info"
     PING = "ping"
     FORWARD = "forward"
     BACKWARD = "backward"
     CANCEL = "cancel"
-    RELEASE = "release"
     OK = "ok"
     ERROR = "error"
 
 
-class ErrorCode(str, Enum):
+class ErrorCode(StrEnum):
     """Why a server did not do what it was asked.
 
     BAD_REQUEST and INTERNAL would fail elsewhere too and surface to the user; the others are answered by sending the

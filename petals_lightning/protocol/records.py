@@ -95,9 +95,7 @@ class ServerRecord:
             public_name=_typed(extra, "public_name", str),
             version=_typed(extra, "version", str),
             torch_dtype=_typed(extra, "torch_dtype", str),
-            tokens_per_second=float(speed)
-            if speed is not None and math.isfinite(speed) and speed > 0
-            else None,
+            tokens_per_second=float(speed) if speed is not None and math.isfinite(speed) and speed > 0 else None,
             stream_version=_typed(ours, "stream", int),
             hidden_size=_typed(ours, "hidden_size", int),
             fingerprint=_typed(ours, "fingerprint", str),

@@ -68,9 +68,7 @@ def unpack_tensors(description: list[list[Any]], body: bytearray) -> dict[str, t
         ProtocolError: `body` has another length than the description announces.
     """
     if packed_size(description) != len(body):
-        raise ProtocolError(
-            f"a body of {len(body)} bytes came with tensors of {packed_size(description)} bytes"
-        )
+        raise ProtocolError(f"a body of {len(body)} bytes came with tensors of {packed_size(description)} bytes")
     tensors, offset = {}, 0
     for name, dtype_name, shape in description:
         dtype, count = DTYPES[dtype_name], math.prod(shape)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from petals_lightning.hf.skeleton import TUPLE_BLOCK_MODEL_TYPES, BlockLayout, sliced_config
+from petals_lightning.hf.skeleton import BlockLayout, sliced_config
 from petals_lightning.server.prefix_cache import PrefixCache
 
 
@@ -61,7 +61,6 @@ class _Call:
     deep: torch.Tensor | None
     mode: str  # "tokens" | "prefix" | "both"
     output: torch.Tensor | None = None
-    config_cache: dict[tuple[int, int], Any] = field(default_factory=dict)
 
 
 class BlockSpan:
@@ -83,7 +82,7 @@ class BlockSpan:
         self.dtype, self.device = parameter.dtype, parameter.device
         self.hidden_size = model.config.get_text_config().hidden_size
         self._config = model.config
-        self._returns_tuple = model.config.get_text_config().model_type in TUPLE_BLOCK_MODEL_TYPES
+        self.returns_tuple: bool | None = None  # as the family's blocks do; known after the first pass
         self._views: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
         self._call: _Call | None = None
         for index, block in enumerate(self.blocks):
@@ -201,7 +200,8 @@ class BlockSpan:
             call = self._call
             assert call is not None
             if number == call.end - 1:
-                call.output = output[0] if self._returns_tuple else output
+                self.returns_tuple = isinstance(output, tuple)
+                call.output = output[0] if self.returns_tuple else output
 
         return hook
 

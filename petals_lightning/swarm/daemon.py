@@ -50,9 +50,7 @@ class P2PDaemon:
         dht_server: bool,
         start_timeout: float,
     ):
-        self._socket = os.path.join(
-            tempfile.gettempdir(), f"petals-lightning-p2pd-{secrets.token_hex(6)}.sock"
-        )
+        self._socket = os.path.join(tempfile.gettempdir(), f"petals-lightning-p2pd-{secrets.token_hex(6)}.sock")
         on_loopback = all(maddr.startswith(("/ip4/127.", "/ip6/::1/")) for maddr in host_maddrs)
         options: dict[str, object] = {
             "listen": f"/unix{self._socket}",
@@ -88,9 +86,7 @@ class P2PDaemon:
             try:
                 P2P.generate_identity(self._identity_path)
             except OSError as e:
-                raise SwarmConnectionError(
-                    f"cannot write the identity file {self._identity_path!r}: {e}"
-                ) from e
+                raise SwarmConnectionError(f"cannot write the identity file {self._identity_path!r}: {e}") from e
         self._guard = ProcessGuard()
         with as_file(files("hivemind.hivemind_cli") / "p2pd") as executable:
             self._process = subprocess.Popen(

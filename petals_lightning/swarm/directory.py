@@ -32,9 +32,7 @@ class SwarmDirectory:
     def __init__(self, dht: DHTNode):
         self._dht = dht
 
-    async def announce(
-        self, prefix: str, record: ServerRecord, blocks: Sequence[int], lifetime: float
-    ) -> bool:
+    async def announce(self, prefix: str, record: ServerRecord, blocks: Sequence[int], lifetime: float) -> bool:
         """Stores this peer's record under each block for `lifetime` seconds; True if every block was stored."""
         peer = self._dht.peer_id.to_base58()
         stored = await self._dht.store_many(
@@ -83,8 +81,6 @@ class SwarmDirectory:
             if isinstance(value, dict) and type(value.get("num_blocks")) is int:
                 repository = value.get("repository")
                 entries.append(
-                    ModelEntry(
-                        str(prefix), value["num_blocks"], repository if isinstance(repository, str) else None
-                    )
+                    ModelEntry(str(prefix), value["num_blocks"], repository if isinstance(repository, str) else None)
                 )
         return sorted(entries, key=lambda entry: entry.dht_prefix)

@@ -145,9 +145,7 @@ class SwarmNode:
         try:
             self._p2p = await self._daemon.start()
             self._dht = await asyncio.wait_for(
-                DHTNode.create(
-                    self._p2p, initial_peers=self.initial_peers or None, client_mode=self._client_mode
-                ),
+                DHTNode.create(self._p2p, initial_peers=self.initial_peers or None, client_mode=self._client_mode),
                 self._connect_timeout,
             )
         except (SwarmConnectionError, P2PDaemonError, RuntimeError, OSError, asyncio.TimeoutError) as e:

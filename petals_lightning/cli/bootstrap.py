@@ -1,0 +1,39 @@
+"""`petals-lightning bootstrap`: a peer that holds no blocks and is always there to be joined."""
+
+from __future__ import annotations
+
+from petals_lightning.cli.options import (
+    AnnounceMaddrs,
+    HostMaddrs,
+    IdentityPath,
+    InitialPeers,
+    StopSignal,
+    configure_logging,
+    say,
+)
+
+
+def bootstrap(
+    initial_peers: InitialPeers = None,
+    host_maddrs: HostMaddrs = ["/ip4/0.0.0.0/tcp/31337"],  # noqa: B006 (typer reads the default, nobody changes it)
+    announce_maddrs: AnnounceMaddrs = None,
+    identity_path: IdentityPath = "bootstrap.id",
+) -> None:
+    """Run a bootstrap peer: servers and clients join the swarm through its address, which stays the same."""
+    from petals_lightning.swarm import SwarmNode
+
+    configure_logging()
+    stop = StopSignal()
+    node = SwarmNode(
+        initial_peers or [],
+        host_maddrs=host_maddrs,
+        announce_maddrs=announce_maddrs,
+        identity_path=identity_path,
+    ).start()
+    try:
+        for maddr in node.visible_maddrs():
+            say(f"multiaddress: {maddr}")
+        say("ready: give one of these addresses to servers and clients as --initial-peers")
+        stop.wait()
+    finally:
+        node.close()

@@ -1,0 +1,133 @@
+"""`petals-lightning serve`: hold blocks of a model and run them for the swarm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from petals_lightning.cli.options import (
+    AnnounceMaddrs,
+    HostMaddrs,
+    IdentityPath,
+    InitialPeers,
+    StopSignal,
+    configure_logging,
+    say,
+)
+from petals_lightning.errors import ConfigurationError
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a Hugging Face decoder.")],
+    initial_peers: InitialPeers = None,
+    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a swarm instead of joining one.")] = False,
+    block_indices: Annotated[
+        str | None, typer.Option(help="Blocks to hold, START:END with END exclusive.", metavar="START:END")
+    ] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option(help="How many blocks to hold, where the swarm is thinnest. [default: all]")
+    ] = None,
+    dht_prefix: Annotated[
+        str | None, typer.Option(help="Name of the model in the swarm; needed for a local folder.")
+    ] = None,
+    host_maddrs: HostMaddrs = ["/ip4/0.0.0.0/tcp/0"],  # noqa: B006 (typer reads the default, nobody changes it)
+    announce_maddrs: AnnounceMaddrs = None,
+    identity_path: IdentityPath = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: cuda where there is one]")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the checkpoint's.")] = "auto",
+    public_name: Annotated[str | None, typer.Option(help="Name shown to users of the swarm.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for computing. [default: all cores]")] = None,
+    graph_memory: Annotated[float, typer.Option(help="GiB for autograd graphs that wait for their backward.")] = 2.0,
+    max_batch_tokens: Annotated[int, typer.Option(help="Largest batch × tokens of one request.")] = 1 << 16,
+    throughput: Annotated[float | None, typer.Option(help="Requests a second to announce. [default: measured]")] = None,
+    update_period: Annotated[float, typer.Option(help="Seconds between announcements.")] = 60.0,
+    token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+) -> None:
+    """Hold blocks of MODEL and run them for clients, forward and backward."""
+    if new_swarm == bool(initial_peers):
+        raise ConfigurationError(
+            "give either --initial-peers MADDR (the address that a server or `petals-lightning bootstrap` printed) "
+            "to join a swarm, or --new-swarm to start one"
+        )
+    if block_indices is not None and num_blocks is not None:
+        raise ConfigurationError("give --block-indices or --num-blocks, not both")
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise ConfigurationError(f"--dtype {dtype!r}: choose auto, float32, float16 or bfloat16")
+    for name, value in (("--graph-memory", graph_memory), ("--update-period", update_period)):
+        if value < 0 or (name == "--update-period" and value == 0):
+            raise ConfigurationError(f"{name} is {value:g}: it must be above 0")
+    configure_logging()
+    stop = StopSignal()
+
+    import torch  # after OMP_WAIT_POLICY is set, and not for --help
+
+    from petals_lightning.hf import Checkpoint
+    from petals_lightning.server.limits import ServerLimits
+    from petals_lightning.server.server import Server, parse_block_indices
+    from petals_lightning.swarm import SwarmNode
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    progress = _LoadingBar()
+    server = Server(
+        Checkpoint(model, revision=revision, token=token),
+        SwarmNode(
+            initial_peers or [],
+            host_maddrs=host_maddrs,
+            announce_maddrs=announce_maddrs,
+            identity_path=identity_path,
+        ),
+        block_indices=parse_block_indices(block_indices) if block_indices is not None else None,
+        num_blocks=num_blocks,
+        dht_prefix=dht_prefix,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=dtype,
+        public_name=public_name,
+        throughput=throughput,
+        update_period=update_period,
+        limits=ServerLimits(graph_bytes=int(graph_memory * 2**30), max_batch_tokens=max_batch_tokens),
+        on_shard=progress.on_shard,
+    )
+    with progress:
+        server.start()
+    try:
+        for maddr in server.node.visible_maddrs():
+            say(f"multiaddress: {maddr}")
+        span = server.span
+        say(f"ready: blocks {span.start}:{span.end} of {server.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
+        stop.wait()
+        say("leaving: finishing what is under way")
+    finally:
+        server.stop()
+
+
+class _LoadingBar:
+    """Shards fetched and opened, with a rate; silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("loading {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("blocks", total=None)
+        self.on_shard: Callable[[str, int, int], None] = self._update
+
+    def _update(self, name: str, number: int, count: int) -> None:
+        self._progress.update(self._task, description=name, completed=number, total=count)
+
+    def __enter__(self) -> None:
+        self._progress.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._progress.stop()

@@ -1,0 +1,194 @@
+"""Remote blocks as one node of autograd's graph: cuts a batch into micro-batches, runs them at once, joins the results.
+
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows that are read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from petals_lightning.client.chain import BlockChain, ChainResult, MicroBatch, StepPrompts
+from petals_lightning.client.config import ClientConfig
+from petals_lightning.swarm import SwarmNode
+
+
+@dataclass
+class _Part:
+    """One micro-batch: samples [first, last) of the batch, and where its rows stand among all rows."""
+
+    batch: MicroBatch
+    first: int
+    last: int
+    result: ChainResult | None = None
+    row_positions: torch.Tensor | None = None
+
+
+class RemoteRunner:
+    """Runs blocks for autograd, from any thread; blocks the caller until the swarm has answered."""
+
+    def __init__(self, node: SwarmNode, chain: BlockChain, config: ClientConfig):
+        self._node, self._chain, self._config = node, chain, config
+        self._version, self._last_deep = 0, torch.empty(0)
+
+    def prompts(self, deep: torch.Tensor, start: int) -> StepPrompts:
+        """Deep prompts [L, P, H] under a version that changes only when their values do, so they travel once."""
+        deep = deep.detach().cpu()
+        if self._last_deep.shape != deep.shape or not torch.equal(self._last_deep, deep):
+            self._version, self._last_deep = self._version + 1, deep.clone()
+        return StepPrompts(self._last_deep, start, self._version)
+
+    def split(
+        self,
+        hidden: torch.Tensor,
+        prefix: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        prompts: StepPrompts | None,
+        *,
+        start: int,
+        num_legs: int,
+        input_grad: bool,
+        keep: bool,
+    ) -> list[_Part]:
+        """Cuts the batch so that a chain of `num_legs` servers can work at once and no request is too large."""
+        batch_size, tokens, _ = hidden.shape
+        pieces = math.ceil(batch_size * tokens / self._config.max_microbatch_tokens)
+        if num_legs > 1:
+            pieces = max(pieces, min(2 * num_legs, batch_size * tokens // self._config.min_microbatch_tokens))
+        size = math.ceil(batch_size / min(max(pieces, 1), batch_size))
+        parts = []
+        for first in range(0, batch_size, size):
+            last = min(first + size, batch_size)
+            own_rows = positions = None
+            if rows is not None:
+                positions = ((rows >= first * tokens) & (rows < last * tokens)).nonzero().squeeze(1)
+                if not len(positions):
+                    continue  # nothing of these samples is read, so nothing of them need run
+                own_rows = (rows[positions] - first * tokens).to(torch.int32)
+            micro_batch = MicroBatch(start, hidden[first:last], prefix, own_rows, prompts, input_grad, keep)
+            parts.append(_Part(micro_batch, first, last, row_positions=positions))
+        return parts
+
+    def forward(self, parts: list[_Part], end: int, *, want_prefix: bool) -> None:
+        """Runs all micro-batches through blocks up to `end` and notes their results."""
+
+        async def run() -> list[ChainResult]:
+            return await _gather(self._chain.forward(part.batch, end, want_prefix=want_prefix) for part in parts)
+
+        for part, result in zip(parts, self._node.run(run()), strict=True):
+            part.result = result
+
+    def backward(
+        self, parts: list[_Part], grads: list[torch.Tensor], grad_prefix: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of hidden (by micro-batch), of prefix and of deep (summed over micro-batches)."""
+
+        async def run() -> list[Any]:
+            calls = []
+            for index, (part, grad) in enumerate(zip(parts, grads, strict=True)):
+                assert part.result is not None
+                # Every micro-batch returns the same prefix; the first one's was used, so it takes the gradient.
+                own = grad_prefix if index == 0 else None
+                calls.append(self._chain.backward(part.batch, part.result, grad, own))
+            return await _gather(calls)
+
+        results = self._node.run(run())
+        prefix_grads = [result.prefix.float() for result in results if result.prefix is not None]
+        deep_grads = [result.deep for result in results if result.deep is not None]
+        return (
+            [result.hidden for result in results],
+            torch.stack(prefix_grads).sum(0) if prefix_grads else None,
+            torch.stack(deep_grads).sum(0) if deep_grads else None,
+        )
+
+
+class RemoteBlocks(torch.autograd.Function):
+    """`apply(runner, start, end, num_legs, want_prefix, hidden, prefix, deep, rows)` → (hidden, prefix).
+
+    hidden [B, S, H] → the same shape, or [N, H] with rows [N]; prefix [P, H] → the same, or empty if not wanted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        runner, start, end, num_legs, want_prefix, hidden, prefix, deep, rows = args
+        needs = dict(zip(("hidden", "prefix", "deep"), ctx.needs_input_grad[5:8], strict=True))
+        local = _Local(hidden)
+        parts = runner.split(
+            hidden.detach().cpu(),
+            prefix.detach().cpu() if prefix is not None else None,
+            rows.detach().cpu() if rows is not None else None,
+            runner.prompts(deep, start) if deep is not None else None,
+            start=start,
+            num_legs=num_legs,
+            input_grad=needs["hidden"],
+            keep=any(needs.values()),
+        )
+        runner.forward(parts, end, want_prefix=want_prefix)
+        ctx.runner, ctx.parts, ctx.needs, ctx.local = runner, parts, needs, local
+        ctx.shapes = hidden.shape, prefix, deep
+        if rows is not None:
+            out = hidden.new_zeros(len(rows), hidden.shape[-1])
+            for part in parts:
+                out[part.row_positions] = local.like(part.result.hidden)
+        else:
+            out = torch.cat([local.like(part.result.hidden) for part in parts])
+        prefix_out = local.like(parts[0].result.prefix) if want_prefix and prefix is not None else hidden.new_empty(0)
+        return out, prefix_out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        grad, grad_prefix_out = grads
+        parts, local = ctx.parts, ctx.local
+        shape, prefix, deep = ctx.shapes
+        pieces = [
+            grad[part.row_positions.to(grad.device)] if part.row_positions is not None else grad[part.first : part.last]
+            for part in parts
+        ]
+        uses_prefix = grad_prefix_out is not None and grad_prefix_out.numel() > 0
+        hidden_grads, prefix_grad, deep_grad = ctx.runner.backward(
+            parts, [piece.cpu() for piece in pieces], grad_prefix_out.cpu() if uses_prefix else None
+        )
+        hidden_grad = None
+        if ctx.needs["hidden"]:
+            hidden_grad = torch.zeros(shape, dtype=local.dtype, device=local.device)
+            for part, piece in zip(parts, hidden_grads, strict=True):
+                hidden_grad[part.first : part.last] = local.like(piece)
+        return (
+            None, None, None, None, None,
+            hidden_grad,
+            prefix_grad.to(prefix) if ctx.needs["prefix"] and prefix_grad is not None else None,
+            deep_grad.to(deep) if ctx.needs["deep"] and deep_grad is not None else None,
+            None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Local:
+    """Device and dtype of the caller's tensors, for what comes back."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __init__(self, tensor: torch.Tensor):
+        object.__setattr__(self, "device", tensor.device)
+        object.__setattr__(self, "dtype", tensor.dtype)
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+
+async def _gather(coroutines: Any) -> list[Any]:
+    """All results in order; the first error cancels the rest and is raised as it is."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

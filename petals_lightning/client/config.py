@@ -1,0 +1,60 @@
+"""How a client finds and treats servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.protocol.requests import WIRE_DTYPES
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Args:
+    connect_timeout: seconds to open a stream to a server.
+    request_timeout: seconds that a server may take for one request while it still answers heartbeats.
+    heartbeat_period: seconds of silence after which a server that owes an answer is asked whether it lives.
+    heartbeat_timeout: seconds of silence after which it counts as hung.
+    max_retries: how often a part of a step may fail before the step does.
+    recovery_timeout: seconds to wait for a block whose every holder has failed.
+    ban_period: seconds that a failed server is left alone at first; doubles with every further failure.
+    refresh_period: seconds between looks at the swarm's records.
+    allowed_servers: peer ids that alone may be used; None allows all.
+    blocked_servers: peer ids that are never used.
+    wire_dtype: of activations and gradients on the wire; "auto" is 16 bits where a server computes in 16 bits.
+    min_microbatch_tokens: batches are not cut into parts smaller than this.
+    max_microbatch_tokens: nor sent in parts larger than this.
+    """
+
+    connect_timeout: float = 10.0
+    request_timeout: float = 300.0
+    heartbeat_period: float = 1.0
+    heartbeat_timeout: float = 6.0
+    max_retries: int = 8
+    recovery_timeout: float = 60.0
+    ban_period: float = 1.0
+    refresh_period: float = 30.0
+    allowed_servers: tuple[str, ...] | None = None
+    blocked_servers: tuple[str, ...] = ()
+    wire_dtype: str = "auto"
+    min_microbatch_tokens: int = 512
+    max_microbatch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in (
+            "connect_timeout",
+            "request_timeout",
+            "heartbeat_period",
+            "heartbeat_timeout",
+            "recovery_timeout",
+            "ban_period",
+            "refresh_period",
+            "min_microbatch_tokens",
+            "max_microbatch_tokens",
+        ):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"{name} is {getattr(self, name)!r}: it must be above 0")
+        if self.max_retries < 0:
+            raise ConfigurationError(f"max_retries is {self.max_retries}: it must be 0 or more")
+        if self.wire_dtype != "auto" and self.wire_dtype not in WIRE_DTYPES:
+            raise ConfigurationError(f"wire_dtype is {self.wire_dtype!r}: choose auto or one of {sorted(WIRE_DTYPES)}")

@@ -1,0 +1,205 @@
+"""Blocks that live in a swarm, as a module.
+
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from petals_lightning.client.autograd import RemoteBlocks, RemoteRunner
+from petals_lightning.client.chain import BlockChain
+from petals_lightning.client.config import ClientConfig
+from petals_lightning.client.routing import RouteSpan
+from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.view import SwarmView
+from petals_lightning.errors import UnsupportedInputError
+from petals_lightning.swarm import SwarmNode
+
+
+@dataclass
+class _Swarm:
+    """What all slices of one RemoteSequential share."""
+
+    node: SwarmNode
+    view: SwarmView
+    runner: RemoteRunner
+    stats: TransferStats
+    owns_node: bool
+    closed: bool = False
+
+
+@dataclass
+class Context:
+    """What the model around the blocks wants of the next pass, besides the hidden states.
+
+    Attributes:
+        prefix: [P, H] hidden states in front of every sample, or None.
+        deep: [L, P, H] prompts added before each block, or None.
+        rows: [N] indices into B·S whose outputs are read, None for all; others come back as zeros.
+        capture: do not run: keep the input in `captured` and return it.
+    """
+
+    prefix: torch.Tensor | None = None
+    deep: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    capture: bool = False
+    captured: torch.Tensor | None = None
+
+
+class RemoteSequential(nn.Module):
+    """Blocks [start, end) of a model on servers of a swarm; made by `connect`.
+
+    `layers(hidden_states)` with [B, S, H] gives [B, S, H], with gradients. `layers[a:b]` is a sub-sequence, `layers[i]`
+    one block. Iterating yields a single step that runs them all: decoders loop over their layers, and the swarm is
+    one layer to them.
+    """
+
+    def __init__(self, swarm: _Swarm, start: int, end: int):
+        super().__init__()
+        self._swarm, self.start, self.end = swarm, start, end
+        self.context = Context()
+
+    @classmethod
+    def connect(
+        cls,
+        node: SwarmNode,
+        *,
+        dht_prefix: str,
+        num_blocks: int,
+        hidden_size: int,
+        fingerprint: str | None = None,
+        config: ClientConfig | None = None,
+        owns_node: bool = False,
+    ) -> RemoteSequential:
+        """Finds servers for all blocks of a model and opens streams to a first route.
+
+        Args:
+            node: this process's peer, started.
+            dht_prefix, num_blocks, hidden_size, fingerprint: the model; servers of another are not used.
+            config: timeouts, filters, wire dtype.
+            owns_node: close the node with the blocks.
+
+        Raises:
+            NoServersError: some block is held by nobody who may be used.
+            IncompatibleServerError: those who hold it serve another model.
+        """
+        config, stats = config or ClientConfig(), TransferStats()
+        view = SwarmView(
+            node,
+            dht_prefix=dht_prefix,
+            num_blocks=num_blocks,
+            hidden_size=hidden_size,
+            fingerprint=fingerprint,
+            config=config,
+            stats=stats,
+        )
+        node.run(view.start())
+        runner = RemoteRunner(node, BlockChain(view, stats), config)
+        return cls(_Swarm(node, view, runner, stats, owns_node), 0, num_blocks)
+
+    @property
+    def stats(self) -> TransferStats:
+        """Bytes, requests and retries so far, of all slices together."""
+        return self._swarm.stats
+
+    def route(self, tokens: int = 1024) -> list[RouteSpan]:
+        """The servers that a request of `tokens` tokens would go through now."""
+        return self._swarm.node.run(self._swarm.view.route(self.start, self.end, tokens=tokens))
+
+    def close(self) -> None:
+        """Ends the streams (and this process's peer, if it was made for these blocks)."""
+        if self._swarm.closed:
+            return
+        self._swarm.closed = True
+        self._swarm.node.run(self._swarm.view.close())
+        if self._swarm.owns_node:
+            self._swarm.node.close()
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the blocks.
+
+        Args:
+            hidden_states: [B, S, H]. What decoders pass besides (masks, rotary embeddings) is made anew on servers.
+
+        Returns:
+            [B, S, H]; inside a tuple for families whose blocks return tuples.
+
+        Raises:
+            SwarmError: servers failed beyond what retries can mend.
+        """
+        if self.context.capture:
+            self.context.captured = output = hidden_states
+        else:
+            output, _ = self.run(
+                hidden_states, prefix=self.context.prefix, deep=self.context.deep, rows=self.context.rows
+            )
+            if self.context.rows is not None:
+                flat = hidden_states.new_zeros(hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2])
+                output = flat.index_copy(0, self.context.rows.long(), output).view_as(hidden_states)
+        return (output,) if self._swarm.view.returns_tuple() else output
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        prefix: torch.Tensor | None = None,
+        deep: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        want_prefix: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the blocks with a prefix that all samples share.
+
+        Args:
+            hidden_states: [B, S, H] that enter block `start`.
+            prefix: [P, H] in front of every sample.
+            deep: [L, P, H] added to the prefix before each of these blocks.
+            rows: [N] indices into B·S whose outputs are wanted.
+            want_prefix: return the prefix's output too.
+
+        Returns:
+            [B, S, H] or, with rows, [N, H]; and the prefix's [P, H] if wanted.
+
+        Raises:
+            UnsupportedInputError: shapes do not fit.
+            SwarmError: see `forward`.
+        """
+        if hidden_states.ndim != 3 or not hidden_states.is_floating_point():
+            raise UnsupportedInputError(f"hidden_states must be floating [B, S, H], got {tuple(hidden_states.shape)}")
+        if deep is not None and (prefix is None or deep.shape != (len(self), *prefix.shape)):
+            raise UnsupportedInputError(
+                f"deep prompts {tuple(deep.shape)} do not fit {len(self)} blocks and the prefix"
+            )
+        if hidden_states.shape[0] == 0 or hidden_states.shape[1] == 0:
+            return hidden_states, prefix if want_prefix else None
+        out, prefix_out = RemoteBlocks.apply(
+            self._swarm.runner, self.start, self.end, len(self.route()), want_prefix, hidden_states, prefix, deep, rows
+        )
+        return out, prefix_out if want_prefix and prefix is not None else None
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __getitem__(self, index: int | slice) -> RemoteSequential:
+        if isinstance(index, slice):
+            first, last, step = index.indices(len(self))
+            if step != 1 or first >= last:
+                raise IndexError(f"a slice of remote blocks must be contiguous and not empty, got {index}")
+        else:
+            first = range(len(self))[index]
+            last = first + 1
+        if (first, last) == (0, len(self)):
+            return self
+        return RemoteSequential(self._swarm, self.start + first, self.start + last)
+
+    def __iter__(self) -> Iterator[RemoteSequential]:
+        yield self
+
+    def extra_repr(self) -> str:
+        view = self._swarm.view
+        return f"blocks {self.start}:{self.end} of {view.dht_prefix!r} ({view.num_blocks} blocks, in a swarm)"

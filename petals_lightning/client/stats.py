@@ -1,0 +1,19 @@
+"""What a client has moved and suffered so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TransferStats:
+    """Attributes:
+    bytes_sent, bytes_received: on all streams, headers included.
+    retries: parts of steps that were sent again after a failure.
+    requests: forward and backward requests answered.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    retries: int = 0
+    requests: int = 0

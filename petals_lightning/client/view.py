@@ -1,0 +1,282 @@
+"""What a client knows of the servers of one model: who holds what, how fast, and whom to leave alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from petals_lightning.client.config import ClientConfig
+from petals_lightning.client.connection import PeerConnection
+from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, uncovered
+from petals_lightning.client.stats import TransferStats
+from petals_lightning.errors import IncompatibleServerError, NoServersError, PeerFailure
+from petals_lightning.protocol.records import ServerRecord, ServerState
+from petals_lightning.swarm import SwarmDirectory, SwarmNode
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_HOP_SECONDS = 0.01
+_DEFAULT_TOKENS_PER_SECOND = 1000.0
+_MAX_BAN = 300.0
+
+
+@dataclass
+class _Ban:
+    until: float
+    count: int
+
+
+@dataclass
+class _Speed:
+    """Measured on our own requests; newer measurements weigh more."""
+
+    hop_seconds: float
+    tokens_per_second: float
+
+    def update(self, hop_seconds: float, tokens_per_second: float, weight: float = 0.2) -> None:
+        self.hop_seconds += weight * (hop_seconds - self.hop_seconds)
+        self.tokens_per_second += weight * (tokens_per_second - self.tokens_per_second)
+
+
+class SwarmView:
+    """The servers of one model. Everything but the constructor belongs to the node's loop.
+
+    A server that fails leaves the view at once. It comes back when, after its ban, a connection in the background
+    succeeds: a record that lives on in the DHT never costs a step again.
+
+    Args:
+        node: this process's peer, started.
+        dht_prefix, num_blocks, hidden_size: the model.
+        fingerprint: of the model's weights here; servers that state another one are not used.
+        config: timeouts and filters.
+        stats: counts bytes and retries.
+    """
+
+    def __init__(
+        self,
+        node: SwarmNode,
+        *,
+        dht_prefix: str,
+        num_blocks: int,
+        hidden_size: int,
+        fingerprint: str | None,
+        config: ClientConfig,
+        stats: TransferStats,
+    ):
+        self.node, self.dht_prefix, self.num_blocks, self.config = node, dht_prefix, num_blocks, config
+        self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
+        self._directory = SwarmDirectory(node.dht)
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._records: dict[str, ServerRecord] = {}
+        self._misfits: dict[str, str] = {}
+        self._bans: dict[str, _Ban] = {}
+        self._speeds: dict[str, _Speed] = {}
+        self._connections: dict[str, PeerConnection] = {}
+        self._opening: dict[str, asyncio.Task[PeerConnection]] = {}
+        self._maintenance: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Reads the records and connects to a first route.
+
+        Raises:
+            NoServersError: some block is held by nobody who may be used.
+            IncompatibleServerError: all that hold some block serve another model under this name.
+        """
+        await self.refresh()
+        missing = uncovered(self._usable(1), 0, self.num_blocks)
+        if missing:
+            misfits = [why for peer, why in self._misfits.items() if set(range(*self._spans[peer])) & set(missing)]
+            if misfits:
+                raise IncompatibleServerError(
+                    f"{misfits[0]}. Load the same model here and there, or give it a dht_prefix of its own"
+                )
+            raise NoServersError(await self._explain_missing(missing))
+        self._maintenance = asyncio.create_task(self._maintain())
+        # Connecting now finds dead records before the first step, and measures the way to each server.
+        while True:
+            try:
+                for leg in await self.route(0, self.num_blocks, tokens=1024):
+                    await self.connection(leg.peer_id)
+                return
+            except PeerFailure as e:
+                self.report_failure(e)
+
+    async def close(self) -> None:
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+        for task in self._opening.values():
+            task.cancel()
+        for connection in list(self._connections.values()):
+            connection.close()
+        self._connections.clear()
+
+    async def refresh(self) -> None:
+        """Reads the records anew."""
+        table = await self._directory.servers(self.dht_prefix, self.num_blocks)
+        spans: dict[str, tuple[int, int]] = {}
+        records: dict[str, ServerRecord] = {}
+        for block, found in enumerate(table):
+            for peer, record in found.items():
+                if record.state is not ServerState.ONLINE:
+                    continue
+                first, end = spans.get(peer, (block, block))
+                if end == block:  # a span is contiguous; blocks behind a gap are leftovers of an earlier one
+                    spans[peer] = (first, block + 1)
+                    records[peer] = record
+        self._spans, self._records = spans, records
+        self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
+
+    async def route(self, start: int, end: int, *, tokens: int) -> list[RouteSpan]:
+        """The fastest route through blocks [start, end) for requests of `tokens` tokens.
+
+        Waits up to `recovery_timeout` seconds for blocks whose every holder has failed.
+
+        Raises:
+            NoServersError: nobody came back.
+        """
+        deadline = time.monotonic() + self.config.recovery_timeout
+        told = False
+        while True:
+            usable = self._usable(tokens)
+            if (legs := plan_route(usable, start, end)) is not None:
+                names = {peer: record.public_name for peer, record in self._records.items()}
+                return [RouteSpan(leg.peer_id, leg.start, leg.end, names.get(leg.peer_id)) for leg in legs]
+            missing = uncovered(usable, start, end)
+            if time.monotonic() > deadline:
+                raise NoServersError(await self._explain_missing(missing))
+            if not told:
+                told = True
+                logger.warning(
+                    "blocks %s of %s have no server left; waiting up to %.0f s for one",
+                    format_blocks(missing), self.dht_prefix, self.config.recovery_timeout,
+                )  # fmt: skip
+            await asyncio.sleep(0.5)
+            await self.refresh()
+
+    async def connection(self, peer: str) -> PeerConnection:
+        """The open stream to a server, opened if need be (once, however many wait for it).
+
+        Raises:
+            PeerFailure: it cannot be opened, or the server is not what its record says.
+        """
+        connection = self._connections.get(peer)
+        if connection is not None and connection.is_open:
+            return connection
+        if peer not in self._opening:
+            self._opening[peer] = asyncio.create_task(self._open(peer))
+        return await asyncio.shield(self._opening[peer])
+
+    def report_failure(self, failure: PeerFailure) -> None:
+        """Takes a server out of the view and bans it, longer every time."""
+        peer = failure.peer
+        known = self._bans.get(peer)
+        if known is not None and known.until > time.monotonic():
+            return  # several requests in flight tell of one failure
+        count = known.count + 1 if known is not None else 1
+        period = min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
+        self._bans[peer] = _Ban(time.monotonic() + period, count)
+        connection = self._connections.pop(peer, None)
+        if connection is not None:
+            connection.close()
+        logger.warning("%s; leaving it alone for at least %.0f s", failure, period)
+
+    def report_success(self, peer: str, *, tokens: int, blocks: int, compute: float, elapsed: float) -> None:
+        """Learns from an answered request: `elapsed` seconds here, of which `compute` seconds on the server."""
+        hop, speed = max(elapsed - compute, 0.0), tokens * blocks / max(compute, 1e-6)
+        if peer in self._speeds:
+            self._speeds[peer].update(hop, speed)
+        else:
+            self._speeds[peer] = _Speed(hop, speed)
+
+    def wire_dtype(self, peer: str) -> str:
+        """The dtype to send to a server and to ask of it."""
+        if self.config.wire_dtype != "auto":
+            return self.config.wire_dtype
+        record = self._records.get(peer)
+        return record.torch_dtype if record is not None and record.torch_dtype in ("float16", "bfloat16") else "float32"
+
+    def returns_tuple(self) -> bool:
+        """Whether this family's blocks return tuples, as its servers say."""
+        return any(connection.info.get("returns_tuple") for connection in self._connections.values())
+
+    def _usable(self, tokens: int) -> list[ServerSpan]:
+        spans = []
+        for peer, (start, end) in self._spans.items():
+            if peer in self._bans and not self._is_readmitted(peer):
+                continue
+            if peer in self._misfits or not self._is_allowed(peer):
+                continue
+            record, speed = self._records[peer], self._speeds.get(peer)
+            connection = self._connections.get(peer)
+            hop = connection.round_trip if connection is not None else None
+            rate = record.tokens_per_second or _DEFAULT_TOKENS_PER_SECOND
+            if speed is not None:
+                hop, rate = speed.hop_seconds, speed.tokens_per_second
+            spans.append(ServerSpan(peer, start, end, hop if hop is not None else _DEFAULT_HOP_SECONDS, tokens / rate))
+        return spans
+
+    def _is_allowed(self, peer: str) -> bool:
+        allowed = self.config.allowed_servers
+        return peer not in self.config.blocked_servers and (allowed is None or peer in allowed)
+
+    def _is_readmitted(self, peer: str) -> bool:
+        connection = self._connections.get(peer)
+        return connection is not None and connection.is_open
+
+    def _misfit(self, peer: str, record: ServerRecord) -> str | None:
+        name = f"server …{peer[-6:]} ({record.public_name})" if record.public_name else f"server …{peer[-6:]}"
+        if record.stream_version is None:
+            return f"{name} offers only Petals' methods, which this client does not speak yet"
+        if record.hidden_size is not None and record.hidden_size != self._hidden_size:
+            return (
+                f"{name} serves another model under {self.dht_prefix!r}: its hidden size is {record.hidden_size}, "
+                f"here it is {self._hidden_size}"
+            )
+        if record.fingerprint is not None and self._fingerprint not in (None, record.fingerprint):
+            return (
+                f"{name} serves another model under {self.dht_prefix!r}: config or tensor names differ from those here"
+            )
+        return None
+
+    async def _open(self, peer: str) -> PeerConnection:
+        try:
+            connection = await PeerConnection.open(self.node.p2p, peer, self.config, self._stats)
+            hidden_size = connection.info.get("hidden_size")
+            if hidden_size != self._hidden_size:
+                connection.close()
+                raise PeerFailure(peer, f"its hidden size is {hidden_size}, here it is {self._hidden_size}")
+            self._connections[peer] = connection
+            return connection
+        finally:
+            self._opening.pop(peer, None)
+
+    async def _maintain(self) -> None:
+        """Refreshes the view, and tries banned servers again when their time is over."""
+        refreshed = time.monotonic()
+        while True:
+            await asyncio.sleep(min(0.5, self.config.ban_period))
+            try:
+                for peer, ban in list(self._bans.items()):
+                    if ban.until < time.monotonic() and peer in self._spans and not self._is_readmitted(peer):
+                        try:
+                            await self.connection(peer)
+                            logger.info("server …%s is back", peer[-6:])
+                        except PeerFailure as e:
+                            self.report_failure(e)
+                if time.monotonic() - refreshed > self.config.refresh_period:
+                    await self.refresh()
+                    refreshed = time.monotonic()
+            except (OSError, RuntimeError) as e:
+                logger.warning("the view of the swarm could not be refreshed: %s", e)
+
+    async def _explain_missing(self, missing: list[int]) -> str:
+        excluded = [peer for peer in self._spans if not self._is_allowed(peer)]
+        hint = f" ({len(excluded)} server(s) are excluded by allowed_servers / blocked_servers)" if excluded else ""
+        served = [entry.dht_prefix for entry in await self._directory.models()]
+        return (
+            f"nobody serves blocks {format_blocks(missing)} of {self.dht_prefix!r} "
+            f"({self.num_blocks} blocks){hint}; models listed in this swarm: {', '.join(served) or 'none'}. "
+            "Start servers for them (`petals-lightning serve MODEL --initial-peers …`), or check dht_prefix"
+        )

@@ -1,0 +1,249 @@
+"""`AutoDistributed*`: Hugging Face models that hold embeddings, norms and head, and find their blocks in a swarm."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from petals_lightning.client import ClientConfig, RemoteSequential
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf.loading import model_class
+from petals_lightning.hf.skeleton import BlockLayout, num_blocks
+from petals_lightning.models.bridge import DecoderBridge
+from petals_lightning.models.prompts import TuningMode, check_tuning
+from petals_lightning.models.trainable import attach_trainable
+from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
+from petals_lightning.swarm import SwarmNode
+
+if TYPE_CHECKING:
+    import hivemind
+
+logger = logging.getLogger(__name__)
+
+
+class DistributedModel:
+    """Mixed into the family's own class: frozen parts stay in eval mode (no dropout), blocks are remote."""
+
+    bridge: DecoderBridge
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(False)  # type: ignore[misc]
+        self.training = mode
+        return self
+
+
+class DistributedClassifier(DistributedModel):
+    """Reads one position a sample: the last real token, by Hugging Face's rule."""
+
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        rows = self._last_tokens(input_ids, kwargs.get("inputs_embeds"))
+        scores: list[torch.Tensor] = []
+        hook = self.score.register_forward_hook(lambda module, args, output: scores.append(output))  # type: ignore
+        self.bridge.rows = rows
+        try:
+            output = super().forward(input_ids=input_ids, **kwargs)  # type: ignore[misc]
+        finally:
+            self.bridge.rows = None
+            hook.remove()
+        # Only these rows crossed the wire: a family that reads others would classify zeros without a word.
+        expected = scores[-1].flatten(0, 1)[rows]
+        assert torch.equal(expected, output.logits), f"{type(self).__name__} does not read the last real token"
+        return output
+
+    def _last_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Indices into B·S of the rightmost token that is not padding."""
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise ConfigurationError("give input_ids or inputs_embeds")
+        batch, length = tokens.shape[:2]
+        pad = self.config.get_text_config().pad_token_id  # type: ignore[attr-defined]
+        if input_ids is None or pad is None:
+            last = torch.full((batch,), length - 1, device=tokens.device)
+        else:
+            positions = torch.arange(length, device=tokens.device)
+            last = (positions * (input_ids != pad)).argmax(-1)
+        return torch.arange(batch, device=tokens.device) * length + last
+
+
+class AutoDistributedConfig:
+    """`from_pretrained` gives the model's own config, with `dht_prefix` added."""
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str,
+        *,
+        dht_prefix: str | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+    ) -> PreTrainedConfig:
+        """Raises CheckpointError, UnsupportedModelError, or ConfigurationError (a local folder without dht_prefix)."""
+        return _config_with_prefix(Checkpoint(name_or_path, token=token, revision=revision), dht_prefix)
+
+
+class _AutoDistributed:
+    auto_class: Any
+    mixin: type[DistributedModel] = DistributedModel
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        initial_peers: Sequence[str] | None = None,
+        dht: hivemind.DHT | None = None,
+        node: SwarmNode | None = None,
+        dht_prefix: str | None = None,
+        tuning_mode: TuningMode | None = None,
+        pre_seq_len: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        connect_timeout: float = 10.0,
+        request_timeout: float = 300.0,
+        max_retries: int = 8,
+        allowed_servers: Sequence[str] | None = None,
+        blocked_servers: Sequence[str] | None = None,
+        client_config: ClientConfig | None = None,
+        **config_overrides: Any,
+    ) -> PreTrainedModel:
+        """Loads embeddings, norms and head, connects to servers of the blocks.
+
+        Args:
+            name_or_path: folder or hub id; only tensors outside of blocks are read.
+            initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT of it; or `node`: a started
+                SwarmNode, which stays the caller's to close.
+            dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
+            tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
+            dtype (or torch_dtype): of what is held here; "auto", the default, takes the checkpoint's.
+            token, revision: as in transformers.
+            connect_timeout, request_timeout: seconds; max_retries: failures that a part of a step survives.
+            allowed_servers, blocked_servers: peer ids.
+            client_config: all of the above and more, instead of the single arguments.
+            config_overrides: set on the config, e.g. `num_labels`, `pad_token_id`.
+
+        Returns:
+            An instance of the family's own class. Only prompts and a classification head require gradients.
+
+        Raises:
+            ConfigurationError: no way into a swarm given, or a value out of range.
+            CheckpointError, UnsupportedModelError: the model cannot be read, or is no decoder.
+            SwarmConnectionError: no initial peer answers.
+            NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
+        """
+        check_tuning(tuning_mode, pre_seq_len)
+        config = client_config or ClientConfig(
+            connect_timeout=connect_timeout,
+            request_timeout=request_timeout,
+            max_retries=max_retries,
+            allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
+            blocked_servers=tuple(blocked_servers or ()),
+        )
+        checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
+        model_config = _config_with_prefix(checkpoint, dht_prefix)
+        family = model_class(cls.auto_class, checkpoint)
+        with torch.random.fork_rng(devices=[]):  # loading must not move the generator that start values come from
+            model, layout = load_pruned(
+                family,
+                checkpoint,
+                Part(0, 0, ends=True),
+                dtype=dtype or torch_dtype or "auto",
+                config_overrides={**config_overrides, "dht_prefix": model_config.dht_prefix},
+                mixin=cls.mixin,
+                may_miss=lambda name: not name.startswith(f"{family.base_model_prefix}."),
+            )
+        layers = _connect(model, checkpoint, config, node=node, dht=dht, initial_peers=initial_peers)
+        _assemble(model, layout, layers, tuning_mode, pre_seq_len)
+        return model
+
+
+class AutoDistributedModel(_AutoDistributed):
+    """The bare decoder, as `transformers.AutoModel`."""
+
+    auto_class = AutoModel
+
+
+class AutoDistributedModelForCausalLM(_AutoDistributed):
+    """With a language-model head, as `transformers.AutoModelForCausalLM`."""
+
+    auto_class = AutoModelForCausalLM
+
+
+class AutoDistributedModelForSequenceClassification(_AutoDistributed):
+    """With a fresh, trainable classification head, as `transformers.AutoModelForSequenceClassification`."""
+
+    auto_class = AutoModelForSequenceClassification
+    mixin = DistributedClassifier
+
+
+def remote_blocks(model: torch.nn.Module) -> RemoteSequential | None:
+    """The remote blocks of a model, or None if all of it is local."""
+    return next((module for module in model.modules() if isinstance(module, RemoteSequential)), None)
+
+
+def _config_with_prefix(checkpoint: Checkpoint, dht_prefix: str | None) -> PreTrainedConfig:
+    config = checkpoint.config
+    prefix = dht_prefix or getattr(config, "dht_prefix", None)
+    if prefix is None:
+        prefix = derive_dht_prefix(checkpoint.name_or_path, config.model_type, is_local=checkpoint.is_local)
+    config.dht_prefix = check_dht_prefix(prefix)
+    return config
+
+
+def _connect(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    config: ClientConfig,
+    *,
+    node: SwarmNode | None,
+    dht: hivemind.DHT | None,
+    initial_peers: Sequence[str] | None,
+) -> RemoteSequential:
+    if sum(given is not None for given in (node, dht, initial_peers)) != 1 or initial_peers == []:
+        raise ConfigurationError(
+            "give one way into the swarm: initial_peers=[address that `petals-lightning serve` or `bootstrap` prints], "
+            "or dht=hivemind.DHT(…), or node=SwarmNode(…)"
+        )
+    owns_node = node is None
+    if node is None:
+        # A peer of our own joins through the caller's DHT process: its daemon's handlers belong to that process.
+        peers = [str(maddr) for maddr in dht.get_visible_maddrs()] if dht is not None else list(initial_peers or ())
+        node = SwarmNode(
+            peers, host_maddrs=(), client_mode=True, connect_timeout=max(config.connect_timeout, 5.0)
+        ).start()
+    try:
+        return RemoteSequential.connect(
+            node,
+            dht_prefix=model.config.dht_prefix,
+            num_blocks=num_blocks(model.config),
+            hidden_size=model.config.get_text_config().hidden_size,
+            fingerprint=checkpoint.fingerprint,
+            config=config,
+            owns_node=owns_node,
+        )
+    except BaseException:
+        if owns_node:
+            node.close()
+        raise
+
+
+def _assemble(
+    model: Any,
+    layout: BlockLayout,
+    layers: RemoteSequential,
+    tuning_mode: TuningMode | None,
+    pre_seq_len: int | None,
+) -> None:
+    attach_trainable(model, layout, tuning_mode, pre_seq_len)
+    model.bridge = DecoderBridge(model, layout, layers)

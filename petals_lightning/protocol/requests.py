@@ -1,0 +1,164 @@
+"""Forward and backward requests: their fields and tensors, and the checks on those that need no knowledge of a model.
+
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, n = end - start blocks, N rows that are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.messages import Message, Method
+from petals_lightning.protocol.tensors import DTYPE_NAMES, DTYPES
+
+WIRE_DTYPES = {"float32", "float16", "bfloat16"}
+
+
+@dataclass
+class ForwardRequest:
+    """Run blocks [start, end).
+
+    Attributes:
+        hidden: [B, S, H].
+        prefix: [P, H], or None without prompts.
+        deep: [n, P, H], or None: there are none, or they were sent before under `prompts_key`.
+        rows: [N] int32 indices into the B·S positions whose outputs are wanted, None for all.
+        prompts_key: names `deep` on this stream: with `deep` it is kept under the key, without it is looked up.
+        keep: keep the autograd graph under this call's id.
+        input_grad: the backward will want the gradient of `hidden`.
+        want_prefix: return the prefix's hidden states (somebody runs blocks behind `end`).
+        wire_dtype: of the tensors that come back.
+
+    Reply: `hidden` [B, S, H] or [N, H]; `prefix` [P, H] if wanted; fields `kept`, and `compute` and `queue` in seconds.
+    """
+
+    start: int
+    end: int
+    hidden: torch.Tensor
+    prefix: torch.Tensor | None = None
+    deep: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    prompts_key: int | None = None
+    keep: bool = False
+    input_grad: bool = False
+    want_prefix: bool = False
+    wire_dtype: str = "float32"
+
+    _FIELDS = ("start", "end", "prompts_key", "keep", "input_grad", "want_prefix", "wire_dtype")
+    _TENSORS = ("hidden", "prefix", "deep", "rows")
+
+    def to_message(self) -> Message:
+        fields = {name: getattr(self, name) for name in self._FIELDS}
+        tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
+        return Message(Method.FORWARD, fields, tensors)
+
+    @classmethod
+    def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ForwardRequest:
+        """Raises ProtocolError if a field is missing or has the wrong type, or shapes contradict each other."""
+        start, end = _typed(fields, "start", int), _typed(fields, "end", int)
+        wire_dtype = _typed(fields, "wire_dtype", str)
+        if not 0 <= start < end:
+            raise ProtocolError(f"blocks {start}:{end} are no span")
+        if wire_dtype not in WIRE_DTYPES:
+            raise ProtocolError(f"wire_dtype {wire_dtype!r:.40} is none of {sorted(WIRE_DTYPES)}")
+        if unknown := set(tensors) - set(cls._TENSORS):
+            raise ProtocolError(f"unknown tensors {sorted(unknown)!r:.100}")
+        hidden = _floating(tensors, "hidden", 3)
+        if hidden is None:
+            raise ProtocolError("the tensor `hidden` is missing")
+        prefix, deep = _floating(tensors, "prefix", 2), _floating(tensors, "deep", 3)
+        prompts_key = _typed(fields, "prompts_key", (int, type(None)))
+        if (deep is not None or prompts_key is not None) and prefix is None:
+            raise ProtocolError("deep prompts need a prefix")
+        if prefix is not None and prefix.shape[1] != hidden.shape[2]:
+            raise ProtocolError(f"prefix {list(prefix.shape)} and hidden {list(hidden.shape)} differ in hidden size")
+        if deep is not None and list(deep.shape) != [end - start, *prefix.shape]:
+            raise ProtocolError(f"deep prompts {list(deep.shape)} do not fit {end - start} blocks and their prefix")
+        if min(hidden.shape) < 1 or (prefix is not None and min(prefix.shape) < 1):
+            raise ProtocolError("a tensor has an empty dimension")
+        rows = tensors.get("rows")
+        if rows is not None:
+            if rows.dtype != torch.int32 or rows.ndim != 1 or not len(rows):
+                raise ProtocolError("rows must be a non-empty list of int32")
+            if rows.min() < 0 or rows.max() >= hidden.shape[0] * hidden.shape[1]:
+                raise ProtocolError(f"rows point outside of {hidden.shape[0]} × {hidden.shape[1]} positions")
+        return cls(
+            start, end, hidden, prefix, deep, rows, prompts_key,
+            _typed(fields, "keep", bool), _typed(fields, "input_grad", bool), _typed(fields, "want_prefix", bool),
+            wire_dtype,
+        )  # fmt: skip
+
+
+@dataclass
+class BackwardRequest:
+    """Gradients of a forward.
+
+    Attributes:
+        grad: like the forward's `hidden` reply.
+        grad_prefix: [P, H], or None if nothing behind the span read the prefix.
+        graph: id of the forward call (same stream) whose graph is kept; None: run `forward` again first.
+        forward: the request to run again, if `graph` is None.
+        wire_dtype: of the gradients that come back.
+
+    Reply: those of `hidden`, `prefix` and `deep` that the forward had (`hidden` only with `input_grad`); prompts'
+    gradients are summed over the batch.
+    """
+
+    grad: torch.Tensor
+    grad_prefix: torch.Tensor | None = None
+    graph: int | None = None
+    forward: ForwardRequest | None = None
+    wire_dtype: str = "float32"
+
+    def to_message(self) -> Message:
+        fields: dict[str, Any] = {"graph": self.graph, "wire_dtype": self.wire_dtype}
+        tensors = {"grad": self.grad}
+        if self.grad_prefix is not None:
+            tensors["grad_prefix"] = self.grad_prefix
+        if self.forward is not None:
+            again = self.forward.to_message()
+            fields["forward"] = again.fields
+            tensors |= again.tensors
+        return Message(Method.BACKWARD, fields, tensors)
+
+    @classmethod
+    def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> BackwardRequest:
+        """Raises ProtocolError as `ForwardRequest.from_message`."""
+        tensors = dict(tensors)
+        graph = _typed(fields, "graph", (int, type(None)))
+        wire_dtype = _typed(fields, "wire_dtype", str)
+        if wire_dtype not in WIRE_DTYPES:
+            raise ProtocolError(f"wire_dtype {wire_dtype!r:.40} is none of {sorted(WIRE_DTYPES)}")
+        grad, grad_prefix = tensors.pop("grad", None), _floating(tensors, "grad_prefix", 2)
+        tensors.pop("grad_prefix", None)
+        if grad is None or not grad.is_floating_point():
+            raise ProtocolError("the tensor `grad` is missing")
+        forward = None
+        if graph is None:
+            forward = ForwardRequest.from_message(_typed(fields, "forward", dict), tensors)
+        elif tensors:
+            raise ProtocolError("a backward by graph id takes gradients only")
+        return cls(grad, grad_prefix, graph, forward, wire_dtype)
+
+
+def _typed(fields: dict[str, Any], name: str, kind: Any) -> Any:
+    value = fields.get(name)
+    is_stray_bool = isinstance(value, bool) and kind is not bool
+    if not isinstance(value, kind) or is_stray_bool:
+        raise ProtocolError(f"field {name!r} is {value!r:.60}")
+    return value
+
+
+def _floating(tensors: dict[str, torch.Tensor], name: str, dims: int) -> torch.Tensor | None:
+    tensor = tensors.get(name)
+    if tensor is not None and (not tensor.is_floating_point() or tensor.ndim != dims):
+        raise ProtocolError(f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}")
+    return tensor
+
+
+def to_wire(tensor: torch.Tensor, wire_dtype: str) -> torch.Tensor:
+    """The tensor as it travels: on the CPU, in the agreed dtype."""
+    return tensor.detach().to(device="cpu", dtype=DTYPES[wire_dtype])

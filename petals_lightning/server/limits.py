@@ -1,0 +1,22 @@
+"""What one server grants: budgets that requests are checked against before memory or compute is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Args:
+    graph_bytes: budget for kept autograd graphs, all clients together.
+    graph_lifetime: seconds that a kept graph waits for its backward.
+    max_batch_tokens: B·(P + S) of one request.
+    max_message_bytes: bytes of one request's tensors, and of all requests under way on one stream.
+    max_open_requests: requests of one stream that may wait or run at once.
+    """
+
+    graph_bytes: int = 2 << 30
+    graph_lifetime: float = 300.0
+    max_batch_tokens: int = 1 << 16
+    max_message_bytes: int = 1 << 30
+    max_open_requests: int = 64

@@ -1,0 +1,259 @@
+"""A server of blocks: loads its span, joins the swarm, announces itself, serves, and leaves in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from transformers import AutoModel
+
+from petals_lightning import __version__
+from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf.loading import model_class
+from petals_lightning.hf.skeleton import num_blocks
+from petals_lightning.protocol.messages import STREAM_METHOD
+from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
+from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
+from petals_lightning.server.compute import ComputeThread
+from petals_lightning.server.graphs import measure_graph_bytes
+from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.placement import thinnest_span
+from petals_lightning.server.session import Backend, Session
+from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
+from petals_lightning.swarm import SwarmDirectory, SwarmNode
+from petals_lightning.swarm.directory import ModelEntry
+
+logger = logging.getLogger(__name__)
+
+
+class Server:
+    """Serves blocks of one model.
+
+    Args:
+        checkpoint: the model.
+        node: this process's peer; started and closed by the server.
+        block_indices: (start, end) to hold, or None to choose `num_blocks` where the swarm is thinnest.
+        num_blocks: how many to hold if `block_indices` is None; None takes all.
+        dht_prefix: name of the model in the DHT; None derives it from the hub id.
+        device, dtype: where and how blocks run; "auto" dtype is the checkpoint's.
+        public_name: shown to users of the swarm.
+        throughput: requests a second to announce; None measures it.
+        update_period: seconds between announcements; records live twice as long.
+        limits: budgets.
+        on_shard: progress of loading.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        node: SwarmNode,
+        *,
+        block_indices: tuple[int, int] | None = None,
+        num_blocks: int | None = None,
+        dht_prefix: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
+        public_name: str | None = None,
+        throughput: float | None = None,
+        update_period: float = 60.0,
+        limits: ServerLimits | None = None,
+        on_shard: Callable[[str, int, int], None] | None = None,
+    ):
+        self._checkpoint, self.node = checkpoint, node
+        self._block_indices, self._num_blocks = block_indices, num_blocks
+        self._dht_prefix = check_dht_prefix(dht_prefix) if dht_prefix is not None else None
+        self._device, self._dtype = torch.device(device), dtype
+        self._public_name, self._throughput = public_name, throughput
+        self._update_period, self._limits, self._on_shard = update_period, limits or ServerLimits(), on_shard
+        self._compute: ComputeThread | None = None
+        self._announcer: Any = None
+        self._backend: Backend | None = None
+        self._record: ServerRecord | None = None
+        self._sessions: set[asyncio.Task[Any]] = set()
+
+    @property
+    def span(self) -> BlockSpan:
+        assert self._backend is not None, "the server has not been started"
+        return self._backend.span
+
+    @property
+    def dht_prefix(self) -> str:
+        if self._dht_prefix is None:
+            self._dht_prefix = derive_dht_prefix(
+                self._checkpoint.name_or_path, self._checkpoint.config.model_type, is_local=self._checkpoint.is_local
+            )
+        return self._dht_prefix
+
+    def start(self) -> None:
+        """Loads the span, joins the swarm and announces itself; returns when clients can find it.
+
+        Raises:
+            ConfigurationError: the model, the span or an address is wrong.
+            SwarmConnectionError: the swarm cannot be joined, or takes no record.
+        """
+        prefix, count = self.dht_prefix, num_blocks(self._checkpoint.config)
+        if self._block_indices is not None:
+            self._check_span(*self._block_indices, count)
+        self.node.start()
+        try:
+            start, end = self._block_indices or self._choose_span(prefix, count)
+            logger.info("loading blocks %d:%d of %s", start, end, self._checkpoint.name_or_path)
+            span = self._load(start, end)
+            self._compute = ComputeThread()
+            self._backend = Backend(span, self._compute, self._limits, info={})
+            self._backend.graph_bytes_per_token = measure_graph_bytes(span)
+            record = self._measure(span)
+            self._backend.info = {
+                "start": start,
+                "end": end,
+                "num_blocks": count,
+                "hidden_size": span.hidden_size,
+                "dtype": record.torch_dtype,
+                "returns_tuple": bool(span.returns_tuple),
+                "fingerprint": record.fingerprint,
+                "version": __version__,
+                "max_batch_tokens": self._limits.max_batch_tokens,
+            }
+            self.node.run(self._open(prefix, count, record))
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Announces that it leaves, finishes what is under way within `timeout` seconds, closes everything."""
+        if self._announcer is not None:
+            self.node.run(self._leave(timeout))
+            self._announcer = None
+        if self._compute is not None:
+            self._compute.stop()
+            self._compute = None
+        self.node.close()
+
+    def _check_span(self, start: int, end: int, count: int) -> None:
+        if not 0 <= start < end <= count:
+            raise ConfigurationError(
+                f"blocks {start}:{end} do not exist: {self._checkpoint.name_or_path} has {count}, numbered 0:{count}"
+            )
+
+    def _choose_span(self, prefix: str, count: int) -> tuple[int, int]:
+        wanted = count if self._num_blocks is None else self._num_blocks
+        if wanted < 1:
+            raise ConfigurationError(f"num_blocks is {wanted}: a server holds at least one block")
+        table = self.node.run(SwarmDirectory(self.node.dht).servers(prefix, count))
+        held = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
+        return thinnest_span(held, wanted)
+
+    def _load(self, start: int, end: int) -> BlockSpan:
+        model, layout = load_pruned(
+            model_class(AutoModel, self._checkpoint),
+            self._checkpoint,
+            Part(start, end, ends=False),
+            dtype=self._dtype,
+            on_shard=self._on_shard,
+        )
+        span = BlockSpan(model.to(self._device), layout, start)
+        span.share_prefix = verify_shared_prefix(span)
+        if not span.share_prefix:
+            logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
+        return span
+
+    def _measure(self, span: BlockSpan) -> ServerRecord:
+        """The record to announce, with the speed of a small forward."""
+        hidden = torch.randn(4, 64, span.hidden_size, device=span.device, dtype=span.dtype)
+        inputs, seconds = SpanInputs(span.start, span.end, hidden), []
+        with torch.no_grad():
+            for _ in range(3):
+                began = time.perf_counter()
+                span.forward(inputs)[0].sum().item()  # waits for the GPU too
+                seconds.append(time.perf_counter() - began)
+        tokens_per_second = hidden.shape[0] * hidden.shape[1] * (span.end - span.start) / min(seconds)
+        return ServerRecord(
+            state=ServerState.ONLINE,
+            throughput=self._throughput if self._throughput is not None else 1 / min(seconds),
+            start=span.start,
+            end=span.end,
+            public_name=self._public_name,
+            version=__version__,
+            torch_dtype=str(span.dtype).removeprefix("torch."),
+            tokens_per_second=tokens_per_second,
+            stream_version=STREAM_VERSION,
+            hidden_size=span.hidden_size,
+            fingerprint=self._checkpoint.fingerprint,
+        )
+
+    async def _open(self, prefix: str, count: int, record: ServerRecord) -> None:
+        await self.node.p2p.add_binary_stream_handler(STREAM_METHOD, self._handle_stream)
+        if not await self._announce(prefix, count, record):
+            raise SwarmConnectionError(
+                f"the swarm took no record of {prefix!r}: check that this machine's clock is right and its peers answer"
+            )
+        self._record = record
+        self._announcer = asyncio.create_task(self._announce_forever(prefix, count, record))
+
+    async def _announce(self, prefix: str, count: int, record: ServerRecord) -> bool:
+        directory, lifetime = SwarmDirectory(self.node.dht), max(2 * self._update_period, 3.0)
+        repository = None if self._checkpoint.is_local else self._checkpoint.name_or_path
+        await directory.announce_model(ModelEntry(prefix, count, repository), lifetime)
+        assert record.start is not None
+        assert record.end is not None
+        return await directory.announce(prefix, record, range(record.start, record.end), lifetime)
+
+    async def _announce_forever(self, prefix: str, count: int, record: ServerRecord) -> None:
+        while True:
+            await asyncio.sleep(self._update_period)
+            assert self._backend is not None
+            self._backend.graphs.expire()
+            if not await self._announce(prefix, count, record):
+                logger.warning("the swarm did not take this announcement; trying again in %gs", self._update_period)
+
+    async def _leave(self, timeout: float) -> None:
+        assert self._backend is not None
+        assert self._record is not None
+        self._backend.leaving = True
+        self._announcer.cancel()
+        await asyncio.wait([self._announcer])
+        deadline = time.monotonic() + timeout
+        try:
+            count, offline = num_blocks(self._checkpoint.config), replace(self._record, state=ServerState.OFFLINE)
+            await asyncio.wait_for(self._announce(self.dht_prefix, count, offline), timeout / 2)
+        except TimeoutError:
+            logger.warning("no peer took the message that this server leaves; its record expires by itself")
+        while self._backend.under_way and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for session in list(self._sessions):
+            session.cancel()
+
+    async def _handle_stream(
+        self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        assert self._backend is not None
+        task = asyncio.current_task()
+        assert task is not None
+        self._sessions.add(task)
+        try:
+            await Session(self._backend, info.peer_id.to_base58(), reader, writer).serve()
+        except asyncio.CancelledError:
+            if not self._backend.leaving:
+                raise
+        finally:
+            self._sessions.discard(task)
+
+
+def parse_block_indices(text: str) -> tuple[int, int]:
+    """`a:b` as (a, b).
+
+    Raises:
+        ConfigurationError: it is not of that form.
+    """
+    try:
+        start, end = (int(part) for part in text.split(":"))
+    except ValueError as e:
+        raise ConfigurationError(f"--block-indices {text!r}: give START:END, END exclusive, e.g. 0:16") from e
+    return start, end

@@ -1,0 +1,245 @@
+"""One client's stream: reads its messages, has them computed, answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.framing import MessageReader, MessageWriter
+from petals_lightning.protocol.messages import ErrorCode, Message, Method
+from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
+from petals_lightning.server.compute import ComputeThread, Priority
+from petals_lightning.server.graphs import GraphStore
+from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
+
+logger = logging.getLogger(__name__)
+
+_MAX_PROMPTS = 8  # sets of deep prompts that one stream may have registered; a client needs one or two at a time
+_stream_numbers = itertools.count()
+
+
+class Refusal(Exception):
+    """Ends a request with an error code and words for the client."""
+
+    def __init__(self, code: ErrorCode, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+class Backend:
+    """What all sessions of a server share: the span, its compute thread, its budgets."""
+
+    def __init__(self, span: BlockSpan, compute: ComputeThread, limits: ServerLimits, info: dict[str, Any]):
+        self.span, self.compute, self.limits, self.info = span, compute, limits, info
+        self.graphs = GraphStore(limits.graph_bytes, limits.graph_lifetime)
+        self.graph_bytes_per_token = 0.0
+        self.leaving = False
+        self.under_way = 0
+
+    def graph_size(self, request: ForwardRequest) -> int:
+        """Estimated bytes of the request's autograd graph."""
+        batch, tokens, _ = request.hidden.shape
+        positions = batch * tokens + (len(request.prefix) if request.prefix is not None else 0)
+        return int(positions * (request.end - request.start) * self.graph_bytes_per_token)
+
+
+class Session:
+    """Serves one stream until it ends; what the client left on the server is freed then."""
+
+    def __init__(self, backend: Backend, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._backend, self._peer = backend, peer
+        self._number = next(_stream_numbers)
+        limits = backend.limits
+        self._reader = MessageReader(
+            reader, max_message_bytes=limits.max_message_bytes, max_open=limits.max_open_requests
+        )
+        self._writer = MessageWriter(writer)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._prompts: OrderedDict[int, torch.Tensor] = OrderedDict()
+
+    async def serve(self) -> None:
+        try:
+            while (item := await self._reader.next()) is not None:
+                await self._dispatch(item[0], item[1])
+        except ProtocolError as e:
+            logger.warning("client …%s breaks the protocol: %s", self._peer[-6:], e)
+            await self._reply(0, Message(Method.ERROR, {"code": ErrorCode.BAD_REQUEST.value, "message": str(e)}))
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            self._backend.graphs.drop_stream(self._number)
+            self._writer.close()
+
+    async def _dispatch(self, call_id: int, message: Message) -> None:
+        match message.method:
+            case Method.PING:
+                await self._reply(call_id, Message(Method.OK))
+            case Method.INFO:
+                await self._reply(call_id, Message(Method.OK, self._backend.info))
+            case Method.CANCEL:
+                if (task := self._tasks.get(call_id)) is not None:
+                    task.cancel()
+            case Method.FORWARD | Method.BACKWARD:
+                if call_id in self._tasks or len(self._tasks) >= self._backend.limits.max_open_requests:
+                    raise ProtocolError(f"call {call_id}: too many open requests, or one id used twice")
+                # Parsed here and not in the task: registered prompts must be seen in the order they were sent.
+                handler = self._prepare(call_id, message)
+                self._tasks[call_id] = asyncio.create_task(self._answer(call_id, handler))
+            case _:
+                raise ProtocolError(f"a client may not send {message.method.value!r}")
+
+    def _prepare(self, call_id: int, message: Message) -> Callable[[], Any]:
+        try:
+            if self._backend.leaving:
+                raise Refusal(ErrorCode.LEAVING, "the server is shutting down")
+            if message.method is Method.FORWARD:
+                forward = ForwardRequest.from_message(message.fields, message.tensors)
+                self._admit(forward)
+                return lambda: self._forward(call_id, forward)
+            backward = BackwardRequest.from_message(message.fields, message.tensors)
+            if backward.forward is not None:
+                self._admit(backward.forward)
+            return lambda: self._backward(backward)
+        except ProtocolError as e:
+            return _failing(Refusal(ErrorCode.BAD_REQUEST, str(e)))
+        except Refusal as e:
+            return _failing(e)
+
+    def _admit(self, request: ForwardRequest) -> None:
+        """Checks a request against the span and the limits, and resolves its registered prompts."""
+        span, limits = self._backend.span, self._backend.limits
+        if not span.start <= request.start < request.end <= span.end:
+            raise Refusal(
+                ErrorCode.NOT_SERVED,
+                f"blocks {request.start}:{request.end} are not held here, this server has {span.start}:{span.end}",
+            )
+        batch, tokens, hidden_size = request.hidden.shape
+        if hidden_size != span.hidden_size:
+            raise ProtocolError(f"hidden size {hidden_size}, the model here has {span.hidden_size}")
+        positions = batch * (tokens + (len(request.prefix) if request.prefix is not None else 0))
+        if positions > limits.max_batch_tokens:
+            raise ProtocolError(
+                f"{positions} tokens in one request, this server takes up to {limits.max_batch_tokens}: "
+                "use smaller batches or micro-batches"
+            )
+        if request.prompts_key is not None:
+            if request.deep is not None:
+                self._prompts[request.prompts_key] = request.deep
+                while len(self._prompts) > _MAX_PROMPTS:
+                    self._prompts.popitem(last=False)
+            elif (deep := self._prompts.get(request.prompts_key)) is not None:
+                assert request.prefix is not None
+                if list(deep.shape) != [request.end - request.start, *request.prefix.shape]:
+                    raise ProtocolError(f"registered prompts {list(deep.shape)} do not fit the request")
+                request.deep = deep
+            else:
+                raise Refusal(ErrorCode.PROMPTS_LOST, "these prompts are not registered here any more")
+
+    async def _answer(self, call_id: int, handler: Callable[[], Any]) -> None:
+        self._backend.under_way += 1
+        try:
+            reply = await handler()
+        except Refusal as e:
+            reply = Message(Method.ERROR, {"code": e.code.value, "message": str(e)})
+        except torch.OutOfMemoryError:
+            self._backend.graphs.clear()
+            logger.warning("out of memory in a request of …%s: all kept graphs were dropped", self._peer[-6:])
+            reply = Message(Method.ERROR, {"code": ErrorCode.OVERLOADED.value, "message": "out of memory"})
+        except Exception as e:
+            logger.exception("a request of …%s failed", self._peer[-6:])
+            # The kind of the error, not its text: what is in this machine's memory or paths is not the client's.
+            words = f"the server failed on this request ({type(e).__name__}; details are in its log)"
+            reply = Message(Method.ERROR, {"code": ErrorCode.INTERNAL.value, "message": words})
+        finally:
+            self._backend.under_way -= 1
+            self._tasks.pop(call_id, None)
+        await self._reply(call_id, reply)
+
+    async def _forward(self, call_id: int, request: ForwardRequest) -> Message:
+        backend = self._backend
+        size = backend.graph_size(request)
+        keep = request.keep and backend.graphs.make_room(size)
+
+        def compute() -> tuple[SpanGraph | None, dict[str, torch.Tensor]]:
+            if keep:
+                graph = backend.span.forward_with_graph(self._inputs(request), input_grad=request.input_grad)
+                graph.num_bytes = size
+                outputs = graph.outputs
+            else:
+                graph = None
+                with torch.no_grad():
+                    out, prefix = backend.span.forward(self._inputs(request))
+                outputs = [out] if prefix is None else [out, prefix]
+            named = {"hidden": outputs[0]}
+            if request.want_prefix and len(outputs) > 1:
+                named["prefix"] = outputs[1]
+            return graph, {name: to_wire(tensor, request.wire_dtype) for name, tensor in named.items()}
+
+        timed = await backend.compute.run(Priority.FORWARD, compute)
+        graph, tensors = timed.value
+        if graph is not None:
+            backend.graphs.put((self._number, call_id), graph)
+        fields = {"kept": graph is not None, "queue": timed.queued, "compute": timed.computed}
+        return Message(Method.OK, fields, tensors)
+
+    async def _backward(self, request: BackwardRequest) -> Message:
+        span = self._backend.span
+        graph = None
+        if request.graph is not None:
+            graph = self._backend.graphs.pop((self._number, request.graph))
+            if graph is None:
+                raise Refusal(ErrorCode.GRAPH_LOST, "the kept graph is gone")
+            self._check_grads(request, graph.inputs)
+
+        def compute() -> dict[str, torch.Tensor]:
+            kept = graph
+            if kept is None:
+                assert request.forward is not None
+                inputs = self._inputs(request.forward)
+                self._check_grads(request, inputs)
+                kept = span.forward_with_graph(inputs, input_grad=request.forward.input_grad)
+            grads = span.backward(kept, request.grad.to(span.device), _to(request.grad_prefix, span.device))
+            return {name: to_wire(grad, request.wire_dtype) for name, grad in grads.items()}
+
+        timed = await self._backend.compute.run(Priority.BACKWARD, compute)
+        return Message(Method.OK, {"queue": timed.queued, "compute": timed.computed}, timed.value)
+
+    def _inputs(self, request: ForwardRequest) -> SpanInputs:
+        device = self._backend.span.device
+        rows = request.rows.to(device, torch.int64) if request.rows is not None else None
+        tensors = (_to(tensor, device) for tensor in (request.prefix, request.deep))
+        return SpanInputs(request.start, request.end, request.hidden.to(device), *tensors, rows)
+
+    def _check_grads(self, request: BackwardRequest, inputs: SpanInputs) -> None:
+        expected = list(inputs.hidden.shape) if inputs.rows is None else [len(inputs.rows), inputs.hidden.shape[2]]
+        if list(request.grad.shape) != expected:
+            raise Refusal(ErrorCode.BAD_REQUEST, f"grad is {list(request.grad.shape)}, must be {expected}")
+        if request.grad_prefix is not None and (
+            inputs.prefix is None or request.grad_prefix.shape != inputs.prefix.shape
+        ):
+            raise Refusal(ErrorCode.BAD_REQUEST, "grad_prefix does not fit the forward's prefix")
+
+    async def _reply(self, call_id: int, message: Message) -> None:
+        try:
+            await self._writer.send(call_id, message)
+        except ConnectionError:
+            logger.debug("client …%s left before its answer", self._peer[-6:])
+
+
+def _failing(error: Refusal) -> Callable[[], Any]:
+    async def fail() -> Message:
+        raise error
+
+    return fail
+
+
+def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return tensor.to(device) if tensor is not None else None
