@@ -22,7 +22,7 @@ from petals_lightning.hf.loading import model_class
 from petals_lightning.hf.skeleton import BlockLayout, num_blocks
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.prompts import TuningMode, check_tuning
-from petals_lightning.models.trainable import attach_trainable
+from petals_lightning.models.trainable import FrozenBody, attach_trainable
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
 
@@ -32,15 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DistributedModel:
-    """Mixed into the family's own class: frozen parts stay in eval mode (no dropout), blocks are remote."""
+class DistributedModel(FrozenBody):
+    """Mixed into the family's own class, whose blocks are remote."""
 
     bridge: DecoderBridge
-
-    def train(self, mode: bool = True) -> Any:
-        super().train(False)  # type: ignore[misc]
-        self.training = mode
-        return self
 
 
 class DistributedClassifier(DistributedModel):

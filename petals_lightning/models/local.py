@@ -16,7 +16,7 @@ from petals_lightning.hf import Checkpoint, find_blocks
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.hf.skeleton import BlockLayout
 from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
-from petals_lightning.models.trainable import attach_trainable
+from petals_lightning.models.trainable import FrozenBody, attach_trainable
 
 
 class _LocalModel:
@@ -59,6 +59,8 @@ class _LocalModel:
             model = cls.auto_class.from_pretrained(
                 name_or_path, config=config, dtype=dtype, token=token, **({"revision": revision} if revision else {})
             )
+        family = type(model)
+        model.__class__ = type(family.__name__, (FrozenBody, family), {"__module__": family.__module__})
         layout = find_blocks(model)
         attach_trainable(model, layout, tuning_mode, pre_seq_len)
         if tuning_mode is not None:

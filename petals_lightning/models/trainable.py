@@ -12,6 +12,16 @@ from petals_lightning.hf.skeleton import BlockLayout, num_blocks
 from petals_lightning.models.prompts import Prompts, TuningMode
 
 
+class FrozenBody:
+    """Mixed into a family's class: `train()` leaves the frozen parts in eval mode. Their dropout would make servers'
+    and local results differ, and gradients noisy for nothing."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(False)  # type: ignore[misc]
+        self.training = mode
+        return self
+
+
 def attach_trainable(
     model: PreTrainedModel, layout: BlockLayout, tuning_mode: TuningMode | None, pre_seq_len: int | None
 ) -> None:

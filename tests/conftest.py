@@ -1,0 +1,46 @@
+"""Shared fixtures: tiny checkpoints of every family, and real swarms on loopback."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve the servers
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.families import TINY_CONFIGS, save_tiny_checkpoint
+from tests.swarms import InProcessSwarm
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_checkpoint("llama")` is the folder of a random 4-block model of that family."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = save_tiny_checkpoint(TINY_CONFIGS[family](), tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def start_swarm() -> Iterator[Callable[..., InProcessSwarm]]:
+    """`start_swarm(checkpoint, [(0, 1), (1, 4)])` is a running swarm; it ends with the test."""
+    with ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(InProcessSwarm(*args, **kwargs))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data and models beside the checkout; tests that need it skip where it is missing."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"needs real data in {SHARED / 'data'}, which is not part of the project")
+    return SHARED / "data"

@@ -1,0 +1,136 @@
+"""The bundled model and reviews: what the documentation claims about them holds."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from petals_lightning.sample import MODEL_DIR, REVIEWS_DIR
+from petals_lightning.sample.grammar import (
+    ALL_WORDS,
+    LABELS,
+    MAX_TOKENS,
+    MIN_TOKENS,
+    OTHER_WORDS,
+    TRAIN_WORDS,
+    corpus,
+    words_of,
+)
+from petals_lightning.sample.make_reviews import SIZES, write_splits
+from petals_lightning.sample.pretrain import build_tokenizer
+
+PARITY_WITH_THE_GRAMMAR = "run `python -m petals_lightning.sample.make_reviews` and pretrain again"
+
+
+def read_split(name: str) -> list[dict]:
+    return [json.loads(line) for line in (REVIEWS_DIR / f"{name}.jsonl").read_text().splitlines()]
+
+
+def words_in(rows: list[dict]) -> set[str]:
+    return {word for row in rows for word in row["sentence"].split()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+def test_grammar_gives_the_same_text_for_the_same_seed():
+    first, again, other = (list(islice(corpus(seed), 50)) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_bundled_reviews_are_what_the_generator_makes(tmp_path):
+    write_splits(tmp_path)
+    for name in SIZES:
+        made, bundled = (folder / f"{name}.jsonl" for folder in (tmp_path, REVIEWS_DIR))
+        assert made.read_bytes() == bundled.read_bytes(), PARITY_WITH_THE_GRAMMAR
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_splits_are_balanced_and_short(name):
+    rows = read_split(name)
+    assert len(rows) == SIZES[name]
+    assert [sum(row["label"] == label for row in rows) for label in LABELS] == [len(rows) // 2] * 2
+    assert all(MIN_TOKENS <= len(row["sentence"].split()) <= MAX_TOKENS for row in rows)
+    assert all(row["sentence"] == row["sentence"].lower() for row in rows)
+
+
+def test_no_review_is_in_two_splits_or_in_the_corpus():
+    sentences = [row["sentence"] for name in SIZES for row in read_split(name)]
+    assert len(set(sentences)) == len(sentences)
+    documents = "\n".join(islice(corpus(0, set(sentences)), 2000))
+    assert not any(sentence in documents for sentence in sentences)
+
+
+def test_evaluation_uses_no_opinion_word_of_the_training_labels():
+    opinions = words_of(ALL_WORDS)
+    train = words_in(read_split("train")) & opinions
+    assert train == words_of(TRAIN_WORDS)
+    for name in ("validation", "test"):
+        used = words_in(read_split(name)) & opinions
+        assert used
+        assert used.isdisjoint(train)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_opinion_words_share_no_root_with_the_other_set(label):
+    train, other = words_of(TRAIN_WORDS, label), words_of(OTHER_WORDS, label)
+    assert len(train) == 24
+    assert len(other) >= 60
+    for a in train:
+        for b in other:
+            length = min(5, len(a), len(b))
+            assert a[:length] != b[:length], (a, b)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_review_has_opinion_words_of_its_own_side_only(name):
+    for row in read_split(name):
+        words = set(row["sentence"].split())
+        assert words & words_of(ALL_WORDS, row["label"])
+        assert not words & words_of(ALL_WORDS, 1 - row["label"])
+
+
+def test_tokenizer_knows_every_word_of_the_reviews(tokenizer):
+    sentences = [row["sentence"] for name in SIZES for row in read_split(name)]
+    for sentence, ids in zip(sentences, tokenizer(sentences)["input_ids"], strict=True):
+        assert tokenizer.unk_token_id not in ids
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(ids[1:]) == sentence
+
+
+def test_tokenizer_splits_raw_text_as_sst2_does(tokenizer):
+    assert tokenizer("It doesn't work, does it?")["input_ids"] == tokenizer("it does n't work , does it ?")["input_ids"]
+    assert tokenizer.pad_token_id == 0
+    assert tokenizer.padding_side == "right"
+
+
+def test_bundled_tokenizer_is_what_the_grammar_makes(tokenizer):
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab(), PARITY_WITH_THE_GRAMMAR
+
+
+def test_checkpoint_is_sharded_and_small():
+    weight_map = json.loads((MODEL_DIR / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = set(weight_map.values())
+    assert len(shards) >= 6
+    assert {path.name for path in MODEL_DIR.glob("*.safetensors")} == shards
+    assert sum(path.stat().st_size for path in MODEL_DIR.iterdir()) < 8 * 2**20
+
+
+def test_model_knows_the_verdict_on_held_out_reviews(tokenizer):
+    rows = read_split("validation")[:100]
+    model, info = AutoModelForCausalLM.from_pretrained(MODEL_DIR, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    batch = tokenizer([row["sentence"] + " my verdict :" for row in rows], padding=True, return_tensors="pt")
+    last = batch["attention_mask"].sum(1) - 1
+    with torch.no_grad():
+        logits = model(**batch).logits[torch.arange(len(rows)), last]
+    no, yes = tokenizer.convert_tokens_to_ids(["no", "yes"])
+    said_yes = logits[:, yes] > logits[:, no]
+    accuracy = (said_yes == torch.tensor([row["label"] == 1 for row in rows])).float().mean()
+    assert accuracy > 0.9

@@ -1,0 +1,131 @@
+"""Real swarms for tests: servers in this process (quick), or as processes (to be killed)."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from petals_lightning.hf import Checkpoint
+from petals_lightning.models import remote_blocks
+from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.server import Server
+from petals_lightning.swarm import SwarmNode
+
+LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
+PREFIX = "tiny"
+
+
+class InProcessSwarm:
+    """Servers with peers of their own (each with its libp2p daemon), all in this process.
+
+    Args:
+        checkpoint: the model.
+        spans: blocks of each server.
+        dtype, limits, prefix: for all servers.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        spans: Sequence[tuple[int, int]],
+        *,
+        dtype: str = "auto",
+        limits: ServerLimits | None = None,
+        prefix: str = PREFIX,
+        initial_peers: Sequence[str] = (),
+    ):
+        self._checkpoint, self._spans, self._dtype = str(checkpoint), spans, dtype
+        self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
+        self.servers: list[Server] = []
+        self._models: list[Any] = []
+
+    def load(self, auto_class: Any, **options: Any) -> Any:
+        """The model through this swarm; its connections end with the swarm."""
+        options = {"initial_peers": self.initial_peers, "dht_prefix": self._prefix, **options}
+        self._models.append(auto_class.from_pretrained(self._checkpoint, **options))
+        return self._models[-1]
+
+    @property
+    def initial_peers(self) -> list[str]:
+        return self.servers[0].node.visible_maddrs()
+
+    def __enter__(self) -> InProcessSwarm:
+        for span in self._spans:
+            peers = self.initial_peers if self.servers else self._initial_peers
+            server = Server(
+                Checkpoint(self._checkpoint),
+                SwarmNode(peers, host_maddrs=LOOPBACK),
+                block_indices=span,
+                dht_prefix=self._prefix,
+                dtype=self._dtype,
+                limits=self._limits,
+                update_period=30,
+            )
+            server.start()
+            self.servers.append(server)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for model in self._models:
+            remote_blocks(model).close()
+        for server in reversed(self.servers):
+            server.stop(timeout=1)
+
+
+class ServerProcess:
+    """`petals-lightning serve` as its user runs it."""
+
+    def __init__(self, checkpoint: Path | str, span: tuple[int, int], initial_peers: Sequence[str] = (), *extra: str):
+        join = [item for peer in initial_peers for item in ("--initial-peers", peer)] or ["--new-swarm"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "petals_lightning.cli.main", "serve", str(checkpoint), *join, "--dht-prefix", PREFIX,
+             "--block-indices", f"{span[0]}:{span[1]}", "--host-maddrs", *LOOPBACK, "--threads", "1", *extra],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.errors: list[str] = []
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    @property
+    def maddr(self) -> str:
+        return self._maddr
+
+    def wait_ready(self) -> ServerProcess:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("multiaddress:"):
+                self._maddr = line.split()[1]
+            if line.startswith("ready"):
+                return self
+        raise RuntimeError(f"the server ended: {''.join(self.errors)}")
+
+    @property
+    def peer_id(self) -> str:
+        return self.maddr.rsplit("/", 1)[-1]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+
+    def _drain(self) -> None:
+        assert self.process.stderr is not None
+        try:
+            self.errors.extend(self.process.stderr)
+        except ValueError:
+            return  # closed by stop
