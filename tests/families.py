@@ -22,7 +22,16 @@ _COMMON = {
     "pad_token_id": 0,
 }
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-_GPT2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": NUM_BLOCKS, "n_head": 4, "n_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": HIDDEN,
+    "n_layer": NUM_BLOCKS,
+    "n_head": 4,
+    "n_positions": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 _FALCON = {k: v for k, v in _COMMON.items() if k not in ("intermediate_size", "max_position_embeddings")}
 
 TINY_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -58,9 +59,17 @@ def serve(
         raise ConfigurationError("give --block-indices or --num-blocks, not both")
     if dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise ConfigurationError(f"--dtype {dtype!r}: choose auto, float32, float16 or bfloat16")
-    for name, value in (("--graph-memory", graph_memory), ("--update-period", update_period)):
-        if value < 0 or (name == "--update-period" and value == 0):
+    for name, value in (
+        ("--update-period", update_period),
+        ("--max-batch-tokens", max_batch_tokens),
+        ("--num-blocks", num_blocks),
+        ("--threads", threads),
+        ("--throughput", throughput),
+    ):
+        if value is not None and not 0 < value < math.inf:
             raise ConfigurationError(f"{name} is {value:g}: it must be above 0")
+    if not 0 <= graph_memory < math.inf:
+        raise ConfigurationError(f"--graph-memory is {graph_memory:g}: it must be 0 or more")
     configure_logging()
     stop = StopSignal()
 
@@ -73,6 +82,11 @@ def serve(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch asserts that it was built for the device
+        raise ConfigurationError(f"--device {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
     progress = _LoadingBar()
     server = Server(
         Checkpoint(model, revision=revision, token=token),
@@ -85,7 +99,7 @@ def serve(
         block_indices=parse_block_indices(block_indices) if block_indices is not None else None,
         num_blocks=num_blocks,
         dht_prefix=dht_prefix,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         dtype=dtype,
         public_name=public_name,
         throughput=throughput,

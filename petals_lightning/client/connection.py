@@ -12,14 +12,14 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-from hivemind.p2p import P2P, P2PDaemonError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, ProtocolError, RemoteRequestError
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import STREAM_METHOD, ErrorCode, Message, Method
+from petals_lightning.swarm.streams import open_stream
 
 _MAX_MESSAGE_BYTES = 4 << 30  # a client trusts the sizes that it asked for; this only bounds nonsense
 _PROMPTS_KEPT = 8  # as many sets of prompts as a server keeps for one stream
@@ -56,16 +56,17 @@ class PeerConnection:
         Raises:
             PeerFailure: the server cannot be reached in `connect_timeout` seconds, or does not know our stream method.
         """
+        connection = None
         try:
             async with asyncio.timeout(config.connect_timeout):
-                _, reader, writer = await p2p.call_binary_stream_handler(PeerID.from_base58(peer), STREAM_METHOD)
-                connection = cls(peer, reader, writer, config, stats)
+                connection = cls(peer, *await open_stream(p2p, peer, STREAM_METHOD), config, stats)
                 began = time.perf_counter()
                 connection.info = (await connection.call(Message(Method.INFO))).fields
                 connection.round_trip = time.perf_counter() - began
-        except (P2PDaemonError, ControlFailure, OSError, EOFError) as e:  # TimeoutError is an OSError
-            said = str(e).strip().splitlines()
-            raise PeerFailure(peer, f"cannot connect: {said[-1][:200] if said else type(e).__name__}") from e
+        except OSError as e:  # ConnectionError, or TimeoutError
+            if connection is not None:
+                connection.close()
+            raise PeerFailure(peer, f"cannot connect: {e or type(e).__name__}") from e
         return connection
 
     @property

@@ -71,9 +71,21 @@ def plan_route(servers: Sequence[ServerSpan], start: int, end: int) -> list[Rout
     return route[::-1]
 
 
+def route_seconds(servers: Sequence[ServerSpan], route: Sequence[RouteSpan]) -> float | None:
+    """What a route costs with these servers, or None if one of them is missing or holds other blocks now."""
+    by_peer = {server.peer: server for server in servers}
+    total = 0.0
+    for leg in route:
+        server = by_peer.get(leg.peer_id)
+        if server is None or not server.start <= leg.start < leg.end <= server.end:
+            return None
+        total += server.hop_seconds + (leg.end - leg.start) * server.block_seconds
+    return total
+
+
 def uncovered(servers: Sequence[ServerSpan], start: int, end: int) -> list[int]:
     """The blocks of [start, end) that no server holds."""
-    held = set()
+    held: set[int] = set()
     for server in servers:
         held.update(range(max(server.start, start), min(server.end, end)))
     return [block for block in range(start, end) if block not in held]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
-from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, uncovered
+from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, route_seconds, uncovered
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import IncompatibleServerError, NoServersError, PeerFailure
 from petals_lightning.protocol.records import ServerRecord, ServerState
@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_HOP_SECONDS = 0.01
 _DEFAULT_TOKENS_PER_SECOND = 1000.0
+_TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
 _MAX_BAN = 300.0
+_WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place of the one in use
 
 
 @dataclass
@@ -73,6 +75,7 @@ class SwarmView:
         self._misfits: dict[str, str] = {}
         self._bans: dict[str, _Ban] = {}
         self._speeds: dict[str, _Speed] = {}
+        self._routes: dict[tuple[int, int], list[RouteSpan]] = {}
         self._connections: dict[str, PeerConnection] = {}
         self._opening: dict[str, asyncio.Task[PeerConnection]] = {}
         self._maintenance: asyncio.Task[None] | None = None
@@ -141,8 +144,7 @@ class SwarmView:
         while True:
             usable = self._usable(tokens)
             if (legs := plan_route(usable, start, end)) is not None:
-                names = {peer: record.public_name for peer, record in self._records.items()}
-                return [RouteSpan(leg.peer_id, leg.start, leg.end, names.get(leg.peer_id)) for leg in legs]
+                return self._settle(usable, start, end, legs)
             missing = uncovered(usable, start, end)
             if time.monotonic() > deadline:
                 raise NoServersError(await self._explain_missing(missing))
@@ -211,11 +213,22 @@ class SwarmView:
             record, speed = self._records[peer], self._speeds.get(peer)
             connection = self._connections.get(peer)
             hop = connection.round_trip if connection is not None else None
-            rate = record.tokens_per_second or _DEFAULT_TOKENS_PER_SECOND
+            rate = (record.tokens_per_second or _DEFAULT_TOKENS_PER_SECOND) * _TRUST_IN_CLAIMS
             if speed is not None:
                 hop, rate = speed.hop_seconds, speed.tokens_per_second
             spans.append(ServerSpan(peer, start, end, hop if hop is not None else _DEFAULT_HOP_SECONDS, tokens / rate))
         return spans
+
+    def _settle(self, usable: list[ServerSpan], start: int, end: int, planned: list[RouteSpan]) -> list[RouteSpan]:
+        """The planned route, or the last one while it is about as fast: servers there have our prompts and streams."""
+        last = self._routes.get((start, end), [])
+        now, then = route_seconds(usable, planned), route_seconds(usable, last)
+        assert now is not None
+        if not last or then is None or now < then * (1 - _WORTH_A_CHANGE):
+            names = {peer: record.public_name for peer, record in self._records.items()}
+            last = [RouteSpan(leg.peer_id, leg.start, leg.end, names.get(leg.peer_id)) for leg in planned]
+            self._routes[start, end] = last
+        return list(last)
 
     def _is_allowed(self, peer: str) -> bool:
         allowed = self.config.allowed_servers

@@ -77,13 +77,14 @@ class Checkpoint:
         Raises:
             CheckpointError: there are no weights.
         """
-        for index in (_INDEX, _BIN_INDEX):
+        for index, single in ((_INDEX, _SINGLE), (_BIN_INDEX, _BIN_SINGLE)):
             if (path := self._find(index)) is not None:
                 return json.loads(path.read_text())["weight_map"]
-        if (path := self._find(_SINGLE)) is not None:
-            with safe_open(path, framework="pt") as file:
-                return dict.fromkeys(file.keys(), _SINGLE)
-        if (path := self._find(_BIN_SINGLE)) is not None:
+            if (path := self._find(single)) is None:
+                continue
+            if single == _SINGLE:
+                with safe_open(path, framework="pt") as file:
+                    return dict.fromkeys(file.keys(), _SINGLE)
             return dict.fromkeys(_load_bin(path), _BIN_SINGLE)
         raise CheckpointError(
             f"model {self.name_or_path!r} has no weights: found neither {_INDEX}, {_SINGLE}, {_BIN_INDEX} "

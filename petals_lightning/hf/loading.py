@@ -92,6 +92,7 @@ def load_pruned(
                 state_dict={renamed[name]: tensor for name, tensor in lazy.items()},
                 dtype=_resolve_dtype(dtype, checkpoint, lazy),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below
             )
     missing = sorted(key for key in info["missing_keys"] if not may_miss(key))
     if missing or info["mismatched_keys"]:

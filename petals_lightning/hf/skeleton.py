@@ -31,10 +31,10 @@ class BlockLayout:
     def list_path(self) -> str:
         return f"{self.owner_path}.{self.list_name}" if self.owner_path else self.list_name
 
-    def owner(self, model: nn.Module) -> nn.Module:
+    def owner(self, model: nn.Module) -> Any:
         return model.get_submodule(self.owner_path)
 
-    def blocks(self, model: nn.Module) -> nn.Module:
+    def blocks(self, model: nn.Module) -> Any:
         return model.get_submodule(self.list_path)
 
     def set_blocks(self, model: nn.Module, blocks: nn.Module) -> None:

@@ -109,6 +109,7 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
     def add_deep(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden = args[0]
+            assert prompts.deep is not None
             deep = prompts.deep[index].to(hidden.dtype)
             return (hidden + nn.functional.pad(deep, (0, 0, 0, hidden.shape[1] - len(deep))), *args[1:])
 

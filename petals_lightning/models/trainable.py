@@ -32,18 +32,19 @@ def attach_trainable(
     """
     model.requires_grad_(False)
     owner = layout.owner(model)
-    embedding = model.get_input_embeddings().weight
+    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     config = model.config.get_text_config()
     if tuning_mode is not None:
         assert pre_seq_len is not None, "checked by check_tuning"
-        owner.prompts = Prompts(
+        prompts = Prompts(
             tuning_mode,
             pre_seq_len,
             embedding_size=embedding.shape[1],
             hidden_size=config.hidden_size,
             num_blocks=num_blocks(config),
         ).to(embedding.device)
-        owner.prompts.reset_parameters(embedding.float().std().item())
+        prompts.reset_parameters(embedding.float().std().item())
+        owner.prompts = prompts
     for head in _heads(model):
         head.float().requires_grad_(True)
         for name, parameter in head.named_parameters():

@@ -65,9 +65,11 @@ class MessageReader:
 
     def _accept(self, kind: int, call_id: int, header: bytes, chunk: bytes) -> tuple[Message, int] | None:
         if kind == FrameKind.HEAD:
-            if call_id in self._partial:
-                raise ProtocolError(f"two messages under call id {call_id}")
             method, fields, description = parse_header(header)
+            if call_id in self._partial:
+                if method is not Method.CANCEL:
+                    raise ProtocolError(f"two messages under call id {call_id}")
+                del self._partial[call_id]  # its sender gave up in the middle
             size = packed_size(description)
             under_way = sum(len(partial.body) for partial in self._partial.values())
             if len(self._partial) >= self._max_open or under_way + size > self._max_bytes:

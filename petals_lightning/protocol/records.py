@@ -7,6 +7,7 @@ ignore what they do not know.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -49,7 +50,7 @@ class ServerRecord:
 
     def to_value(self) -> tuple[int, float, dict[str, Any]]:
         """The value to store in the DHT."""
-        extra = {
+        extra: dict[str, Any] = {
             "start_block": self.start,
             "end_block": self.end,
             "public_name": self.public_name,
@@ -74,9 +75,11 @@ class ServerRecord:
             ProtocolError: the value is not a tuple of a known state, a finite throughput and (maybe) a dict.
         """
         try:
+            if not isinstance(value, (tuple, list)):
+                raise TypeError(type(value).__name__)
             state, throughput, *rest = value
             state, throughput = ServerState(state), float(throughput)
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, OverflowError) as e:
             raise ProtocolError(f"malformed server record {value!r:.200}") from e
         if not math.isfinite(throughput) or throughput < 0:
             raise ProtocolError(f"malformed server record: throughput {throughput}")
@@ -87,6 +90,8 @@ class ServerRecord:
         if start is None or end is None or not 0 <= start < end:
             start = end = None
         speed = _typed(ours, "tokens_per_second", (int, float))
+        if speed is not None and not 0 < speed < sys.float_info.max:
+            speed = None
         return cls(
             state=state,
             throughput=throughput,
@@ -95,7 +100,7 @@ class ServerRecord:
             public_name=_typed(extra, "public_name", str),
             version=_typed(extra, "version", str),
             torch_dtype=_typed(extra, "torch_dtype", str),
-            tokens_per_second=float(speed) if speed is not None and math.isfinite(speed) and speed > 0 else None,
+            tokens_per_second=float(speed) if speed is not None else None,
             stream_version=_typed(ours, "stream", int),
             hidden_size=_typed(ours, "hidden_size", int),
             fingerprint=_typed(ours, "fingerprint", str),

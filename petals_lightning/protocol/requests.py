@@ -75,7 +75,7 @@ class ForwardRequest:
             raise ProtocolError("deep prompts need a prefix")
         if prefix is not None and prefix.shape[1] != hidden.shape[2]:
             raise ProtocolError(f"prefix {list(prefix.shape)} and hidden {list(hidden.shape)} differ in hidden size")
-        if deep is not None and list(deep.shape) != [end - start, *prefix.shape]:
+        if deep is not None and prefix is not None and list(deep.shape) != [end - start, *prefix.shape]:
             raise ProtocolError(f"deep prompts {list(deep.shape)} do not fit {end - start} blocks and their prefix")
         if min(hidden.shape) < 1 or (prefix is not None and min(prefix.shape) < 1):
             raise ProtocolError("a tensor has an empty dimension")
@@ -83,6 +83,8 @@ class ForwardRequest:
         if rows is not None:
             if rows.dtype != torch.int32 or rows.ndim != 1 or not len(rows):
                 raise ProtocolError("rows must be a non-empty list of int32")
+            if len(rows) > hidden.shape[0] * hidden.shape[1]:
+                raise ProtocolError(f"{len(rows)} rows of {hidden.shape[0]} × {hidden.shape[1]} positions")
             if rows.min() < 0 or rows.max() >= hidden.shape[0] * hidden.shape[1]:
                 raise ProtocolError(f"rows point outside of {hidden.shape[0]} × {hidden.shape[1]} positions")
         return cls(

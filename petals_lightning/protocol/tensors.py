@@ -55,7 +55,11 @@ def packed_size(description: Any) -> int:
                 names.add(name)
             case _:
                 raise ProtocolError(f"malformed description of a tensor: {entry!r:.100}")
-        if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        if (
+            len(shape) > MAX_DIMS
+            or not all(type(n) is int and n >= 0 for n in shape)
+            or math.prod(max(n, 1) for n in shape) > 2**40  # strides overflow even where another dimension is 0
+        ):
             raise ProtocolError(f"impossible shape of tensor {name!r:.40}: {shape!r:.100}")
         total += math.prod(shape) * DTYPES[dtype].itemsize
     return total

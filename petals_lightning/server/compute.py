@@ -68,13 +68,14 @@ class ComputeThread:
         return await result
 
     def stop(self) -> None:
-        """Ends the thread after what is running; what waits is dropped."""
+        """Ends the thread after what is running; what waits never runs, and its callers must be cancelled."""
         self._queue.put((-1, next(self._arrival), None))
         self._thread.join()
 
     def _work(self) -> None:
         while (job := self._queue.get()[2]) is not None:
             job()
+            del job  # or an idle thread would hold the last request's tensors
 
 
 def _set(future: asyncio.Future[Timed[T]], value: Timed[T] | None, error: BaseException | None) -> None:

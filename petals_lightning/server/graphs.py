@@ -26,9 +26,12 @@ class GraphStore:
         self.num_bytes = 0
 
     def put(self, key: GraphKey, graph: SpanGraph) -> None:
+        """Keeps a graph, in place of one under the same key, and drops the oldest beyond the budget."""
+        self.pop(key)
         self._graphs[key] = graph, time.monotonic() + self._lifetime
         self.num_bytes += graph.num_bytes
         self.expire()
+        self.make_room(0)  # other forwards may have been admitted into the same room meanwhile
 
     def make_room(self, num_bytes: int) -> bool:
         """Drops the oldest graphs until `num_bytes` fit; False if they never will."""

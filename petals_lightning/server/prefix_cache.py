@@ -56,7 +56,12 @@ class PrefixCache(Cache):
         self._used = first
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[max(layer_idx, self._used)].get_seq_length()
+        return self._prefix_layer(layer_idx).get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.layers[max(layer_idx, self._used)].get_mask_sizes(query_length)
+        return self._prefix_layer(layer_idx).get_mask_sizes(query_length)
+
+    def _prefix_layer(self, layer_idx: int) -> PrefixLayer:
+        layer = self.layers[max(layer_idx, self._used)]
+        assert isinstance(layer, PrefixLayer)
+        return layer

@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from hivemind.p2p import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from transformers import AutoModel
 
 from petals_lightning import __version__
@@ -31,6 +33,8 @@ from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 
 logger = logging.getLogger(__name__)
+
+_DAEMON_ERRORS = (OSError, EOFError, P2PDaemonError, ControlFailure)  # TimeoutError is an OSError
 
 
 class Server:
@@ -128,13 +132,15 @@ class Server:
 
     def stop(self, timeout: float = 5.0) -> None:
         """Announces that it leaves, finishes what is under way within `timeout` seconds, closes everything."""
-        if self._announcer is not None:
-            self.node.run(self._leave(timeout))
+        try:
+            if self._announcer is not None:
+                self.node.run(self._leave(timeout))
+        finally:
             self._announcer = None
-        if self._compute is not None:
-            self._compute.stop()
-            self._compute = None
-        self.node.close()
+            if self._compute is not None:
+                self._compute.stop()
+                self._compute = None
+            self.node.close()
 
     def _check_span(self, start: int, end: int, count: int) -> None:
         if not 0 <= start < end <= count:
@@ -158,7 +164,7 @@ class Server:
             dtype=self._dtype,
             on_shard=self._on_shard,
         )
-        span = BlockSpan(model.to(self._device), layout, start)
+        span = BlockSpan(model.to(self._device), layout, start)  # type: ignore[arg-type]
         span.share_prefix = verify_shared_prefix(span)
         if not span.share_prefix:
             logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
@@ -199,8 +205,9 @@ class Server:
 
     async def _announce(self, prefix: str, count: int, record: ServerRecord) -> bool:
         directory, lifetime = SwarmDirectory(self.node.dht), max(2 * self._update_period, 3.0)
-        repository = None if self._checkpoint.is_local else self._checkpoint.name_or_path
-        await directory.announce_model(ModelEntry(prefix, count, repository), lifetime)
+        if record.state is ServerState.ONLINE:
+            repository = None if self._checkpoint.is_local else self._checkpoint.name_or_path
+            await directory.announce_model(ModelEntry(prefix, count, repository), lifetime)
         assert record.start is not None
         assert record.end is not None
         return await directory.announce(prefix, record, range(record.start, record.end), lifetime)
@@ -210,7 +217,12 @@ class Server:
             await asyncio.sleep(self._update_period)
             assert self._backend is not None
             self._backend.graphs.expire()
-            if not await self._announce(prefix, count, record):
+            try:
+                stored = await self._announce(prefix, count, record)
+            except _DAEMON_ERRORS as e:  # or this task would end, and with it, unnoticed, the server's visibility
+                logger.debug("announcing failed", exc_info=e)
+                stored = False
+            if not stored:
                 logger.warning("the swarm did not take this announcement; trying again in %gs", self._update_period)
 
     async def _leave(self, timeout: float) -> None:
@@ -223,7 +235,7 @@ class Server:
         try:
             count, offline = num_blocks(self._checkpoint.config), replace(self._record, state=ServerState.OFFLINE)
             await asyncio.wait_for(self._announce(self.dht_prefix, count, offline), timeout / 2)
-        except TimeoutError:
+        except _DAEMON_ERRORS:
             logger.warning("no peer took the message that this server leaves; its record expires by itself")
         while self._backend.under_way and time.monotonic() < deadline:
             await asyncio.sleep(0.02)

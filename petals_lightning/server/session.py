@@ -85,7 +85,7 @@ class Session:
             case Method.INFO:
                 await self._reply(call_id, Message(Method.OK, self._backend.info))
             case Method.CANCEL:
-                if (task := self._tasks.get(call_id)) is not None:
+                if (task := self._tasks.pop(call_id, None)) is not None:  # a task that has not begun cannot do it
                     task.cancel()
             case Method.FORWARD | Method.BACKWARD:
                 if call_id in self._tasks or len(self._tasks) >= self._backend.limits.max_open_requests:
@@ -215,8 +215,8 @@ class Session:
     def _inputs(self, request: ForwardRequest) -> SpanInputs:
         device = self._backend.span.device
         rows = request.rows.to(device, torch.int64) if request.rows is not None else None
-        tensors = (_to(tensor, device) for tensor in (request.prefix, request.deep))
-        return SpanInputs(request.start, request.end, request.hidden.to(device), *tensors, rows)
+        prefix, deep = _to(request.prefix, device), _to(request.deep, device)
+        return SpanInputs(request.start, request.end, request.hidden.to(device), prefix, deep, rows)
 
     def _check_grads(self, request: BackwardRequest, inputs: SpanInputs) -> None:
         expected = list(inputs.hidden.shape) if inputs.rows is None else [len(inputs.rows), inputs.hidden.shape[2]]

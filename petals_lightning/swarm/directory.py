@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hivemind.dht.node import DHTNode
+from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import get_dht_time
 
 from petals_lightning.errors import ProtocolError
@@ -64,8 +65,9 @@ class SwarmDirectory:
             if entry is not None and isinstance(entry.value, dict):
                 for peer, item in entry.value.items():
                     try:
-                        records[str(peer)] = ServerRecord.from_value(item.value)
-                    except ProtocolError as e:
+                        PeerID.from_base58(peer)
+                        records[peer] = ServerRecord.from_value(item.value)
+                    except (ProtocolError, AttributeError, TypeError, ValueError) as e:  # anybody may store anything
                         logger.debug("skipping a record of %s: %s", uid, e)
             table.append(records)
         return table
@@ -77,7 +79,7 @@ class SwarmDirectory:
             return []
         entries = []
         for prefix, item in found.value.items():
-            value = item.value
+            value = getattr(item, "value", None)  # anybody may store anything
             if isinstance(value, dict) and type(value.get("num_blocks")) is int:
                 repository = value.get("repository")
                 entries.append(

@@ -135,9 +135,11 @@ class SwarmNode:
         asyncio.set_event_loop(self._loop)
         self._loop.call_soon(started.set)
         self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
+        left = asyncio.all_tasks(self._loop)
+        for task in left:
             task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self._loop.run_until_complete(asyncio.sleep(0))  # closed transports take one more turn
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
@@ -163,9 +165,11 @@ class SwarmNode:
         return f"cannot start a swarm node: {detail}"
 
     async def _leave(self) -> None:
-        if self._dht is not None:
-            await self._dht.shutdown()
-        await self._daemon.stop()
+        try:
+            if self._dht is not None:
+                await self._dht.shutdown()
+        finally:
+            await self._daemon.stop()
 
 
 def check_peer_maddr(maddr: str) -> str:
@@ -175,7 +179,7 @@ def check_peer_maddr(maddr: str) -> str:
         ConfigurationError: it is not, or lacks the peer's id.
     """
     try:
-        "p2p" in Multiaddr(maddr) and Multiaddr(maddr)["p2p"]
+        Multiaddr(maddr)["p2p"]
     except Exception as e:  # multiaddr documents no common base for its errors
         raise ConfigurationError(
             f"initial_peers: {maddr!r} is no peer's multiaddress; one looks like /ip4/10.0.0.1/tcp/31337/p2p/Qm… "

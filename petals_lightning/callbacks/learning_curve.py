@@ -1,0 +1,59 @@
+"""The picture of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, and none may open
+from matplotlib.figure import Figure
+
+TRAIN, VALIDATION, ACCURACY = "#9ecae1", "#08519c", "#e6550d"
+
+
+def draw_learning_curve(
+    path: Path, train: Sequence[tuple[int, float]], validation: Sequence[dict[str, Any]], title: str
+) -> None:
+    """Saves a PNG: losses on the left, validation accuracy on the right, over optimizer steps.
+
+    Args:
+        path: the file to write.
+        train: (step, training loss).
+        validation: entries with `step`, `val/loss`, `val/accuracy`.
+        title: what the run was.
+    """
+    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    losses, accuracies = figure.subplots(1, 2, sharex=True)
+    figure.suptitle(title, fontsize=11)
+    steps, values = [step for step, _ in train], [loss for _, loss in train]
+    losses.plot(steps, values, color=TRAIN, linewidth=0.8, label="train, each step")
+    if len(values) >= 10:
+        losses.plot(steps, _smoothed(values), color=VALIDATION, linewidth=1.8, label="train, moving average")
+    at = [entry["step"] for entry in validation]
+    losses.plot(at, [entry["val/loss"] for entry in validation], "o-", color=ACCURACY, label="validation")
+    losses.set(xlabel="optimizer step", ylabel="cross-entropy", title="loss")
+    losses.set_ylim(bottom=0)
+    losses.set_xlim(left=0)
+    losses.legend(frameon=False)
+    scores = [entry["val/accuracy"] for entry in validation]
+    accuracies.plot(at, scores, "o-", color=ACCURACY)
+    for step, score in zip(at, scores, strict=True):
+        accuracies.annotate(f"{score:.3f}", (step, score), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    accuracies.set(xlabel="optimizer step", ylabel="accuracy", title="validation accuracy")
+    accuracies.set_ylim(min([*scores, 0.5]) - 0.05, 1.03)
+    for axes in (losses, accuracies):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path)
+
+
+def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start at zero (as in Adam)."""
+    average, smoothed = 0.0, []
+    for count, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed

@@ -1,0 +1,119 @@
+"""What a run leaves in its folder: summary.json and the learning curve."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+
+from petals_lightning.callbacks.learning_curve import draw_learning_curve
+from petals_lightning.callbacks.traffic import Traffic
+
+
+class RunSummary(Callback):
+    """Writes `summary.json` and `learning_curve.png` when training ends, and adds `test/…` after a test.
+
+    `val/accuracy` and `val/loss` are those of `checkpoint`, the best of the run's epochs on validation. Seconds,
+    steps, tokens (padding and prompts not counted) and traffic are of the whole run, those before a resume included;
+    seconds and traffic include validation.
+
+    Args:
+        folder: where the files go.
+        title: heads the picture.
+        facts: further entries of the summary, e.g. the seed.
+    """
+
+    def __init__(self, folder: str | Path, title: str = "", facts: dict[str, Any] | None = None):
+        self.folder, self.title, self.facts = Path(folder), title, facts or {}
+        self.summary: dict[str, Any] = {}
+        self._started: float | None = None
+        self._before: dict[str, float] = {}  # of the run that this one continues
+        self._tokens = 0
+        self._train: list[tuple[int, float]] = []
+        self._validation: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._tokens += int(batch["attention_mask"].sum())
+        self._train.append((trainer.global_step, float(outputs["loss"])))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        metrics = {name: _rounded(trainer.callback_metrics[name]) for name in ("val/loss", "val/accuracy")}
+        self._validation.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **metrics})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not in `on_fit_end`: by then the strategy has closed the connection that counted the bytes.
+        checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        best = self._validation_of(checkpoints[0] if checkpoints else None)
+        totals = self._totals(pl_module)
+        self.summary = {
+            "val/accuracy": best.get("val/accuracy"),
+            "val/loss": best.get("val/loss"),
+            "val/epoch": best.get("epoch"),
+            "train/seconds": round(totals["train/seconds"], 2),
+            "train/steps": trainer.global_step,
+            **{name: int(value) for name, value in totals.items() if name != "train/seconds"},
+            "train/parameters": sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad),
+            # Linux counts in KiB. Of this process only: servers have their own.
+            "client/peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "checkpoint": checkpoints[0].best_model_path if checkpoints else None,
+            **self.facts,
+        }
+        self._write()
+        draw_learning_curve(self.folder / "learning_curve.png", self._train, self._validation, self.title)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.summary |= {name: _rounded(v) for name, v in trainer.callback_metrics.items() if name.startswith("test/")}
+        self._write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into checkpoints, so that a resumed run's summary and picture are of the whole."""
+        before = self._totals(self._module) if self._module is not None else self._before
+        return {"totals": before, "train": list(self._train), "validation": list(self._validation)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = dict(state_dict["totals"])
+        self._tokens = 0
+        self._train = [tuple(point) for point in state_dict["train"]]
+        self._validation = list(state_dict["validation"])
+
+    _module: pl.LightningModule | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._module = pl_module
+
+    def _validation_of(self, checkpoint: ModelCheckpoint | None) -> dict[str, Any]:
+        """The entry that made `checkpoint` the best; without one, the newest."""
+        score = None if checkpoint is None else checkpoint.best_model_score
+        matching = [entry for entry in self._validation if score is None or entry["val/accuracy"] == _rounded(score)]
+        return matching[0 if score is not None else -1] if matching else {}
+
+    def _totals(self, module: pl.LightningModule) -> dict[str, float]:
+        now = {
+            "train/seconds": time.monotonic() - self._started if self._started is not None else 0.0,
+            "train/tokens": self._tokens,
+            **Traffic.of(module).as_metrics(),
+        }
+        return {name: value + self._before.get(name, 0) for name, value in now.items()}
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n"
+        (self.folder / "summary.json").write_text(text, encoding="utf-8")
+
+
+def _rounded(metric: torch.Tensor) -> float:
+    # float32 has about 7 digits; the further ones would be noise in the file.
+    return round(float(metric), 6)

@@ -1,0 +1,38 @@
+"""Speed and traffic of a run, for its logger."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from petals_lightning.callbacks.traffic import Traffic
+
+
+class SwarmMetrics(Callback):
+    """Logs `train/tokens_per_second` (padding and prompts not counted) and, of the run so far, `swarm/bytes_sent`,
+    `swarm/bytes_received` and `swarm/retries`, every `log_every_n_steps` of the Trainer."""
+
+    def __init__(self) -> None:
+        self._tokens, self._since = 0, 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tokens, self._since = 0, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._tokens += int(batch["attention_mask"].sum())
+        if (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        now = time.monotonic()
+        pl_module.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True, batch_size=1)
+        self._tokens, self._since = 0, now
+        for name, value in Traffic.of(pl_module).as_metrics().items():
+            pl_module.log(name, float(value), batch_size=1)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Validation between two steps is no training time.
+        self._tokens, self._since = 0, time.monotonic()

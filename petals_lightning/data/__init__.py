@@ -1,0 +1,6 @@
+"""Labelled texts from anywhere, as batches that waste little on padding."""
+
+from petals_lightning.data.text_classification import TextClassificationDataModule
+from petals_lightning.data.tokenizers import load_tokenizer
+
+__all__ = ["TextClassificationDataModule", "load_tokenizer"]

@@ -1,0 +1,105 @@
+"""From texts to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from petals_lightning.errors import CheckpointError, DataError
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, token: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, padding on the right. Without a pad token of its own it pads with eos, or else unk.
+
+    Raises:
+        CheckpointError: there is no tokenizer at `name_or_path`, or none of its tokens can pad.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, token=token)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"no tokenizer at {name_or_path!r} ({reason}); model.name must be a hub id or a folder with a "
+            "config.json and a tokenizer"
+        ) from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"the tokenizer of {name_or_path!r} has no pad, eos or unk token to pad with")
+    return tokenizer
+
+
+class EncodedTexts(torch.utils.data.Dataset):
+    """Token ids and labels in memory: a few bytes a token, so no cache files and no worker processes.
+
+    Args:
+        tokenizer: see `load_tokenizer`.
+        texts: one string a sample.
+        pairs: the second text of each sample (premise and hypothesis, …), or None.
+        labels: the class of each sample, or None for unlabelled data.
+        max_length: tokens a sample at most; the rest is cut off.
+
+    Raises:
+        DataError: a text is missing.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None,
+        labels: list[int] | None,
+        max_length: int,
+    ):
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"row {row} has {text!r} for a text")
+        limit = min(max_length, tokenizer.model_max_length)
+        encoded = tokenizer(
+            list(texts), list(pairs) if pairs else None, truncation=True, max_length=limit, padding=False
+        )
+        # A sample needs a position to classify, even one whose text is empty.
+        filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
+        self.input_ids: list[list[int]] = [ids or [filler] for ids in encoded["input_ids"]]
+        self.labels = labels
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [len(ids) for ids in self.input_ids]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample: dict[str, Any] = {"input_ids": self.input_ids[index]}
+        if self.labels is not None:
+            sample["label"] = self.labels[index]
+        return sample
+
+
+class PadRight:
+    """Collates samples into `input_ids` and `attention_mask` [B, S], and `labels` [B] if there are any.
+
+    S is the longest sample's length; padding is on the right, so that causal models need no mask for it.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(sample["input_ids"]) for sample in samples]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(sample) for sample in ids], batch_first=True),
+        }
+        if "label" in samples[0]:
+            batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+        return batch

@@ -1,0 +1,19 @@
+"""Lightning strategies, and the swarms that they run on."""
+
+from petals_lightning.strategies.existing_swarms import PrivateSwarm, PublicSwarm
+from petals_lightning.strategies.local_swarm import LocalSwarm
+from petals_lightning.strategies.precision import precision_plugin
+from petals_lightning.strategies.remote_block import RemoteBlockStrategy
+from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
+from petals_lightning.strategies.trained_weights import load_trained_weights
+
+__all__ = [
+    "LocalSwarm",
+    "PrivateSwarm",
+    "PublicSwarm",
+    "RemoteBlockStrategy",
+    "ServedModel",
+    "SwarmSource",
+    "load_trained_weights",
+    "precision_plugin",
+]

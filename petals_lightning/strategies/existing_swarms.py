@@ -1,0 +1,70 @@
+"""Swarms that are there already: one's own, or the public one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
+
+log = logging.getLogger(__name__)
+
+PUBLIC_INITIAL_PEERS = (
+    "/dns/bootstrap1.petals.dev/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+    "/dns6/bootstrap1.petals.dev/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+    "/ip4/159.89.214.152/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+    "/dns/bootstrap2.petals.dev/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
+    "/dns6/bootstrap2.petals.dev/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
+    "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
+)
+"""Bootstrap peers of the public Petals network."""
+
+
+class PrivateSwarm(SwarmSource):
+    """A swarm of machines that you or your lab run.
+
+    Args:
+        initial_peers: multiaddresses of one or more of its peers; servers print theirs when they start.
+        **options: see `SwarmSource`.
+
+    Raises:
+        ConfigurationError: there are none, or one is no multiaddress.
+    """
+
+    def __init__(self, initial_peers: Sequence[str], **options: Any):
+        super().__init__(**options)
+        if not initial_peers:
+            raise ConfigurationError(
+                "swarm.initial_peers is empty; give the multiaddress that a server of your swarm prints at its start: "
+                "swarm.initial_peers=[/ip4/HOST/tcp/PORT/p2p/ID]"
+            )
+        for peer in initial_peers:
+            if not peer.startswith("/") or "/p2p/" not in peer:
+                raise ConfigurationError(
+                    f"swarm.initial_peers: {peer!r} is no multiaddress; it has the form /ip4/HOST/tcp/PORT/p2p/ID"
+                )
+        self.initial_peers = list(initial_peers)
+
+    def _arguments(self, model: ServedModel) -> dict[str, Any]:
+        return {"initial_peers": self.initial_peers, "dht_prefix": model.dht_prefix}
+
+
+class PublicSwarm(PrivateSwarm):
+    """The public Petals network, or another that strangers serve.
+
+    Args:
+        initial_peers: None takes the network's own bootstrap peers.
+        **options: see `SwarmSource`.
+    """
+
+    def __init__(self, initial_peers: Sequence[str] | None = None, **options: Any):
+        super().__init__(initial_peers or PUBLIC_INITIAL_PEERS, **options)
+
+    def _start(self, model: ServedModel, log_dir: Path) -> None:
+        log.warning(
+            "swarm=public: the hidden states of your texts go to machines of strangers, who could read them. "
+            "Use swarm=private for data that must not leave your machines."
+        )

@@ -1,0 +1,132 @@
+"""A real swarm of server processes on this machine, for the length of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoConfig
+
+from petals_lightning.errors import CheckpointError, ConfigurationError
+from petals_lightning.strategies.server_process import ServerProcess
+from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
+from petals_lightning.swarm.guard import ProcessGuard
+
+_STOP_TIMEOUT = 6.0  # seconds; servers promise to leave within 5
+
+
+class LocalSwarm(SwarmSource):
+    """Starts servers on loopback and stops them, whatever happens: an exception, Ctrl-C, or `kill -9` of this process.
+
+    The servers are the same program as on other machines and the client talks to them in the same way.
+
+    Args:
+        num_servers: servers to start; the blocks are split among them as evenly as they go.
+        block_ranges: what each server holds, e.g. `["0:1", "1:4"]`, instead of an even split.
+        threads_per_server: CPU threads of each server; None shares the cores out.
+        device: where servers compute, e.g. `cpu` or `cuda:0`; None lets them choose.
+        start_timeout: seconds for all servers to load their blocks and announce them.
+        **options: see `SwarmSource`.
+
+    Raises:
+        ConfigurationError: there is no server, or a range is none.
+    """
+
+    def __init__(
+        self,
+        num_servers: int = 2,
+        block_ranges: Sequence[str] | None = None,
+        threads_per_server: int | None = None,
+        device: str | None = None,
+        start_timeout: float = 180.0,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        if num_servers < 1:
+            raise ConfigurationError(f"swarm.num_servers={num_servers}: a swarm needs at least 1 server")
+        for blocks in block_ranges or ():
+            if not re.fullmatch(r"\d+:\d+", blocks):
+                raise ConfigurationError(f"swarm.block_ranges: {blocks!r} is no range such as 0:2")
+        self.num_servers, self.block_ranges = num_servers, list(block_ranges or ())
+        self.threads_per_server, self.device, self.start_timeout = threads_per_server, device, start_timeout
+        self._servers: list[ServerProcess] = []
+        self._guard: ProcessGuard | None = None
+
+    def _arguments(self, model: ServedModel) -> dict[str, Any]:
+        # One peer suffices to join, but any server may be killed while we are not yet connected.
+        peers = [address for server in self._servers for address in server.addresses]
+        return {"initial_peers": peers, "dht_prefix": model.dht_prefix}
+
+    def _start(self, model: ServedModel, log_dir: Path) -> None:
+        ranges = self.block_ranges or split_evenly(_count_blocks(model), self.num_servers)
+        deadline = time.monotonic() + self.start_timeout
+        self._guard = ProcessGuard()
+        try:
+            with Console(stderr=True).status(f"starting {len(ranges)} servers on this machine …"):
+                first = self._launch(0, ranges[0], ["--new-swarm"], model, log_dir)
+                peers = [part for peer in first.wait_for_address(deadline) for part in ("--initial-peers", peer)]
+                for number, blocks in enumerate(ranges[1:], 1):
+                    self._launch(number, blocks, peers, model, log_dir)
+                for server in self._servers:
+                    server.wait_until_ready(deadline)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _launch(self, number: int, blocks: str, swarm: list[str], model: ServedModel, log_dir: Path) -> ServerProcess:
+        arguments = [model.name_or_path, *swarm, "--block-indices", blocks]
+        arguments += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--dtype", model.dtype]
+        arguments += ["--public-name", f"local-{number}"]
+        if model.dht_prefix is not None:
+            arguments += ["--dht-prefix", model.dht_prefix]
+        threads = self.threads_per_server or max(1, (os.cpu_count() or 1) // self.num_servers)
+        arguments += ["--threads", str(threads)]
+        if self.device is not None:
+            arguments += ["--device", self.device]
+        if model.revision is not None:
+            arguments += ["--revision", model.revision]
+        server = ServerProcess(arguments, log_dir / f"server_{number}.log", f"server {number} (blocks {blocks})")
+        assert self._guard is not None
+        self._guard.protect(server.pid)
+        self._servers.append(server)
+        return server
+
+    def _stop(self) -> None:
+        deadline = time.monotonic() + _STOP_TIMEOUT
+        for server in self._servers:
+            server.interrupt()
+        for server in self._servers:
+            server.wait(deadline)
+        self._servers.clear()
+        if self._guard is not None:
+            self._guard.release()
+            self._guard = None
+
+
+def split_evenly(num_blocks: int, num_servers: int) -> list[str]:
+    """Ranges that cover `num_blocks` blocks, each server's as near to the same length as can be.
+
+    Raises:
+        ConfigurationError: there are more servers than blocks.
+    """
+    if num_servers > num_blocks:
+        raise ConfigurationError(
+            f"swarm.num_servers={num_servers}, but the model has {num_blocks} blocks; use at most as many servers"
+        )
+    bounds = [number * num_blocks // num_servers for number in range(num_servers + 1)]
+    return [f"{start}:{end}" for start, end in pairwise(bounds)]
+
+
+def _count_blocks(model: ServedModel) -> int:
+    try:
+        config = AutoConfig.from_pretrained(model.name_or_path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"model.name={model.name_or_path}: no model there ({reason})") from error
+    return config.get_text_config().num_hidden_layers

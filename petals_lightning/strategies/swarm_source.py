@@ -1,0 +1,94 @@
+"""Where a run's swarm comes from: the interface that RemoteBlockStrategy uses."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model whose blocks a swarm has to serve."""
+
+    name_or_path: str
+    dtype: str = "auto"
+    revision: str | None = None
+    dht_prefix: str | None = None
+    """The name of its blocks in the swarm; None: a folder's own name, or what is derived from a hub id."""
+
+    def __post_init__(self) -> None:
+        path = Path(self.name_or_path)
+        if self.dht_prefix is None and path.is_dir():
+            # Neither dots nor white space may stand in it.
+            object.__setattr__(self, "dht_prefix", re.sub(r"[.\s]+", "-", path.resolve().name))
+
+
+class SwarmSource(ABC):
+    """Brings a swarm up and down. Re-entrant: it is up from the first `acquire` to the last `release`.
+
+    Args:
+        connect_timeout: seconds to reach the swarm or a server; None leaves the client's default. So below.
+        request_timeout: seconds that a server may be silent during a request.
+        max_retries: attempts a part of a step, after the first, before the step fails.
+        allowed_servers: peer ids to use; None: all.
+        blocked_servers: peer ids never to use.
+    """
+
+    def __init__(
+        self,
+        connect_timeout: float | None = None,
+        request_timeout: float | None = None,
+        max_retries: int | None = None,
+        allowed_servers: list[str] | None = None,
+        blocked_servers: list[str] | None = None,
+    ):
+        options = {
+            "connect_timeout": connect_timeout,
+            "request_timeout": request_timeout,
+            "max_retries": max_retries,
+            "allowed_servers": allowed_servers,
+            "blocked_servers": blocked_servers,
+        }
+        self._options = {key: value for key, value in options.items() if value is not None}
+        self._users = 0
+
+    def acquire(self, model: ServedModel, log_dir: Path) -> dict[str, Any]:
+        """Brings the swarm up, if it is not, and returns the swarm's keyword arguments of `from_pretrained`.
+
+        Raises:
+            SwarmError: the swarm cannot be brought up; nothing is left running.
+        """
+        if self._users == 0:
+            self._start(model, log_dir)
+        self._users += 1
+        return self._options | self._arguments(model)
+
+    def release(self) -> None:
+        """Gives the swarm up; the last user's release takes down what `acquire` started."""
+        self._users -= 1
+        if self._users == 0:
+            self._stop()
+
+    @contextmanager
+    def held(self, model: ServedModel, log_dir: Path) -> Iterator[None]:
+        """Keeps the swarm up between several uses, e.g. `trainer.fit` and `trainer.test`."""
+        self.acquire(model, log_dir)
+        try:
+            yield
+        finally:
+            self.release()
+
+    @abstractmethod
+    def _arguments(self, model: ServedModel) -> dict[str, Any]:
+        """At least `initial_peers`."""
+
+    def _start(self, model: ServedModel, log_dir: Path) -> None:  # noqa: B027 (optional)
+        """Starts what this source owns. Others' swarms need nothing."""
+
+    def _stop(self) -> None:  # noqa: B027 (optional)
+        """Takes down what `_start` started."""

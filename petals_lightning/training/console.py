@@ -1,0 +1,85 @@
+"""What a run says at its start and end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich import get_console
+from rich.table import Table
+
+from petals_lightning.data import TextClassificationDataModule
+
+_REAL_THING = (
+    "python train.py recipe=sst2_deep_ptune model=llama3_8b data=sst2 "
+    "swarm=private 'swarm.initial_peers=[/ip4/HOST/tcp/PORT/p2p/ID]'"
+)
+
+
+def announce(cfg: DictConfig, recipe: str, data: TextClassificationDataModule) -> None:
+    """Says what is about to run, and plainly so if it is only the bundled sample."""
+    console = get_console()
+    sizes = ", ".join(f"{count:,} {split}" for split, count in data.sizes.items())
+    console.rule(f"[bold]{recipe}[/bold]")
+    console.print(
+        f"model  {cfg.model.name}\ndata   {data.source}: {sizes}; {data.num_labels} classes",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    if _is_sample(cfg):
+        console.print(
+            "\n[bold yellow]This is the bundled sample:[/bold yellow] a toy language model and synthetic reviews,\n"
+            "to see that everything works. The real thing, with your own swarm:"
+        )
+        console.print(f"    {_REAL_THING}\n", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_results(summary: dict[str, Any], folder: Path) -> None:
+    """A short table of what came out, and where the files are."""
+    table = Table(show_header=False, title="results", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for label, value in _rows(summary):
+        table.add_row(label, value)
+    console = get_console()
+    console.print(table)
+    console.print(
+        f"files: {folder}  (summary.json, learning_curve.png, checkpoints/)",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+
+
+def print_interrupted(checkpoint: Path) -> None:
+    """After Ctrl-C: what was saved and how to go on."""
+    if checkpoint.is_file():
+        command = shlex.join(["python", *sys.argv, f"ckpt_path={checkpoint}"])
+        print(f"interrupted; saved {checkpoint}. Continue with:\n    {command}", file=sys.stderr)
+    else:
+        print("interrupted before the first step; nothing to save", file=sys.stderr)
+
+
+def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    formats = {
+        "val/accuracy": "{:.4f}",
+        "val/loss": "{:.4f}",
+        "test/accuracy": "{:.4f}",
+        "train/seconds": "{:,.1f}",
+        "train/steps": "{:,}",
+        "train/tokens": "{:,}",
+        "swarm/bytes_sent": "{:,}",
+        "swarm/bytes_received": "{:,}",
+        "swarm/retries": "{:,}",
+    }
+    return [(name, form.format(summary[name])) for name, form in formats.items() if summary.get(name) is not None]
+
+
+def _is_sample(cfg: DictConfig) -> bool:
+    from petals_lightning.sample import MODEL_DIR
+
+    return cfg.data.source == "bundled" or Path(cfg.model.name) == MODEL_DIR

@@ -1,0 +1,172 @@
+"""One run, from its settings to its results."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
+from petals_lightning.data import TextClassificationDataModule
+from petals_lightning.modules import SequenceClassificationModule
+from petals_lightning.strategies import RemoteBlockStrategy, SwarmSource, precision_plugin
+from petals_lightning.training.console import announce, print_interrupted, print_results
+from petals_lightning.training.errors import INTERRUPTED
+from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
+
+MONITOR = "val/accuracy"
+
+
+def run(cfg: DictConfig, recipe: str = "run") -> float | None:
+    """Trains, validates and tests as `cfg` (a `RunConfig`) says; leaves its files in `cfg.output_dir`.
+
+    Args:
+        cfg: the settings.
+        recipe: the name that the run goes by.
+
+    Returns:
+        The best validation accuracy, for sweepers; None if nothing was validated.
+
+    Raises:
+        PetalsLightningError: a setting is wrong, or the swarm fails. No process is left running.
+    """
+    _quieten_libraries()
+    folder = Path(cfg.output_dir)
+    checkpoint = checkpoint_to_continue(folder, cfg.resume, cfg.ckpt_path)
+    pl.seed_everything(cfg.seed, verbose=False)
+    # In the order of their cost: what is wrong with settings and data shows before any server is started.
+    swarm: SwarmSource | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
+    data = _build_data(cfg)
+    module = build_module(cfg, data.num_labels, list(data.class_names))
+    announce(cfg, recipe, data)
+    logger: Logger = _partial(cfg.logger)(folder=folder, settings=OmegaConf.to_container(cfg, resolve=True))
+    summary = RunSummary(folder, _title(cfg, recipe), {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name})
+    trainer = build_trainer(cfg, folder, swarm, logger, summary)
+    try:
+        with swarm.held(module.served_model, folder / "servers") if swarm else nullcontext():
+            _fit(trainer, module, data, checkpoint)
+            if cfg.test and data.has_labelled_test and trainer.global_step:
+                trainer.test(module, datamodule=data, ckpt_path=str(folder / BEST_CHECKPOINT), verbose=False)
+    finally:
+        _finish(logger)
+    print_results(summary.summary, folder)
+    return summary.summary.get(MONITOR)
+
+
+def _build_data(cfg: DictConfig) -> TextClassificationDataModule:
+    data: TextClassificationDataModule = _partial(cfg.data)(
+        tokenizer=cfg.model.name, tokenizer_revision=cfg.model.revision, seed=cfg.seed
+    )
+    data.setup()
+    return data
+
+
+def build_module(cfg: DictConfig, num_labels: int, class_names: list[str]) -> SequenceClassificationModule:
+    """The module of a run. Reads nothing yet."""
+    return SequenceClassificationModule(
+        model_name=cfg.model.name,
+        num_labels=num_labels,
+        class_names=class_names,
+        tuning_mode=cfg.tuning.mode,
+        pre_seq_len=cfg.tuning.pre_seq_len,
+        lr=cfg.optim.lr,
+        weight_decay=cfg.optim.weight_decay,
+        warmup_ratio=cfg.optim.warmup_ratio,
+        dtype=cfg.model.dtype,
+        revision=cfg.model.revision,
+        dht_prefix=cfg.model.dht_prefix,
+    )
+
+
+def build_trainer(
+    cfg: DictConfig, folder: Path, swarm: SwarmSource | None, logger: Logger | None, summary: RunSummary | None
+) -> pl.Trainer:
+    """The Trainer of a run, with its callbacks. Starts nothing yet."""
+    bar = progress_bar()
+    callbacks: list[Callback] = [
+        RouteTable(),
+        SwarmMetrics(),
+        ProgressLines(),
+        LastCheckpoint(folder / LAST_CHECKPOINT, cfg.checkpoint_period),
+        ModelCheckpoint(
+            dirpath=folder / BEST_CHECKPOINT.parent,
+            filename=BEST_CHECKPOINT.stem,
+            monitor=MONITOR,
+            mode="max",
+            enable_version_counter=False,
+        ),
+        *filter(None, [summary, bar]),
+    ]
+    return _partial(cfg.trainer)(
+        default_root_dir=str(folder),
+        strategy=RemoteBlockStrategy(swarm) if swarm else "auto",
+        plugins=[precision_plugin(cfg.amp.precision, _device_type(cfg.trainer.accelerator))],
+        callbacks=callbacks,
+        logger=logger or False,
+        enable_progress_bar=bar is not None,
+        use_distributed_sampler=False,
+    )
+
+
+def _fit(
+    trainer: pl.Trainer,
+    module: SequenceClassificationModule,
+    data: TextClassificationDataModule,
+    checkpoint: Path | None,
+) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except SystemExit:
+        # Lightning has saved, torn everything down and leaves with exit code 1 after Ctrl-C.
+        if trainer.interrupted:
+            print_interrupted(Path(trainer.default_root_dir) / LAST_CHECKPOINT)
+            raise SystemExit(INTERRUPTED) from None
+        raise
+
+
+def _partial(node: DictConfig) -> Callable[..., Any]:
+    """The target of a config node with its settings filled in. (Objects go in by calling it: Hydra would copy them.)"""
+    return instantiate(node, _partial_=True, _convert_="all")
+
+
+def _device_type(accelerator: str) -> str:
+    """Where the client's tensors will be, which precision plugins need to know before the Trainer decides it."""
+    if accelerator == "cpu" or not torch.accelerator.is_available():
+        return "cpu"
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    return device.type
+
+
+def _title(cfg: DictConfig, recipe: str) -> str:
+    tuning = f"{cfg.tuning.mode}, P={cfg.tuning.pre_seq_len}" if cfg.tuning.mode else "head only"
+    return f"{recipe}: {Path(cfg.model.name).name}, {tuning}, lr {cfg.optim.lr:g}, seed {cfg.seed}"
+
+
+def _finish(logger: Logger) -> None:
+    # A sweep's next run in this process must start a new one.
+    if isinstance(logger, WandbLogger) and logger._experiment is not None:
+        logger.experiment.finish()
+
+
+def _quieten_libraries() -> None:
+    for name in ("pytorch_lightning", "lightning_fabric", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Lightning 2.6 tests tree specs in a way that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    # A run that continues in a new folder finds its best checkpoint anew there, which is what we want.
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
+    # Our folder holds one run and its older checkpoints on purpose.
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")

@@ -1,0 +1,202 @@
+"""The settings of a run: their names and types, so that Hydra refuses a misspelt key and names it.
+
+Values are in conf/; a default here means "let the class decide". `MISSING` must come from a config file or the user.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    """Hub id or folder."""
+    dtype: str = "auto"
+    """Of the frozen weights: float32, bfloat16, float16, or auto for the checkpoint's own."""
+    revision: str | None = None
+    dht_prefix: str | None = None
+    """The name of its blocks in the swarm; null derives it from the hub id."""
+
+
+@dataclass
+class SwarmConfig:
+    pass
+
+
+@dataclass
+class ConnectedSwarmConfig(SwarmConfig):
+    connect_timeout: float | None = None
+    """Seconds to reach the swarm or a server."""
+    request_timeout: float | None = None
+    """Seconds that a server may be silent."""
+    max_retries: int | None = None
+    """Attempts a part of a step, after the first."""
+    allowed_servers: list[str] | None = None
+    """Peer ids to use; null: all."""
+    blocked_servers: list[str] | None = None
+
+
+@dataclass
+class LocalSwarmConfig(ConnectedSwarmConfig):
+    _target_: str = "petals_lightning.strategies.LocalSwarm"
+    num_servers: int = MISSING
+    block_ranges: list[str] | None = None
+    """What each server holds, e.g. ["0:1","1:4"], instead of an even split."""
+    threads_per_server: int | None = None
+    device: str | None = None
+    start_timeout: float = MISSING
+    """Seconds for all servers to load and announce their blocks."""
+
+
+@dataclass
+class PrivateSwarmConfig(ConnectedSwarmConfig):
+    _target_: str = "petals_lightning.strategies.PrivateSwarm"
+    initial_peers: list[str] = field(default_factory=list)
+    """Multiaddresses of one or more peers: /ip4/HOST/tcp/PORT/p2p/ID."""
+
+
+@dataclass
+class PublicSwarmConfig(ConnectedSwarmConfig):
+    _target_: str = "petals_lightning.strategies.PublicSwarm"
+    initial_peers: list[str] | None = None
+
+
+@dataclass
+class TuningConfig:
+    mode: str | None = MISSING
+    """ptune, deep_ptune, or null for the head alone."""
+    pre_seq_len: int = 16
+    """Virtual tokens, P."""
+
+
+@dataclass
+class AmpConfig:
+    precision: str = MISSING
+    """32-true, 16-mixed or bf16-mixed."""
+
+
+@dataclass
+class DataConfig:
+    _target_: str = "petals_lightning.data.TextClassificationDataModule"
+    source: str = MISSING
+    """bundled, a hub dataset id, or a file or folder in jsonl, tsv, csv or parquet."""
+    name: str | None = None
+    """The configuration of a hub dataset."""
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    num_labels: int | None = None
+    """Classes; null counts them."""
+    train_split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    validation_fraction: float = 0.1
+    max_length: int = 128
+    """Tokens a text at most."""
+    batch_size: int = 32
+    """Texts a batch."""
+    eval_batch_size: int | None = None
+
+
+@dataclass
+class OptimConfig:
+    lr: float = MISSING
+    weight_decay: float = MISSING
+    warmup_ratio: float = MISSING
+    """Share of all steps."""
+
+
+@dataclass
+class TrainerConfig:
+    """As of Lightning's Trainer."""
+
+    _target_: str = "pytorch_lightning.Trainer"
+    max_epochs: int | None = MISSING
+    max_steps: int = -1
+    accelerator: str = "auto"
+    devices: int = 1
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    log_every_n_steps: int = 10
+    val_check_interval: float | int | None = None
+    check_val_every_n_epoch: int | None = 1
+    limit_train_batches: float | int | None = None
+    limit_val_batches: float | int | None = None
+    limit_test_batches: float | int | None = None
+    num_sanity_val_steps: int = 1
+    enable_model_summary: bool = False
+
+
+@dataclass
+class LoggerConfig:
+    pass
+
+
+@dataclass
+class WandbConfig(LoggerConfig):
+    _target_: str = "petals_lightning.training.loggers.wandb_logger"
+    project: str = MISSING
+    name: str | None = None
+    entity: str | None = None
+    mode: str | None = None
+    """online, offline or disabled; null: online where this machine is logged in and reaches W&B."""
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CsvConfig(LoggerConfig):
+    _target_: str = "petals_lightning.training.loggers.csv_logger"
+
+
+@dataclass
+class TensorBoardConfig(LoggerConfig):
+    _target_: str = "petals_lightning.training.loggers.tensorboard_logger"
+
+
+@dataclass
+class RunConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    swarm: SwarmConfig = field(default_factory=SwarmConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    amp: AmpConfig = field(default_factory=AmpConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = MISSING
+    test: bool = MISSING
+    """Test the best checkpoint after training, where there is labelled test data."""
+    resume: bool = MISSING
+    """Continue this recipe's newest run, in its folder, from its last checkpoint."""
+    ckpt_path: str | None = None
+    """Continue from this checkpoint, in a new folder."""
+    checkpoint_period: float = MISSING
+    """Seconds between two saves of checkpoints/last.ckpt within an epoch."""
+    output_dir: str | None = MISSING
+    """The run's folder."""
+
+
+def register_schema() -> None:
+    """Puts the schema where conf/ finds it: `run_schema` for the root, and in group `schema` one for each option."""
+    store = ConfigStore.instance().store
+    store("run_schema", RunConfig)
+    for name, node in {
+        "model": ModelConfig,
+        "local_swarm": LocalSwarmConfig,
+        "private_swarm": PrivateSwarmConfig,
+        "public_swarm": PublicSwarmConfig,
+        "no_swarm": SwarmConfig,
+        "tuning": TuningConfig,
+        "amp": AmpConfig,
+        "data": DataConfig,
+        "optim": OptimConfig,
+        "trainer": TrainerConfig,
+        "wandb": WandbConfig,
+        "csv": CsvConfig,
+        "tensorboard": TensorBoardConfig,
+    }.items():
+        store(name, node, group="schema")

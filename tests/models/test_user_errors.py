@@ -1,0 +1,143 @@
+"""What a user can get wrong with a distributed model: each its own clear error, none of them a hang."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+from petals_lightning.errors import (
+    CheckpointError,
+    ConfigurationError,
+    IncompatibleServerError,
+    NoServersError,
+    UnsupportedInputError,
+    UnsupportedModelError,
+)
+from petals_lightning.models import (
+    AutoDistributedConfig,
+    AutoDistributedModel,
+    AutoDistributedModelForCausalLM,
+    AutoDistributedModelForSequenceClassification,
+    remote_blocks,
+)
+from tests.families import VOCAB, save_tiny_checkpoint
+from tests.swarms import PREFIX, InProcessSwarm
+
+IDS = torch.randint(1, VOCAB, (2, 6))
+
+
+def test_blocks_that_nobody_serves_are_named_when_connecting(tiny_checkpoint, start_swarm):
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 1), (3, 4)])
+    with pytest.raises(NoServersError, match=r"nobody serves blocks 1:3 of 'tiny'.*listed in this swarm: tiny"):
+        swarm.load(AutoDistributedModel)
+
+
+def test_a_prefix_that_nobody_serves_lists_the_models_there_are(tiny_checkpoint, start_swarm):
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)])
+    with pytest.raises(NoServersError, match=r"blocks 0:4 of 'tinny'.*listed in this swarm: tiny"):
+        swarm.load(AutoDistributedModel, dht_prefix="tinny")
+
+
+def test_a_server_with_another_hidden_size_is_refused_when_connecting(tiny_checkpoint, start_swarm, tmp_path):
+    wider = tf.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
+    )
+    swarm = start_swarm(save_tiny_checkpoint(wider, tmp_path), [(0, 4)])
+    with pytest.raises(IncompatibleServerError, match="hidden size is 48, here it is 32"):
+        AutoDistributedModel.from_pretrained(
+            str(tiny_checkpoint("llama")), initial_peers=swarm.initial_peers, dht_prefix=PREFIX
+        )
+
+
+def test_a_server_of_another_model_of_the_same_shape_is_refused(tiny_checkpoint, start_swarm):
+    swarm = start_swarm(tiny_checkpoint("mistral"), [(0, 4)])
+    with pytest.raises(IncompatibleServerError, match="another model under 'tiny'"):
+        AutoDistributedModel.from_pretrained(
+            str(tiny_checkpoint("llama")), initial_peers=swarm.initial_peers, dht_prefix=PREFIX
+        )
+
+
+def test_blocked_and_allowed_servers_are_respected(tiny_checkpoint, start_swarm):
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4), (0, 4)])
+    first, second = (server.node.peer_id.to_base58() for server in swarm.servers)
+    for options in ({"blocked_servers": [first]}, {"allowed_servers": [second]}):
+        layers = swarm.load(AutoDistributedModel, **options).layers
+        assert [leg.peer_id for leg in layers.route()] == [second]
+    with pytest.raises(NoServersError, match=r"2 server\(s\) are excluded"):
+        swarm.load(AutoDistributedModel, blocked_servers=[first, second])
+
+
+def test_a_folder_needs_a_prefix_and_a_prefix_no_dots(tiny_checkpoint):
+    folder = str(tiny_checkpoint("llama"))
+    with pytest.raises(ConfigurationError, match="no dht_prefix for the local folder"):
+        AutoDistributedModel.from_pretrained(folder, initial_peers=["/ip4/127.0.0.1/tcp/1/p2p/Qm"])
+    with pytest.raises(ConfigurationError, match="neither dots nor spaces; try 'a-b'"):
+        AutoDistributedConfig.from_pretrained(folder, dht_prefix="a.b")
+    assert AutoDistributedConfig.from_pretrained(folder, dht_prefix="a-b").dht_prefix == "a-b"
+
+
+def test_no_way_into_a_swarm_is_said_before_anything_runs(tiny_checkpoint):
+    for options in ({}, {"initial_peers": []}):
+        with pytest.raises(ConfigurationError, match="give one way into the swarm"):
+            AutoDistributedModel.from_pretrained(str(tiny_checkpoint("llama")), dht_prefix=PREFIX, **options)
+
+
+def test_a_malformed_address_is_named(tiny_checkpoint):
+    with pytest.raises(ConfigurationError, match="'10.0.0.1:31337' is no peer's multiaddress"):
+        AutoDistributedModel.from_pretrained(
+            str(tiny_checkpoint("llama")), dht_prefix=PREFIX, initial_peers=["10.0.0.1:31337"]
+        )
+
+
+@pytest.mark.parametrize(("mode", "length"), [("ptune", 0), ("deep_ptune", -1), ("ptune", None), ("prefix", 4)])
+def test_tuning_options_are_checked_first(mode, length, tmp_path):
+    with pytest.raises(ConfigurationError, match="pre_seq_len is|tuning_mode is"):
+        AutoDistributedModel.from_pretrained(str(tmp_path), initial_peers=["x"], tuning_mode=mode, pre_seq_len=length)
+
+
+def test_models_that_are_no_decoders_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        AutoDistributedModel.from_pretrained(str(tmp_path), initial_peers=["x"], dht_prefix="x")
+    (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
+    with pytest.raises(UnsupportedModelError, match="does not know"):
+        AutoDistributedModel.from_pretrained(str(tmp_path), initial_peers=["x"], dht_prefix="x")
+
+
+@pytest.fixture
+def model(tiny_checkpoint, start_swarm):
+    return start_swarm(tiny_checkpoint("llama"), [(0, 4)]).load(AutoDistributedModelForCausalLM)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)}, "right padding only"),
+        ({"output_hidden_states": True}, "output_hidden_states=True"),
+        ({"output_attentions": True}, "output_attentions=True"),
+        ({"use_cache": True}, "keys and values live on servers"),
+        ({"position_ids": torch.arange(6)[None]}, "position_ids"),
+    ],
+)
+def test_what_cannot_cross_the_swarm_is_refused_by_name(model, options, words):
+    with pytest.raises(UnsupportedInputError, match=words):
+        model(IDS, **options)
+
+
+def test_a_model_works_on_after_a_refused_call(model):
+    expected = model(IDS).logits
+    with pytest.raises(UnsupportedInputError):
+        model(IDS, output_hidden_states=True)
+    assert torch.allclose(model(IDS).logits, expected, atol=1e-6)
+
+
+def test_an_oversized_request_comes_back_with_the_servers_words(tiny_checkpoint, start_swarm):
+    from petals_lightning.errors import RemoteRequestError
+    from petals_lightning.server.limits import ServerLimits
+
+    swarm: InProcessSwarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], limits=ServerLimits(max_batch_tokens=10))
+    layers = remote_blocks(swarm.load(AutoDistributedModel))
+    with pytest.raises(RemoteRequestError, match="12 tokens in one request, this server takes up to 10"):
+        layers(torch.randn(2, 6, 32))
+    assert layers.stats.retries == 0
+    assert layers(torch.randn(1, 6, 32)).shape == (1, 6, 32)

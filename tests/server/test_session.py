@@ -1,0 +1,184 @@
+"""One client's stream, spoken to directly: what a client does wrong, in whatever order, harms nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf.loading import model_class
+from petals_lightning.protocol.framing import MessageReader, MessageWriter
+from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
+from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
+from petals_lightning.server.compute import ComputeThread
+from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.session import Backend, Session
+from petals_lightning.server.span import BlockSpan
+from tests.families import HIDDEN
+
+LIMITS = ServerLimits(max_batch_tokens=64, max_message_bytes=8 << 20, max_open_requests=4)
+
+
+@pytest.fixture(scope="module")
+def span(tiny_checkpoint) -> BlockSpan:
+    checkpoint = Checkpoint(str(tiny_checkpoint("llama")))
+    model, layout = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(1, 3, ends=False))
+    return BlockSpan(model, layout, 1)
+
+
+class Client:
+    """The other end of a session, over a local socket."""
+
+    def __init__(self, reader, writer):
+        self._reader = MessageReader(reader, max_message_bytes=1 << 30, max_open=100)
+        self.writer = MessageWriter(writer)
+        self._ids = itertools.count(1)
+
+    async def ask(self, message: Message) -> Message:
+        call_id = next(self._ids)
+        await self.writer.send(call_id, message)
+        got_id, reply, _ = await self.next()
+        assert got_id == call_id
+        return reply
+
+    async def next(self):
+        return await asyncio.wait_for(self._reader.next(), 30)
+
+
+def with_session(span: BlockSpan, talk) -> Backend:
+    """Runs `talk(client, backend)` against a live session; returns the backend as the session left it."""
+
+    async def main() -> Backend:
+        compute = ComputeThread()
+        backend = Backend(span, compute, LIMITS, {"hidden_size": HIDDEN})
+        backend.graph_bytes_per_token = 100.0
+        ended = asyncio.Event()
+
+        async def serve(reader, writer):
+            await Session(backend, "QmClient", reader, writer).serve()
+            ended.set()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        try:
+            await talk(Client(reader, writer), backend)
+        finally:
+            writer.close()
+            await asyncio.wait_for(ended.wait(), 30)
+            server.close()
+            compute.stop()
+        return backend
+
+    return asyncio.run(main())
+
+
+def forward(**changes) -> Message:
+    return ForwardRequest(**{"start": 1, "end": 3, "hidden": torch.ones(2, 3, HIDDEN), **changes}).to_message()
+
+
+def test_a_kept_graph_serves_one_backward_and_ends_with_its_stream(span):
+    async def talk(client, backend):
+        assert (await client.ask(forward(keep=True, input_grad=True))).fields["kept"]
+        backward = BackwardRequest(torch.ones(2, 3, HIDDEN), graph=1).to_message()
+        assert (await client.ask(backward)).tensors["hidden"].shape == (2, 3, HIDDEN)
+        assert (await client.ask(backward)).fields["code"] == ErrorCode.GRAPH_LOST
+        assert (await client.ask(forward(keep=True))).fields["kept"]
+        assert backend.graphs.num_bytes > 0
+
+    assert with_session(span, talk).graphs.num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (forward(start=0), ErrorCode.NOT_SERVED),
+        (forward(end=4), ErrorCode.NOT_SERVED),
+        (forward(hidden=torch.ones(2, 3, HIDDEN + 1)), ErrorCode.BAD_REQUEST),
+        (forward(hidden=torch.ones(5, 13, HIDDEN)), ErrorCode.BAD_REQUEST),
+        (forward(hidden=torch.ones(8, 7, HIDDEN), prefix=torch.ones(2, HIDDEN)), ErrorCode.BAD_REQUEST),
+        (forward(prefix=torch.ones(2, HIDDEN), prompts_key=9), ErrorCode.PROMPTS_LOST),
+        (Message(Method.FORWARD), ErrorCode.BAD_REQUEST),
+        (Message(Method.BACKWARD), ErrorCode.BAD_REQUEST),
+    ],
+)
+def test_a_wrong_request_is_answered_and_the_stream_goes_on(message, code, span):
+    async def talk(client, backend):
+        reply = await client.ask(message)
+        assert (reply.method, reply.fields["code"]) == (Method.ERROR, code)
+        assert (await client.ask(forward())).method is Method.OK
+
+    assert with_session(span, talk).under_way == 0
+
+
+def test_registered_prompts_serve_later_requests_on_their_stream(span):
+    async def talk(client, backend):
+        prefix, deep = torch.ones(2, HIDDEN), torch.randn(2, 2, HIDDEN)
+        first = await client.ask(forward(prefix=prefix, deep=deep, prompts_key=5))
+        again = await client.ask(forward(prefix=prefix, prompts_key=5))
+        assert torch.equal(first.tensors["hidden"], again.tensors["hidden"])
+        reply = await client.ask(forward(prefix=torch.ones(3, HIDDEN), prompts_key=5))
+        assert reply.fields["code"] == ErrorCode.BAD_REQUEST
+
+    with_session(span, talk)
+
+
+def test_a_failure_inside_is_told_by_its_kind_only(span, monkeypatch):
+    def fail(inputs):
+        raise FileNotFoundError("/secret/path")
+
+    async def talk(client, backend):
+        with monkeypatch.context() as patch:
+            patch.setattr(span, "forward", fail)
+            reply = await client.ask(forward())
+        assert reply.fields["code"] == ErrorCode.INTERNAL
+        assert "FileNotFoundError" in reply.fields["message"]
+        assert "secret" not in reply.fields["message"]
+        assert (await client.ask(forward())).method is Method.OK
+
+    with_session(span, talk)
+
+
+def test_requests_cancelled_at_once_leave_room_for_others(span):
+    async def talk(client, backend):
+        for call_id in range(100, 100 + 3 * LIMITS.max_open_requests):
+            for message in (forward(), Message(Method.CANCEL)):  # both are read before the first can begin
+                for frame in message.frames(call_id):
+                    client.writer._writer.writelines(frame)
+        assert (await client.ask(forward())).method is Method.OK
+        assert backend.under_way == 0
+
+    with_session(span, talk)
+
+
+def test_a_request_cancelled_while_it_is_sent_does_not_end_the_stream(span):
+    async def talk(client, backend):
+        large = Message(Method.FORWARD, {}, {"hidden": torch.zeros(3 * CHUNK_BYTES, dtype=torch.bool)})
+        for call_id in range(100, 110):
+            client.writer._writer.writelines(next(iter(large.frames(call_id))))
+            await client.writer.send(call_id, Message(Method.CANCEL))
+        assert (await client.ask(Message(Method.PING))).method is Method.OK
+
+    with_session(span, talk)
+
+
+def test_a_broken_protocol_is_answered_and_ends_the_stream(span):
+    async def talk(client, backend):
+        client.writer._writer.write(b"\xff" * 100)
+        call_id, reply, _ = await client.next()
+        assert (call_id, reply.fields["code"]) == (0, ErrorCode.BAD_REQUEST)
+        assert await client.next() is None
+
+    with_session(span, talk)
+
+
+def test_a_server_may_not_be_answered(span):
+    async def talk(client, backend):
+        await client.writer.send(1, Message(Method.OK))
+        assert (await client.next())[1].method is Method.ERROR
+        assert await client.next() is None
+
+    with_session(span, talk)

@@ -1,0 +1,179 @@
+"""The arithmetic of a span: the prefix that runs once gives what the concatenated batch gives, in every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf.loading import model_class
+from petals_lightning.server.graphs import measure_graph_bytes
+from petals_lightning.server.prefix_cache import PrefixLayer
+from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
+from tests.families import HIDDEN, NUM_BLOCKS
+
+B, S, P = 3, 6, 4
+FAMILIES = ["llama", "bloom", "falcon_alibi", "gemma2", "mixtral", "gpt2"]
+
+
+@pytest.fixture(scope="module")
+def load_span(tiny_checkpoint) -> Callable[..., BlockSpan]:
+    """`load_span("llama", 1, 4)` holds blocks 1:4."""
+
+    def load(family: str, start: int = 0, end: int = NUM_BLOCKS) -> BlockSpan:
+        checkpoint = Checkpoint(str(tiny_checkpoint(family)))
+        model, layout = load_pruned(
+            model_class(AutoModel, checkpoint), checkpoint, Part(start, end, ends=False), dtype="float32"
+        )
+        return BlockSpan(model, layout, start)
+
+    return load
+
+
+def inputs(start: int, end: int, *, prefix: bool = True, deep: bool = True, rows: list[int] | None = None):
+    draw = torch.Generator().manual_seed(0)
+    return SpanInputs(
+        start,
+        end,
+        torch.randn(B, S, HIDDEN, generator=draw),
+        torch.randn(P, HIDDEN, generator=draw) if prefix else None,
+        torch.randn(end - start, P, HIDDEN, generator=draw) if deep else None,
+        torch.tensor(rows) if rows is not None else None,
+    )
+
+
+def run(span: BlockSpan, given: SpanInputs) -> dict[str, torch.Tensor]:
+    """Outputs and the gradients of a fixed loss on them."""
+    graph = span.forward_with_graph(given, input_grad=True)
+    out = graph.outputs[0].detach()
+    weights = [torch.linspace(-1, 1, t.numel()).cos().view_as(t) for t in graph.outputs]
+    grads = span.backward(graph, weights[0], weights[1] if given.prefix is not None else None)
+    found = {"out": out, **{f"grad of {name}": grad for name, grad in grads.items()}}
+    if given.prefix is not None:
+        found["prefix out"] = graph.outputs[1].detach()
+    return found
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        assert got[name].shape == value.shape, name
+        assert value.norm() > 1e-6, f"the test is blind: {name} is zero"
+        assert ((got[name] - value).norm() / value.norm()).item() < 1e-5, name
+
+
+@pytest.mark.parametrize("deep", [True, False], ids=["deep_ptune", "ptune"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prefix_equals_a_concatenated_one(family, deep, load_span):
+    span = load_span(family)
+    assert verify_shared_prefix(span)
+    assert span.share_prefix
+    given = inputs(0, NUM_BLOCKS, deep=deep)
+    shared = run(span, given)
+    span.share_prefix = False
+    assert_same(shared, run(span, given))
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "concatenated"])
+def test_rows_are_the_same_positions_of_the_whole(share, load_span):
+    span = load_span("llama")
+    span.share_prefix = share
+    rows = [17, 0, 8]
+    whole, _ = span.forward(inputs(0, NUM_BLOCKS))
+    some, _ = span.forward(inputs(0, NUM_BLOCKS, rows=rows))
+    torch.testing.assert_close(some, whole.reshape(B * S, HIDDEN)[rows])
+    graph = span.forward_with_graph(inputs(0, NUM_BLOCKS, rows=rows), input_grad=True)
+    few = span.backward(graph, torch.ones(3, HIDDEN), None)
+    grad = torch.zeros(B * S, HIDDEN)
+    grad[rows] = 1
+    graph = span.forward_with_graph(inputs(0, NUM_BLOCKS), input_grad=True)
+    assert_same(few, span.backward(graph, grad.view(B, S, HIDDEN), None))
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "concatenated"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_a_sub_span_equals_a_server_of_these_blocks_alone(family, share, load_span):
+    whole, alone = load_span(family), load_span(family, 1, 3)
+    whole.share_prefix = alone.share_prefix = share
+    given = inputs(1, 3)
+    assert_same(run(whole, given), run(alone, given))
+    assert_same(run(whole, inputs(0, 4)), run(load_span(family), inputs(0, 4)))  # the sub-span left no trace
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_two_spans_in_a_chain_equal_one(family, load_span):
+    first, second, whole = load_span(family, 0, 1), load_span(family, 1, 4), load_span(family)
+    given = inputs(0, 4)
+    hidden, prefix = first.forward(SpanInputs(0, 1, given.hidden, given.prefix, given.deep[:1]))
+    hidden, prefix = second.forward(SpanInputs(1, 4, hidden, prefix, given.deep[1:]))
+    expected, expected_prefix = whole.forward(given)
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prefix, expected_prefix, rtol=1e-5, atol=1e-5)
+
+
+def test_without_prompts_samples_do_not_see_each_other(load_span):
+    span, given = load_span("llama"), inputs(0, 4, prefix=False, deep=False)
+    out, prefix = span.forward(given)
+    assert prefix is None
+    for sample in range(B):
+        alone, _ = span.forward(SpanInputs(0, 4, given.hidden[sample : sample + 1]))
+        torch.testing.assert_close(alone[0], out[sample], rtol=1e-5, atol=1e-5)
+
+
+def test_what_needs_no_gradient_gets_none(load_span):
+    span = load_span("llama")
+    graph = span.forward_with_graph(inputs(0, 4, deep=False), input_grad=False)
+    assert set(span.backward(graph, torch.ones(B, S, HIDDEN), None)) == {"prefix"}
+    graph = span.forward_with_graph(inputs(0, 4, prefix=False, deep=False), input_grad=False)
+    assert span.backward(graph, torch.ones(B, S, HIDDEN), None) == {}
+
+
+def test_a_prefix_that_is_all_that_counts_has_its_gradient(load_span):
+    """`hidden` has no part in the loss, as in a micro-batch whose rows nobody reads."""
+    span = load_span("llama")
+    graph = span.forward_with_graph(inputs(0, 4), input_grad=True)
+    grads = span.backward(graph, torch.zeros(B, S, HIDDEN), torch.ones(P, HIDDEN))
+    assert grads["hidden"].norm() == 0
+    assert grads["prefix"].norm() > 0
+
+
+def test_a_family_with_another_attention_falls_back_to_the_concatenated_prefix(load_span, monkeypatch):
+    span, given = load_span("llama"), inputs(0, 4)
+    expected = run(span, given)
+    monkeypatch.setattr(PrefixLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
+    assert not verify_shared_prefix(span)  # wrong numbers
+    monkeypatch.setattr(PrefixLayer, "update", lambda self, keys: None)
+    assert not verify_shared_prefix(span)  # a family whose code takes no such cache
+    span.share_prefix = False
+    assert_same(run(span, given), expected)
+
+
+def test_weights_never_change_and_take_no_gradient(load_span):
+    span = load_span("llama")
+    before = {name: parameter.clone() for name, parameter in span.model.named_parameters()}
+    run(span, inputs(0, 4))
+    for name, parameter in span.model.named_parameters():
+        assert not parameter.requires_grad
+        assert torch.equal(parameter, before[name])
+
+
+def test_the_measured_graph_is_about_what_autograd_saves(load_span):
+    span = load_span("llama")
+    saved: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch, tokens = 8, 32
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        graph = span.forward_with_graph(SpanInputs(0, 4, torch.randn(batch, tokens, HIDDEN)), input_grad=True)
+    for parameter in span.model.parameters():
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    assert graph.outputs
+    estimate = measure_graph_bytes(span) * batch * tokens * NUM_BLOCKS
+    assert estimate > HIDDEN * 4 * batch * tokens * NUM_BLOCKS  # at the very least, every block saves its input
+    assert estimate == pytest.approx(sum(saved.values()), rel=0.25)

@@ -1,0 +1,170 @@
+"""A Trainer over a real swarm: the same numbers as a local run, repeatedly, and nothing left running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import StrategyRegistry
+
+from petals_lightning.data import TextClassificationDataModule
+from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.models import remote_blocks
+from petals_lightning.modules import SequenceClassificationModule
+from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy, ServedModel
+from tests.swarms import PREFIX, InProcessSwarm
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+@pytest.fixture
+def data(text_model: Path, texts: Path) -> TextClassificationDataModule:
+    return TextClassificationDataModule(str(text_model), str(texts), batch_size=8)
+
+
+def make_module(text_model: Path, **settings: Any) -> SequenceClassificationModule:
+    return SequenceClassificationModule(str(text_model), pre_seq_len=3, dht_prefix=PREFIX, **settings)
+
+
+def make_trainer(folder: Path, strategy: Any, *callbacks: Callback) -> pl.Trainer:
+    torch.manual_seed(0)
+    return pl.Trainer(
+        default_root_dir=str(folder),
+        strategy=strategy,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def test_it_is_registered_with_lightning() -> None:
+    assert isinstance(StrategyRegistry.get("remote_blocks"), RemoteBlockStrategy)
+
+
+def test_training_equals_a_local_run(
+    text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
+) -> None:
+    swarm = start_swarm(text_model, [(0, 1), (1, 4)])
+    remote, local = Losses(), Losses()
+    make_trainer(tmp_path, "auto", local).fit(make_module(text_model), datamodule=data)
+    strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers))
+    make_trainer(tmp_path, strategy, remote).fit(make_module(text_model), datamodule=data)
+    assert remote.values == pytest.approx(local.values, abs=1e-4)
+
+
+def test_one_trainer_fits_validates_tests_and_predicts_again_and_again(
+    text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
+) -> None:
+    swarm = start_swarm(text_model, [(0, 2), (2, 4)])
+    module = make_module(text_model)
+    trainer = make_trainer(tmp_path, RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)))
+    trainer.fit(module, datamodule=data)
+    fitted = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    for _ in range(2):
+        (validated,) = trainer.validate(module, datamodule=data, verbose=False)
+        assert validated == pytest.approx(fitted, abs=1e-5), "the trained weights outlive the connection"
+    trainer.test(module, datamodule=data, verbose=False)
+    predicted = trainer.predict(module, datamodule=data)
+    assert predicted is not None
+    assert sum(len(batch["labels"]) for batch in predicted) == 16
+
+
+def test_checkpoints_of_a_swarm_load_into_a_local_run(
+    text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
+) -> None:
+    swarm = start_swarm(text_model, [(0, 4)])
+    trainer = make_trainer(tmp_path, RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)))
+
+    class Save(Callback):
+        def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "trained.ckpt")
+
+    trainer.callbacks.append(Save())  # type: ignore[attr-defined]
+    trainer.fit(make_module(text_model), datamodule=data)
+    remote = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    assert (tmp_path / "trained.ckpt").stat().st_size < 50_000
+    (local,) = make_trainer(tmp_path, "auto").validate(
+        make_module(text_model), datamodule=data, ckpt_path=tmp_path / "trained.ckpt", verbose=False
+    )
+    assert local == pytest.approx(remote, abs=1e-4)
+
+
+def test_teardown_closes_the_connection_after_an_exception(
+    text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
+) -> None:
+    swarm = start_swarm(text_model, [(0, 4)])
+
+    class Fail(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise ArithmeticError
+
+    module = make_module(text_model)
+    strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers))
+    with pytest.raises(ArithmeticError):
+        make_trainer(tmp_path, strategy, Fail()).fit(module, datamodule=data)
+    blocks = remote_blocks(module)
+    assert blocks is not None
+    assert blocks._swarm.closed
+    with pytest.raises(RuntimeError, match="between the strategy's setup_environment and teardown"):
+        _ = strategy.client_arguments
+
+
+def test_an_unreachable_peer_is_an_error_of_one_line(
+    text_model: Path, data: TextClassificationDataModule, tmp_path: Path
+) -> None:
+    nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHq9AJPHnpcVfVP9k64T91MhkEsBQE3ZisQeLhbzpontM"
+    strategy = RemoteBlockStrategy(PrivateSwarm([nobody], connect_timeout=3.0))
+    with pytest.raises(SwarmConnectionError, match="127.0.0.1/tcp/9"):
+        make_trainer(tmp_path, strategy).fit(make_module(text_model), datamodule=data)
+
+
+@pytest.mark.parametrize("peers", [[], ["12.34.56.78:31337"], ["/ip4/1.2.3.4/tcp/31337"]])
+def test_what_is_no_multiaddress_is_refused_at_once(peers: list[str]) -> None:
+    with pytest.raises(ConfigurationError, match="/ip4/HOST/tcp/PORT/p2p/ID"):
+        PrivateSwarm(peers)
+
+
+def test_a_folder_is_served_under_its_own_name(tmp_path: Path) -> None:
+    folder = tmp_path / "my model v1.5"
+    folder.mkdir()
+    assert ServedModel(str(folder)).dht_prefix == "my-model-v1-5"
+    assert ServedModel(str(folder), dht_prefix="other").dht_prefix == "other"
+    assert ServedModel("meta-llama/Meta-Llama-3-8B").dht_prefix is None
+
+
+def test_a_swarm_is_up_from_the_first_user_to_the_last() -> None:
+    events: list[str] = []
+
+    class Recorded(PrivateSwarm):
+        def _start(self, model: ServedModel, log_dir: Path) -> None:
+            events.append("start")
+
+        def _stop(self) -> None:
+            events.append("stop")
+
+    swarm = Recorded(["/ip4/127.0.0.1/tcp/1/p2p/x"], max_retries=2)
+    model = ServedModel("some/model")
+    with swarm.held(model, Path()):
+        for _ in range(2):
+            assert swarm.acquire(model, Path()) == {
+                "initial_peers": ["/ip4/127.0.0.1/tcp/1/p2p/x"],
+                "dht_prefix": None,
+                "max_retries": 2,
+            }
+            swarm.release()
+    assert events == ["start", "stop"]

@@ -1,0 +1,246 @@
+"""One peer a process, among real peers on loopback: records, errors, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+from hivemind.utils.timed_storage import get_dht_time
+
+from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.protocol.records import ServerRecord, ServerState
+from petals_lightning.protocol.uids import MODELS_KEY
+from petals_lightning.swarm import SwarmDirectory, SwarmNode
+from petals_lightning.swarm.directory import ModelEntry
+from tests.swarms import LOOPBACK
+
+RECORD = ServerRecord(ServerState.ONLINE, 3.0, 0, 2, public_name="ours", hidden_size=8, stream_version=1)
+ROOT = Path(__file__).parents[2]
+STRANGER = "QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
+
+
+@pytest.fixture
+def start_node() -> Iterator[Callable[..., SwarmNode]]:
+    with ExitStack() as stack:
+
+        def start(*peers: str, **options: object) -> SwarmNode:
+            node = SwarmNode(peers, **{"host_maddrs": LOOPBACK, **options}).start()
+            stack.callback(node.close)
+            return node
+
+        yield start
+
+
+def daemons_of(parent: psutil.Process) -> list[psutil.Process]:
+    return [process for process in parent.children(recursive=True) if process.name() == "p2pd"]
+
+
+@pytest.fixture
+def socket_folder(monkeypatch) -> Iterator[Path]:
+    """An empty folder with a short name (sockets need one) in the place of /tmp, for daemons' sockets."""
+    with tempfile.TemporaryDirectory(prefix="pl-", dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def listen(node: SwarmNode) -> Path:
+    """Makes the node take streams, as servers do; returns the socket that its daemon calls back on."""
+
+    async def handler(*args: object) -> None:
+        return None
+
+    node.run(node.p2p.add_binary_stream_handler("test", handler))
+    return Path(node.p2p._client_listen_maddr["unix"])
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> bool:
+    deadline = time.monotonic() + timeout
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def read(node: SwarmNode, prefix: str = "m", num_blocks: int = 3) -> list[dict[str, ServerRecord]]:
+    return node.run(SwarmDirectory(node.dht).servers(prefix, num_blocks))
+
+
+def test_a_record_is_seen_by_other_peers(start_node):
+    server = start_node()
+    client = start_node(*server.visible_maddrs(), host_maddrs=(), client_mode=True)
+    directory = SwarmDirectory(server.dht)
+    assert server.run(directory.announce("m", RECORD, range(2), 60))
+    peer = server.peer_id.to_base58()
+    for node in (server, client):
+        assert read(node) == [{peer: RECORD}, {peer: RECORD}, {}]
+    assert client.peer_id != server.peer_id
+
+
+def test_two_servers_of_a_block_are_both_seen(start_node):
+    first = start_node()
+    second = start_node(*first.visible_maddrs())
+    for node in (first, second):
+        assert node.run(SwarmDirectory(node.dht).announce("m", RECORD, [1], 60))
+    assert set(read(first)[1]) == set(read(second)[1]) == {first.peer_id.to_base58(), second.peer_id.to_base58()}
+
+
+def test_a_later_record_takes_the_place_of_an_earlier_one(start_node):
+    node = start_node()
+    directory = SwarmDirectory(node.dht)
+    offline = ServerRecord(ServerState.OFFLINE, 0.0)
+    node.run(directory.announce("m", RECORD, [0], 60))
+    node.run(directory.announce("m", offline, [0], 61))
+    assert list(read(node)[0].values()) == [offline]
+
+
+def test_a_record_expires(start_node):
+    node = start_node()
+    node.run(SwarmDirectory(node.dht).announce("m", RECORD, [0], 1.0))
+    assert read(node)[0]
+    assert eventually(lambda: not read(node)[0])
+
+
+def test_models_are_listed_unless_private(start_node):
+    node = start_node()
+    directory = SwarmDirectory(node.dht)
+    shown, private = ModelEntry("shown", 4, "org/shown"), ModelEntry("_private", 4, None)
+    assert node.run(directory.announce_model(shown, 60))
+    assert node.run(directory.announce_model(private, 60))
+    assert node.run(directory.models()) == [shown]
+
+
+def test_whatever_else_peers_store_is_passed_over(start_node):
+    node = start_node()
+    directory = SwarmDirectory(node.dht)
+
+    def store(key: str, subkey: object, value: object) -> None:
+        assert node.run(node.dht.store(key, subkey=subkey, value=value, expiration_time=get_dht_time() + 60))
+
+    for subkey, value in [("no peer id!", RECORD.to_value()), (5, RECORD.to_value()), (STRANGER, "nonsense")]:
+        store("m.0", subkey, value)
+    assert node.run(directory.announce("m", RECORD, [0], 60))
+    store("m.1", None, {"a": 1})
+    store("m.2", None, RECORD.to_value())
+    assert read(node) == [{node.peer_id.to_base58(): RECORD}, {}, {}]
+    for subkey, value in [("a", 3), ("b", {"num_blocks": "4"}), ("c", {"num_blocks": 4, "repository": 5})]:
+        store(MODELS_KEY, subkey, value)
+    assert node.run(directory.models()) == [ModelEntry("c", 4, None)]
+
+
+def test_a_list_of_models_of_another_kind_is_passed_over(start_node):
+    node = start_node()
+    node.run(node.dht.store(MODELS_KEY, value={"a": {"num_blocks": 1}}, expiration_time=get_dht_time() + 60))
+    assert node.run(SwarmDirectory(node.dht).models()) == []
+
+
+def test_an_identity_file_keeps_the_peer_id(start_node, tmp_path):
+    identity = str(tmp_path / "peer.id")
+    first = start_node(identity_path=identity)
+    peer = first.peer_id
+    first.close()
+    assert start_node(identity_path=identity).peer_id == peer
+    assert start_node().peer_id != peer
+
+
+def test_an_identity_that_cannot_be_written_is_named():
+    with pytest.raises(SwarmConnectionError, match=r"/nowhere/peer\.id"):
+        SwarmNode(identity_path="/nowhere/peer.id", host_maddrs=LOOPBACK).start()
+
+
+def test_an_unreachable_peer_is_named_with_the_fix_and_nothing_is_left(socket_folder):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    me, threads = psutil.Process(), threading.active_count()
+    maddr = f"/ip4/127.0.0.1/tcp/{port}/p2p/{STRANGER}"
+    with pytest.raises(SwarmConnectionError, match=rf"{maddr}.*Check that a peer runs there"):
+        SwarmNode([maddr], host_maddrs=(), client_mode=True, connect_timeout=10).start()
+    assert eventually(lambda: not daemons_of(me) and threading.active_count() <= threads)
+    assert list(socket_folder.iterdir()) == []
+
+
+def test_a_port_that_is_taken_is_an_error_of_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        maddr = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+        with pytest.raises(SwarmConnectionError, match="cannot start a swarm node") as error:
+            SwarmNode(host_maddrs=[maddr], connect_timeout=10).start()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "maddr", ["", "here", "127.0.0.1:80", "/ip4/127.0.0.1/tcp/80", "/ip4/127.0.0.1/tcp/80/p2p/me", f"/p2p/{STRANGER}x"]
+)
+def test_a_malformed_multiaddress_is_refused_before_anything_starts(maddr):
+    with pytest.raises(ConfigurationError, match="initial_peers"):
+        SwarmNode([maddr])
+
+
+def test_close_leaves_nothing_and_may_be_repeated(start_node, socket_folder):
+    me, threads = psutil.Process(), threading.active_count()
+    node = start_node()
+    callback_socket = listen(node)
+    assert daemons_of(me)
+    assert callback_socket.exists()
+    assert len(list(socket_folder.iterdir())) == 1
+    node.close()
+    node.close()
+    assert not daemons_of(me)
+    assert not callback_socket.exists()
+    assert list(socket_folder.iterdir()) == []
+    assert eventually(lambda: threading.active_count() <= threads)
+
+
+def test_a_node_that_was_not_started_can_be_closed():
+    SwarmNode().close()
+
+
+def test_an_interrupted_wait_cancels_its_coroutine(start_node):
+    node, cancelled = start_node(), threading.Event()
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    with pytest.raises(TimeoutError):
+        node.run(wait(), timeout=0.1)
+    assert cancelled.wait(10)
+
+
+def test_a_process_that_is_killed_leaves_no_daemon_and_no_socket(socket_folder):
+    code = f"""
+import time
+from petals_lightning.swarm import SwarmNode
+from tests.swarm.test_node import listen
+node = SwarmNode(host_maddrs={LOOPBACK!r}).start()
+print(listen(node), flush=True)
+time.sleep(100)
+"""
+    environment = {**os.environ, "TMPDIR": str(socket_folder)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    ) as process:
+        callback_socket = Path(process.stdout.readline().strip())
+        assert callback_socket.is_socket()
+        assert len(list(socket_folder.iterdir())) == 1
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert any(child.name() == "p2pd" for child in started)
+        process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert alive == []
+    assert eventually(lambda: not callback_socket.exists() and list(socket_folder.iterdir()) == [])

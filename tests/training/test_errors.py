@@ -1,0 +1,66 @@
+"""What a user gets wrong is one line that names it and how to mend it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from petals_lightning.training import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WRONG = {
+    "recipe=sst3_ptune": "no recipe is called 'sst3_ptune'; did you mean sst2_ptune?",
+    "tuning=ptune": "You must specify 'recipe'",
+    "recipe=sst2_ptune tuning.pre_sq_len=8": "unknown setting tuning.pre_sq_len; did you mean tuning.pre_seq_len?",
+    "recipe=sst2_ptune tunning.mode=null": "unknown setting tunning; did you mean tuning?",
+    "recipe=sst2_ptune swarm=public swarm.num_servers=3": "unknown setting swarm.num_servers; there are: ",
+    "recipe=sst2_ptune seed=many": "seed=many: Value 'many' of type 'str' could not be converted to Integer",
+    "recipe=sst2_ptune swarm=private": "swarm.initial_peers is empty",
+    "recipe=sst2_ptune tuning.pre_seq_len=0 {model}": "tuning.pre_seq_len=0: must be at least 1 virtual token",
+    "recipe=sst2_ptune model.name={folder}": "model.name must be a hub id or a folder with a config.json",
+    "recipe=sst2_ptune data.source={folder}/unlabelled.jsonl {model}": "the columns are 'sentence', 'stars'",
+    "recipe=sst2_ptune data.source={folder}/three.jsonl data.num_labels=2 {model}": "set data.num_labels=3",
+    "recipe=sst2_ptune resume=true {model}": "resume=true: no earlier run to continue",
+    "recipe=sst2_ptune ckpt_path=no.ckpt {model}": "ckpt_path=no.ckpt: no such file",
+    "recipe=customer_reviews_deep_ptune": "data.source",
+}
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """`main("recipe=…")` is `python train.py recipe=…` in `tmp_path`, without a process of its own."""
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+
+    def main(arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(errors, "_TRACEBACKS_WANTED", False)
+        train.main()
+
+    return main
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.items(), ids=list(WRONG))
+def test_a_wrong_setting_is_one_line(
+    arguments: str, message: str, main: Callable, text_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "unlabelled.jsonl").write_text('{"sentence": "w1", "stars": 3}\n')
+    rows = [{"sentence": f"w{number}", "label": number % 3} for number in range(30)]
+    (tmp_path / "three.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit) as left:
+        main(arguments.format(folder=tmp_path, model=f"model.name={text_model}"))
+    assert left.value.code == 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1, said
+    assert said.startswith("error: ")
+    assert message in said

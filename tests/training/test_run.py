@@ -1,0 +1,136 @@
+"""A run from its settings to the files that it leaves. (All blocks local, for speed; a swarm: test_first_command.py.)"""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+from PIL import Image
+
+from petals_lightning.training.run import run
+from petals_lightning.training.run_folder import choose_run_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SUMMARY_KEYS = {
+    "val/accuracy",
+    "val/loss",
+    "train/seconds",
+    "train/steps",
+    "train/tokens",
+    "swarm/bytes_sent",
+    "swarm/bytes_received",
+    "swarm/retries",
+    "checkpoint",
+}
+
+
+def test_a_run_leaves_its_summary_picture_and_checkpoints(
+    compose_run: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accuracy = run(compose_run(), "sst2_deep_ptune")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["val/accuracy"] == accuracy
+    assert summary["train/steps"] == 10  # 2 epochs of 40 texts in batches of 8
+    assert summary["train/tokens"] > 10 * 8 * 3
+    assert Path(summary["checkpoint"]) == tmp_path / "checkpoints" / "best.ckpt"
+    assert {"best.ckpt", "last.ckpt"} == {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert "test/accuracy" in summary
+    with Image.open(tmp_path / "learning_curve.png") as picture:
+        assert picture.width > 1000
+    said = capsys.readouterr().out
+    assert "val/accuracy" in said
+    assert str(tmp_path) in said
+    assert "bundled sample" not in said
+
+
+def test_csv_logs_hold_the_metrics(compose_run: Callable[..., DictConfig], tmp_path: Path) -> None:
+    run(compose_run())
+    with open(tmp_path / "csv" / "version_0" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train/loss", "train/lr", "train/tokens_per_second", "swarm/bytes_sent", "val/loss", "val/accuracy"):
+        assert any(row[name] for row in rows), name
+
+
+def test_wandb_logs_offline_into_the_run_folder(
+    compose_run: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No login on this "machine": W&B must neither ask nor wait.
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    accuracy = run(compose_run("logger=wandb"))
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    history = read_wandb_history(path)
+    assert max(row["val/accuracy"] for row in history if "val/accuracy" in row) == pytest.approx(accuracy, abs=1e-6)
+    for name in ("train/loss", "train/lr", "train/tokens_per_second", "swarm/bytes_received", "swarm/retries"):
+        assert any(name in row for row in history), name
+
+
+def read_wandb_history(path: Path) -> list[dict]:
+    """The logged rows of an offline run. (W&B 0.31 has no reader in Python; the file is a LevelDB log of protobufs.)"""
+    from wandb.proto import wandb_internal_pb2
+
+    file, at, record, rows = path.read_bytes(), 7, b"", []  # 7 bytes of header
+    while at + 7 <= len(file):
+        if (rest := 2**15 - at % 2**15) < 7:  # blocks of 32 KiB; a chunk's header is not cut in two
+            at += rest
+            continue
+        _, length, kind = struct.unpack("<IHB", file[at : at + 7])
+        record += file[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or its last chunk
+            items = wandb_internal_pb2.Record.FromString(record).history.item
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            record = b""
+    return rows
+
+
+def test_a_run_is_the_same_again(compose_run: Callable[..., DictConfig], tmp_path: Path) -> None:
+    losses = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        run(compose_run(f"output_dir={folder}"))
+        losses.append(json.loads((folder / "summary.json").read_text())["val/loss"])
+    assert losses[0] == losses[1]
+
+
+def test_a_continued_run_counts_the_whole(compose_run: Callable[..., DictConfig], tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(compose_run(f"output_dir={whole}", "optim.warmup_ratio=1"))
+    # Stopped after one of two epochs: only the limit differs, not the schedule (all warm-up).
+    run(compose_run(f"output_dir={parts}", "optim.warmup_ratio=1", "trainer.limit_train_batches=5"))
+    expected = json.loads((whole / "summary.json").read_text())
+    last = parts / "checkpoints" / "last.ckpt"
+    run(compose_run(f"output_dir={parts}", f"ckpt_path={last}", "trainer.max_epochs=3", "test=false"))
+    summary = json.loads((parts / "summary.json").read_text())
+    assert summary["train/steps"] == 15
+    assert summary["train/tokens"] == pytest.approx(1.5 * expected["train/tokens"], rel=0.1)
+
+
+def test_resume_finds_the_newest_run(tmp_path: Path) -> None:
+    for name in ("2026-01-01", "2026-01-02", "2026-01-03"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    for name in ("2026-01-01", "2026-01-02"):
+        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+    assert choose_run_folder(str(tmp_path), resume=True) == str(tmp_path / "2026-01-02")
+    assert Path(choose_run_folder(str(tmp_path), resume=False)).parent == tmp_path
+    assert not Path(choose_run_folder(str(tmp_path), resume=False)).exists()
+
+
+def test_a_sweep_runs_every_combination(text_model: Path, texts: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "recipe=sst2_ptune,sst2_deep_ptune", "optim.lr=1e-3,1e-2"]
+    command += [f"model.name={text_model}", f"data.source={texts}", "swarm=none", "logger=csv", "trainer.max_epochs=1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("multirun/*/*/summary.json")]
+    assert sorted(summary["recipe"] for summary in summaries) == ["sst2_deep_ptune"] * 2 + ["sst2_ptune"] * 2
+    assert len({summary["val/loss"] for summary in summaries}) == 4
