@@ -124,6 +124,8 @@ class Server:
                 "fingerprint": record.fingerprint,
                 "version": __version__,
                 "max_batch_tokens": self._limits.max_batch_tokens,
+                "max_message_bytes": self._limits.max_message_bytes,
+                "max_open_requests": self._limits.max_open_requests,
             }
             self.node.run(self._open(prefix, count, record))
         except BaseException:
@@ -218,7 +220,8 @@ class Server:
             assert self._backend is not None
             self._backend.graphs.expire()
             try:
-                stored = await self._announce(prefix, count, record)
+                # hivemind waits for ever for a daemon that has died
+                stored = await asyncio.wait_for(self._announce(prefix, count, record), max(self._update_period, 10.0))
             except _DAEMON_ERRORS as e:  # or this task would end, and with it, unnoticed, the server's visibility
                 logger.debug("announcing failed", exc_info=e)
                 stored = False

@@ -47,7 +47,8 @@ class Backend:
     def graph_size(self, request: ForwardRequest) -> int:
         """Estimated bytes of the request's autograd graph."""
         batch, tokens, _ = request.hidden.shape
-        positions = batch * tokens + (len(request.prefix) if request.prefix is not None else 0)
+        prefix = len(request.prefix) if request.prefix is not None else 0
+        positions = batch * tokens + prefix * (1 if self.span.share_prefix else batch)
         return int(positions * (request.end - request.start) * self.graph_bytes_per_token)
 
 

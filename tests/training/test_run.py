@@ -1,4 +1,4 @@
-"""A run from its settings to the files that it leaves. (All blocks local, for speed; a swarm: test_first_command.py.)"""
+"""A run from its settings to the files that it leaves. (All blocks local, for speed.)"""
 
 from __future__ import annotations
 
