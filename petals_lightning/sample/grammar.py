@@ -371,7 +371,7 @@ def corpus(seed: int, exclude: Collection[str] = (), pair_rate: float = 0.0) -> 
     second kind are pairs: a review and a verdict, or a review and another one of the same sentiment. In both, the
     word that follows a review does not depend on its sentiment, only later ones do.
 
-    :param exclude: reviews that are not to appear, e.g. the labelled ones.
+    :param exclude: reviews that are not to be a whole text, e.g. the labelled ones.
     :param pair_rate: share of documents of the second kind.
     """
     rng = Random(seed)
