@@ -19,7 +19,7 @@ from petals_lightning.cli.options import (
     configure_logging,
     say,
 )
-from petals_lightning.errors import ConfigurationError
+from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 
 
 def serve(
@@ -114,7 +114,10 @@ def serve(
             say(f"multiaddress: {maddr}")
         span = server.span
         say(f"ready: blocks {span.start}:{span.end} of {server.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
-        stop.wait()
+        if not stop.wait_while(lambda: server.node.is_alive):
+            raise SwarmConnectionError(
+                "the libp2p daemon of this server has ended: nobody can reach it; start it again"
+            )
         say("leaving: finishing what is under way")
     finally:
         server.stop()

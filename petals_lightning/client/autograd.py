@@ -51,15 +51,17 @@ class RemoteRunner:
         *,
         start: int,
         num_legs: int,
+        max_tokens: int,
         input_grad: bool,
         keep: bool,
     ) -> list[_Part]:
-        """Cuts the batch so that a chain of `num_legs` servers can work at once and no request is too large."""
+        """Cuts the batch so that a chain of `num_legs` servers can work at once and no request is over `max_tokens`."""
         batch_size, tokens, _ = hidden.shape
-        pieces = math.ceil(batch_size * tokens / self._config.max_microbatch_tokens)
+        size = batch_size
         if num_legs > 1:
-            pieces = max(pieces, min(2 * num_legs, batch_size * tokens // self._config.min_microbatch_tokens))
-        size = math.ceil(batch_size / min(max(pieces, 1), batch_size))
+            pieces = min(2 * num_legs, batch_size * tokens // self._config.min_microbatch_tokens)
+            size = math.ceil(batch_size / max(pieces, 1))
+        size = max(1, min(size, max_tokens // (tokens + (len(prefix) if prefix is not None else 0))))
         parts = []
         for first in range(0, batch_size, size):
             last = min(first + size, batch_size)
@@ -107,14 +109,14 @@ class RemoteRunner:
 
 
 class RemoteBlocks(torch.autograd.Function):
-    """`apply(runner, start, end, num_legs, want_prefix, hidden, prefix, deep, rows)` → (hidden, prefix).
+    """`apply(runner, start, end, (num_legs, max_tokens), want_prefix, hidden, prefix, deep, rows)` → (hidden, prefix).
 
     hidden [B, S, H] → the same shape, or [N, H] with rows [N]; prefix [P, H] → the same, or empty if not wanted.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        runner, start, end, num_legs, want_prefix, hidden, prefix, deep, rows = args
+        runner, start, end, (num_legs, max_tokens), want_prefix, hidden, prefix, deep, rows = args
         needs = dict(zip(("hidden", "prefix", "deep"), ctx.needs_input_grad[5:8], strict=True))
         parts = runner.split(
             hidden.detach().cpu(),
@@ -123,6 +125,7 @@ class RemoteBlocks(torch.autograd.Function):
             runner.prompts(deep, start) if deep is not None else None,
             start=start,
             num_legs=num_legs,
+            max_tokens=max_tokens,
             input_grad=needs["hidden"],
             keep=any(needs.values()),
         )

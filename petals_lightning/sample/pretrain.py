@@ -3,7 +3,7 @@
 The model is a Llama of 4 blocks, 128 wide, over words. It is trained on nothing but documents of
 :func:`petals_lightning.sample.grammar.corpus`: first on generated clauses and reviews that are followed by verdicts,
 then shortly on pairs of reviews of one sentiment. No text by people is in it. The reviews of ``reviews/*.jsonl`` are
-left out of the corpus, their opinion words are not.
+left out of the corpus as whole texts, their opinion words are not.
 
 The checkpoint is written in several shards, as that of a large model, so that a server that holds some blocks
 reads only their shards.

@@ -24,7 +24,7 @@ from petals_lightning.protocol.messages import STREAM_METHOD
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import measure_graph_bytes
+from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Backend, Session
@@ -112,7 +112,7 @@ class Server:
             span = self._load(start, end)
             self._compute = ComputeThread()
             self._backend = Backend(span, self._compute, self._limits, info={})
-            self._backend.graph_bytes_per_token = measure_graph_bytes(span)
+            self._backend.graph_cost = measure_graph_cost(span)
             record = self._measure(span)
             self._backend.info = {
                 "start": start,
@@ -134,13 +134,14 @@ class Server:
 
     def stop(self, timeout: float = 5.0) -> None:
         """Announces that it leaves, finishes what is under way within `timeout` seconds, closes everything."""
+        deadline = time.monotonic() + timeout
         try:
             if self._announcer is not None:
                 self.node.run(self._leave(timeout))
         finally:
             self._announcer = None
             if self._compute is not None:
-                self._compute.stop()
+                self._compute.stop(max(0.0, deadline - time.monotonic()))
                 self._compute = None
             self.node.close()
 

@@ -81,6 +81,11 @@ class SwarmNode:
         return self._dht
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the daemon runs, without which nobody can reach this peer."""
+        return self._daemon.is_alive
+
+    @property
     def peer_id(self) -> PeerID:
         return self.p2p.peer_id
 
