@@ -107,11 +107,14 @@ def serve(
         limits=ServerLimits(graph_bytes=int(graph_memory * 2**30), max_batch_tokens=max_batch_tokens),
         on_shard=progress.on_shard,
     )
-    with progress:
-        server.start()
-    try:
+
+    def say_addresses() -> None:  # before loading, so that others can join meanwhile
         for maddr in server.node.visible_maddrs():
             say(f"multiaddress: {maddr}")
+
+    with progress:
+        server.start(say_addresses)
+    try:
         span = server.span
         say(f"ready: blocks {span.start}:{span.end} of {server.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
         if not stop.wait_while(lambda: server.node.is_alive):

@@ -95,8 +95,11 @@ class Server:
             )
         return self._dht_prefix
 
-    def start(self) -> None:
-        """Loads the span, joins the swarm and announces itself; returns when clients can find it.
+    def start(self, on_joined: Callable[[], None] = lambda: None) -> None:
+        """Joins the swarm, loads the span and announces itself; returns when clients can find it.
+
+        Args:
+            on_joined: called once others can reach this peer, before blocks are loaded.
 
         Raises:
             ConfigurationError: the model, the span or an address is wrong.
@@ -107,6 +110,7 @@ class Server:
             self._check_span(*self._block_indices, count)
         self.node.start()
         try:
+            on_joined()
             start, end = self._block_indices or self._choose_span(prefix, count)
             logger.info("loading blocks %d:%d of %s", start, end, self._checkpoint.name_or_path)
             span = self._load(start, end)
