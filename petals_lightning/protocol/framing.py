@@ -131,7 +131,7 @@ class MessageWriter:
         self._writer = writer
         self._turn = asyncio.Lock()
         self.wrote_at = time.monotonic()
-        """When the stream last took a frame: one that takes frames moves, however slowly."""
+        """When the stream last took a frame of tensors: one that takes them moves, however slowly."""
 
     async def send(self, call_id: int, message: Message) -> int:
         """Returns the bytes written; raises ConnectionError if the stream is gone."""
@@ -142,7 +142,8 @@ class MessageWriter:
                     raise ConnectionResetError("the stream is closed")
                 self._writer.writelines(frame)
                 await self._writer.drain()
-                self.wrote_at = time.monotonic()
+                if message.tensors:
+                    self.wrote_at = time.monotonic()
             num_bytes += sum(len(buffer) for buffer in frame)
         return num_bytes
 

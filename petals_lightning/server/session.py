@@ -82,6 +82,7 @@ class Session:
         )
         self._writer = MessageWriter(writer)
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._sizes: dict[asyncio.Task[None], int] = {}
         self._prompts: OrderedDict[int, torch.Tensor] = OrderedDict()
 
     async def serve(self) -> None:
@@ -122,8 +123,9 @@ class Session:
             case Method.INFO:
                 await self._reply(call_id, Message(Method.OK, self._backend.info))
             case Method.CANCEL:
-                if (task := self._tasks.pop(call_id, None)) is not None:  # a task that has not begun cannot do it
+                if (task := self._tasks.get(call_id)) is not None:
                     task.cancel()
+                    self._settle(call_id, task)  # now: the next request may be read before the task can end
             case Method.FORWARD | Method.BACKWARD:
                 if call_id in self._tasks:
                     raise ProtocolError(f"call id {call_id} is used twice")
@@ -132,19 +134,19 @@ class Session:
                 self._account.requests += 1
                 task = asyncio.create_task(self._answer(call_id, handler))
                 self._tasks[call_id] = task
-                size = _num_bytes(message)
-                task.add_done_callback(lambda done: self._settle(call_id, done, size))
+                self._sizes[task] = _num_bytes(message)
+                task.add_done_callback(lambda done: self._settle(call_id, done))
                 return
             case _:
                 raise ProtocolError(f"a client may not send {message.method.value!r}")
         self._release(_num_bytes(message))
 
-    def _settle(self, call_id: int, task: asyncio.Task[None], num_bytes: int) -> None:
-        """A request is answered or given up, which also a task that never began can be."""
-        if self._tasks.get(call_id) is task:
+    def _settle(self, call_id: int, task: asyncio.Task[None]) -> None:
+        """A request is answered or given up: what it was charged with is given back, once."""
+        if (num_bytes := self._sizes.pop(task, None)) is not None:
             del self._tasks[call_id]
-        self._account.requests -= 1
-        self._release(num_bytes)
+            self._account.requests -= 1
+            self._release(num_bytes)
 
     def _reserve(self, num_bytes: int) -> bool:
         return self._gate.is_open and self._backend.accounts.reserve(self._account, num_bytes)

@@ -1,0 +1,47 @@
+"""How long a request may take, from what requests have taken. Pure but for the clock's reading of time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from petals_lightning.client.config import ClientConfig
+
+BACKWARD_COST = 3.0  # of a forward: it may have to run the forward again, and a gradient costs about two
+
+
+class ServiceClock:
+    """Seconds for which a server has been at work on a request, as far as the client knows.
+
+    It starts again when the request is on its way, and whenever the server says that it still waits in the queue.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._since
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds of service after which a request is given up (`deadline`), or tried elsewhere too (`hedge`, or never)."""
+
+    deadline: float
+    hedge: float | None
+
+
+def patience(expected: float | None, config: ClientConfig) -> Patience:
+    """Deadline and hedge of a request that should take `expected` seconds; None: nobody knows yet."""
+    if expected is None:
+        return Patience(config.request_timeout, None)
+    floor = min(config.min_request_timeout, config.request_timeout)
+    deadline = min(max(config.deadline_factor * expected, floor), config.request_timeout)
+    if config.hedge_factor is None:
+        return Patience(deadline, None)
+    # Not before the server has been asked once where the request stands.
+    return Patience(deadline, max(config.hedge_factor * expected, 2 * config.heartbeat_period))
