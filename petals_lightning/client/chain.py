@@ -207,7 +207,8 @@ class BlockChain:
 
         async def again(route: list[RouteSpan]) -> dict[str, torch.Tensor]:
             legs, _ = await self._run_once(batch, leg, route, grad_prefix is not None)
-            hidden, prefix, deep = grad, grad_prefix, []
+            hidden, prefix = grad, grad_prefix
+            deep: list[torch.Tensor | None] = []
             for part in reversed(legs):
                 wants = input_grad or part.start > leg.start
                 grads = await self._backward_leg(batch, part, hidden, prefix, wants, _Attempts(1, self._stats))
@@ -266,8 +267,8 @@ class BlockChain:
         return winner, result
 
     def _patience(self, leg: Leg, batch: MicroBatch, cost: float) -> Patience:
-        expected = self._view.expected_seconds(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start)
-        return patience(expected * cost if expected is not None else None, self._view.config)
+        expected, is_measured = self._view.expected_seconds(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start)
+        return patience(expected * cost, is_measured, self._view.config)
 
     async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: _Attempts) -> list[Leg]:
         """Legs that take the place of one whose server is lost.

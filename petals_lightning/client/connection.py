@@ -271,9 +271,12 @@ class PeerConnection:
         challenge = (await self.call(Message(Method.AUTH, {"nonce": nonce}))).fields.get("nonce")
         if not isinstance(challenge, bytes):
             raise PeerFailure(self.peer, "sent no challenge", ErrorCode.NOT_ALLOWED.value)
-        sides = {"client": own_id, "server": self.peer, "client_nonce": nonce, "server_nonce": challenge}
-        reply = await self.call(Message(Method.AUTH, {"proof": prove(token, "client", **sides)}))
-        if not is_proof(reply.fields.get("proof"), prove(token, "server", **sides)):
+        proofs = {
+            role: prove(token, role, client=own_id, server=self.peer, client_nonce=nonce, server_nonce=challenge)
+            for role in ("client", "server")
+        }
+        reply = await self.call(Message(Method.AUTH, {"proof": proofs["client"]}))
+        if not is_proof(reply.fields.get("proof"), proofs["server"]):
             raise PeerFailure(self.peer, "does not know the swarm's token itself", ErrorCode.NOT_ALLOWED.value)
 
     def _fail(self, failure: PeerFailure) -> None:

@@ -35,12 +35,16 @@ class Patience:
     hedge: float | None
 
 
-def patience(expected: float | None, config: ClientConfig) -> Patience:
-    """Deadline and hedge of a request that should take `expected` seconds; None: nobody knows yet."""
-    if expected is None:
-        return Patience(config.request_timeout, None)
-    floor = min(config.min_request_timeout, config.request_timeout)
-    deadline = min(max(config.deadline_factor * expected, floor), config.request_timeout)
+def patience(expected: float, is_measured: bool, config: ClientConfig) -> Patience:
+    """Deadline and hedge of a request that should take `expected` seconds.
+
+    `is_measured`: that comes from our own requests. What a server says of itself suffices to hedge, but not to give a
+    request up: its first one may have to warm the device up.
+    """
+    deadline = config.request_timeout
+    if is_measured:
+        floor = min(config.min_request_timeout, config.request_timeout)
+        deadline = min(max(config.deadline_factor * expected, floor), config.request_timeout)
     if config.hedge_factor is None:
         return Patience(deadline, None)
     # Not before the server has been asked once where the request stands.

@@ -109,6 +109,13 @@ class SwarmView:
                 )
             raise NoServersError(await self._explain_missing(missing))
         self._maintenance = asyncio.create_task(self._maintain())
+        try:
+            await self._connect_first_route()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _connect_first_route(self) -> None:
         # Connecting now finds dead records before the first step, and measures the way to each server.
         while True:
             try:
@@ -219,10 +226,10 @@ class SwarmView:
         speed = self._speeds.setdefault(peer, _Speed(_DEFAULT_HOP_SECONDS, at_most))
         speed.tokens_per_second = min(speed.tokens_per_second, at_most)
 
-    def expected_seconds(self, peer: str, *, tokens: int, blocks: int) -> float | None:
-        """What a forward on a server should take, from its own measured speed; None without one."""
-        speed = self._speeds.get(peer)
-        return speed.hop_seconds + tokens * blocks / speed.tokens_per_second if speed is not None else None
+    def expected_seconds(self, peer: str, *, tokens: int, blocks: int) -> tuple[float, bool]:
+        """What a forward on a server should take, and whether that is measured: else it is what the server claims."""
+        hop, rate = self._pace(peer)
+        return hop + tokens * blocks / rate, peer in self._speeds
 
     def other_route(self, start: int, end: int, *, tokens: int, avoid: Collection[str]) -> list[RouteSpan] | None:
         """The fastest route through blocks [start, end) without the servers `avoid`, or None; never waits."""
@@ -251,14 +258,19 @@ class SwarmView:
                 continue
             if peer in self._misfits or peer in self._refusals or not self._is_allowed(peer):
                 continue
-            record, speed = self._records[peer], self._speeds.get(peer)
-            connection = self._connections.get(peer)
-            hop = connection.round_trip if connection is not None else None
-            rate = (record.tokens_per_second or _DEFAULT_TOKENS_PER_SECOND) * _TRUST_IN_CLAIMS
-            if speed is not None:
-                hop, rate = speed.hop_seconds, speed.tokens_per_second
-            spans.append(ServerSpan(peer, start, end, hop if hop is not None else _DEFAULT_HOP_SECONDS, tokens / rate))
+            hop, rate = self._pace(peer)
+            spans.append(ServerSpan(peer, start, end, hop, tokens / rate))
         return spans
+
+    def _pace(self, peer: str) -> tuple[float, float]:
+        """Seconds to get a request to a server and back, and its tokens a second of one block: measured, or claimed."""
+        if (speed := self._speeds.get(peer)) is not None:
+            return speed.hop_seconds, speed.tokens_per_second
+        record, connection = self._records.get(peer), self._connections.get(peer)
+        hop = connection.round_trip if connection is not None else None
+        claimed = record.tokens_per_second if record is not None else None
+        rate = (claimed or _DEFAULT_TOKENS_PER_SECOND) * _TRUST_IN_CLAIMS
+        return hop if hop is not None else _DEFAULT_HOP_SECONDS, rate
 
     def _settle(self, usable: list[ServerSpan], start: int, end: int, planned: list[RouteSpan]) -> list[RouteSpan]:
         """The planned route, or the last one while it is about as fast: servers there have our prompts and streams."""

@@ -67,15 +67,23 @@ class Gate:
         if isinstance(nonce, bytes) and len(nonce) == NONCE_BYTES:
             self._client_nonce, self._server_nonce = nonce, new_nonce()
             return Message(Method.OK, {"nonce": self._server_nonce})
-        nonces = {"client_nonce": self._client_nonce, "server_nonce": self._server_nonce}
-        ids = {"client": self._peer, "server": self._server}
-        expected = prove(self._rules.token, "client", **ids, **nonces)
-        self._server_nonce, used = b"", self._server_nonce  # a challenge can be answered once
-        if not used or not is_proof(fields.get("proof"), expected):
+        challenge, self._server_nonce = self._server_nonce, b""  # it can be answered once
+        theirs, ours = (
+            prove(
+                self._rules.token,
+                role,
+                client=self._peer,
+                server=self._server,
+                client_nonce=self._client_nonce,
+                server_nonce=challenge,
+            )
+            for role in ("client", "server")
+        )
+        if not challenge or not is_proof(fields.get("proof"), theirs):
             words = "this server's swarm has another token than the one given"
             return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
         self._has_proved = True
-        return Message(Method.OK, {"proof": prove(self._rules.token, "server", **ids, **nonces)})
+        return Message(Method.OK, {"proof": ours})
 
     @property
     def _is_listed(self) -> bool:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from petals_lightning.protocol.auth import read_token
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -37,6 +39,9 @@ class SwarmSource(ABC):
         max_retries: attempts a part of a step, after the first, before the step fails.
         allowed_servers: peer ids to use; None: all.
         blocked_servers: peer ids never to use.
+        audit_rate: share of requests that are computed again on another server and compared.
+        identity_path: file of this client's private key, by which servers with --allow-peers know it; made if missing.
+        token_file: file of the secret that a private swarm's servers were given with --token-file.
     """
 
     def __init__(
@@ -46,6 +51,9 @@ class SwarmSource(ABC):
         max_retries: int | None = None,
         allowed_servers: list[str] | None = None,
         blocked_servers: list[str] | None = None,
+        audit_rate: float | None = None,
+        identity_path: str | None = None,
+        token_file: str | None = None,
     ):
         options = {
             "connect_timeout": connect_timeout,
@@ -53,6 +61,9 @@ class SwarmSource(ABC):
             "max_retries": max_retries,
             "allowed_servers": allowed_servers,
             "blocked_servers": blocked_servers,
+            "audit_rate": audit_rate,
+            "identity_path": identity_path,
+            "swarm_token": read_token(token_file) if token_file is not None else None,
         }
         self._options = {key: value for key, value in options.items() if value is not None}
         self._users = 0

@@ -38,6 +38,12 @@ class ConnectedSwarmConfig(SwarmConfig):
     allowed_servers: list[str] | None = None
     """Peer ids to use; null: all."""
     blocked_servers: list[str] | None = None
+    audit_rate: float | None = None
+    """Share of requests, 0 to 1, that are computed again on another server and compared."""
+    identity_path: str | None = None
+    """File of this client's private key, by which servers with --allow-peers know it; made if missing."""
+    token_file: str | None = None
+    """File of the secret that a private swarm's servers were given with --token-file."""
 
 
 @dataclass
