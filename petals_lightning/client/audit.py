@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,7 @@ class Auditor:
     def __init__(self, view: SwarmView, stats: TransferStats, rate: float):
         self._view, self._stats, self._rate = view, stats, rate
         self._random = random.Random()  # the user's seeds are for training, and a server must not foresee audits
+        self._draws: dict[str, Iterator[bool]] = {}
         self._told_alone = False
 
     async def check(
@@ -63,7 +64,7 @@ class Auditor:
         Raises:
             WrongResult: two other servers agree on another answer.
         """
-        if self._random.random() >= self._rate:
+        if self._rate == 0 or not next(self._draws.setdefault(peer, stratified(self._rate, self._random))):
             return
         first = _Answer([peer], tensors)
         second = await self._ask(start, end, tokens, again, avoid=[peer])
@@ -114,3 +115,14 @@ class Auditor:
         dtypes = [*map(self._view.wire_dtype, peers), *map(self._view.compute_dtype, peers)]
         error = disagreement(one.tensors, other.tensors)
         return error if error > tolerance(*dtypes) else None
+
+
+def stratified(rate: float, generator: random.Random) -> Iterator[bool]:
+    """Draws a share `rate` of a server's requests, one at a random place in every 1 / rate: none goes long unchecked."""
+    position, stratum, point = 0.0, 0, generator.random()
+    while True:
+        position += rate
+        drawn = position > point
+        while position > point:
+            stratum, point = stratum + 1, stratum + 1 + generator.random()
+        yield drawn

@@ -13,6 +13,9 @@ from petals_lightning.protocol.auth import NONCE_BYTES, is_proof, new_nonce, pro
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 
 
+_MIN_ID_BYTES = 34  # a multihash of SHA-256: two bytes of kind and length, and the digest
+
+
 @dataclass(frozen=True)
 class AccessRules:
     """Args:
@@ -104,8 +107,11 @@ def read_peer_list(path: str | Path) -> frozenset[str]:
     for number, line in enumerate(lines, 1):
         if peer := line.split("#")[0].strip():
             try:
-                peers.add(PeerID.from_base58(peer).to_base58())
-            except Exception as e:  # base58 and multihash document no common base for their errors
+                peer_id = PeerID.from_base58(peer)
+                if len(peer_id.to_bytes()) < _MIN_ID_BYTES:
+                    raise ValueError("too short")
+                peers.add(peer_id.to_base58())
+            except Exception as e:  # base58 documents no common base for its errors
                 raise ConfigurationError(
                     f"--allow-peers: line {number} of {str(path)!r} is {peer!r:.80}, which is no peer id; one looks "
                     "like 12D3KooW… or Qm… and is the last part of a multiaddress"

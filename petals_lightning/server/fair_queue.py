@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_MAX_SHARES = 1024  # debts of absent clients are not remembered beyond this: ids cost an attacker nothing
+
 
 @dataclass
 class Ticket(Generic[T]):
@@ -75,6 +77,10 @@ class FairQueue(Generic[T]):
         """Counts what an item of a client took."""
         if client in self._shares:
             self._shares[client].used += seconds
+        if not any(share.waiting for share in self._shares.values()):
+            self._shares.clear()  # nobody waits, so nobody was kept waiting: all begin anew
+        elif len(self._shares) > _MAX_SHARES:
+            self._shares = {name: share for name, share in self._shares.items() if share.waiting}
 
     def discard(self, ticket: Ticket[T]) -> None:
         """Takes an item out that need not run any more; does nothing if it is out already."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import random
 import time
 from collections.abc import Callable
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from petals_lightning.client import ClientConfig
+from petals_lightning.client.audit import stratified
 from petals_lightning.client.verify import disagreement
 from petals_lightning.errors import RetriesExhaustedError
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
@@ -113,8 +116,6 @@ def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     model = load(swarm, audit_rate=0.1)
-    auditor = model_auditor(model)
-    auditor._random.seed(0)
     liar = chosen(model, swarm)
     tamper(
         liar,
@@ -188,5 +189,9 @@ def test_disagreement_is_relative_and_infinite_where_shapes_differ():
     assert disagreement({"hidden": one * torch.nan}, {"hidden": other * torch.nan}) == 0
 
 
-def model_auditor(model):
-    return remote_blocks(model)._swarm.runner._chain._auditor
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.7, 1.0])
+def test_audits_are_drawn_at_their_rate_and_never_far_apart(rate):
+    draws = list(itertools.islice(stratified(rate, random.Random(0)), 3000))
+    assert sum(draws) / len(draws) == pytest.approx(rate, rel=0.25)
+    apart = [len(list(group)) for drawn, group in itertools.groupby(draws) if not drawn]
+    assert max(apart, default=0) <= 2 / rate
