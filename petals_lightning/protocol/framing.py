@@ -42,7 +42,7 @@ class MessageReader:
         max_open: how many messages may be under way at once.
         reserve: asked before memory for a body of so many bytes is allocated; if it says no, the message comes
             `dropped`, without its tensors. Who gives the bytes back is the caller's affair, but for those of messages
-            that were cancelled or cut off under way, which go to `release`.
+            that were cancelled under way, which go to `release`.
     """
 
     def __init__(
@@ -60,11 +60,6 @@ class MessageReader:
         self._partial: dict[int, _Partial] = {}
         self.heard_at = time.monotonic()
         """When the last frame came, of whatever message."""
-
-    def close(self) -> None:
-        """Gives back what messages under way had reserved."""
-        for call_id in list(self._partial):
-            self._forget(call_id)
 
     async def next(self) -> tuple[int, Message, int] | None:
         """The next complete message: its call id, itself, its bytes on the wire. None at the end of the stream.

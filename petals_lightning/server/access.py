@@ -12,7 +12,6 @@ from petals_lightning.errors import ConfigurationError
 from petals_lightning.protocol.auth import NONCE_BYTES, is_proof, new_nonce, prove
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 
-
 _MIN_ID_BYTES = 34  # a multihash of SHA-256: two bytes of kind and length, and the digest
 
 

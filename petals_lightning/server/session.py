@@ -72,7 +72,7 @@ class Session:
         self._number = next(_stream_numbers)
         limits = backend.limits
         self._gate = Gate(backend.rules, peer, backend.peer_id)
-        self._account = Account()
+        self._account, self._reserved = Account(), 0
         self._reader = MessageReader(
             reader,
             max_message_bytes=limits.max_message_bytes,
@@ -103,10 +103,10 @@ class Session:
             tasks = list(self._tasks.values())
             for task in tasks:
                 task.cancel()
-            self._reader.close()
             self._backend.graphs.drop_stream(self._number)
             self._writer.close()
-            await asyncio.gather(*tasks, return_exceptions=True)  # they give back what they had reserved
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._release(self._reserved)  # also of a message that broke the protocol
             self._backend.accounts.close_stream(self._peer)
 
     async def _dispatch(self, call_id: int, message: Message) -> None:
@@ -149,9 +149,13 @@ class Session:
             self._release(num_bytes)
 
     def _reserve(self, num_bytes: int) -> bool:
-        return self._gate.is_open and self._backend.accounts.reserve(self._account, num_bytes)
+        if not self._gate.is_open or not self._backend.accounts.reserve(self._account, num_bytes):
+            return False
+        self._reserved += num_bytes
+        return True
 
     def _release(self, num_bytes: int) -> None:
+        self._reserved -= num_bytes
         self._backend.accounts.release(self._account, num_bytes)
 
     def _standings(self) -> list[list[int]]:
