@@ -223,7 +223,7 @@ class BlockChain:
             batch,
             leg,
             lambda tried: self._backward_leg(batch, tried, grad, grad_prefix, input_grad, attempts),
-            BACKWARD_COST,
+            _backward_cost(leg),
             attempts,
         )
         await self._auditor.check(leg.peer, leg.start, leg.end, grads, tokens=batch.tokens, again=again)
@@ -410,7 +410,7 @@ class BlockChain:
                 assert deep is not None
                 forward.deep = to_wire(deep, forward.wire_dtype)
         message = backward.to_message() if backward is not None else forward.to_message()  # type: ignore[union-attr]
-        deadline = self._patience(leg, batch, 1.0 if backward is None else BACKWARD_COST).deadline
+        deadline = self._patience(leg, batch, 1.0 if backward is None else _backward_cost(leg)).deadline
         began = time.perf_counter()
         reply = await connection.call(message, call_id, sent=prompts_sent, deadline=deadline, clock=leg.clock)
         if backward is None:  # speeds are compared between servers, so they are all taken from forwards
@@ -422,3 +422,8 @@ class BlockChain:
                 elapsed=time.perf_counter() - began - seconds_of(reply, "queue"),
             )
         return reply
+
+
+def _backward_cost(leg: Leg) -> float:
+    """In forwards: without the graph, the server has to run the forward again first."""
+    return BACKWARD_COST if leg.graph is not None else 1.0 + BACKWARD_COST

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from petals_lightning.client.config import ClientConfig
 
-BACKWARD_COST = 3.0  # of a forward: it may have to run the forward again, and a gradient costs about two
+BACKWARD_COST = 2.0  # times a forward's
 
 
 class ServiceClock:
