@@ -118,7 +118,7 @@ class Auditor:
 
 
 def stratified(rate: float, generator: random.Random) -> Iterator[bool]:
-    """Draws a share `rate` of a server's requests, one at a random place in every 1 / rate: none goes long unchecked."""
+    """Draws a share `rate` of a server's requests, one at a random place in every 1 / rate."""
     position, stratum, point = 0.0, 0, generator.random()
     while True:
         position += rate

@@ -13,15 +13,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
 from petals_lightning.client.audit import Auditor
-from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
 from petals_lightning.client.hedging import race
+from petals_lightning.client.legs import Attempts, ChainGrads, ChainResult, Leg, MicroBatch
 from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.verify import check_backward, check_forward, seconds_of
@@ -31,93 +31,6 @@ from petals_lightning.protocol.messages import ErrorCode, Message
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class StepPrompts:
-    """Deep prompts of a step, the same for all its micro-batches.
-
-    Attributes:
-        deep: [L, P, H] on the CPU, for blocks [start, start + L).
-        start: the first block they are for.
-        version: changes when the values do; servers keep prompts by version.
-    """
-
-    deep: torch.Tensor
-    start: int
-    version: int
-
-
-@dataclass
-class MicroBatch:
-    """What enters block `start`: hidden [B, S, H], prefix [P, H] or None, and rows [N] to read or None for all.
-
-    `input_grad`: hidden needs a gradient; `keep`: a backward will follow.
-    """
-
-    start: int
-    hidden: torch.Tensor
-    prefix: torch.Tensor | None
-    rows: torch.Tensor | None
-    prompts: StepPrompts | None
-    input_grad: bool
-    keep: bool
-
-    @property
-    def tokens(self) -> int:
-        return self.hidden.shape[0] * self.hidden.shape[1]
-
-
-@dataclass
-class Leg:
-    """Blocks [start, end) of one micro-batch on one server, with the inputs to run them again."""
-
-    start: int
-    end: int
-    hidden: torch.Tensor
-    prefix: torch.Tensor | None
-    rows: torch.Tensor | None
-    peer: str
-    connection: PeerConnection | None = None
-    graph: int | None = None
-    clock: ServiceClock = field(default_factory=ServiceClock)
-
-
-@dataclass
-class ChainResult:
-    """Output of a micro-batch: hidden [B, S, H] or [N, H], prefix [P, H] or None, and the legs that led there."""
-
-    hidden: torch.Tensor
-    prefix: torch.Tensor | None
-    legs: list[Leg]
-
-
-@dataclass
-class ChainGrads:
-    """Gradients of a micro-batch: hidden [B, S, H] or None, prefix [P, H] or None, deep [L, P, H] or None."""
-
-    hidden: torch.Tensor | None
-    prefix: torch.Tensor | None
-    deep: torch.Tensor | None
-
-
-@dataclass
-class _Attempts:
-    """Counts failures of one micro-batch in one direction."""
-
-    limit: int
-    stats: TransferStats
-    failures: list[str] = field(default_factory=list)
-    not_finite: set[str] = field(default_factory=set)
-
-    def count(self, failure: PeerFailure) -> None:
-        self.failures.append(str(failure))
-        self.stats.retries += 1
-        if len(self.failures) > self.limit:
-            raise RetriesExhaustedError(
-                f"a part of the step failed {len(self.failures)} times (max_retries={self.limit}); "
-                f"last: {'; '.join(self.failures[-3:])}"
-            ) from failure
 
 
 class BlockChain:
@@ -133,14 +46,14 @@ class BlockChain:
         Raises:
             RetriesExhaustedError, NoServersError, RemoteRequestError: see `errors`.
         """
-        attempts = _Attempts(self._view.config.max_retries, self._stats)
+        attempts = Attempts(self._view.config.max_retries, self._stats)
         return await self._forward(batch, end, want_prefix, attempts)
 
     async def backward(
         self, batch: MicroBatch, result: ChainResult, grad: torch.Tensor, grad_prefix: torch.Tensor | None
     ) -> ChainGrads:
         """Gradients of the inputs of `forward`, whose `result` must be of this batch. Raises as `forward`."""
-        attempts = _Attempts(self._view.config.max_retries, self._stats)
+        attempts = Attempts(self._view.config.max_retries, self._stats)
         deep = torch.zeros(batch.prompts.deep.shape) if batch.prompts is not None else None
         legs = list(result.legs)
         grad_hidden: torch.Tensor | None = grad
@@ -161,7 +74,7 @@ class BlockChain:
                 deep[leg.start - batch.prompts.start : leg.end - batch.prompts.start] = grads["deep"].float()
         return ChainGrads(grad_hidden, grad_prefix, deep)
 
-    async def _forward(self, batch: MicroBatch, end: int, want_prefix: bool, attempts: _Attempts) -> ChainResult:
+    async def _forward(self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts) -> ChainResult:
         legs: list[Leg] = []
         hidden, prefix = batch.hidden, batch.prefix
         route = await self._view.route(batch.start, end, tokens=batch.tokens)
@@ -181,7 +94,7 @@ class BlockChain:
         return ChainResult(hidden, prefix, legs)
 
     async def _forward_checked(
-        self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: _Attempts
+        self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: Attempts
     ) -> tuple[Leg, dict[str, torch.Tensor]]:
         """One leg forward, hedged and audited; returns the leg that answered."""
 
@@ -201,7 +114,7 @@ class BlockChain:
         grad: torch.Tensor,
         grad_prefix: torch.Tensor | None,
         input_grad: bool,
-        attempts: _Attempts,
+        attempts: Attempts,
     ) -> tuple[Leg, dict[str, torch.Tensor]]:
         """One leg backward, hedged and audited."""
 
@@ -211,7 +124,7 @@ class BlockChain:
             deep: list[torch.Tensor | None] = []
             for part in reversed(legs):
                 wants = input_grad or part.start > leg.start
-                grads = await self._backward_leg(batch, part, hidden, prefix, wants, _Attempts(1, self._stats))
+                grads = await self._backward_leg(batch, part, hidden, prefix, wants, Attempts(1, self._stats))
                 hidden, prefix = grads.get("hidden", hidden), grads.get("prefix")
                 deep.insert(0, grads.get("deep"))
             found = {"hidden": hidden if input_grad else None, "prefix": prefix}
@@ -237,13 +150,13 @@ class BlockChain:
         for planned in route:
             is_last = planned.end == leg.end
             part = Leg(planned.start, planned.end, hidden, prefix, leg.rows if is_last else None, planned.peer_id)
-            tensors = await self._forward_leg(batch, part, want_prefix or not is_last, _Attempts(1, self._stats))
+            tensors = await self._forward_leg(batch, part, want_prefix or not is_last, Attempts(1, self._stats))
             legs.append(part)
             hidden, prefix = tensors["hidden"], tensors.get("prefix")
         return legs, tensors
 
     async def _hedged(
-        self, batch: MicroBatch, leg: Leg, run: Callable[[Leg], Awaitable[T]], cost: float, attempts: _Attempts
+        self, batch: MicroBatch, leg: Leg, run: Callable[[Leg], Awaitable[T]], cost: float, attempts: Attempts
     ) -> tuple[Leg, T]:
         """Runs a leg, and if it is late also on another server. Raises as `race`."""
 
@@ -270,7 +183,7 @@ class BlockChain:
         expected, is_measured = self._view.expected_seconds(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start)
         return patience(expected * cost, is_measured, self._view.config)
 
-    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: _Attempts) -> list[Leg]:
+    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: Attempts) -> list[Leg]:
         """Legs that take the place of one whose server is lost.
 
         All but the last are run; the last runs with its backward, in one request.
@@ -284,7 +197,7 @@ class BlockChain:
         return [*legs, Leg(last.start, last.end, hidden, prefix, leg.rows, last.peer_id)]
 
     async def _forward_leg(
-        self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: _Attempts
+        self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: Attempts
     ) -> dict[str, torch.Tensor]:
         """One forward request; on success `leg` knows its graph. Raises PeerFailure."""
         leg.connection = await self._view.connection(leg.peer)
@@ -315,7 +228,7 @@ class BlockChain:
         grad: torch.Tensor,
         grad_prefix: torch.Tensor | None,
         input_grad: bool,
-        attempts: _Attempts,
+        attempts: Attempts,
     ) -> dict[str, torch.Tensor]:
         """One backward request: by graph if the server has it, else with the inputs again. Raises PeerFailure."""
         if leg.connection is None or not leg.connection.is_open:
@@ -352,7 +265,7 @@ class BlockChain:
                 self._confirm(e, leg, batch, attempts)
             return reply.tensors
 
-    def _confirm(self, failure: NonFiniteResult, leg: Leg, batch: MicroBatch, attempts: _Attempts) -> None:
+    def _confirm(self, failure: NonFiniteResult, leg: Leg, batch: MicroBatch, attempts: Attempts) -> None:
         """Returns if two servers say the same: then it is the model that overflows, and the caller shall see it.
 
         Raises:

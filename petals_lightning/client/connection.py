@@ -136,6 +136,7 @@ class PeerConnection:
         call_id = call_id if call_id is not None else self.next_id()
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout)
+        call.clock.hold()
         try:
             async with self._flow.room(sum(tensor.nbytes for tensor in message.tensors.values())):
                 if self._failure is not None:

@@ -17,14 +17,18 @@ class ServiceClock:
     """
 
     def __init__(self) -> None:
-        self._since = time.monotonic()
+        self._since: float | None = time.monotonic()
 
     def restart(self) -> None:
         self._since = time.monotonic()
 
+    def hold(self) -> None:
+        """Stands at 0 until it is restarted: the request waits here, for its turn to be sent."""
+        self._since = None
+
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._since
+        return time.monotonic() - self._since if self._since is not None else 0.0
 
 
 @dataclass(frozen=True)

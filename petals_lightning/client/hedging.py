@@ -46,7 +46,7 @@ async def race(
     try:
         if after is not None:
             while not only.done() and (left := after - first.clock.seconds) > 0:
-                await asyncio.wait([only], timeout=max(left, 0.01))
+                await asyncio.wait([only], timeout=max(left, 0.05))
             if not only.done() and (other := second()) is not None:
                 running[asyncio.ensure_future(run(other))] = other
         while True:

@@ -47,7 +47,11 @@ class _Speed:
     hop_seconds: float
     tokens_per_second: float
 
-    def update(self, hop_seconds: float, tokens_per_second: float, weight: float = 0.2) -> None:
+    count: int = 1
+
+    def update(self, hop_seconds: float, tokens_per_second: float) -> None:
+        self.count += 1
+        weight = max(1 / self.count, 0.2)  # a plain mean at first, so that a cold first request is soon outweighed
         self.hop_seconds += weight * (hop_seconds - self.hop_seconds)
         self.tokens_per_second += weight * (tokens_per_second - self.tokens_per_second)
 
@@ -148,6 +152,7 @@ class SwarmView:
                     spans[peer] = (first, block + 1)
                     records[peer] = record
         self._spans, self._records = spans, records
+        self._forget_absent()
         self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
 
     async def route(self, start: int, end: int, *, tokens: int) -> list[RouteSpan]:
@@ -282,6 +287,13 @@ class SwarmView:
             last = [RouteSpan(leg.peer_id, leg.start, leg.end, names.get(leg.peer_id)) for leg in planned]
             self._routes[start, end] = last
         return list(last)
+
+    def _forget_absent(self) -> None:
+        """Servers come and go under new ids: of those without a record and a running ban nothing is remembered."""
+        now = time.monotonic()
+        self._bans = {p: ban for p, ban in self._bans.items() if p in self._spans or ban.until > now}
+        self._speeds = {p: speed for p, speed in self._speeds.items() if p in self._spans}
+        self._refusals = {p: words for p, words in self._refusals.items() if p in self._spans}
 
     def _check_refusals(self, missing: list[int]) -> None:
         """Waiting does not help where the only servers of a block do not let us in."""
