@@ -64,7 +64,7 @@ class Servers:
             process.wait_until_ready(deadline)
 
     def strike_forever(self, period: float, in_use: Callable[[], set[str]]) -> None:
-        """Begins to strike a random server every `period` seconds on average, mostly one that is `in_use` (peer ids)."""
+        """Strikes a server every `period` seconds on average, mostly one that is `in_use` (peer ids)."""
         self._thread = threading.Thread(target=self._strike, args=(period, in_use), daemon=True)
         self._thread.start()
 
