@@ -109,6 +109,13 @@ class PeerConnection:
     def is_open(self) -> bool:
         return self._failure is None
 
+    @property
+    def silence(self) -> float:
+        """Seconds for which a ping has been without answer; 0 while the server shows that it lives."""
+        if self._pinged_at is None or self._reader.heard_at > self._pinged_at:
+            return 0.0
+        return time.monotonic() - self._pinged_at
+
     async def call(
         self,
         message: Message,

@@ -264,7 +264,10 @@ class SwarmView:
             if peer in self._misfits or peer in self._refusals or not self._is_allowed(peer):
                 continue
             hop, rate = self._pace(peer)
-            spans.append(ServerSpan(peer, start, end, hop, tokens / rate))
+            connection = self._connections.get(peer)
+            # One that does not answer pings may hang: until that is known, others are better.
+            silence = connection.silence if connection is not None else 0.0
+            spans.append(ServerSpan(peer, start, end, hop + silence, tokens / rate))
         return spans
 
     def _pace(self, peer: str) -> tuple[float, float]:

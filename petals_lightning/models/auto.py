@@ -109,6 +109,7 @@ class _AutoDistributed:
         connect_timeout: float = ClientConfig.connect_timeout,
         request_timeout: float = ClientConfig.request_timeout,
         max_retries: int = ClientConfig.max_retries,
+        recovery_timeout: float = ClientConfig.recovery_timeout,
         audit_rate: float = ClientConfig.audit_rate,
         swarm_token: str | None = None,
         identity_path: str | None = None,
@@ -128,6 +129,7 @@ class _AutoDistributed:
             dtype (or torch_dtype): of what is held here; "auto", the default, takes the checkpoint's.
             token, revision: as in transformers.
             connect_timeout, request_timeout: seconds; max_retries: failures that a part of a step survives.
+            recovery_timeout: seconds to wait for a block whose every holder has failed.
             audit_rate: share of requests that are computed again on another server and compared.
             swarm_token: secret of a private swarm whose servers were started with --token-file.
             identity_path: file of this client's private key, made if missing; its peer id follows from it, by which
@@ -151,6 +153,7 @@ class _AutoDistributed:
             connect_timeout=connect_timeout,
             request_timeout=request_timeout,
             max_retries=max_retries,
+            recovery_timeout=recovery_timeout,
             audit_rate=audit_rate,
             swarm_token=swarm_token,
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,

@@ -37,6 +37,7 @@ class SwarmSource(ABC):
         connect_timeout: seconds to reach the swarm or a server; None leaves the client's default. So below.
         request_timeout: seconds that a server may be silent during a request.
         max_retries: attempts a part of a step, after the first, before the step fails.
+        recovery_timeout: seconds to wait for a block whose every holder has failed, before training ends.
         allowed_servers: peer ids to use; None: all.
         blocked_servers: peer ids never to use.
         audit_rate: share of requests that are computed again on another server and compared.
@@ -49,6 +50,7 @@ class SwarmSource(ABC):
         connect_timeout: float | None = None,
         request_timeout: float | None = None,
         max_retries: int | None = None,
+        recovery_timeout: float | None = None,
         allowed_servers: list[str] | None = None,
         blocked_servers: list[str] | None = None,
         audit_rate: float | None = None,
@@ -59,6 +61,7 @@ class SwarmSource(ABC):
             "connect_timeout": connect_timeout,
             "request_timeout": request_timeout,
             "max_retries": max_retries,
+            "recovery_timeout": recovery_timeout,
             "allowed_servers": allowed_servers,
             "blocked_servers": blocked_servers,
             "audit_rate": audit_rate,

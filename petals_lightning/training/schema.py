@@ -35,6 +35,8 @@ class ConnectedSwarmConfig(SwarmConfig):
     """Seconds that a server may be silent."""
     max_retries: int | None = None
     """Attempts a part of a step, after the first."""
+    recovery_timeout: float | None = None
+    """Seconds to wait for a block whose every holder has failed, before the run ends with a checkpoint."""
     allowed_servers: list[str] | None = None
     """Peer ids to use; null: all."""
     blocked_servers: list[str] | None = None
