@@ -48,6 +48,10 @@ class IncompatibleServerError(SwarmError):
     """A server holds another model under the same name."""
 
 
+class AccessDeniedError(SwarmError):
+    """Servers that hold the blocks let only certain peers in, and this one is not among them."""
+
+
 class RetriesExhaustedError(SwarmError):
     """A part of a step failed on every server that was tried."""
 
@@ -65,6 +69,18 @@ class PeerFailure(SwarmError):
     def __init__(self, peer: str, reason: str, code: str | None = None):
         super().__init__(f"server …{peer[-6:]}: {reason}")
         self.peer, self.reason, self.code = peer, reason, code
+
+
+class WrongResult(PeerFailure):
+    """A peer's answer cannot be right. `proven`: two other servers agree on another one, so it is no accident."""
+
+    def __init__(self, peer: str, reason: str, *, proven: bool = False):
+        super().__init__(peer, reason)
+        self.proven = proven
+
+
+class NonFiniteResult(WrongResult):
+    """NaN or infinity where the inputs were finite: the peer is broken, or the model overflows in its dtype."""
 
 
 class ProtocolError(PetalsLightningError, ValueError):

@@ -12,6 +12,7 @@ from typing import Any
 
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
+from petals_lightning.server.access import AccessRules
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmNode
@@ -26,7 +27,7 @@ class InProcessSwarm:
     Args:
         checkpoint: the model.
         spans: blocks of each server.
-        dtype, limits, prefix: for all servers.
+        dtype, limits, rules, prefix: for all servers.
     """
 
     def __init__(
@@ -36,21 +37,25 @@ class InProcessSwarm:
         *,
         dtype: str = "auto",
         limits: ServerLimits | None = None,
+        rules: AccessRules | None = None,
         prefix: str = PREFIX,
         initial_peers: Sequence[str] = (),
     ):
         self._checkpoint, self._spans, self._dtype = str(checkpoint), spans, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
+        self._rules = rules
         self.servers: list[Server] = []
         self._models: list[Any] = []
         self._client: SwarmNode | None = None
 
-    def load(self, auto_class: Any, **options: Any) -> Any:
-        """The model through this swarm, by one client peer for all; its connections end with the swarm."""
-        if "initial_peers" not in options:
+    def load(self, auto_class: Any, *, shared_peer: bool = False, **options: Any) -> Any:
+        """The model through this swarm, by a peer of its own or by one for all; it is closed with the swarm."""
+        if shared_peer:
             if self._client is None:
                 self._client = SwarmNode(self.initial_peers, host_maddrs=(), client_mode=True).start()
             options["node"] = self._client
+        elif "initial_peers" not in options:
+            options["initial_peers"] = self.initial_peers
         options = {"dht_prefix": self._prefix, **options}
         self._models.append(auto_class.from_pretrained(self._checkpoint, **options))
         return self._models[-1]
@@ -69,6 +74,7 @@ class InProcessSwarm:
                 dht_prefix=self._prefix,
                 dtype=self._dtype,
                 limits=self._limits,
+                rules=self._rules,
                 update_period=30,
             )
             server.start()

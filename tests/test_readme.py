@@ -42,7 +42,7 @@ def test_ci_installs_and_tests_as_the_readme_says():
 @pytest.mark.parametrize("command", commands_of("python train.py"))
 def test_train_commands_compose(command, tmp_path):
     arguments = [argument for argument in shlex.split(command)[2:] if argument not in ("-m", "--multirun")]
-    arguments = [argument.split(",")[0] if "[" not in argument else argument for argument in arguments]  # one of a sweep
+    arguments = [argument.split(",")[0] if "[" not in argument else argument for argument in arguments]  # of a sweep
     result = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments, "--cfg", "job"],
         capture_output=True, text=True, cwd=tmp_path, check=False,

@@ -46,6 +46,12 @@ def serve(
     max_batch_tokens: Annotated[int, typer.Option(help="Largest batch × tokens of one request.")] = 1 << 16,
     throughput: Annotated[float | None, typer.Option(help="Requests a second to announce. [default: measured]")] = None,
     update_period: Annotated[float, typer.Option(help="Seconds between announcements.")] = 60.0,
+    allow_peers: Annotated[
+        str | None, typer.Option(help="File of peer ids, one a line, that alone may use this server.", metavar="FILE")
+    ] = None,
+    token_file: Annotated[
+        str | None, typer.Option(help="File of the swarm's shared token, which clients must know.", metavar="FILE")
+    ] = None,
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
 ) -> None:
@@ -70,6 +76,13 @@ def serve(
             raise ConfigurationError(f"{name} is {value:g}: it must be above 0")
     if not 0 <= graph_memory < math.inf:
         raise ConfigurationError(f"--graph-memory is {graph_memory:g}: it must be 0 or more")
+    from petals_lightning.protocol.auth import read_token
+    from petals_lightning.server.access import AccessRules, read_peer_list
+
+    rules = AccessRules(
+        allowed_peers=read_peer_list(allow_peers) if allow_peers is not None else None,
+        token=read_token(token_file) if token_file is not None else None,
+    )
     configure_logging()
     stop = StopSignal()
 
@@ -105,6 +118,7 @@ def serve(
         throughput=throughput,
         update_period=update_period,
         limits=ServerLimits(graph_bytes=int(graph_memory * 2**30), max_batch_tokens=max_batch_tokens),
+        rules=rules,
         on_shard=progress.on_shard,
     )
 

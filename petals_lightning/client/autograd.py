@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from petals_lightning.client.chain import BlockChain, ChainResult, MicroBatch, StepPrompts
+from petals_lightning.client.chain import BlockChain
 from petals_lightning.client.config import ClientConfig
+from petals_lightning.client.legs import ChainResult, MicroBatch, StepPrompts
 from petals_lightning.swarm import SwarmNode
 
 

@@ -2,7 +2,8 @@
 
 The client keeps what it sent into every leg until the step is done, so any leg can be run again anywhere: a server
 that dies costs its own leg, not the step. Only failures of peers are retried, within `max_retries`; a request that a
-server calls wrong surfaces at once.
+server calls wrong surfaces at once. A leg that is late is tried on a second server too, answers that cannot be right
+count as failures, and a share of answers is audited.
 
 Shapes: B batch, S tokens, P virtual tokens, H hidden size, N rows that are read.
 """
@@ -11,101 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
-from petals_lightning.client.connection import PeerConnection
+from petals_lightning.client.audit import Auditor
+from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
+from petals_lightning.client.hedging import race
+from petals_lightning.client.legs import Attempts, ChainGrads, ChainResult, Leg, MicroBatch
+from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.verify import check_backward, check_forward, seconds_of
 from petals_lightning.client.view import SwarmView
-from petals_lightning.errors import PeerFailure, RetriesExhaustedError
+from petals_lightning.errors import NonFiniteResult, PeerFailure, RetriesExhaustedError
 from petals_lightning.protocol.messages import ErrorCode, Message
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
 
-
-@dataclass(frozen=True)
-class StepPrompts:
-    """Deep prompts of a step, the same for all its micro-batches.
-
-    Attributes:
-        deep: [L, P, H] on the CPU, for blocks [start, start + L).
-        start: the first block they are for.
-        version: changes when the values do; servers keep prompts by version.
-    """
-
-    deep: torch.Tensor
-    start: int
-    version: int
-
-
-@dataclass
-class MicroBatch:
-    """What enters block `start`: hidden [B, S, H], prefix [P, H] or None, and rows [N] to read or None for all.
-
-    `input_grad`: hidden needs a gradient; `keep`: a backward will follow.
-    """
-
-    start: int
-    hidden: torch.Tensor
-    prefix: torch.Tensor | None
-    rows: torch.Tensor | None
-    prompts: StepPrompts | None
-    input_grad: bool
-    keep: bool
-
-    @property
-    def tokens(self) -> int:
-        return self.hidden.shape[0] * self.hidden.shape[1]
-
-
-@dataclass
-class Leg:
-    """Blocks [start, end) of one micro-batch on one server, with the inputs to run them again."""
-
-    start: int
-    end: int
-    hidden: torch.Tensor
-    prefix: torch.Tensor | None
-    rows: torch.Tensor | None
-    peer: str
-    connection: PeerConnection | None = None
-    graph: int | None = None
-
-
-@dataclass
-class ChainResult:
-    """Output of a micro-batch: hidden [B, S, H] or [N, H], prefix [P, H] or None, and the legs that led there."""
-
-    hidden: torch.Tensor
-    prefix: torch.Tensor | None
-    legs: list[Leg]
-
-
-@dataclass
-class ChainGrads:
-    """Gradients of a micro-batch: hidden [B, S, H] or None, prefix [P, H] or None, deep [L, P, H] or None."""
-
-    hidden: torch.Tensor | None
-    prefix: torch.Tensor | None
-    deep: torch.Tensor | None
-
-
-@dataclass
-class _Attempts:
-    """Counts failures of one micro-batch in one direction."""
-
-    limit: int
-    stats: TransferStats
-    failures: list[str] = field(default_factory=list)
-
-    def count(self, failure: PeerFailure) -> None:
-        self.failures.append(str(failure))
-        self.stats.retries += 1
-        if len(self.failures) > self.limit:
-            raise RetriesExhaustedError(
-                f"a part of the step failed {len(self.failures)} times (max_retries={self.limit}); "
-                f"last: {'; '.join(self.failures[-3:])}"
-            ) from failure
+T = TypeVar("T")
 
 
 class BlockChain:
@@ -113,6 +38,7 @@ class BlockChain:
 
     def __init__(self, view: SwarmView, stats: TransferStats):
         self._view, self._stats = view, stats
+        self._auditor = Auditor(view, stats, view.config.audit_rate)
 
     async def forward(self, batch: MicroBatch, end: int, *, want_prefix: bool) -> ChainResult:
         """Runs blocks [batch.start, end).
@@ -120,14 +46,14 @@ class BlockChain:
         Raises:
             RetriesExhaustedError, NoServersError, RemoteRequestError: see `errors`.
         """
-        attempts = _Attempts(self._view.config.max_retries, self._stats)
+        attempts = Attempts(self._view.config.max_retries, self._stats)
         return await self._forward(batch, end, want_prefix, attempts)
 
     async def backward(
         self, batch: MicroBatch, result: ChainResult, grad: torch.Tensor, grad_prefix: torch.Tensor | None
     ) -> ChainGrads:
         """Gradients of the inputs of `forward`, whose `result` must be of this batch. Raises as `forward`."""
-        attempts = _Attempts(self._view.config.max_retries, self._stats)
+        attempts = Attempts(self._view.config.max_retries, self._stats)
         deep = torch.zeros(batch.prompts.deep.shape) if batch.prompts is not None else None
         legs = list(result.legs)
         grad_hidden: torch.Tensor | None = grad
@@ -135,8 +61,9 @@ class BlockChain:
             leg = legs.pop()
             assert grad_hidden is not None
             input_grad = leg.start > batch.start or batch.input_grad
+            sent = grad_hidden, grad_prefix
             try:
-                grads = await self._backward_leg(batch, leg, grad_hidden, grad_prefix, input_grad, attempts)
+                leg, grads = await self._backward_checked(batch, leg, *sent, input_grad, attempts)
             except PeerFailure as e:
                 self._view.report_failure(e)
                 attempts.count(e)
@@ -147,7 +74,7 @@ class BlockChain:
                 deep[leg.start - batch.prompts.start : leg.end - batch.prompts.start] = grads["deep"].float()
         return ChainGrads(grad_hidden, grad_prefix, deep)
 
-    async def _forward(self, batch: MicroBatch, end: int, want_prefix: bool, attempts: _Attempts) -> ChainResult:
+    async def _forward(self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts) -> ChainResult:
         legs: list[Leg] = []
         hidden, prefix = batch.hidden, batch.prefix
         route = await self._view.route(batch.start, end, tokens=batch.tokens)
@@ -156,17 +83,107 @@ class BlockChain:
             is_last = planned.end == end
             leg = Leg(planned.start, planned.end, hidden, prefix, batch.rows if is_last else None, planned.peer_id)
             try:
-                reply = await self._forward_leg(batch, leg, want_prefix or not is_last, attempts)
+                leg, tensors = await self._forward_checked(batch, leg, want_prefix or not is_last, attempts)
             except PeerFailure as e:
                 self._view.report_failure(e)
                 attempts.count(e)
                 route = await self._view.route(leg.start, end, tokens=batch.tokens)
                 continue
             legs.append(leg)
-            hidden, prefix = reply.tensors["hidden"], reply.tensors.get("prefix")
+            hidden, prefix = tensors["hidden"], tensors.get("prefix")
         return ChainResult(hidden, prefix, legs)
 
-    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: _Attempts) -> list[Leg]:
+    async def _forward_checked(
+        self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: Attempts
+    ) -> tuple[Leg, dict[str, torch.Tensor]]:
+        """One leg forward, hedged and audited; returns the leg that answered."""
+
+        async def again(route: list[RouteSpan]) -> dict[str, torch.Tensor]:
+            return (await self._run_once(replace(batch, keep=False), leg, route, want_prefix))[1]
+
+        leg, tensors = await self._hedged(
+            batch, leg, lambda tried: self._forward_leg(batch, tried, want_prefix, attempts), 1.0, attempts
+        )
+        await self._auditor.check(leg.peer, leg.start, leg.end, tensors, tokens=batch.tokens, again=again)
+        return leg, tensors
+
+    async def _backward_checked(
+        self,
+        batch: MicroBatch,
+        leg: Leg,
+        grad: torch.Tensor,
+        grad_prefix: torch.Tensor | None,
+        input_grad: bool,
+        attempts: Attempts,
+    ) -> tuple[Leg, dict[str, torch.Tensor]]:
+        """One leg backward, hedged and audited."""
+
+        async def again(route: list[RouteSpan]) -> dict[str, torch.Tensor]:
+            legs, _ = await self._run_once(batch, leg, route, grad_prefix is not None)
+            hidden, prefix = grad, grad_prefix
+            deep: list[torch.Tensor | None] = []
+            for part in reversed(legs):
+                wants = input_grad or part.start > leg.start
+                grads = await self._backward_leg(batch, part, hidden, prefix, wants, Attempts(1, self._stats))
+                hidden, prefix = grads.get("hidden", hidden), grads.get("prefix")
+                deep.insert(0, grads.get("deep"))
+            found = {"hidden": hidden if input_grad else None, "prefix": prefix}
+            if batch.prompts is not None:
+                found["deep"] = torch.cat([part for part in deep if part is not None])
+            return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+        leg, grads = await self._hedged(
+            batch,
+            leg,
+            lambda tried: self._backward_leg(batch, tried, grad, grad_prefix, input_grad, attempts),
+            _backward_cost(leg),
+            attempts,
+        )
+        await self._auditor.check(leg.peer, leg.start, leg.end, grads, tokens=batch.tokens, again=again)
+        return leg, grads
+
+    async def _run_once(
+        self, batch: MicroBatch, leg: Leg, route: list[RouteSpan], want_prefix: bool
+    ) -> tuple[list[Leg], dict[str, torch.Tensor]]:
+        """What `leg` does, through `route`, without retries. Raises PeerFailure."""
+        legs, hidden, prefix, tensors = [], leg.hidden, leg.prefix, {}
+        for planned in route:
+            is_last = planned.end == leg.end
+            part = Leg(planned.start, planned.end, hidden, prefix, leg.rows if is_last else None, planned.peer_id)
+            tensors = await self._forward_leg(batch, part, want_prefix or not is_last, Attempts(1, self._stats))
+            legs.append(part)
+            hidden, prefix = tensors["hidden"], tensors.get("prefix")
+        return legs, tensors
+
+    async def _hedged(
+        self, batch: MicroBatch, leg: Leg, run: Callable[[Leg], Awaitable[T]], cost: float, attempts: Attempts
+    ) -> tuple[Leg, T]:
+        """Runs a leg, and if it is late also on another server. Raises as `race`."""
+
+        def on_failure(failure: PeerFailure) -> None:
+            self._view.report_failure(failure)
+            attempts.count(failure)
+
+        def second() -> Leg | None:
+            route = self._view.other_route(leg.start, leg.end, tokens=batch.tokens, avoid=[leg.peer])
+            if route is None or len(route) > 1:
+                return None
+            return replace(leg, peer=route[0].peer_id, connection=None, graph=None, clock=ServiceClock())
+
+        leg.clock.restart()
+        after = self._patience(leg, batch, cost).hedge
+        winner, result = await race(leg, run, after=after, second=second, on_failure=on_failure)
+        if winner is not leg:
+            self._stats.hedges += 1
+            late = leg.clock.seconds / cost
+            self._view.report_slow(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start, elapsed=late)
+        return winner, result
+
+    def _patience(self, leg: Leg, batch: MicroBatch, cost: float) -> Patience:
+        expected, is_measured = self._view.expected_seconds(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start)
+        return patience(expected * cost, is_measured, self._view.config)
+
+    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: Attempts) -> list[Leg]:
         """Legs that take the place of one whose server is lost.
 
         All but the last are run; the last runs with its backward, in one request.
@@ -179,7 +196,9 @@ class BlockChain:
             hidden, prefix, legs = run.hidden, run.prefix, run.legs
         return [*legs, Leg(last.start, last.end, hidden, prefix, leg.rows, last.peer_id)]
 
-    async def _forward_leg(self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: _Attempts) -> Message:
+    async def _forward_leg(
+        self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: Attempts
+    ) -> dict[str, torch.Tensor]:
         """One forward request; on success `leg` knows its graph. Raises PeerFailure."""
         leg.connection = await self._view.connection(leg.peer)
         while True:
@@ -195,9 +214,12 @@ class BlockChain:
                 leg.connection.forget_prompts()
                 attempts.count(e)
                 continue
-            _check_reply(leg, reply, request)
-            leg.graph = call_id if reply.fields.get("kept") else None
-            return reply
+            try:
+                check_forward(leg.peer, request, self._deep(batch, leg), reply)
+            except NonFiniteResult as e:
+                self._confirm(e, leg, batch, attempts)
+            leg.graph = call_id if reply.fields.get("kept") is True else None
+            return reply.tensors
 
     async def _backward_leg(
         self,
@@ -206,7 +228,7 @@ class BlockChain:
         grad: torch.Tensor,
         grad_prefix: torch.Tensor | None,
         input_grad: bool,
-        attempts: _Attempts,
+        attempts: Attempts,
     ) -> dict[str, torch.Tensor]:
         """One backward request: by graph if the server has it, else with the inputs again. Raises PeerFailure."""
         if leg.connection is None or not leg.connection.is_open:
@@ -219,9 +241,10 @@ class BlockChain:
                 graph=leg.graph,
                 wire_dtype=wire,
             )
+            again = self._request(leg, want_prefix=False, input_grad=input_grad)
             forward = None
             if leg.graph is None:
-                forward = request.forward = self._request(leg, want_prefix=False, input_grad=input_grad)
+                forward = request.forward = again
             try:
                 reply = await self._send(batch, leg, forward, request, leg.connection.next_id())
             except PeerFailure as e:
@@ -233,8 +256,38 @@ class BlockChain:
                     raise
                 attempts.count(e)
                 continue
-            _check_grads(batch, leg, reply, input_grad)
+            grads = [tensor for tensor in (request.grad, request.grad_prefix) if tensor is not None]
+            may_overflow = "float16" in (wire, self._view.compute_dtype(leg.peer))
+            deep = self._deep(batch, leg)
+            try:
+                check_backward(leg.peer, again, deep, grads, reply, may_overflow=may_overflow)
+            except NonFiniteResult as e:
+                self._confirm(e, leg, batch, attempts)
             return reply.tensors
+
+    def _confirm(self, failure: NonFiniteResult, leg: Leg, batch: MicroBatch, attempts: Attempts) -> None:
+        """Returns if two servers say the same: then it is the model that overflows, and the caller shall see it.
+
+        Raises:
+            NonFiniteResult: it is the first to say so.
+            RetriesExhaustedError: it says so again, and there is nobody else to ask.
+        """
+        for other in attempts.not_finite - {failure.peer}:
+            self._view.forgive(other)
+            return
+        is_alone = self._view.other_route(leg.start, leg.end, tokens=batch.tokens, avoid=[leg.peer]) is None
+        if failure.peer in attempts.not_finite and is_alone:
+            raise RetriesExhaustedError(
+                f"{failure}, twice, and nobody else holds blocks {leg.start}:{leg.end}. If the model overflows in "
+                "float16, its servers should use --dtype bfloat16 or float32"
+            ) from failure
+        attempts.not_finite.add(failure.peer)
+        raise failure
+
+    def _deep(self, batch: MicroBatch, leg: Leg) -> torch.Tensor | None:
+        if batch.prompts is None:
+            return None
+        return batch.prompts.deep[leg.start - batch.prompts.start : leg.end - batch.prompts.start]
 
     def _request(self, leg: Leg, *, want_prefix: bool, input_grad: bool) -> ForwardRequest:
         wire = self._view.wire_dtype(leg.peer)
@@ -266,49 +319,24 @@ class BlockChain:
             key, prompts_sent = await connection.prompts_key(prompts.version, leg.start, leg.end)
             forward.prompts_key = key
             if prompts_sent is not None:
-                deep = prompts.deep[leg.start - prompts.start : leg.end - prompts.start]
+                deep = self._deep(batch, leg)
+                assert deep is not None
                 forward.deep = to_wire(deep, forward.wire_dtype)
         message = backward.to_message() if backward is not None else forward.to_message()  # type: ignore[union-attr]
+        deadline = self._patience(leg, batch, 1.0 if backward is None else _backward_cost(leg)).deadline
         began = time.perf_counter()
-        reply = await connection.call(message, call_id, sent=prompts_sent)
+        reply = await connection.call(message, call_id, sent=prompts_sent, deadline=deadline, clock=leg.clock)
         if backward is None:  # speeds are compared between servers, so they are all taken from forwards
-            compute, queue = (_seconds(leg, reply, name) for name in ("compute", "queue"))
             self._view.report_success(
                 leg.peer,
                 tokens=batch.tokens,
                 blocks=leg.end - leg.start,
-                compute=compute,
-                elapsed=time.perf_counter() - began - queue,
+                compute=seconds_of(reply, "compute"),
+                elapsed=time.perf_counter() - began - seconds_of(reply, "queue"),
             )
         return reply
 
 
-def _check_reply(leg: Leg, reply: Message, request: ForwardRequest) -> None:
-    """An answer of the wrong shape is the server's failure, not the user's."""
-    shape = list(request.hidden.shape) if request.rows is None else [len(request.rows), request.hidden.shape[2]]
-    hidden, prefix = reply.tensors.get("hidden"), reply.tensors.get("prefix")
-    if hidden is None or list(hidden.shape) != shape:
-        raise PeerFailure(leg.peer, f"answered {list(hidden.shape) if hidden is not None else 'nothing'} for {shape}")
-    if request.want_prefix and (prefix is None or request.prefix is None or prefix.shape != request.prefix.shape):
-        raise PeerFailure(leg.peer, "answered without the prefix it was asked for")
-
-
-def _check_grads(batch: MicroBatch, leg: Leg, reply: Message, input_grad: bool) -> None:
-    """As `_check_reply`, for gradients."""
-    expected = {"hidden": leg.hidden.shape} if input_grad else {}
-    if leg.prefix is not None:
-        expected["prefix"] = leg.prefix.shape
-        if batch.prompts is not None:
-            expected["deep"] = torch.Size([leg.end - leg.start, *leg.prefix.shape])
-    for name, shape in expected.items():
-        grad = reply.tensors.get(name)
-        if grad is None or grad.shape != shape or not grad.is_floating_point():
-            got = list(grad.shape) if grad is not None else "nothing"
-            raise PeerFailure(leg.peer, f"answered {got} for the gradient {list(shape)} of {name}")
-
-
-def _seconds(leg: Leg, reply: Message, name: str) -> float:
-    value = reply.fields.get(name)
-    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise PeerFailure(leg.peer, f"answered {value!r:.40} for its {name} time")
-    return float(value)
+def _backward_cost(leg: Leg) -> float:
+    """In forwards: without the graph, the server has to run the forward again first."""
+    return BACKWARD_COST if leg.graph is not None else 1.0 + BACKWARD_COST

@@ -1,7 +1,7 @@
 """One stream to one server: many requests at once, and the failure detector.
 
-When the stream ends, everything in flight on it fails at once. When a server that owes an answer is silent, it is
-pinged; a server that computes still answers pings, one that hangs does not.
+When the stream ends, everything in flight on it fails at once. A server that owes an answer is pinged: one that
+computes, or has a long queue, still answers and says where our requests stand; one that hangs does not.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import asyncio
 import itertools
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
-from petals_lightning.client.room import Room
+from petals_lightning.client.deadlines import ServiceClock
+from petals_lightning.client.flow import FlowControl
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, ProtocolError, RemoteRequestError
+from petals_lightning.protocol.auth import is_proof, new_nonce, prove
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import STREAM_METHOD, ErrorCode, Message, Method
 from petals_lightning.swarm.streams import open_stream
@@ -26,8 +30,24 @@ _MAX_MESSAGE_BYTES = 4 << 30  # a client trusts the sizes that it asked for; thi
 _PROMPTS_KEPT = 8  # as many sets of prompts as a server keeps for one stream
 
 
+@dataclass
+class _Call:
+    """A request without its answer. `clock` runs while the server works on it, up to `deadline` seconds."""
+
+    answer: asyncio.Future[Message]
+    clock: ServiceClock
+    deadline: float
+
+
 class PeerConnection:
-    """Made by `open`; all methods belong to the node's loop."""
+    """Made by `open`; all methods belong to the node's loop.
+
+    Args:
+        peer: the server's base58 id.
+        reader, writer: the stream.
+        config, stats: of the client.
+        on_failure: told once if the server hangs or the stream ends; also when nobody waits for an answer.
+    """
 
     def __init__(
         self,
@@ -36,62 +56,83 @@ class PeerConnection:
         writer: asyncio.StreamWriter,
         config: ClientConfig,
         stats: TransferStats,
+        on_failure: Callable[[PeerFailure], None] = lambda failure: None,
     ):
         self.peer = peer
         self.info: dict[str, Any] = {}
         self.round_trip: float | None = None
-        self._config, self._stats = config, stats
+        self._config, self._stats, self._on_failure = config, stats, on_failure
         self._reader = MessageReader(reader, max_message_bytes=_MAX_MESSAGE_BYTES, max_open=1 << 16)
         self._writer = MessageWriter(writer)
-        self._ids = itertools.count(1)
-        self._pending: dict[int, asyncio.Future[Message]] = {}
-        self._room = Room(max_requests=1, max_bytes=0)  # until the server has said what it grants
+        self._flow = FlowControl()
+        self._ids, self._last_id = itertools.count(1), 0
+        self._pending: dict[int, _Call] = {}
         self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Future[None]]] = OrderedDict()
         self._failure: PeerFailure | None = None
-        self._last_heard = time.monotonic()
+        self._pinged_at: float | None = None  # when the oldest ping was sent that has brought no sign of life yet
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
     @classmethod
-    async def open(cls, p2p: P2P, peer: str, config: ClientConfig, stats: TransferStats) -> PeerConnection:
-        """Opens a stream and asks the server what it holds.
+    async def open(
+        cls,
+        p2p: P2P,
+        peer: str,
+        config: ClientConfig,
+        stats: TransferStats,
+        on_failure: Callable[[PeerFailure], None] = lambda failure: None,
+    ) -> PeerConnection:
+        """Opens a stream, proves to know the swarm's token if there is one, and asks the server what it holds.
 
         Raises:
-            PeerFailure: the server cannot be reached in `connect_timeout` seconds, or does not know our stream method.
+            PeerFailure: the server cannot be reached in `connect_timeout` seconds, does not know our stream method, or
+                does not let this peer in.
         """
         connection = None
         try:
             async with asyncio.timeout(config.connect_timeout):
-                connection = cls(peer, *await open_stream(p2p, peer, STREAM_METHOD), config, stats)
+                connection = cls(peer, *await open_stream(p2p, peer, STREAM_METHOD), config, stats, on_failure)
+                if config.swarm_token is not None:
+                    await connection._authenticate(config.swarm_token, p2p.peer_id.to_base58())
                 began = time.perf_counter()
                 connection.info = (await connection.call(Message(Method.INFO))).fields
                 connection.round_trip = time.perf_counter() - began
-                connection._take_grants()
-        except (OSError, PeerFailure) as e:  # OSError: ConnectionError, or TimeoutError
+        except BaseException as e:
             if connection is not None:
                 connection.close()
-            if isinstance(e, PeerFailure):
-                raise
-            raise PeerFailure(peer, f"cannot connect: {e or type(e).__name__}") from e
+            if isinstance(e, OSError):  # ConnectionError, or TimeoutError
+                raise PeerFailure(peer, f"cannot connect: {str(e) or type(e).__name__}") from e
+            raise
+        connection._flow.grant(connection.info)
         return connection
-
-    def _take_grants(self) -> None:
-        """Keeps to the limits in `info`, with a margin: the server counts a request until its answer is written."""
-        names = "max_open_requests", "max_message_bytes", "max_batch_tokens"
-        requests, num_bytes, tokens = (self.info.get(name) or 0 for name in names)
-        if not all(type(grant) is int and grant > 0 for grant in (requests, num_bytes, tokens)):
-            raise PeerFailure(
-                self.peer, f"grants nonsense: {requests!r} requests, {num_bytes!r} bytes, {tokens!r} tokens"
-            )
-        self._room = Room(max(1, requests // 2), num_bytes // 2)
 
     @property
     def is_open(self) -> bool:
         return self._failure is None
 
+    @property
+    def silence(self) -> float:
+        """Seconds for which a ping has been without answer; 0 while the server shows that it lives."""
+        if self._pinged_at is None or self._reader.heard_at > self._pinged_at:
+            return 0.0
+        return time.monotonic() - self._pinged_at
+
     async def call(
-        self, message: Message, call_id: int | None = None, *, sent: asyncio.Future[None] | None = None
+        self,
+        message: Message,
+        call_id: int | None = None,
+        *,
+        sent: asyncio.Future[None] | None = None,
+        deadline: float | None = None,
+        clock: ServiceClock | None = None,
     ) -> Message:
-        """Sends a request and waits for its reply; resolves `sent`, if given, when the request is on its way.
+        """Sends a request and waits for its reply.
+
+        Args:
+            message: the request.
+            call_id: from `next_id`, if the caller refers to the call later.
+            sent: resolved when the request is on its way.
+            deadline: seconds for which the server may work on it; None takes `request_timeout`.
+            clock: where to count them, for a caller that looks at it too.
 
         Raises:
             PeerFailure: the stream or the server failed, or it refused for a reason that others may not have.
@@ -99,20 +140,19 @@ class PeerConnection:
         """
         call_id = call_id if call_id is not None else self.next_id()
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout)
+        call.clock.hold()
         try:
-            if self._failure is not None:
-                raise self._failure
-            self._pending[call_id] = answer
-            if len(self._pending) == 1:
-                self._last_heard = time.monotonic()  # silence counts from when an answer is owed
-            num_bytes = sum(tensor.nbytes for tensor in message.tensors.values())
-            async with self._room.enter(num_bytes), asyncio.timeout(self._config.request_timeout):
+            async with self._flow.room(sum(tensor.nbytes for tensor in message.tensors.values())):
+                if self._failure is not None:
+                    raise self._failure
+                self._pending[call_id] = call
+                call.clock.restart()
                 self._stats.bytes_sent += await self._writer.send(call_id, message)
+                call.clock.restart()
                 if sent is not None and not sent.done():
                     sent.set_result(None)
                 reply = await answer
-        except TimeoutError:
-            raise PeerFailure(self.peer, f"no answer within {self._config.request_timeout:g} s") from None
         except ConnectionError as e:
             self._fail(PeerFailure(self.peer, f"the stream broke ({e})"))
             assert self._failure is not None
@@ -120,10 +160,10 @@ class PeerConnection:
         finally:
             if sent is not None and not sent.done():
                 sent.cancel()
-            if self._pending.pop(call_id, None) is not None and not answer.done():
+            if self._pending.pop(call_id, None) is not None and (not answer.done() or answer.cancelled()):
                 self._notify(call_id, Method.CANCEL)
             if answer.done() and not answer.cancelled():
-                answer.exception()  # seen: whoever asked is told by what was raised here
+                answer.exception()  # seen: the caller may have been cancelled meanwhile
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
         if reply.method is Method.ERROR:
             raise self._error(reply)
@@ -131,7 +171,8 @@ class PeerConnection:
 
     def next_id(self) -> int:
         """A fresh call id, for callers that refer to the call later."""
-        return next(self._ids)
+        self._last_id = next(self._ids)
+        return self._last_id
 
     async def prompts_key(self, version: int, start: int, end: int) -> tuple[int, asyncio.Future[None] | None]:
         """The key under which this stream's server has deep prompts [start, end) of a version.
@@ -160,6 +201,7 @@ class PeerConnection:
         self._prompts.clear()
 
     def close(self) -> None:
+        self._on_failure = lambda failure: None
         self._fail(PeerFailure(self.peer, "the connection was closed"))
 
     def _notify(self, call_id: int, method: Method) -> None:
@@ -176,39 +218,83 @@ class PeerConnection:
     async def _read(self) -> None:
         try:
             while (item := await self._reader.next()) is not None:
-                self._last_heard = time.monotonic()
                 call_id, message, num_bytes = item
                 self._stats.bytes_received += num_bytes
-                answer = self._pending.get(call_id)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
-                elif message.method is Method.ERROR and call_id == 0:
-                    raise ProtocolError(str(message.fields.get("message"))[:300])
+                self._take(call_id, message)
             self._fail(PeerFailure(self.peer, "the stream ended"))
         except ProtocolError as e:
             self._fail(PeerFailure(self.peer, f"protocol broken: {e}"))
+        except PeerFailure as e:
+            self._fail(e)
+
+    def _take(self, call_id: int, message: Message) -> None:
+        call = self._pending.get(call_id)
+        if message.method not in (Method.OK, Method.ERROR):
+            raise ProtocolError(f"a server may not send {message.method.value!r}")
+        if call is not None:
+            if not call.answer.done():
+                call.answer.set_result(message)
+        elif call_id == 0 and message.method is Method.ERROR:
+            raise PeerFailure(self.peer, str(message.fields.get("message"))[:300], str(message.fields.get("code")))
+        elif call_id == 0:
+            self._note_standings(message.fields.get("calls"))
+        elif call_id > self._last_id:
+            raise ProtocolError(f"an answer to call {call_id}, which was never made")
+
+    def _note_standings(self, calls: Any) -> None:
+        """A request that waits in the server's queue is not being worked on: its deadline does not run."""
+        if not isinstance(calls, list):
+            return
+        for entry in calls:
+            match entry:
+                case [int(call_id), int(ahead)] if ahead > 0 and call_id in self._pending:
+                    self._pending[call_id].clock.restart()
 
     async def _watch(self) -> None:
+        """Pings while an answer is owed; finds a hung server, and requests that are over their deadline."""
         period, limit = self._config.heartbeat_period, self._config.heartbeat_timeout
+        pinged = time.monotonic()
         while True:
-            await asyncio.sleep(period)
-            silent = time.monotonic() - self._last_heard
-            if not self._pending:
-                continue
-            if silent > limit:
-                self._fail(PeerFailure(self.peer, f"silent for {silent:.0f} s"))
+            await asyncio.sleep(period / 4)
+            now = time.monotonic()
+            alive_at = max(self._reader.heard_at, self._writer.wrote_at)
+            if self._pinged_at is not None and self._reader.heard_at > self._pinged_at:
+                self._pinged_at = None
+            if self._pinged_at is not None and now - max(self._pinged_at, alive_at) > limit - period:
+                self._fail(PeerFailure(self.peer, f"a ping was not answered for {now - self._pinged_at:.0f} s"))
                 return
-            if silent > period:
+            for call in self._pending.values():
+                if not call.answer.done() and call.clock.seconds > call.deadline:
+                    words = f"no answer after {call.clock.seconds:.0f} s of work on a request"
+                    call.answer.set_exception(PeerFailure(self.peer, words))
+            if now - pinged >= period and (self._pinged_at is not None or self._pending):
+                pinged = now
+                self._pinged_at = self._pinged_at or now
                 self._notify(0, Method.PING)
+
+    async def _authenticate(self, token: str, own_id: str) -> None:
+        """Both sides prove that they know the swarm's token. Raises PeerFailure."""
+        nonce = new_nonce()
+        challenge = (await self.call(Message(Method.AUTH, {"nonce": nonce}))).fields.get("nonce")
+        if not isinstance(challenge, bytes):
+            raise PeerFailure(self.peer, "sent no challenge", ErrorCode.NOT_ALLOWED.value)
+        proofs = {
+            role: prove(token, role, client=own_id, server=self.peer, client_nonce=nonce, server_nonce=challenge)
+            for role in ("client", "server")
+        }
+        reply = await self.call(Message(Method.AUTH, {"proof": proofs["client"]}))
+        if not is_proof(reply.fields.get("proof"), proofs["server"]):
+            raise PeerFailure(self.peer, "does not know the swarm's token itself", ErrorCode.NOT_ALLOWED.value)
 
     def _fail(self, failure: PeerFailure) -> None:
         if self._failure is not None:
             return
         self._failure = failure
-        for answer in self._pending.values():
-            if not answer.done():
-                answer.set_exception(failure)
+        for call in self._pending.values():
+            if not call.answer.done():
+                call.answer.set_exception(failure)
         self._pending.clear()
+        self._flow.close()
         for _, sent in self._prompts.values():
             sent.cancel()
         current = asyncio.current_task()
@@ -216,3 +302,4 @@ class PeerConnection:
             if task is not current:
                 task.cancel()
         self._writer.close()
+        self._on_failure(failure)

@@ -11,9 +11,13 @@ class TransferStats:
     bytes_sent, bytes_received: on all streams, headers included.
     retries: parts of steps that were sent again after a failure.
     requests: forward and backward requests answered.
+    hedges: requests that were late and were answered by a second server first.
+    audits: requests that were computed again elsewhere and compared.
     """
 
     bytes_sent: int = 0
     bytes_received: int = 0
     retries: int = 0
     requests: int = 0
+    hedges: int = 0
+    audits: int = 0

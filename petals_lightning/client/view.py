@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, route_seconds, uncovered
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.errors import IncompatibleServerError, NoServersError, PeerFailure
+from petals_lightning.errors import (
+    AccessDeniedError,
+    IncompatibleServerError,
+    NoServersError,
+    PeerFailure,
+    WrongResult,
+)
+from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 
@@ -21,6 +29,7 @@ _DEFAULT_HOP_SECONDS = 0.01
 _DEFAULT_TOKENS_PER_SECOND = 1000.0
 _TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
 _MAX_BAN = 300.0
+_LIAR_BAN = 86400.0  # a server that two others have contradicted has had its chance
 _WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place of the one in use
 
 
@@ -28,6 +37,7 @@ _WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place 
 class _Ban:
     until: float
     count: int
+    is_proven: bool = False
 
 
 @dataclass
@@ -37,7 +47,11 @@ class _Speed:
     hop_seconds: float
     tokens_per_second: float
 
-    def update(self, hop_seconds: float, tokens_per_second: float, weight: float = 0.2) -> None:
+    count: int = 1
+
+    def update(self, hop_seconds: float, tokens_per_second: float) -> None:
+        self.count += 1
+        weight = max(1 / self.count, 0.2)  # a plain mean at first, so that a cold first request is soon outweighed
         self.hop_seconds += weight * (hop_seconds - self.hop_seconds)
         self.tokens_per_second += weight * (tokens_per_second - self.tokens_per_second)
 
@@ -73,6 +87,7 @@ class SwarmView:
         self._spans: dict[str, tuple[int, int]] = {}
         self._records: dict[str, ServerRecord] = {}
         self._misfits: dict[str, str] = {}
+        self._refusals: dict[str, str] = {}
         self._bans: dict[str, _Ban] = {}
         self._speeds: dict[str, _Speed] = {}
         self._routes: dict[tuple[int, int], list[RouteSpan]] = {}
@@ -86,6 +101,7 @@ class SwarmView:
         Raises:
             NoServersError: some block is held by nobody who may be used.
             IncompatibleServerError: all that hold some block serve another model under this name.
+            AccessDeniedError: all that hold some block let this peer not in.
         """
         await self.refresh()
         missing = uncovered(self._usable(1), 0, self.num_blocks)
@@ -96,15 +112,22 @@ class SwarmView:
                     f"{misfits[0]}. Load the same model here and there, or give it a dht_prefix of its own"
                 )
             raise NoServersError(await self._explain_missing(missing))
+        self._maintenance = asyncio.create_task(self._maintain())
+        try:
+            await self._connect_first_route()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _connect_first_route(self) -> None:
         # Connecting now finds dead records before the first step, and measures the way to each server.
         while True:
             try:
                 for leg in await self.route(0, self.num_blocks, tokens=1024):
                     await self.connection(leg.peer_id)
-                break
+                return
             except PeerFailure as e:
                 self.report_failure(e)
-        self._maintenance = asyncio.create_task(self._maintain())
 
     async def close(self) -> None:
         if self._maintenance is not None:
@@ -129,6 +152,7 @@ class SwarmView:
                     spans[peer] = (first, block + 1)
                     records[peer] = record
         self._spans, self._records = spans, records
+        self._forget_absent()
         self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
 
     async def route(self, start: int, end: int, *, tokens: int) -> list[RouteSpan]:
@@ -138,6 +162,7 @@ class SwarmView:
 
         Raises:
             NoServersError: nobody came back.
+            AccessDeniedError: there are servers, but they let this peer not in.
         """
         deadline = time.monotonic() + self.config.recovery_timeout
         told = False
@@ -146,6 +171,7 @@ class SwarmView:
             if (legs := plan_route(usable, start, end)) is not None:
                 return self._settle(usable, start, end, legs)
             missing = uncovered(usable, start, end)
+            self._check_refusals(missing)
             if time.monotonic() > deadline:
                 raise NoServersError(await self._explain_missing(missing))
             if not told:
@@ -173,17 +199,24 @@ class SwarmView:
     def report_failure(self, failure: PeerFailure) -> None:
         """Takes a server out of the view and bans it, longer every time."""
         peer = failure.peer
-        known = self._bans.get(peer)
-        if known is not None and known.until > time.monotonic():
+        if failure.code == ErrorCode.NOT_ALLOWED.value:
+            self._refusals[peer] = failure.reason
+        known, proven = self._bans.get(peer), isinstance(failure, WrongResult) and failure.proven
+        if known is not None and known.until > time.monotonic() and (known.is_proven or not proven):
             return  # several requests in flight tell of one failure
         count = known.count + 1 if known is not None else 1
-        period = min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
-        self._bans[peer] = _Ban(time.monotonic() + period, count)
+        period = _LIAR_BAN if proven else min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
+        self._bans[peer] = _Ban(time.monotonic() + period, count, proven)
         if failure.code is None:  # the stream or the server itself; one that merely refuses keeps its other requests
             connection = self._connections.pop(peer, None)
             if connection is not None:
                 connection.close()
-        logger.warning("%s; leaving it alone for at least %.0f s", failure, period)
+        logger.warning("%s; leaving it alone for at least %.0f s", self._named(failure), period)
+
+    def forgive(self, peer: str) -> None:
+        """Lifts a ban: the failure was not the server's."""
+        if peer in self._bans and not self._bans[peer].is_proven:
+            del self._bans[peer]
 
     def report_success(self, peer: str, *, tokens: int, blocks: int, compute: float, elapsed: float) -> None:
         """Learns from an answered request: `elapsed` seconds here, of which `compute` seconds on the server."""
@@ -192,6 +225,26 @@ class SwarmView:
             self._speeds[peer].update(hop, speed)
         else:
             self._speeds[peer] = _Speed(hop, speed)
+
+    def report_slow(self, peer: str, *, tokens: int, blocks: int, elapsed: float) -> None:
+        """Learns from a request that a server has not answered after `elapsed` seconds of work: it is no faster."""
+        at_most = tokens * blocks / max(elapsed, 1e-6)
+        speed = self._speeds.setdefault(peer, _Speed(_DEFAULT_HOP_SECONDS, at_most))
+        speed.tokens_per_second = min(speed.tokens_per_second, at_most)
+
+    def expected_seconds(self, peer: str, *, tokens: int, blocks: int) -> tuple[float, bool]:
+        """What a forward on a server should take, and whether that is measured: else it is what the server claims."""
+        hop, rate = self._pace(peer)
+        return hop + tokens * blocks / rate, peer in self._speeds
+
+    def other_route(self, start: int, end: int, *, tokens: int, avoid: Collection[str]) -> list[RouteSpan] | None:
+        """The fastest route through blocks [start, end) without the servers `avoid`, or None; never waits."""
+        return plan_route([span for span in self._usable(tokens) if span.peer not in avoid], start, end)
+
+    def compute_dtype(self, peer: str) -> str | None:
+        """The dtype that a server says it computes in."""
+        record = self._records.get(peer)
+        return record.torch_dtype if record is not None else None
 
     def wire_dtype(self, peer: str) -> str:
         """The dtype to send to a server and to ask of it."""
@@ -202,8 +255,9 @@ class SwarmView:
 
     def max_request_tokens(self, route: list[RouteSpan]) -> int:
         """The largest B·(P + S) that every server of a route takes, as far as they have said."""
-        known = [self._connections[leg.peer_id] for leg in route if leg.peer_id in self._connections]
-        return min([self.config.max_microbatch_tokens, *(c.info["max_batch_tokens"] for c in known)])
+        known = [self._connections[leg.peer_id].info for leg in route if leg.peer_id in self._connections]
+        said = [info.get("max_batch_tokens") for info in known]
+        return min([self.config.max_microbatch_tokens, *(limit for limit in said if type(limit) is int and limit > 0)])
 
     def returns_tuple(self) -> bool:
         """Whether this family's blocks return tuples, as its servers say."""
@@ -214,16 +268,24 @@ class SwarmView:
         for peer, (start, end) in self._spans.items():
             if peer in self._bans and not self._is_readmitted(peer):
                 continue
-            if peer in self._misfits or not self._is_allowed(peer):
+            if peer in self._misfits or peer in self._refusals or not self._is_allowed(peer):
                 continue
-            record, speed = self._records[peer], self._speeds.get(peer)
+            hop, rate = self._pace(peer)
             connection = self._connections.get(peer)
-            hop = connection.round_trip if connection is not None else None
-            rate = (record.tokens_per_second or _DEFAULT_TOKENS_PER_SECOND) * _TRUST_IN_CLAIMS
-            if speed is not None:
-                hop, rate = speed.hop_seconds, speed.tokens_per_second
-            spans.append(ServerSpan(peer, start, end, hop if hop is not None else _DEFAULT_HOP_SECONDS, tokens / rate))
+            # One that does not answer pings may hang: until that is known, others are better.
+            silence = connection.silence if connection is not None else 0.0
+            spans.append(ServerSpan(peer, start, end, hop + silence, tokens / rate))
         return spans
+
+    def _pace(self, peer: str) -> tuple[float, float]:
+        """Seconds to get a request to a server and back, and its tokens a second of one block: measured, or claimed."""
+        if (speed := self._speeds.get(peer)) is not None:
+            return speed.hop_seconds, speed.tokens_per_second
+        record, connection = self._records.get(peer), self._connections.get(peer)
+        hop = connection.round_trip if connection is not None else None
+        claimed = record.tokens_per_second if record is not None else None
+        rate = (claimed or _DEFAULT_TOKENS_PER_SECOND) * _TRUST_IN_CLAIMS
+        return hop if hop is not None else _DEFAULT_HOP_SECONDS, rate
 
     def _settle(self, usable: list[ServerSpan], start: int, end: int, planned: list[RouteSpan]) -> list[RouteSpan]:
         """The planned route, or the last one while it is about as fast: servers there have our prompts and streams."""
@@ -235,6 +297,29 @@ class SwarmView:
             last = [RouteSpan(leg.peer_id, leg.start, leg.end, names.get(leg.peer_id)) for leg in planned]
             self._routes[start, end] = last
         return list(last)
+
+    def _forget_absent(self) -> None:
+        """Servers come and go under new ids: of those without a record and a running ban nothing is remembered."""
+        now = time.monotonic()
+        self._bans = {p: ban for p, ban in self._bans.items() if p in self._spans or ban.until > now}
+        self._speeds = {p: speed for p, speed in self._speeds.items() if p in self._spans}
+        self._refusals = {p: words for p, words in self._refusals.items() if p in self._spans}
+
+    def _check_refusals(self, missing: list[int]) -> None:
+        """Waiting does not help where the only servers of a block do not let us in."""
+        for block in missing:
+            holders = [peer for peer, (start, end) in self._spans.items() if start <= block < end]
+            refusals = [self._refusals[peer] for peer in holders if peer in self._refusals]
+            if refusals and len(refusals) == len(holders):
+                raise AccessDeniedError(
+                    f"block {block} of {self.dht_prefix!r} is held by {len(holders)} server(s), and none lets this "
+                    f"peer in; one says: {refusals[0]}"
+                )
+
+    def _named(self, failure: PeerFailure) -> str:
+        record = self._records.get(failure.peer)
+        name = f" ({record.public_name})" if record is not None and record.public_name else ""
+        return f"server {failure.peer}{name}: {failure.reason}"
 
     def _is_allowed(self, peer: str) -> bool:
         allowed = self.config.allowed_servers
@@ -261,7 +346,9 @@ class SwarmView:
 
     async def _open(self, peer: str) -> PeerConnection:
         try:
-            connection = await PeerConnection.open(self.node.p2p, peer, self.config, self._stats)
+            connection = await PeerConnection.open(
+                self.node.p2p, peer, self.config, self._stats, on_failure=self.report_failure
+            )
             hidden_size = connection.info.get("hidden_size")
             if hidden_size != self._hidden_size:
                 connection.close()
@@ -278,7 +365,8 @@ class SwarmView:
             await asyncio.sleep(min(0.5, self.config.ban_period))
             try:
                 for peer, ban in list(self._bans.items()):
-                    if ban.until < time.monotonic() and peer in self._spans and not self._is_readmitted(peer):
+                    is_over = ban.until < time.monotonic() and peer not in self._refusals
+                    if is_over and peer in self._spans and not self._is_readmitted(peer):
                         try:
                             await self.connection(peer)
                             logger.info("server …%s is back", peer[-6:])

@@ -53,7 +53,8 @@ class DistributedClassifier(DistributedModel):
             hook.remove()
         # Only these rows crossed the wire: a family that reads others would classify zeros without a word.
         expected = scores[-1].flatten(0, 1)[rows]
-        assert torch.equal(expected, output.logits), f"{type(self).__name__} does not read the last real token"
+        same = torch.allclose(expected, output.logits, rtol=0, atol=0, equal_nan=True)
+        assert same, f"{type(self).__name__} does not read the last real token"
         return output
 
     def _last_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -105,9 +106,13 @@ class _AutoDistributed:
         torch_dtype: torch.dtype | str | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
-        connect_timeout: float = 10.0,
-        request_timeout: float = 300.0,
-        max_retries: int = 8,
+        connect_timeout: float = ClientConfig.connect_timeout,
+        request_timeout: float = ClientConfig.request_timeout,
+        max_retries: int = ClientConfig.max_retries,
+        recovery_timeout: float = ClientConfig.recovery_timeout,
+        audit_rate: float = ClientConfig.audit_rate,
+        swarm_token: str | None = None,
+        identity_path: str | None = None,
         allowed_servers: Sequence[str] | None = None,
         blocked_servers: Sequence[str] | None = None,
         client_config: ClientConfig | None = None,
@@ -124,6 +129,11 @@ class _AutoDistributed:
             dtype (or torch_dtype): of what is held here; "auto", the default, takes the checkpoint's.
             token, revision: as in transformers.
             connect_timeout, request_timeout: seconds; max_retries: failures that a part of a step survives.
+            recovery_timeout: seconds to wait for a block whose every holder has failed.
+            audit_rate: share of requests that are computed again on another server and compared.
+            swarm_token: secret of a private swarm whose servers were started with --token-file.
+            identity_path: file of this client's private key, made if missing; its peer id follows from it, by which
+                servers with --allow-peers know it.
             allowed_servers, blocked_servers: peer ids.
             client_config: all of the above and more, instead of the single arguments.
             config_overrides: set on the config, e.g. `num_labels`, `pad_token_id`.
@@ -136,12 +146,16 @@ class _AutoDistributed:
             CheckpointError, UnsupportedModelError: the model cannot be read, or is no decoder.
             SwarmConnectionError: no initial peer answers.
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
+            AccessDeniedError: the servers let this peer not in.
         """
         check_tuning(tuning_mode, pre_seq_len)
         config = client_config or ClientConfig(
             connect_timeout=connect_timeout,
             request_timeout=request_timeout,
             max_retries=max_retries,
+            recovery_timeout=recovery_timeout,
+            audit_rate=audit_rate,
+            swarm_token=swarm_token,
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers or ()),
         )
@@ -158,7 +172,9 @@ class _AutoDistributed:
                 mixin=cls.mixin,
                 may_miss=lambda name: not name.startswith(f"{family.base_model_prefix}."),
             )
-        layers = _connect(model, checkpoint, config, node=node, dht=dht, initial_peers=initial_peers)
+        layers = _connect(
+            model, checkpoint, config, node=node, dht=dht, initial_peers=initial_peers, identity_path=identity_path
+        )
         _assemble(model, layout, layers, tuning_mode, pre_seq_len)
         return model
 
@@ -204,6 +220,7 @@ def _connect(
     node: SwarmNode | None,
     dht: hivemind.DHT | None,
     initial_peers: Sequence[str] | None,
+    identity_path: str | None,
 ) -> RemoteSequential:
     if sum(given is not None for given in (node, dht, initial_peers)) != 1 or initial_peers == []:
         raise ConfigurationError(
@@ -215,7 +232,11 @@ def _connect(
         # A peer of our own joins through the caller's DHT process: its daemon's handlers belong to that process.
         peers = [str(maddr) for maddr in dht.get_visible_maddrs()] if dht is not None else list(initial_peers or ())
         node = SwarmNode(
-            peers, host_maddrs=(), client_mode=True, connect_timeout=max(config.connect_timeout, 5.0)
+            peers,
+            host_maddrs=(),
+            identity_path=identity_path,
+            client_mode=True,
+            connect_timeout=max(config.connect_timeout, 5.0),
         ).start()
     try:
         return RemoteSequential.connect(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,8 @@ class _Partial:
     method: Method
     fields: dict[str, Any]
     description: list[Any]
-    body: bytearray
+    size: int
+    body: bytearray | None  # None: there was no room, and the bytes are let pass
     received: int = 0
     wire_bytes: int = 0
 
@@ -37,12 +40,26 @@ class MessageReader:
         max_message_bytes: the largest body accepted, and the bound on the sum of bodies that are under way; memory is
             allocated only within it.
         max_open: how many messages may be under way at once.
+        reserve: asked before memory for a body of so many bytes is allocated; if it says no, the message comes
+            `dropped`, without its tensors. Who gives the bytes back is the caller's affair, but for those of messages
+            that were cancelled under way, which go to `release`.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, *, max_message_bytes: int, max_open: int):
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        *,
+        max_message_bytes: int,
+        max_open: int,
+        reserve: Callable[[int], bool] = lambda num_bytes: True,
+        release: Callable[[int], None] = lambda num_bytes: None,
+    ):
         self._reader = reader
         self._max_bytes, self._max_open = max_message_bytes, max_open
+        self._reserve, self._release = reserve, release
         self._partial: dict[int, _Partial] = {}
+        self.heard_at = time.monotonic()
+        """When the last frame came, of whatever message."""
 
     async def next(self) -> tuple[int, Message, int] | None:
         """The next complete message: its call id, itself, its bytes on the wire. None at the end of the stream.
@@ -60,6 +77,7 @@ class MessageReader:
                 chunk = await self._reader.readexactly(chunk_length)
             except (asyncio.IncompleteReadError, ConnectionError):
                 return None
+            self.heard_at = time.monotonic()
             if (complete := self._accept(kind, call_id, header, chunk)) is not None:
                 return call_id, *complete
 
@@ -69,27 +87,36 @@ class MessageReader:
             if call_id in self._partial:
                 if method is not Method.CANCEL:
                     raise ProtocolError(f"two messages under call id {call_id}")
-                del self._partial[call_id]  # its sender gave up in the middle
+                self._forget(call_id)  # its sender gave up in the middle
             size = packed_size(description)
-            under_way = sum(len(partial.body) for partial in self._partial.values())
+            under_way = sum(partial.size for partial in self._partial.values() if partial.body is not None)
             if len(self._partial) >= self._max_open or under_way + size > self._max_bytes:
                 raise ProtocolError(f"a message of {size} bytes is over this peer's limit of {self._max_bytes} bytes")
-            partial = self._partial[call_id] = _Partial(method, fields, description, bytearray(size))
+            body = bytearray(size) if self._reserve(size) else None
+            partial = self._partial[call_id] = _Partial(method, fields, description, size, body)
         elif kind == FrameKind.MORE and call_id in self._partial and not header:
             partial = self._partial[call_id]
         else:
             raise ProtocolError(f"unexpected frame of kind {kind} for call {call_id}")
         partial.wire_bytes += FRAME_PREFIX.size + len(header) + len(chunk)
         end = partial.received + len(chunk)
-        if end > len(partial.body):
+        if end > partial.size:
             raise ProtocolError(f"call {call_id} sends more bytes than it announced")
-        partial.body[partial.received : end] = chunk
+        if partial.body is not None:
+            partial.body[partial.received : end] = chunk
         partial.received = end
-        if end < len(partial.body):
+        if end < partial.size:
             return None
         del self._partial[call_id]
+        if partial.body is None:
+            return Message(partial.method, partial.fields, dropped=True), partial.wire_bytes
         message = Message(partial.method, partial.fields, unpack_tensors(partial.description, partial.body))
         return message, partial.wire_bytes
+
+    def _forget(self, call_id: int) -> None:
+        partial = self._partial.pop(call_id)
+        if partial.body is not None:
+            self._release(partial.size)
 
 
 class MessageWriter:
@@ -98,6 +125,8 @@ class MessageWriter:
     def __init__(self, writer: asyncio.StreamWriter):
         self._writer = writer
         self._turn = asyncio.Lock()
+        self.wrote_at = time.monotonic()
+        """When the stream last took a frame of tensors: one that takes them moves, however slowly."""
 
     async def send(self, call_id: int, message: Message) -> int:
         """Returns the bytes written; raises ConnectionError if the stream is gone."""
@@ -108,6 +137,8 @@ class MessageWriter:
                     raise ConnectionResetError("the stream is closed")
                 self._writer.writelines(frame)
                 await self._writer.drain()
+                if message.tensors:
+                    self.wrote_at = time.monotonic()
             num_bytes += sum(len(buffer) for buffer in frame)
         return num_bytes
 

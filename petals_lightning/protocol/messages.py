@@ -7,7 +7,9 @@ its tensors), cut into frames so that a short message never waits behind a long 
     HEAD    := first frame of a message: its header, and the first chunk of its body
     MORE    := further chunks of the body
 
-The client numbers its calls; the server's reply carries the call's number. `forward` with `keep` leaves its autograd
+The client numbers its calls from 1; the server's reply carries the call's number. A `ping` is answered with where the
+client's open calls stand: `calls`, a list of [call id, requests that will run before it]; 0 means that it runs or is
+done. A long queue is no hang, an unanswered ping is. `forward` with `keep` leaves its autograd
 graph on the server under the call's number; `backward` names it and sends gradients only. Graphs and registered
 prompts belong to their stream and are freed when it ends.
 
@@ -42,6 +44,7 @@ class FrameKind(IntEnum):
 class Method(StrEnum):
     INFO = "info"
     PING = "ping"
+    AUTH = "auth"
     FORWARD = "forward"
     BACKWARD = "backward"
     CANCEL = "cancel"
@@ -53,7 +56,8 @@ class ErrorCode(StrEnum):
     """Why a server did not do what it was asked.
 
     BAD_REQUEST and INTERNAL would fail elsewhere too and surface to the user; the others are answered by sending the
-    request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING), or here with more (GRAPH_LOST, PROMPTS_LOST).
+    request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING, NOT_ALLOWED), or here with more (GRAPH_LOST,
+    PROMPTS_LOST).
     """
 
     BAD_REQUEST = "bad_request"
@@ -61,17 +65,22 @@ class ErrorCode(StrEnum):
     NOT_SERVED = "not_served"
     OVERLOADED = "overloaded"
     LEAVING = "leaving"
+    NOT_ALLOWED = "not_allowed"
     GRAPH_LOST = "graph_lost"
     PROMPTS_LOST = "prompts_lost"
 
 
 @dataclass
 class Message:
-    """One message: `method`, small `fields` (msgpack types) and named `tensors`."""
+    """One message: `method`, small `fields` (msgpack types) and named `tensors`.
+
+    `dropped`: its reader had no room for the tensors and let them pass; only method and fields are there.
+    """
 
     method: Method
     fields: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    dropped: bool = False
 
     def frames(self, call_id: int) -> Iterator[list[bytes | memoryview]]:
         """The message as frames, each a list of buffers to write in order."""

@@ -12,7 +12,10 @@ class ServerLimits:
     graph_lifetime: seconds that a kept graph waits for its backward.
     max_batch_tokens: B·(P + S) of one request.
     max_message_bytes: bytes of one request's tensors, and of all requests under way on one stream.
-    max_open_requests: requests of one stream that may wait or run at once.
+    max_open_requests: requests of one client that may wait, run or be on their way back at once.
+    max_streams_per_client: streams of one client.
+    max_client_bytes: bytes of one client's requests that are not yet answered, all its streams together.
+    max_total_bytes: the same of all clients together.
     """
 
     graph_bytes: int = 2 << 30
@@ -20,3 +23,6 @@ class ServerLimits:
     max_batch_tokens: int = 1 << 16
     max_message_bytes: int = 1 << 30
     max_open_requests: int = 64
+    max_streams_per_client: int = 8
+    max_client_bytes: int = 2 << 30
+    max_total_bytes: int = 8 << 30

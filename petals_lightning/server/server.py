@@ -23,6 +23,7 @@ from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.protocol.messages import STREAM_METHOD
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
+from petals_lightning.server.access import AccessRules
 from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.limits import ServerLimits
@@ -51,6 +52,7 @@ class Server:
         throughput: requests a second to announce; None measures it.
         update_period: seconds between announcements; records live twice as long.
         limits: budgets.
+        rules: who may use it; everybody by default.
         on_shard: progress of loading.
     """
 
@@ -68,6 +70,7 @@ class Server:
         throughput: float | None = None,
         update_period: float = 60.0,
         limits: ServerLimits | None = None,
+        rules: AccessRules | None = None,
         on_shard: Callable[[str, int, int], None] | None = None,
     ):
         self._checkpoint, self.node = checkpoint, node
@@ -76,6 +79,7 @@ class Server:
         self._device, self._dtype = torch.device(device), dtype
         self._public_name, self._throughput = public_name, throughput
         self._update_period, self._limits, self._on_shard = update_period, limits or ServerLimits(), on_shard
+        self._rules = rules or AccessRules()
         self._compute: ComputeThread | None = None
         self._announcer: Any = None
         self._backend: Backend | None = None
@@ -115,7 +119,9 @@ class Server:
             logger.info("loading blocks %d:%d of %s", start, end, self._checkpoint.name_or_path)
             span = self._load(start, end)
             self._compute = ComputeThread()
-            self._backend = Backend(span, self._compute, self._limits, info={})
+            self._backend = Backend(
+                span, self._compute, self._limits, info={}, rules=self._rules, peer_id=self.node.peer_id.to_base58()
+            )
             self._backend.graph_cost = measure_graph_cost(span)
             record = self._measure(span)
             self._backend.info = {
@@ -128,8 +134,8 @@ class Server:
                 "fingerprint": record.fingerprint,
                 "version": __version__,
                 "max_batch_tokens": self._limits.max_batch_tokens,
-                "max_message_bytes": self._limits.max_message_bytes,
                 "max_open_requests": self._limits.max_open_requests,
+                "max_client_bytes": self._limits.max_client_bytes,
             }
             self.node.run(self._open(prefix, count, record))
         except BaseException:

@@ -15,6 +15,8 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
+from petals_lightning.server.access import AccessRules, Gate
+from petals_lightning.server.admission import Account, Accounts
 from petals_lightning.server.compute import ComputeThread, Priority
 from petals_lightning.server.graphs import GraphCost, GraphStore
 from petals_lightning.server.limits import ServerLimits
@@ -37,8 +39,19 @@ class Refusal(Exception):
 class Backend:
     """What all sessions of a server share: the span, its compute thread, its budgets."""
 
-    def __init__(self, span: BlockSpan, compute: ComputeThread, limits: ServerLimits, info: dict[str, Any]):
+    def __init__(
+        self,
+        span: BlockSpan,
+        compute: ComputeThread,
+        limits: ServerLimits,
+        info: dict[str, Any],
+        *,
+        rules: AccessRules | None = None,
+        peer_id: str = "",
+    ):
         self.span, self.compute, self.limits, self.info = span, compute, limits, info
+        self.rules, self.peer_id = rules or AccessRules(), peer_id
+        self.accounts = Accounts(limits)
         self.graphs = GraphStore(limits.graph_bytes, limits.graph_lifetime)
         self.graph_cost = GraphCost(0.0, 0.0)
         self.leaving = False
@@ -60,14 +73,28 @@ class Session:
         self._backend, self._peer = backend, peer
         self._number = next(_stream_numbers)
         limits = backend.limits
+        self._gate = Gate(backend.rules, peer, backend.peer_id)
+        self._account, self._reserved = Account(), 0
         self._reader = MessageReader(
-            reader, max_message_bytes=limits.max_message_bytes, max_open=limits.max_open_requests
+            reader,
+            max_message_bytes=limits.max_message_bytes,
+            max_open=limits.max_open_requests,
+            reserve=self._reserve,
+            release=self._release,
         )
         self._writer = MessageWriter(writer)
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._sizes: dict[asyncio.Task[None], int] = {}
         self._prompts: OrderedDict[int, torch.Tensor] = OrderedDict()
 
     async def serve(self) -> None:
+        account = self._backend.accounts.open_stream(self._peer)
+        if account is None:
+            words = f"this client has {self._backend.limits.max_streams_per_client} streams open, which is the limit"
+            await self._reply(0, Message(Method.ERROR, {"code": ErrorCode.OVERLOADED.value, "message": words}))
+            self._writer.close()
+            return
+        self._account = account
         try:
             while (item := await self._reader.next()) is not None:
                 await self._dispatch(item[0], item[1])
@@ -75,33 +102,79 @@ class Session:
             logger.warning("client …%s breaks the protocol: %s", self._peer[-6:], e)
             await self._reply(0, Message(Method.ERROR, {"code": ErrorCode.BAD_REQUEST.value, "message": str(e)}))
         finally:
-            for task in self._tasks.values():
+            tasks = list(self._tasks.values())
+            for task in tasks:
                 task.cancel()
             self._backend.graphs.drop_stream(self._number)
             self._writer.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._release(self._reserved)  # also of a message that broke the protocol
+            self._backend.accounts.close_stream(self._peer)
 
     async def _dispatch(self, call_id: int, message: Message) -> None:
+        if message.method is Method.AUTH:
+            await self._reply(call_id, self._gate.answer(message.fields))
+            self._release(_num_bytes(message))
+            return
+        if not self._gate.is_open:
+            await self._reply(call_id, self._gate.refusal())
+            return
         match message.method:
             case Method.PING:
-                await self._reply(call_id, Message(Method.OK))
+                await self._reply(call_id, Message(Method.OK, {"calls": self._standings()}))
             case Method.INFO:
                 await self._reply(call_id, Message(Method.OK, self._backend.info))
             case Method.CANCEL:
-                if (task := self._tasks.pop(call_id, None)) is not None:  # a task that has not begun cannot do it
+                if (task := self._tasks.get(call_id)) is not None:
                     task.cancel()
+                    self._settle(call_id, task)  # now: the next request may be read before the task can end
             case Method.FORWARD | Method.BACKWARD:
-                if call_id in self._tasks or len(self._tasks) >= self._backend.limits.max_open_requests:
-                    raise ProtocolError(f"call {call_id}: too many open requests, or one id used twice")
+                if call_id in self._tasks:
+                    raise ProtocolError(f"call id {call_id} is used twice")
                 # Parsed here and not in the task: registered prompts must be seen in the order they were sent.
                 handler = self._prepare(call_id, message)
-                self._tasks[call_id] = asyncio.create_task(self._answer(call_id, handler))
+                self._account.requests += 1
+                task = asyncio.create_task(self._answer(call_id, handler))
+                self._tasks[call_id] = task
+                self._sizes[task] = _num_bytes(message)
+                task.add_done_callback(lambda done: self._settle(call_id, done))
+                return
             case _:
                 raise ProtocolError(f"a client may not send {message.method.value!r}")
+        self._release(_num_bytes(message))
+
+    def _settle(self, call_id: int, task: asyncio.Task[None]) -> None:
+        """A request is answered or given up: what it was charged with is given back, once."""
+        if (num_bytes := self._sizes.pop(task, None)) is not None:
+            del self._tasks[call_id]
+            self._account.requests -= 1
+            self._release(num_bytes)
+
+    def _reserve(self, num_bytes: int) -> bool:
+        if not self._gate.is_open or not self._backend.accounts.reserve(self._account, num_bytes):
+            return False
+        self._reserved += num_bytes
+        return True
+
+    def _release(self, num_bytes: int) -> None:
+        self._reserved -= num_bytes
+        self._backend.accounts.release(self._account, num_bytes)
+
+    def _standings(self) -> list[list[int]]:
+        """For each open call, about how many requests run before it."""
+        return [[call_id, self._backend.compute.ahead((self._number, call_id))] for call_id in self._tasks]
 
     def _prepare(self, call_id: int, message: Message) -> Callable[[], Any]:
         try:
+            limits = self._backend.limits
             if self._backend.leaving:
                 raise Refusal(ErrorCode.LEAVING, "the server is shutting down")
+            if self._account.requests >= limits.max_open_requests:
+                words = f"this client has {limits.max_open_requests} requests open, which is the limit"
+                raise Refusal(ErrorCode.OVERLOADED, words)
+            if message.dropped:
+                words = f"no room: one client may have {limits.max_client_bytes >> 20} MiB of requests open"
+                raise Refusal(ErrorCode.OVERLOADED, words)
             if message.method is Method.FORWARD:
                 forward = ForwardRequest.from_message(message.fields, message.tensors)
                 self._admit(forward)
@@ -109,7 +182,7 @@ class Session:
             backward = BackwardRequest.from_message(message.fields, message.tensors)
             if backward.forward is not None:
                 self._admit(backward.forward)
-            return lambda: self._backward(backward)
+            return lambda: self._backward(call_id, backward)
         except ProtocolError as e:
             return _failing(Refusal(ErrorCode.BAD_REQUEST, str(e)))
         except Refusal as e:
@@ -149,10 +222,8 @@ class Session:
         self._backend.under_way += 1
         try:
             await self._reply(call_id, await self._result(handler))
-        finally:
-            # Only now: a client that does not read its answers must not get more of them made.
+        finally:  # not before it is written: a client that does not read its answers must not get more of them made
             self._backend.under_way -= 1
-            self._tasks.pop(call_id, None)
 
     async def _result(self, handler: Callable[[], Any]) -> Message:
         try:
@@ -189,14 +260,14 @@ class Session:
                 named["prefix"] = outputs[1]
             return graph, {name: to_wire(tensor, request.wire_dtype) for name, tensor in named.items()}
 
-        timed = await backend.compute.run(Priority.FORWARD, compute)
+        timed = await backend.compute.run(Priority.FORWARD, compute, client=self._peer, key=(self._number, call_id))
         graph, tensors = timed.value
         if graph is not None:
             backend.graphs.put((self._number, call_id), graph)
         fields = {"kept": graph is not None, "queue": timed.queued, "compute": timed.computed}
         return Message(Method.OK, fields, tensors)
 
-    async def _backward(self, request: BackwardRequest) -> Message:
+    async def _backward(self, call_id: int, request: BackwardRequest) -> Message:
         span = self._backend.span
         graph = None
         if request.graph is not None:
@@ -215,7 +286,9 @@ class Session:
             grads = span.backward(kept, request.grad.to(span.device), _to(request.grad_prefix, span.device))
             return {name: to_wire(grad, request.wire_dtype) for name, grad in grads.items()}
 
-        timed = await self._backend.compute.run(Priority.BACKWARD, compute)
+        timed = await self._backend.compute.run(
+            Priority.BACKWARD, compute, client=self._peer, key=(self._number, call_id)
+        )
         return Message(Method.OK, {"queue": timed.queued, "compute": timed.computed}, timed.value)
 
     def _inputs(self, request: ForwardRequest) -> SpanInputs:
@@ -238,6 +311,10 @@ class Session:
             await self._writer.send(call_id, message)
         except ConnectionError:
             logger.debug("client …%s left before its answer", self._peer[-6:])
+
+
+def _num_bytes(message: Message) -> int:
+    return sum(tensor.nbytes for tensor in message.tensors.values())
 
 
 def _failing(error: Refusal) -> Callable[[], Any]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from petals_lightning.protocol.auth import read_token
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -35,8 +37,12 @@ class SwarmSource(ABC):
         connect_timeout: seconds to reach the swarm or a server; None leaves the client's default. So below.
         request_timeout: seconds that a server may be silent during a request.
         max_retries: attempts a part of a step, after the first, before the step fails.
+        recovery_timeout: seconds to wait for a block whose every holder has failed, before training ends.
         allowed_servers: peer ids to use; None: all.
         blocked_servers: peer ids never to use.
+        audit_rate: share of requests that are computed again on another server and compared.
+        identity_path: file of this client's private key, by which servers with --allow-peers know it; made if missing.
+        token_file: file of the secret that a private swarm's servers were given with --token-file.
     """
 
     def __init__(
@@ -44,15 +50,23 @@ class SwarmSource(ABC):
         connect_timeout: float | None = None,
         request_timeout: float | None = None,
         max_retries: int | None = None,
+        recovery_timeout: float | None = None,
         allowed_servers: list[str] | None = None,
         blocked_servers: list[str] | None = None,
+        audit_rate: float | None = None,
+        identity_path: str | None = None,
+        token_file: str | None = None,
     ):
         options = {
             "connect_timeout": connect_timeout,
             "request_timeout": request_timeout,
             "max_retries": max_retries,
+            "recovery_timeout": recovery_timeout,
             "allowed_servers": allowed_servers,
             "blocked_servers": blocked_servers,
+            "audit_rate": audit_rate,
+            "identity_path": identity_path,
+            "swarm_token": read_token(token_file) if token_file is not None else None,
         }
         self._options = {key: value for key, value in options.items() if value is not None}
         self._users = 0

@@ -58,10 +58,19 @@ def print_results(summary: dict[str, Any], folder: Path) -> None:
 def print_interrupted(checkpoint: Path) -> None:
     """After Ctrl-C: what was saved and how to go on."""
     if checkpoint.is_file():
-        command = shlex.join(["python", *sys.argv, f"ckpt_path={checkpoint}"])
-        print(f"interrupted; saved {checkpoint}. Continue with:\n    {command}", file=sys.stderr)
+        print(f"interrupted; saved {checkpoint}. {_how_to_continue(checkpoint)}", file=sys.stderr)
     else:
         print("interrupted before the first step; nothing to save", file=sys.stderr)
+
+
+def print_failed(checkpoint: Path) -> None:
+    """When the swarm has failed in training: what was saved and how to go on. The error itself follows."""
+    if checkpoint.is_file():
+        print(f"the swarm failed; saved {checkpoint}. {_how_to_continue(checkpoint)}", file=sys.stderr)
+
+
+def _how_to_continue(checkpoint: Path) -> str:
+    return "Continue with:\n    " + shlex.join(["python", *sys.argv, f"ckpt_path={checkpoint}"])
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

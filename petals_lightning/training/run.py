@@ -19,9 +19,10 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 
 from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
 from petals_lightning.data import TextClassificationDataModule
+from petals_lightning.errors import SwarmError
 from petals_lightning.modules import SequenceClassificationModule
 from petals_lightning.strategies import RemoteBlockStrategy, SwarmSource, precision_plugin
-from petals_lightning.training.console import announce, print_interrupted, print_results
+from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
 from petals_lightning.training.errors import INTERRUPTED
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
 
@@ -132,6 +133,9 @@ def _fit(
         if trainer.interrupted:
             print_interrupted(Path(trainer.default_root_dir) / LAST_CHECKPOINT)
             raise SystemExit(INTERRUPTED) from None
+        raise
+    except SwarmError:
+        print_failed(Path(trainer.default_root_dir) / LAST_CHECKPOINT)
         raise
 
 

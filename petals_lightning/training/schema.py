@@ -35,9 +35,17 @@ class ConnectedSwarmConfig(SwarmConfig):
     """Seconds that a server may be silent."""
     max_retries: int | None = None
     """Attempts a part of a step, after the first."""
+    recovery_timeout: float | None = None
+    """Seconds to wait for a block whose every holder has failed, before the run ends with a checkpoint."""
     allowed_servers: list[str] | None = None
     """Peer ids to use; null: all."""
     blocked_servers: list[str] | None = None
+    audit_rate: float | None = None
+    """Share of requests, 0 to 1, that are computed again on another server and compared."""
+    identity_path: str | None = None
+    """File of this client's private key, by which servers with --allow-peers know it; made if missing."""
+    token_file: str | None = None
+    """File of the secret that a private swarm's servers were given with --token-file."""
 
 
 @dataclass

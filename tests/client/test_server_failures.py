@@ -105,7 +105,7 @@ def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, checkpoin
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         for got, wanted in zip(prompts_of(remote).parameters(), prompts_of(local).parameters(), strict=True):
             assert ((got.grad - wanted.grad).norm() / wanted.grad.norm()).item() < 1e-5
-        assert remote_blocks(remote).stats.retries >= 1
+        assert remote_blocks(remote).stats.retries + remote_blocks(remote).stats.hedges >= 1
         retries = remote_blocks(remote).stats.retries
         remote(**batch()).loss.backward()  # the dead record lives on in the DHT, and must cost nothing now
         assert remote_blocks(remote).stats.retries == retries
@@ -134,7 +134,7 @@ def test_a_hung_server_costs_seconds(checkpoint, start_servers):
         loss.backward()
         print(f"stall by a hung server: {time.monotonic() - began:.1f} s")
         assert time.monotonic() - began < 20, "the promise is 10 s; this bound leaves room for a busy machine"
-        assert remote_blocks(remote).stats.retries == 1
+        assert remote_blocks(remote).stats.retries + remote_blocks(remote).stats.hedges == 1
         local(**batch()).loss.backward()
         got, wanted = prompts_of(remote).deep.grad, prompts_of(local).deep.grad
         assert ((got - wanted).norm() / wanted.norm()).item() < 1e-5

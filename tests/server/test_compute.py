@@ -135,7 +135,7 @@ def test_stop_ends_the_thread_after_what_runs_and_drops_what_waits():
         waiting = asyncio.create_task(compute.run(Priority.DECODE, lambda: ran.append("waiting")))
         await asyncio.sleep(0)
         stopping = asyncio.create_task(asyncio.to_thread(compute.stop))
-        while compute.waiting < 2:
+        while not compute._stopping:
             await asyncio.sleep(0.001)
         release()
         await stopping

@@ -12,8 +12,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import StrategyRegistry
 
+from petals_lightning.callbacks import LastCheckpoint
 from petals_lightning.data import TextClassificationDataModule
-from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.errors import ConfigurationError, NoServersError, SwarmConnectionError
 from petals_lightning.models import remote_blocks
 from petals_lightning.modules import SequenceClassificationModule
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy, ServedModel
@@ -46,7 +47,7 @@ def make_trainer(folder: Path, strategy: Any, *callbacks: Callback) -> pl.Traine
         accelerator="cpu",
         max_epochs=2,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, LastCheckpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -168,3 +169,24 @@ def test_a_swarm_is_up_from_the_first_user_to_the_last() -> None:
             }
             swarm.release()
     assert events == ["start", "stop"]
+
+
+def test_when_the_last_server_is_lost_what_was_trained_is_saved(
+    text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
+) -> None:
+    swarm, other = start_swarm(text_model, [(0, 2)]), []
+    with InProcessSwarm(text_model, [(2, 4)], initial_peers=swarm.initial_peers) as rest:
+
+        class LoseTheRest(Callback):
+            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+                if trainer.global_step == 3:
+                    rest.servers.pop().stop(timeout=1)
+                    other.append(trainer.global_step)
+
+        path = tmp_path / "last.ckpt"
+        strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers, recovery_timeout=1.0))
+        trainer = make_trainer(tmp_path, strategy, LoseTheRest(), LastCheckpoint(path))
+        with pytest.raises(NoServersError, match=r"nobody serves blocks 2:4"):
+            trainer.fit(make_module(text_model), datamodule=data)
+    assert other == [3]
+    assert torch.load(path, weights_only=False)["global_step"] == 3

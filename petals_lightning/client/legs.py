@@ -1,0 +1,102 @@
+"""What a micro-batch consists of on its way through servers: data only.
+
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows that are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from petals_lightning.client.connection import PeerConnection
+from petals_lightning.client.deadlines import ServiceClock
+from petals_lightning.client.stats import TransferStats
+from petals_lightning.errors import PeerFailure, RetriesExhaustedError
+
+
+@dataclass(frozen=True)
+class StepPrompts:
+    """Deep prompts of a step, the same for all its micro-batches.
+
+    Attributes:
+        deep: [L, P, H] on the CPU, for blocks [start, start + L).
+        start: the first block they are for.
+        version: changes when the values do; servers keep prompts by version.
+    """
+
+    deep: torch.Tensor
+    start: int
+    version: int
+
+
+@dataclass
+class MicroBatch:
+    """What enters block `start`: hidden [B, S, H], prefix [P, H] or None, and rows [N] to read or None for all.
+
+    `input_grad`: hidden needs a gradient; `keep`: a backward will follow.
+    """
+
+    start: int
+    hidden: torch.Tensor
+    prefix: torch.Tensor | None
+    rows: torch.Tensor | None
+    prompts: StepPrompts | None
+    input_grad: bool
+    keep: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.hidden.shape[0] * self.hidden.shape[1]
+
+
+@dataclass
+class Leg:
+    """Blocks [start, end) of one micro-batch on one server, with the inputs to run them again."""
+
+    start: int
+    end: int
+    hidden: torch.Tensor
+    prefix: torch.Tensor | None
+    rows: torch.Tensor | None
+    peer: str
+    connection: PeerConnection | None = None
+    graph: int | None = None
+    clock: ServiceClock = field(default_factory=ServiceClock)
+
+
+@dataclass
+class ChainResult:
+    """Output of a micro-batch: hidden [B, S, H] or [N, H], prefix [P, H] or None, and the legs that led there."""
+
+    hidden: torch.Tensor
+    prefix: torch.Tensor | None
+    legs: list[Leg]
+
+
+@dataclass
+class ChainGrads:
+    """Gradients of a micro-batch: hidden [B, S, H] or None, prefix [P, H] or None, deep [L, P, H] or None."""
+
+    hidden: torch.Tensor | None
+    prefix: torch.Tensor | None
+    deep: torch.Tensor | None
+
+
+@dataclass
+class Attempts:
+    """Counts failures of one micro-batch in one direction."""
+
+    limit: int
+    stats: TransferStats
+    failures: list[str] = field(default_factory=list)
+    not_finite: set[str] = field(default_factory=set)
+
+    def count(self, failure: PeerFailure) -> None:
+        self.failures.append(str(failure))
+        self.stats.retries += 1
+        if len(self.failures) > self.limit:
+            raise RetriesExhaustedError(
+                f"a part of the step failed {len(self.failures)} times (max_retries={self.limit}); "
+                f"last: {'; '.join(self.failures[-3:])}"
+            ) from failure

@@ -1,0 +1,110 @@
+"""Answers that cannot be right are their server's failure, not the user's. Pure checks.
+
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the leg, N rows that are read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from petals_lightning.errors import NonFiniteResult, WrongResult
+from petals_lightning.protocol.messages import Message
+from petals_lightning.protocol.requests import ForwardRequest
+from petals_lightning.protocol.tensors import DTYPE_NAMES, DTYPES
+
+# Relative errors within which honest servers agree: kernels and orders of summation differ between machines.
+_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
+
+
+def check_forward(peer: str, request: ForwardRequest, deep: torch.Tensor | None, reply: Message) -> None:
+    """Raises WrongResult unless `reply` has what `request` asked for, NonFiniteResult where it cannot come from it."""
+    expected = {"hidden": output_shape(request)}
+    if request.want_prefix and request.prefix is not None:
+        expected["prefix"] = list(request.prefix.shape)
+    _check_tensors(peer, reply, expected, request.wire_dtype)
+    _check_finite(peer, reply, _inputs(request, deep))
+
+
+def check_backward(
+    peer: str,
+    forward: ForwardRequest,
+    deep: torch.Tensor | None,
+    grads: list[torch.Tensor],
+    reply: Message,
+    *,
+    may_overflow: bool,
+) -> None:
+    """As `check_forward`, of gradients.
+
+    Args:
+        forward: the request whose gradients these are.
+        deep: [n, P, H], its deep prompts, or None.
+        grads: what was sent: gradients that are not finite (a loss scale that was too large) excuse any answer.
+        may_overflow: in 16-bit floats with their small range, scaled gradients overflow on a healthy server too.
+    """
+    expected = {}
+    if forward.input_grad:
+        expected["hidden"] = list(forward.hidden.shape)
+    if forward.prefix is not None:
+        expected["prefix"] = list(forward.prefix.shape)
+    if deep is not None:
+        expected["deep"] = list(deep.shape)
+    _check_tensors(peer, reply, expected, forward.wire_dtype)
+    if not may_overflow:
+        _check_finite(peer, reply, [*grads, *_inputs(forward, deep)])
+
+
+def output_shape(request: ForwardRequest) -> list[int]:
+    """Of `hidden` in the reply: [B, S, H], or [N, H] with rows."""
+    return list(request.hidden.shape) if request.rows is None else [len(request.rows), request.hidden.shape[2]]
+
+
+def seconds_of(reply: Message, name: str) -> float:
+    """A duration that a server states; 0 if it states none that makes sense."""
+    value = reply.fields.get(name)
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < math.inf else 0.0
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    # One sum says it all, but for sums that overflow by themselves.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def disagreement(got: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest relative error among the tensors that both have; infinite where shapes or finiteness differ."""
+    worst = 0.0
+    for name in got.keys() & other.keys():
+        a, b = got[name].float(), other[name].float()
+        if a.shape != b.shape or not (is_finite(a) and is_finite(b)):
+            if a.shape == b.shape and torch.equal(a.isfinite(), b.isfinite()):
+                continue  # both overflow in the same places
+            return math.inf
+        scale = max(a.norm().item(), b.norm().item())
+        worst = max(worst, (a - b).norm().item() / scale if scale else 0.0)
+    return worst
+
+
+def tolerance(*dtype_names: str | None) -> float:
+    """How far honest results may be apart that were computed in, or have travelled in, these dtypes."""
+    return max(_TOLERANCE.get(name or "float32", _TOLERANCE["bfloat16"]) for name in dtype_names)
+
+
+def _inputs(request: ForwardRequest, deep: torch.Tensor | None) -> list[torch.Tensor]:
+    return [tensor for tensor in (request.hidden, request.prefix, deep) if tensor is not None]
+
+
+def _check_tensors(peer: str, reply: Message, expected: dict[str, list[int]], wire_dtype: str) -> None:
+    for name, shape in expected.items():
+        tensor = reply.tensors.get(name)
+        if tensor is None or list(tensor.shape) != shape or tensor.dtype != DTYPES[wire_dtype]:
+            got = f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}" if tensor is not None else "nothing"
+            raise WrongResult(peer, f"answered {got} as {name!r}, asked for {wire_dtype} {shape}")
+
+
+def _check_finite(peer: str, reply: Message, inputs: list[torch.Tensor]) -> None:
+    if all(is_finite(tensor) for tensor in reply.tensors.values()):
+        return
+    if all(is_finite(tensor) for tensor in inputs):
+        raise NonFiniteResult(peer, "answered NaN or infinity for finite inputs")

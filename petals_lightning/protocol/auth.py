@@ -1,0 +1,66 @@
+"""Proof that a peer knows a swarm's shared token, without sending it.
+
+Each side answers a challenge: an HMAC of the token over both nonces and both peer ids. libp2p authenticates the ids,
+so a proof is worth nothing to a peer in the middle, nor on another stream. The client proves itself first; a server
+answers with its own proof only then, so strangers get nothing from it to guess at.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from pathlib import Path
+
+from petals_lightning.errors import ConfigurationError
+
+NONCE_BYTES = 32
+MIN_TOKEN_CHARACTERS = 16
+
+
+def new_nonce() -> bytes:
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def prove(token: str, role: str, *, client: str, server: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
+    """The proof of one side.
+
+    Args:
+        token: the swarm's secret.
+        role: "client" or "server": who proves; a proof cannot be sent back as the other side's.
+        client, server: base58 peer ids.
+        client_nonce, server_nonce: NONCE_BYTES each, fresh for this stream.
+    """
+    parts = [b"petals_lightning.auth.v1", role.encode(), client.encode(), server.encode(), client_nonce, server_nonce]
+    return hmac.digest(token.encode(), b"".join(len(part).to_bytes(4, "big") + part for part in parts), "sha256")
+
+
+def is_proof(given: object, expected: bytes) -> bool:
+    """Compares in constant time; anything but bytes is no proof."""
+    return isinstance(given, bytes) and hmac.compare_digest(given, expected)
+
+
+def check_token(token: str) -> str:
+    """Returns the token.
+
+    Raises:
+        ConfigurationError: it is short enough to be guessed from a proof.
+    """
+    if len(token) < MIN_TOKEN_CHARACTERS:
+        raise ConfigurationError(
+            f"the swarm's token has {len(token)} characters: it must have at least {MIN_TOKEN_CHARACTERS}; "
+            "`openssl rand -hex 32 > swarm.token` makes a good one"
+        )
+    return token
+
+
+def read_token(path: str | Path) -> str:
+    """The token in a file, without white space around it.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or holds no token.
+    """
+    try:
+        token = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigurationError(f"the token file {str(path)!r} cannot be read: {e}") from e
+    return check_token(token)

@@ -1,0 +1,120 @@
+"""Who may use this server: peers on a list, and peers that know the swarm's token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hivemind.p2p import PeerID
+
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.protocol.auth import NONCE_BYTES, is_proof, new_nonce, prove
+from petals_lightning.protocol.messages import ErrorCode, Message, Method
+
+_MIN_ID_BYTES = 34  # a multihash of SHA-256: two bytes of kind and length, and the digest
+
+
+@dataclass(frozen=True)
+class AccessRules:
+    """Args:
+    allowed_peers: base58 ids that may use this server, None for everybody. libp2p authenticates them.
+    token: secret that clients must prove to know, None for none. With both, a client needs both.
+    """
+
+    allowed_peers: frozenset[str] | None = None
+    token: str | None = None
+
+    def __repr__(self) -> str:  # the token must reach no log
+        return f"AccessRules(allowed_peers={self.allowed_peers}, token={'set' if self.token else None})"
+
+
+class Gate:
+    """Lets one client's stream in, or not.
+
+    Args:
+        rules: of the server.
+        peer: the client's base58 id, authenticated by the transport.
+        server: this server's base58 id.
+    """
+
+    def __init__(self, rules: AccessRules, peer: str, server: str):
+        self._rules, self._peer, self._server = rules, peer, server
+        self._client_nonce, self._server_nonce = b"", b""
+        self._has_proved = rules.token is None
+
+    @property
+    def is_open(self) -> bool:
+        return self._is_listed and self._has_proved
+
+    def refusal(self) -> Message:
+        """What a client that is not let in is told, whatever it asks."""
+        if not self._is_listed:
+            words = (
+                f"this server lets only listed peers in, and {self._peer} is not on its list: ask its owner to add it "
+                "(serve --allow-peers), and keep your id with identity_path"
+            )
+        else:
+            words = "this server belongs to a swarm with a shared token: give the same one (swarm_token)"
+        return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
+
+    def answer(self, fields: dict[str, Any]) -> Message:
+        """The reply to an `auth` message: first comes the client's nonce, then its proof."""
+        if not self._is_listed:
+            return self.refusal()
+        if self._rules.token is None:
+            words = "this server knows no token: it was started without --token-file"
+            return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
+        nonce = fields.get("nonce")
+        if isinstance(nonce, bytes) and len(nonce) == NONCE_BYTES:
+            self._client_nonce, self._server_nonce = nonce, new_nonce()
+            return Message(Method.OK, {"nonce": self._server_nonce})
+        challenge, self._server_nonce = self._server_nonce, b""  # it can be answered once
+        theirs, ours = (
+            prove(
+                self._rules.token,
+                role,
+                client=self._peer,
+                server=self._server,
+                client_nonce=self._client_nonce,
+                server_nonce=challenge,
+            )
+            for role in ("client", "server")
+        )
+        if not challenge or not is_proof(fields.get("proof"), theirs):
+            words = "this server's swarm has another token than the one given"
+            return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
+        self._has_proved = True
+        return Message(Method.OK, {"proof": ours})
+
+    @property
+    def _is_listed(self) -> bool:
+        return self._rules.allowed_peers is None or self._peer in self._rules.allowed_peers
+
+
+def read_peer_list(path: str | Path) -> frozenset[str]:
+    """Peer ids of a file: one a line, `#` begins a comment.
+
+    Raises:
+        ConfigurationError: the file cannot be read, holds something else, or nobody.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigurationError(f"--allow-peers: {str(path)!r} cannot be read: {e}") from e
+    peers = set()
+    for number, line in enumerate(lines, 1):
+        if peer := line.split("#")[0].strip():
+            try:
+                peer_id = PeerID.from_base58(peer)
+                if len(peer_id.to_bytes()) < _MIN_ID_BYTES:
+                    raise ValueError("too short")
+                peers.add(peer_id.to_base58())
+            except Exception as e:  # base58 documents no common base for its errors
+                raise ConfigurationError(
+                    f"--allow-peers: line {number} of {str(path)!r} is {peer!r:.80}, which is no peer id; one looks "
+                    "like 12D3KooW… or Qm… and is the last part of a multiaddress"
+                ) from e
+    if not peers:
+        raise ConfigurationError(f"--allow-peers: {str(path)!r} names no peer: nobody could use this server")
+    return frozenset(peers)

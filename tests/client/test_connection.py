@@ -1,0 +1,164 @@
+"""The failure detector, against scripted servers: a long queue is no hang, an unanswered ping is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from petals_lightning.client.config import ClientConfig
+from petals_lightning.client.connection import PeerConnection
+from petals_lightning.client.deadlines import patience
+from petals_lightning.client.flow import FlowControl
+from petals_lightning.client.stats import TransferStats
+from petals_lightning.errors import ConfigurationError, PeerFailure
+from petals_lightning.protocol.framing import MessageReader, MessageWriter
+from petals_lightning.protocol.messages import Message, Method
+
+CONFIG = ClientConfig(heartbeat_period=0.1, heartbeat_timeout=0.5)
+Reply = Callable[[Method, int], Message | None]
+
+
+def with_server(reply: Reply, talk: Callable[[PeerConnection], Awaitable[None]]) -> list[PeerFailure]:
+    """Runs `talk(connection)`; the server answers `reply(method, call id)`, or not at all where that is None."""
+    failures: list[PeerFailure] = []
+
+    async def main() -> None:
+        async def serve(reader, writer):
+            incoming, outgoing = MessageReader(reader, max_message_bytes=1 << 20, max_open=10), MessageWriter(writer)
+            while (item := await incoming.next()) is not None:
+                if (answer := reply(item[1].method, item[0])) is not None:
+                    await outgoing.send(item[0], answer)
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        streams = await asyncio.open_connection(*server.sockets[0].getsockname())
+        connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats(), failures.append)
+        try:
+            await asyncio.wait_for(talk(connection), 20)
+        finally:
+            connection.close()
+            server.close()
+            await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+    return failures
+
+
+def test_a_request_in_a_long_queue_is_waited_for():
+    began = time.monotonic()
+
+    def reply(method, call_id):
+        if method is Method.PING:
+            waits = time.monotonic() - began < 1.5
+            return Message(Method.OK, {"calls": [[1, 5 if waits else 0]]})
+        return None
+
+    async def talk(connection):
+        with pytest.raises(PeerFailure, match="of work on a request"):
+            await connection.call(Message(Method.FORWARD), deadline=0.6)
+        assert time.monotonic() - began > 1.5 + 0.4, "the deadline ran while the request stood in the queue"
+        assert connection.is_open, "a request that is late says nothing of the others"
+
+    assert with_server(reply, talk) == []
+
+
+def test_a_ping_that_is_not_answered_is_a_hang():
+    async def talk(connection):
+        began = time.monotonic()
+        with pytest.raises(PeerFailure, match="ping was not answered"):
+            await connection.call(Message(Method.FORWARD))
+        assert 0.4 < time.monotonic() - began < 2
+
+    assert len(with_server(lambda method, call_id: None, talk)) == 1
+
+
+def test_a_hang_is_found_also_when_nobody_waits_any_more():
+    async def talk(connection):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(connection.call(Message(Method.FORWARD)), 0.3)
+        while connection.is_open:
+            await asyncio.sleep(0.05)
+
+    assert "ping was not answered" in str(with_server(lambda method, call_id: None, talk)[0])
+
+
+def test_an_idle_connection_is_left_alone():
+    async def talk(connection):
+        await asyncio.sleep(1.0)
+        assert connection.is_open
+
+    assert with_server(lambda method, call_id: None, talk) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "call_id"), [(Method.FORWARD, 1), (Method.OK, 7)], ids=["a request", "an answer nobody asked for"]
+)
+def test_a_server_that_breaks_the_protocol_is_left(method, call_id):
+    async def talk(connection):
+        writer = connection._writer
+        await writer.send(1, Message(Method.PING))  # echoed back by `serve` as `method`
+        with pytest.raises(PeerFailure, match="protocol broken"):
+            await connection.call(Message(Method.FORWARD), 1 if call_id == 1 else None)
+
+    def reply(got, got_id):
+        return Message(method) if got is Method.FORWARD else None
+
+    if call_id == 1:
+        assert len(with_server(reply, talk)) == 1
+        return
+
+    async def impostor(connection):
+        connection._take(0, Message(Method.OK))
+        with pytest.raises(Exception, match="never made"):
+            connection._take(call_id, Message(method))
+
+    with_server(reply, impostor)
+
+
+def test_patience_follows_what_was_measured_between_floor_and_ceiling():
+    config = ClientConfig(request_timeout=100, min_request_timeout=10, deadline_factor=20, hedge_factor=4)
+    assert patience(1.0, False, config).deadline == 100, "a claim is no measurement"
+    assert patience(1.0, False, config).hedge == 4
+    assert patience(0.01, True, config).deadline == 10
+    assert patience(1.0, True, config).deadline == 20
+    assert patience(50.0, True, config).deadline == 100
+    assert patience(1.0, True, config).hedge == 4
+    assert patience(0.01, True, config).hedge == 2 * config.heartbeat_period
+    assert patience(1.0, True, ClientConfig(hedge_factor=None)).hedge is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"audit_rate": 1.5}, {"hedge_factor": 1.0}, {"deadline_factor": 0}, {"swarm_token": "short"}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_setting_out_of_range_is_refused(wrong):
+    with pytest.raises(ConfigurationError, match=r"must|share"):
+        ClientConfig(**wrong)
+
+
+def test_flow_control_keeps_to_what_is_granted_and_loses_nobody():
+    async def main() -> int:
+        flow, most, now = FlowControl(), 0, 0
+        flow.grant({"max_open_requests": 8, "max_client_bytes": 200})
+
+        async def request(num_bytes: int) -> None:
+            nonlocal most, now
+            async with flow.room(num_bytes):
+                now += 1
+                most = max(most, now)
+                await asyncio.sleep(0.001)
+                now -= 1
+
+        tasks = [asyncio.create_task(request(size)) for size in (10, 30, 500, 60, 90) * 10]
+        await asyncio.sleep(0.002)
+        for task in tasks[7::9]:
+            task.cancel()
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        assert (flow._requests, flow._bytes, len(flow._queue), len(flow._sizes)) == (0, 0, 0, 0)
+        return most
+
+    assert 1 < asyncio.run(main()) <= 4

@@ -1,0 +1,118 @@
+"""A TCP proxy between peers that can delay, throttle, cut and black-hole what passes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class TcpProxy:
+    """Passes connections to 127.0.0.1:`target` on, in a thread of its own. Faults may be set from any thread.
+
+    Attributes:
+        port: where it listens.
+        delay: seconds that every piece of data is late.
+        rate: bytes a second in each direction of a connection, None for no limit.
+    """
+
+    def __init__(self, target: int):
+        self._target = target
+        self.delay, self.rate = 0.0, None  # type: float, float | None
+        self._loop = asyncio.new_event_loop()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._thread.start()
+        self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port: int = self._server.sockets[0].getsockname()[1]
+
+    def black_hole(self) -> None:
+        """Nothing passes any more and nobody is told, as when a cable is pulled."""
+        self._loop.call_soon_threadsafe(self._flows.clear)
+
+    def cut(self) -> None:
+        """Ends all connections; new ones are taken."""
+
+        async def close() -> None:
+            for writer in list(self._writers):
+                writer.transport.abort()
+
+        self._run(close())
+
+    def heal(self) -> None:
+        self.delay, self.rate = 0.0, None
+        self._loop.call_soon_threadsafe(self._flows.set)
+
+    def close(self) -> None:
+        self.heal()
+        self.cut()
+
+        async def stop() -> None:
+            self._server.close()
+            left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+        self._run(stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._flows.wait()
+            there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            writer.transport.abort()  # the server is dead, so the port looks closed
+            return
+        self._writers |= {writer, back}
+        try:
+            await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+        finally:
+            self._writers -= {writer, back}
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Passes one direction on; data waits in order, so a delay is latency and no limit of speed."""
+        late: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=256)
+
+        async def deliver() -> None:
+            while True:
+                due, data = await late.get()
+                await asyncio.sleep(due - time.monotonic())
+                await self._flows.wait()
+                if not data:
+                    return
+                if self.rate is not None:
+                    await asyncio.sleep(len(data) / self.rate)
+                writer.write(data)
+                await writer.drain()
+
+        delivery = asyncio.create_task(deliver())
+        try:
+            while True:
+                await self._flows.wait()
+                data = await reader.read(1 << 16)
+                await late.put((time.monotonic() + self.delay, data))
+                if not data:
+                    break
+            await delivery
+        except OSError:
+            pass  # cut, or ended by either side: the other side is told below
+        finally:
+            delivery.cancel()
+            writer.transport.abort()

@@ -1,0 +1,142 @@
+"""Two clients share one server: whoever asks for more does not get more than half."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from petals_lightning.models import AutoDistributedModel
+from petals_lightning.server.admission import Accounts
+from petals_lightning.server.fair_queue import FairQueue
+from petals_lightning.server.limits import ServerLimits
+from tests.families import NUM_BLOCKS
+
+FORWARD, BACKWARD, DECODE = 2, 1, 0
+
+
+def drain(queue: FairQueue, seconds: dict[str, float], count: int = 10**6) -> str:
+    """The items that run, each charged what its client's take."""
+    order = ""
+    while count and (ticket := queue.pop()) is not None:
+        order += ticket.item
+        queue.charge(ticket.client, seconds[ticket.client])
+        count -= 1
+    return order
+
+
+def test_clients_take_turns_by_seconds_used():
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(6):
+        queue.put("a", FORWARD, "a")
+    for _ in range(3):
+        queue.put("b", FORWARD, "b")
+    assert drain(queue, {"a": 1.0, "b": 1.0}) == "abababaaa"
+
+
+def test_a_client_with_large_requests_gets_fewer():
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(20):
+        queue.put("large", FORWARD, "L")
+        queue.put("small", FORWARD, "s")
+    assert drain(queue, {"large": 4.0, "small": 1.0}, 25).count("s") == 20
+
+
+def test_idle_time_is_not_saved_up():
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(10):
+        queue.put("a", FORWARD, "a")
+    drain(queue, {"a": 1.0}, 5)
+    for _ in range(5):
+        queue.put("b", FORWARD, "b")
+    assert drain(queue, {"a": 1.0, "b": 1.0}) in ("bababababa", "ababababab", "bbabababaa", "bababababa")
+
+
+def test_decode_goes_first_and_backward_before_forward_of_one_client():
+    queue: FairQueue[str] = FairQueue()
+    queue.put("a", FORWARD, "f")
+    queue.put("a", BACKWARD, "b")
+    queue.put("b", FORWARD, "F")
+    queue.charge("b", 100.0)
+    queue.put("b", DECODE, "D")
+    assert drain(queue, {"a": 1.0, "b": 1.0}) == "DbfF"
+
+
+def test_a_request_knows_where_it_stands():
+    queue: FairQueue[str] = FairQueue()
+    for number in range(3):
+        queue.put("a", FORWARD, "a", key=("a", number))
+    first = queue.put("b", FORWARD, "b", key=("b", 0))
+    assert queue.ahead(("a", 0)) == 1
+    assert queue.ahead(("a", 2)) == 3
+    queue.discard(first)
+    assert queue.ahead(("a", 2)) == 2
+    assert queue.ahead(("b", 0)) is None
+    assert len(queue) == 3
+
+
+def test_clients_that_are_gone_are_forgotten():
+    queue: FairQueue[str] = FairQueue()
+    for number in range(1000):
+        queue.put(f"client {number}", FORWARD, "x")
+        drain(queue, {f"client {number}": 1.0})
+    assert len(queue._shares) < 5
+
+
+def test_accounts_count_what_is_open_and_forget_who_left():
+    accounts = Accounts(ServerLimits(max_streams_per_client=2, max_client_bytes=100, max_total_bytes=150))
+    one, other = accounts.open_stream("a"), accounts.open_stream("b")
+    assert accounts.open_stream("a") is one
+    assert accounts.open_stream("a") is None
+    assert accounts.reserve(one, 100)
+    assert not accounts.reserve(one, 1)
+    assert not accounts.reserve(other, 51), "all clients together"
+    assert accounts.reserve(other, 50)
+    accounts.release(one, 100)
+    accounts.release(other, 50)
+    for peer in "aab":
+        accounts.close_stream(peer)
+    assert (accounts.num_bytes, accounts._accounts) == (0, {})
+
+
+def test_beside_a_greedy_client_another_keeps_its_share(tiny_checkpoint, start_swarm):
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)])
+    honest = swarm.servers[0].span.forward
+
+    def forward(inputs):  # long enough that compute is what they share
+        time.sleep(0.03)
+        return honest(inputs)
+
+    swarm.servers[0].span.forward = forward
+    modest, greedy = swarm.load(AutoDistributedModel), swarm.load(AutoDistributedModel)
+    tokens = torch.arange(1, 9)[None]
+
+    def speed(seconds: float = 3.0) -> float:
+        began, steps = time.monotonic(), 0
+        with torch.no_grad():
+            while time.monotonic() - began < seconds:
+                modest(input_ids=tokens)
+                steps += 1
+        return steps / (time.monotonic() - began)
+
+    stopping = threading.Event()
+
+    def be_greedy() -> None:
+        with torch.no_grad():
+            while not stopping.is_set():
+                greedy(input_ids=tokens)
+
+    alone = speed()
+    threads = [threading.Thread(target=be_greedy) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(0.5)
+        beside = speed()
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    print(f"alone {alone:.1f} steps/s, beside a client with 12 requests open {beside:.1f}: {beside / alone:.0%}")
+    assert beside / alone >= 0.4

@@ -1,0 +1,19 @@
+"""A quick seeded run of the fuzzer; `python -m tests.server.fuzz --inputs 100000` is the long one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from tests.server.fuzz import fuzz, make_span
+
+
+def test_mutated_requests_and_garbage_harm_nobody(tmp_path, caplog):
+    caplog.set_level(logging.ERROR)
+    report = asyncio.run(fuzz(make_span(tmp_path), inputs=3000, seed=7))
+    assert report.inputs == 3000
+    assert report.replies["ok"] > 100, "the fuzzer is blind: hardly anything gets through"
+    assert report.replies["bad_request"] > 300
+    assert report.served > 50
+    assert report.longest_wait < 5
+    assert report.rss_growth < 64 << 20
