@@ -91,8 +91,8 @@ class ChainGrads:
 
 
 @dataclass
-class _Attempts:
-    """Counts failures of one micro-batch in one direction."""
+class Attempts:
+    """Counts failures of one micro-batch in one direction, or of one step of a session."""
 
     limit: int
     stats: TransferStats
@@ -120,14 +120,14 @@ class BlockChain:
         Raises:
             RetriesExhaustedError, NoServersError, RemoteRequestError: see `errors`.
         """
-        attempts = _Attempts(self._view.config.max_retries, self._stats)
+        attempts = Attempts(self._view.config.max_retries, self._stats)
         return await self._forward(batch, end, want_prefix, attempts)
 
     async def backward(
         self, batch: MicroBatch, result: ChainResult, grad: torch.Tensor, grad_prefix: torch.Tensor | None
     ) -> ChainGrads:
         """Gradients of the inputs of `forward`, whose `result` must be of this batch. Raises as `forward`."""
-        attempts = _Attempts(self._view.config.max_retries, self._stats)
+        attempts = Attempts(self._view.config.max_retries, self._stats)
         deep = torch.zeros(batch.prompts.deep.shape) if batch.prompts is not None else None
         legs = list(result.legs)
         grad_hidden: torch.Tensor | None = grad
@@ -147,7 +147,7 @@ class BlockChain:
                 deep[leg.start - batch.prompts.start : leg.end - batch.prompts.start] = grads["deep"].float()
         return ChainGrads(grad_hidden, grad_prefix, deep)
 
-    async def _forward(self, batch: MicroBatch, end: int, want_prefix: bool, attempts: _Attempts) -> ChainResult:
+    async def _forward(self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts) -> ChainResult:
         legs: list[Leg] = []
         hidden, prefix = batch.hidden, batch.prefix
         route = await self._view.route(batch.start, end, tokens=batch.tokens)
@@ -166,7 +166,7 @@ class BlockChain:
             hidden, prefix = reply.tensors["hidden"], reply.tensors.get("prefix")
         return ChainResult(hidden, prefix, legs)
 
-    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: _Attempts) -> list[Leg]:
+    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: Attempts) -> list[Leg]:
         """Legs that take the place of one whose server is lost.
 
         All but the last are run; the last runs with its backward, in one request.
@@ -179,7 +179,7 @@ class BlockChain:
             hidden, prefix, legs = run.hidden, run.prefix, run.legs
         return [*legs, Leg(last.start, last.end, hidden, prefix, leg.rows, last.peer_id)]
 
-    async def _forward_leg(self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: _Attempts) -> Message:
+    async def _forward_leg(self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: Attempts) -> Message:
         """One forward request; on success `leg` knows its graph. Raises PeerFailure."""
         leg.connection = await self._view.connection(leg.peer)
         while True:
@@ -206,7 +206,7 @@ class BlockChain:
         grad: torch.Tensor,
         grad_prefix: torch.Tensor | None,
         input_grad: bool,
-        attempts: _Attempts,
+        attempts: Attempts,
     ) -> dict[str, torch.Tensor]:
         """One backward request: by graph if the server has it, else with the inputs again. Raises PeerFailure."""
         if leg.connection is None or not leg.connection.is_open:

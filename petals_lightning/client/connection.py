@@ -105,7 +105,7 @@ class PeerConnection:
             if sent is not None and not sent.done():
                 sent.cancel()
             if self._pending.pop(call_id, None) is not None and not answer.done():
-                self._notify(call_id, Method.CANCEL)
+                self.tell(Message(Method.CANCEL), call_id)
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
         if reply.method is Method.ERROR:
             raise self._error(reply)
@@ -140,13 +140,14 @@ class PeerConnection:
         """The server has dropped registered prompts: they are sent again when next needed."""
         self._prompts.clear()
 
+    def tell(self, message: Message, call_id: int = 0) -> None:
+        """Sends what needs no answer; does nothing on a lost stream."""
+        if self._failure is None:
+            task = asyncio.create_task(self._writer.send(call_id, message))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a lost stream shows elsewhere
+
     def close(self) -> None:
         self._fail(PeerFailure(self.peer, "the connection was closed"))
-
-    def _notify(self, call_id: int, method: Method) -> None:
-        if self._failure is None:
-            task = asyncio.create_task(self._writer.send(call_id, Message(method)))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a lost stream shows elsewhere
 
     def _error(self, reply: Message) -> Exception:
         code, words = str(reply.fields.get("code")), str(reply.fields.get("message"))[:500]
@@ -180,7 +181,7 @@ class PeerConnection:
                 self._fail(PeerFailure(self.peer, f"silent for {silent:.0f} s"))
                 return
             if silent > period:
-                self._notify(0, Method.PING)
+                self.tell(Message(Method.PING))
 
     def _fail(self, failure: PeerFailure) -> None:
         if self._failure is not None:

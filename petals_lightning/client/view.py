@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from petals_lightning.client.config import ClientConfig
@@ -131,21 +132,24 @@ class SwarmView:
         self._spans, self._records = spans, records
         self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
 
-    async def route(self, start: int, end: int, *, tokens: int) -> list[RouteSpan]:
+    async def route(self, start: int, end: int, *, tokens: int, avoid: Collection[str] = ()) -> list[RouteSpan]:
         """The fastest route through blocks [start, end) for requests of `tokens` tokens.
 
-        Waits up to `recovery_timeout` seconds for blocks whose every holder has failed.
+        Waits up to `recovery_timeout` seconds for blocks whose every holder has failed. With peers to `avoid` it takes
+        what is there without them, or raises.
 
         Raises:
-            NoServersError: nobody came back.
+            NoServersError: nobody came back, or only those to avoid are there.
         """
         deadline = time.monotonic() + self.config.recovery_timeout
         told = False
         while True:
-            usable = self._usable(tokens)
+            usable = [server for server in self._usable(tokens) if server.peer not in avoid]
             if (legs := plan_route(usable, start, end)) is not None:
-                return self._settle(usable, start, end, legs)
+                return legs if avoid else self._settle(usable, start, end, legs)
             missing = uncovered(usable, start, end)
+            if avoid:
+                raise NoServersError(f"no other server holds blocks {format_blocks(missing)} of {self.dht_prefix!r}")
             if time.monotonic() > deadline:
                 raise NoServersError(await self._explain_missing(missing))
             if not told:

@@ -8,8 +8,9 @@ its tensors), cut into frames so that a short message never waits behind a long 
     MORE    := further chunks of the body
 
 The client numbers its calls; the server's reply carries the call's number. `forward` with `keep` leaves its autograd
-graph on the server under the call's number; `backward` names it and sends gradients only. Graphs and registered
-prompts belong to their stream and are freed when it ends.
+graph on the server under the call's number; `backward` names it and sends gradients only. `step` runs new positions
+behind those whose keys and values the server keeps under a session's number, until `end_session`. Graphs, registered
+prompts and sessions belong to their stream and are freed when it ends.
 
 Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the span, N rows that are read.
 """
@@ -44,6 +45,8 @@ class Method(StrEnum):
     PING = "ping"
     FORWARD = "forward"
     BACKWARD = "backward"
+    STEP = "step"
+    END_SESSION = "end_session"
     CANCEL = "cancel"
     OK = "ok"
     ERROR = "error"
@@ -53,7 +56,8 @@ class ErrorCode(StrEnum):
     """Why a server did not do what it was asked.
 
     BAD_REQUEST and INTERNAL would fail elsewhere too and surface to the user; the others are answered by sending the
-    request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING), or here with more (GRAPH_LOST, PROMPTS_LOST).
+    request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING), or here with more (GRAPH_LOST, PROMPTS_LOST,
+    CACHE_LOST).
     """
 
     BAD_REQUEST = "bad_request"
@@ -63,6 +67,7 @@ class ErrorCode(StrEnum):
     LEAVING = "leaving"
     GRAPH_LOST = "graph_lost"
     PROMPTS_LOST = "prompts_lost"
+    CACHE_LOST = "cache_lost"
 
 
 @dataclass

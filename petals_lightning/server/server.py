@@ -25,6 +25,7 @@ from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, Serv
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import measure_graph_bytes
+from petals_lightning.server.inference import measure_cache_bytes
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Backend, Session
@@ -113,6 +114,7 @@ class Server:
             self._compute = ComputeThread()
             self._backend = Backend(span, self._compute, self._limits, info={})
             self._backend.graph_bytes_per_token = measure_graph_bytes(span)
+            self._backend.cache_bytes_per_token = measure_cache_bytes(span)
             record = self._measure(span)
             self._backend.info = {
                 "start": start,
@@ -217,6 +219,7 @@ class Server:
             await asyncio.sleep(self._update_period)
             assert self._backend is not None
             self._backend.graphs.expire()
+            self._backend.caches.expire()
             try:
                 stored = await self._announce(prefix, count, record)
             except _DAEMON_ERRORS as e:  # or this task would end, and with it, unnoticed, the server's visibility
