@@ -189,8 +189,8 @@ class InferenceSession:
             raise UnsupportedInputError(f"the session has batch {self._batch}, this step has {len(hidden)}")
         if self._position + hidden.shape[1] > self.max_length:
             raise UnsupportedInputError(
-                f"{hidden.shape[1]} positions behind {self._position} exceed the session's max_length={self.max_length}: "
-                "open it with a larger one, or go back by setting session.position"
+                f"{hidden.shape[1]} positions behind {self._position} exceed the session's max_length={self.max_length}"
+                ": open it with a larger one, or go back by setting session.position"
             )
 
     async def _step(
@@ -231,8 +231,8 @@ class InferenceSession:
                 raise
             words = "; ".join(str(failure) for failure in self._full.values())
             raise NoCacheRoomError(
-                f"no server has room for this inference session ({words}). Take a smaller max_length or batch, wait until "
-                "others have closed theirs, or serve with a larger --cache-memory"
+                f"no server has room for this inference session ({words}). Take a smaller max_length or batch, wait "
+                "until others have closed theirs, or serve with a larger --cache-memory"
             ) from e
         return [SessionLeg(planned.start, planned.end, planned.peer_id) for planned in route]
 
@@ -270,7 +270,11 @@ class InferenceSession:
     async def _send(
         self, leg: SessionLeg, following: SessionLeg | None, mask: torch.Tensor | None, wanted: int
     ) -> tuple[torch.Tensor, int]:
-        """Sends as much of what the server lacks as it takes at once: outputs from `wanted` on, and their first position."""
+        """Sends as much of what the server lacks as it takes at once.
+
+        Returns:
+            Outputs of the positions that are at or behind `wanted` (one at least), and the first one's position.
+        """
         connection = leg.connection
         assert connection is not None
         hidden, position_ids = leg.history.read(leg.held)

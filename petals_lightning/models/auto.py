@@ -21,6 +21,7 @@ from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.loading import model_class
 from petals_lightning.hf.skeleton import BlockLayout, num_blocks
 from petals_lightning.models.bridge import DecoderBridge
+from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.prompts import TuningMode, check_tuning
 from petals_lightning.models.trainable import FrozenBody, attach_trainable
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
@@ -36,6 +37,10 @@ class DistributedModel(FrozenBody):
     """Mixed into the family's own class, whose blocks are remote."""
 
     bridge: DecoderBridge
+
+
+class DistributedCausalLM(RemoteGeneration, DistributedModel):
+    """Generates."""
 
 
 class DistributedClassifier(DistributedModel):
@@ -158,6 +163,8 @@ class _AutoDistributed:
                 mixin=cls.mixin,
                 may_miss=lambda name: not name.startswith(f"{family.base_model_prefix}."),
             )
+        if model.can_generate() and checkpoint.generation_config is not None:
+            model.generation_config = checkpoint.generation_config
         layers = _connect(model, checkpoint, config, node=node, dht=dht, initial_peers=initial_peers)
         _assemble(model, layout, layers, tuning_mode, pre_seq_len)
         return model
@@ -173,6 +180,7 @@ class AutoDistributedModelForCausalLM(_AutoDistributed):
     """With a language-model head, as `transformers.AutoModelForCausalLM`."""
 
     auto_class = AutoModelForCausalLM
+    mixin = DistributedCausalLM
 
 
 class AutoDistributedModelForSequenceClassification(_AutoDistributed):

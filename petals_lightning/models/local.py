@@ -95,6 +95,9 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
         kwargs["inputs_embeds"] = torch.cat([prefix, embeds], dim=1)
         if (mask := kwargs.get("attention_mask")) is not None:
             kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), prompts.pre_seq_len), mask], dim=1)
+        if (positions := kwargs.get("position_ids")) is not None:
+            counted = torch.arange(prompts.pre_seq_len, device=positions.device).expand(len(positions), -1)
+            kwargs["position_ids"] = torch.cat([counted, positions + prompts.pre_seq_len], dim=1)
         return args, kwargs
 
     def strip_prefix(module: nn.Module, args: Any, output: Any) -> Any:

@@ -175,8 +175,8 @@ class Session:
             if not caches.make_room(key, size):
                 raise Refusal(
                     ErrorCode.OVERLOADED,
-                    f"no room for the keys and values of {len(request.hidden)} × {request.max_length} positions: they may "
-                    f"take {size / 2**20:.1f} MiB, {caches.free_bytes / 2**20:.1f} of "
+                    f"no room for the keys and values of {len(request.hidden)} × {request.max_length} positions: they "
+                    f"may take {size / 2**20:.1f} MiB, {caches.free_bytes / 2**20:.1f} of "
                     f"{caches.max_bytes / 2**20:.1f} MiB are free",
                 )
             caches.put(key, SessionCache(self._backend.span, request, size))
