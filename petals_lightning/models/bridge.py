@@ -133,7 +133,7 @@ class DecoderBridge:
         """The prefix's hidden states [P, H] before the first block and deep prompts [L, P, H], or None."""
         if self._prompts is None:
             return None, None
-        dtype = self._embed.weight.dtype  # type: ignore[union-attr]
+        dtype = next(self._embed.parameters()).dtype
         self._layers.context = capture = Context(capture=True)
         try:
             self._owner(inputs_embeds=self._prompts.input.to(dtype)[None], use_cache=False)

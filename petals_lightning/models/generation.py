@@ -77,8 +77,8 @@ class GenerationSession:
             new = inputs if inputs is not None else self.tokens[:, :0]
             if len(self.tokens) != 1 or len(new) != 1:
                 raise UnsupportedInputError(
-                    f"a conversation goes on with one sample: the session has {len(self.tokens)}, new inputs {len(new)}; "
-                    "open a session for each"
+                    f"a conversation goes on with one sample: the session has {len(self.tokens)}, new inputs have "
+                    f"{len(new)}; open a session for each"
                 )
             new_mask = attention_mask if attention_mask is not None else torch.ones_like(new)
             tokens = torch.cat([self.tokens.to(new.device), new], dim=1)

@@ -5,6 +5,7 @@ Shapes: B batch, T positions held, D head size; keys and values may differ in D,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,12 +87,12 @@ class GrowingLayer(CacheLayerMixin):
 class SpanCache(Cache):
     """A layer per hosted block, of which a sub-span uses those from `first` on: lengths are read from them."""
 
-    def __init__(self, layers: list[Any], first: int):
-        super().__init__(layers=layers)
-        self._first = first
+    def __init__(self, layers: Sequence[CacheLayerMixin], first: int):
+        super().__init__(layers=list(layers))
+        self._attention_layers, self._first = layers, first
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[max(layer_idx, self._first)].get_seq_length()
+        return self._attention_layers[max(layer_idx, self._first)].get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.layers[max(layer_idx, self._first)].get_mask_sizes(query_length)
+        return self._attention_layers[max(layer_idx, self._first)].get_mask_sizes(query_length)
