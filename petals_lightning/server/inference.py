@@ -83,7 +83,7 @@ class SessionCache:
             if request.hypo_ids is not None:
                 layer.reorder_cache(request.hypo_ids)
         deep = request.deep.to(device) if request.deep is not None else None
-        with torch.no_grad():
+        with torch.inference_mode():  # a few percent faster than no_grad, which counts in steps this short
             out = span.step(
                 self.start, self.end, hidden, self._cache, deep=deep, attention_mask=mask, position_ids=positions
             )
