@@ -43,10 +43,15 @@ class InProcessSwarm:
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
         self.servers: list[Server] = []
         self._models: list[Any] = []
+        self._client: SwarmNode | None = None
 
     def load(self, auto_class: Any, **options: Any) -> Any:
-        """The model through this swarm; its connections end with the swarm."""
-        options = {"initial_peers": self.initial_peers, "dht_prefix": self._prefix, **options}
+        """The model through this swarm, by one client peer for all; its connections end with the swarm."""
+        if "initial_peers" not in options:
+            if self._client is None:
+                self._client = SwarmNode(self.initial_peers, host_maddrs=(), client_mode=True).start()
+            options["node"] = self._client
+        options = {"dht_prefix": self._prefix, **options}
         self._models.append(auto_class.from_pretrained(self._checkpoint, **options))
         return self._models[-1]
 
@@ -73,6 +78,8 @@ class InProcessSwarm:
     def __exit__(self, *exc_info: object) -> None:
         for model in self._models:
             remote_blocks(model).close()
+        if self._client is not None:
+            self._client.close()
         for server in reversed(self.servers):
             server.stop(timeout=1)
 

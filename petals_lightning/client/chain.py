@@ -233,6 +233,7 @@ class BlockChain:
                     raise
                 attempts.count(e)
                 continue
+            _check_grads(batch, leg, reply, input_grad)
             return reply.tensors
 
     def _request(self, leg: Leg, *, want_prefix: bool, input_grad: bool) -> ForwardRequest:
@@ -271,12 +272,13 @@ class BlockChain:
         began = time.perf_counter()
         reply = await connection.call(message, call_id, sent=prompts_sent)
         if backward is None:  # speeds are compared between servers, so they are all taken from forwards
+            compute, queue = (_seconds(leg, reply, name) for name in ("compute", "queue"))
             self._view.report_success(
                 leg.peer,
                 tokens=batch.tokens,
                 blocks=leg.end - leg.start,
-                compute=float(reply.fields.get("compute", 0.0)),
-                elapsed=time.perf_counter() - began - float(reply.fields.get("queue", 0.0)),
+                compute=compute,
+                elapsed=time.perf_counter() - began - queue,
             )
         return reply
 
@@ -289,3 +291,24 @@ def _check_reply(leg: Leg, reply: Message, request: ForwardRequest) -> None:
         raise PeerFailure(leg.peer, f"answered {list(hidden.shape) if hidden is not None else 'nothing'} for {shape}")
     if request.want_prefix and (prefix is None or request.prefix is None or prefix.shape != request.prefix.shape):
         raise PeerFailure(leg.peer, "answered without the prefix it was asked for")
+
+
+def _check_grads(batch: MicroBatch, leg: Leg, reply: Message, input_grad: bool) -> None:
+    """As `_check_reply`, for gradients."""
+    expected = {"hidden": leg.hidden.shape} if input_grad else {}
+    if leg.prefix is not None:
+        expected["prefix"] = leg.prefix.shape
+        if batch.prompts is not None:
+            expected["deep"] = torch.Size([leg.end - leg.start, *leg.prefix.shape])
+    for name, shape in expected.items():
+        grad = reply.tensors.get(name)
+        if grad is None or grad.shape != shape or not grad.is_floating_point():
+            got = list(grad.shape) if grad is not None else "nothing"
+            raise PeerFailure(leg.peer, f"answered {got} for the gradient {list(shape)} of {name}")
+
+
+def _seconds(leg: Leg, reply: Message, name: str) -> float:
+    value = reply.fields.get(name)
+    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise PeerFailure(leg.peer, f"answered {value!r:.40} for its {name} time")
+    return float(value)

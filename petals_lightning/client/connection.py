@@ -15,6 +15,7 @@ from typing import Any
 from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
+from petals_lightning.client.room import Room
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, ProtocolError, RemoteRequestError
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
@@ -44,6 +45,7 @@ class PeerConnection:
         self._writer = MessageWriter(writer)
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}
+        self._room = Room(max_requests=1, max_bytes=0)  # until the server has said what it grants
         self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Future[None]]] = OrderedDict()
         self._failure: PeerFailure | None = None
         self._last_heard = time.monotonic()
@@ -63,11 +65,24 @@ class PeerConnection:
                 began = time.perf_counter()
                 connection.info = (await connection.call(Message(Method.INFO))).fields
                 connection.round_trip = time.perf_counter() - began
-        except OSError as e:  # ConnectionError, or TimeoutError
+                connection._take_grants()
+        except (OSError, PeerFailure) as e:  # OSError: ConnectionError, or TimeoutError
             if connection is not None:
                 connection.close()
+            if isinstance(e, PeerFailure):
+                raise
             raise PeerFailure(peer, f"cannot connect: {e or type(e).__name__}") from e
         return connection
+
+    def _take_grants(self) -> None:
+        """Keeps to the limits in `info`, with a margin: the server counts a request until its answer is written."""
+        names = "max_open_requests", "max_message_bytes", "max_batch_tokens"
+        requests, num_bytes, tokens = (self.info.get(name) or 0 for name in names)
+        if not all(type(grant) is int and grant > 0 for grant in (requests, num_bytes, tokens)):
+            raise PeerFailure(
+                self.peer, f"grants nonsense: {requests!r} requests, {num_bytes!r} bytes, {tokens!r} tokens"
+            )
+        self._room = Room(max(1, requests // 2), num_bytes // 2)
 
     @property
     def is_open(self) -> bool:
@@ -82,15 +97,16 @@ class PeerConnection:
             PeerFailure: the stream or the server failed, or it refused for a reason that others may not have.
             RemoteRequestError: the server says that the request is wrong or that it fails on it.
         """
-        if self._failure is not None:
-            raise self._failure
         call_id = call_id if call_id is not None else self.next_id()
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._pending[call_id] = answer
-        if len(self._pending) == 1:
-            self._last_heard = time.monotonic()  # silence counts from when an answer is owed
         try:
-            async with asyncio.timeout(self._config.request_timeout):
+            if self._failure is not None:
+                raise self._failure
+            self._pending[call_id] = answer
+            if len(self._pending) == 1:
+                self._last_heard = time.monotonic()  # silence counts from when an answer is owed
+            num_bytes = sum(tensor.nbytes for tensor in message.tensors.values())
+            async with self._room.enter(num_bytes), asyncio.timeout(self._config.request_timeout):
                 self._stats.bytes_sent += await self._writer.send(call_id, message)
                 if sent is not None and not sent.done():
                     sent.set_result(None)
@@ -106,6 +122,8 @@ class PeerConnection:
                 sent.cancel()
             if self._pending.pop(call_id, None) is not None and not answer.done():
                 self.tell(Message(Method.CANCEL), call_id)
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # seen: whoever asked is told by what was raised here
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
         if reply.method is Method.ERROR:
             raise self._error(reply)
@@ -126,9 +144,10 @@ class PeerConnection:
         while wanted in self._prompts:
             key, sent = self._prompts[wanted]
             await asyncio.wait([sent])
-            if not sent.cancelled() and sent.exception() is None:
+            if not sent.cancelled():
                 return key, None
-            self._prompts.pop(wanted, None)
+            if self._prompts.get(wanted) == (key, sent):  # or another waiter has begun to send them anew
+                del self._prompts[wanted]
         sent = asyncio.get_running_loop().create_future()
         key = self.next_id()
         self._prompts[wanted] = key, sent

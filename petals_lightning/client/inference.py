@@ -280,8 +280,8 @@ class InferenceSession:
         hidden, position_ids = leg.history.read(leg.held)
         opens = leg.number is None
         prefix = leg.prefix if opens else None
-        at_once = int(connection.info.get("max_batch_tokens") or hidden.shape[1] * len(hidden)) // len(hidden)
-        at_once = max(at_once - (len(prefix) if prefix is not None else 0), 1)
+        tokens = min(connection.info["max_batch_tokens"], self._view.config.max_microbatch_tokens)
+        at_once = max(tokens // len(hidden) - (len(prefix) if prefix is not None else 0), 1)
         hidden = hidden[:, :at_once]
         end = leg.held + hidden.shape[1]
         kept = min(max(end - wanted, 1), hidden.shape[1])

@@ -97,15 +97,15 @@ class SwarmView:
                     f"{misfits[0]}. Load the same model here and there, or give it a dht_prefix of its own"
                 )
             raise NoServersError(await self._explain_missing(missing))
-        self._maintenance = asyncio.create_task(self._maintain())
         # Connecting now finds dead records before the first step, and measures the way to each server.
         while True:
             try:
                 for leg in await self.route(0, self.num_blocks, tokens=1024):
                     await self.connection(leg.peer_id)
-                return
+                break
             except PeerFailure as e:
                 self.report_failure(e)
+        self._maintenance = asyncio.create_task(self._maintain())
 
     async def close(self) -> None:
         if self._maintenance is not None:
@@ -183,9 +183,10 @@ class SwarmView:
         count = known.count + 1 if known is not None else 1
         period = min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
         self._bans[peer] = _Ban(time.monotonic() + period, count)
-        connection = self._connections.pop(peer, None)
-        if connection is not None:
-            connection.close()
+        if failure.code is None:  # the stream or the server itself; one that merely refuses keeps its other requests
+            connection = self._connections.pop(peer, None)
+            if connection is not None:
+                connection.close()
         logger.warning("%s; leaving it alone for at least %.0f s", failure, period)
 
     def report_success(self, peer: str, *, tokens: int, blocks: int, compute: float, elapsed: float) -> None:
@@ -202,6 +203,11 @@ class SwarmView:
             return self.config.wire_dtype
         record = self._records.get(peer)
         return record.torch_dtype if record is not None and record.torch_dtype in ("float16", "bfloat16") else "float32"
+
+    def max_request_tokens(self, route: list[RouteSpan]) -> int:
+        """The largest B·(P + S) that every server of a route takes, as far as they have said."""
+        known = [self._connections[leg.peer_id] for leg in route if leg.peer_id in self._connections]
+        return min([self.config.max_microbatch_tokens, *(c.info["max_batch_tokens"] for c in known)])
 
     def returns_tuple(self) -> bool:
         """Whether this family's blocks return tuples, as its servers say."""
@@ -240,7 +246,7 @@ class SwarmView:
 
     def _is_readmitted(self, peer: str) -> bool:
         connection = self._connections.get(peer)
-        return connection is not None and connection.is_open
+        return self._bans[peer].until < time.monotonic() and connection is not None and connection.is_open
 
     def _misfit(self, peer: str, record: ServerRecord) -> str | None:
         name = f"server …{peer[-6:]} ({record.public_name})" if record.public_name else f"server …{peer[-6:]}"

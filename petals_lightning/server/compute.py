@@ -67,10 +67,13 @@ class ComputeThread:
         self._queue.put((priority, next(self._arrival), job))
         return await result
 
-    def stop(self) -> None:
-        """Ends the thread after what is running; what waits never runs, and its callers must be cancelled."""
+    def stop(self, timeout: float | None = None) -> None:
+        """Ends the thread after what is running, without waiting for that longer than `timeout` seconds.
+
+        What waits in the queue never runs, and its callers must be cancelled.
+        """
         self._queue.put((-1, next(self._arrival), None))
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _work(self) -> None:
         while (job := self._queue.get()[2]) is not None:

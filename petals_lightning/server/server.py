@@ -24,7 +24,7 @@ from petals_lightning.protocol.messages import STREAM_METHOD
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import measure_graph_bytes
+from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.inference import measure_cache_bytes
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.placement import thinnest_span
@@ -96,8 +96,11 @@ class Server:
             )
         return self._dht_prefix
 
-    def start(self) -> None:
-        """Loads the span, joins the swarm and announces itself; returns when clients can find it.
+    def start(self, on_joined: Callable[[], None] = lambda: None) -> None:
+        """Joins the swarm, loads the span and announces itself; returns when clients can find it.
+
+        Args:
+            on_joined: called once others can reach this peer, before blocks are loaded.
 
         Raises:
             ConfigurationError: the model, the span or an address is wrong.
@@ -108,12 +111,13 @@ class Server:
             self._check_span(*self._block_indices, count)
         self.node.start()
         try:
+            on_joined()
             start, end = self._block_indices or self._choose_span(prefix, count)
             logger.info("loading blocks %d:%d of %s", start, end, self._checkpoint.name_or_path)
             span = self._load(start, end)
             self._compute = ComputeThread()
             self._backend = Backend(span, self._compute, self._limits, info={})
-            self._backend.graph_bytes_per_token = measure_graph_bytes(span)
+            self._backend.graph_cost = measure_graph_cost(span)
             self._backend.cache_bytes_per_token = measure_cache_bytes(span)
             record = self._measure(span)
             self._backend.info = {
@@ -126,6 +130,8 @@ class Server:
                 "fingerprint": record.fingerprint,
                 "version": __version__,
                 "max_batch_tokens": self._limits.max_batch_tokens,
+                "max_message_bytes": self._limits.max_message_bytes,
+                "max_open_requests": self._limits.max_open_requests,
             }
             self.node.run(self._open(prefix, count, record))
         except BaseException:
@@ -134,13 +140,14 @@ class Server:
 
     def stop(self, timeout: float = 5.0) -> None:
         """Announces that it leaves, finishes what is under way within `timeout` seconds, closes everything."""
+        deadline = time.monotonic() + timeout
         try:
             if self._announcer is not None:
                 self.node.run(self._leave(timeout))
         finally:
             self._announcer = None
             if self._compute is not None:
-                self._compute.stop()
+                self._compute.stop(max(0.0, deadline - time.monotonic()))
                 self._compute = None
             self.node.close()
 
@@ -221,7 +228,8 @@ class Server:
             self._backend.graphs.expire()
             self._backend.caches.expire()
             try:
-                stored = await self._announce(prefix, count, record)
+                # hivemind waits for ever for a daemon that has died
+                stored = await asyncio.wait_for(self._announce(prefix, count, record), max(self._update_period, 10.0))
             except _DAEMON_ERRORS as e:  # or this task would end, and with it, unnoticed, the server's visibility
                 logger.debug("announcing failed", exc_info=e)
                 stored = False

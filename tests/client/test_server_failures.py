@@ -1,4 +1,4 @@
-"""Servers that die or hang in the middle of a step, as processes with real signals: the step's result stays the same."""
+"""Servers that die or hang in the middle of a step (processes, real signals): the step's result stays the same."""
 
 from __future__ import annotations
 
