@@ -6,6 +6,7 @@ Values are in conf/; a default here means "let the class decide". `MISSING` must
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -103,6 +104,28 @@ class DataConfig:
 
 
 @dataclass
+class DialogueDataConfig:
+    _target_: str = "petals_lightning.data.DialogueDataModule"
+    source: str = MISSING
+    """A hub dataset id, or a file or folder in jsonl or parquet."""
+    name: str | None = None
+    """The configuration of a hub dataset."""
+    train_split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    validation_fraction: float = 0.1
+    limit: int | None = None
+    """Dialogues a split at most."""
+    max_length: int = 256
+    """Tokens a sample at most; longer dialogues become several samples."""
+    use_chat_template: bool = True
+    """False takes the simple form even if the tokenizer has a chat template."""
+    batch_size: int = 16
+    """Samples a batch."""
+    eval_batch_size: int | None = None
+
+
+@dataclass
 class OptimConfig:
     lr: float = MISSING
     weight_decay: float = MISSING
@@ -163,7 +186,8 @@ class RunConfig:
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     amp: AmpConfig = field(default_factory=AmpConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Any = field(default_factory=DataConfig)
+    """DataConfig or DialogueDataConfig."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -193,6 +217,7 @@ def register_schema() -> None:
         "tuning": TuningConfig,
         "amp": AmpConfig,
         "data": DataConfig,
+        "dialogue_data": DialogueDataConfig,
         "optim": OptimConfig,
         "trainer": TrainerConfig,
         "wandb": WandbConfig,
