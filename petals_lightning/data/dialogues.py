@@ -46,8 +46,8 @@ def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
             found = [*opening, *_alternating([*history, reply])]
         case _:
             raise DataError(
-                f"{where} has {', '.join(sorted(row))}: a dialogue needs `turns` (texts), `messages` (role and content) or "
-                "PersonaChat's `utterances`"
+                f"{where} has {', '.join(sorted(row))}: a dialogue needs `turns` (texts), `messages` (role and "
+                "content) or PersonaChat's `utterances`"
             )
     for message in found:
         if not isinstance(message["content"], str):
@@ -68,8 +68,8 @@ def _alternating(texts: Iterable[str]) -> list[Message]:
 def windows(messages: list[Message], form: DialogueFormat, max_length: int) -> list[tuple[list[int], list[int]]]:
     """Cuts a dialogue into samples (token ids, labels) of up to `max_length` tokens, as few as possible.
 
-    Cuts are in front of a turn of the user; what the system says stands in front of every sample. A single exchange that
-    is longer is cut off at the end. Samples without anything that the assistant says are left out.
+    Cuts are in front of a turn of the user; what the system says stands in front of every sample. A single exchange
+    that is longer is cut off at the end. Samples without anything that the assistant says are left out.
     """
     opening = [message for message in messages[:1] if message["role"] == "system"]
     exchanges: list[list[Message]] = []
@@ -234,8 +234,8 @@ class DialogueDataModule(pl.LightningDataModule):
             samples += windows(messages, form, self.max_length)
         if not samples:
             raise DataError(
-                f"{split} of {self.source}: the assistant says nothing in {len(rows)} dialogues (the second speaker is the "
-                "assistant where roles are not given)"
+                f"{split} of {self.source}: the assistant says nothing in {len(rows)} dialogues (the second speaker is "
+                "the assistant where roles are not given)"
             )
         return EncodedDialogues(samples)
 

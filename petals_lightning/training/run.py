@@ -108,7 +108,7 @@ def build_trainer(
     summary: RunSummary | None,
     monitor: tuple[str, str] = ("val/accuracy", "max"),
 ) -> pl.Trainer:
-    """The Trainer of a run, with its callbacks, that keeps the checkpoint with the best `monitor`. Starts nothing yet."""
+    """The Trainer of a run, which keeps the checkpoint with the best `monitor` (name and mode). Starts nothing yet."""
     bar = progress_bar()
     callbacks: list[Callback] = [
         RouteTable(),

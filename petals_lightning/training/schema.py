@@ -6,7 +6,6 @@ Values are in conf/; a default here means "let the class decide". `MISSING` must
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -82,38 +81,35 @@ class AmpConfig:
 
 @dataclass
 class DataConfig:
-    _target_: str = "petals_lightning.data.TextClassificationDataModule"
+    _target_: str = MISSING
     source: str = MISSING
-    """bundled, a hub dataset id, or a file or folder in jsonl, tsv, csv or parquet."""
+    """A hub dataset id, or a file or folder in jsonl, tsv, csv or parquet; labelled texts: or `bundled`."""
     name: str | None = None
     """The configuration of a hub dataset."""
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    num_labels: int | None = None
-    """Classes; null counts them."""
     train_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
     validation_fraction: float = 0.1
     max_length: int = 128
-    """Tokens a text at most."""
+    """Tokens a sample at most."""
     batch_size: int = 32
-    """Texts a batch."""
+    """Samples a batch."""
     eval_batch_size: int | None = None
 
 
 @dataclass
-class DialogueDataConfig:
+class TextDataConfig(DataConfig):
+    _target_: str = "petals_lightning.data.TextClassificationDataModule"
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    num_labels: int | None = None
+    """Classes; null counts them."""
+
+
+@dataclass
+class DialogueDataConfig(DataConfig):
     _target_: str = "petals_lightning.data.DialogueDataModule"
-    source: str = MISSING
-    """A hub dataset id, or a file or folder in jsonl or parquet."""
-    name: str | None = None
-    """The configuration of a hub dataset."""
-    train_split: str | None = None
-    validation_split: str | None = None
-    test_split: str | None = None
-    validation_fraction: float = 0.1
     limit: int | None = None
     """Dialogues a split at most."""
     max_length: int = 256
@@ -121,8 +117,6 @@ class DialogueDataConfig:
     use_chat_template: bool = True
     """False takes the simple form even if the tokenizer has a chat template."""
     batch_size: int = 16
-    """Samples a batch."""
-    eval_batch_size: int | None = None
 
 
 @dataclass
@@ -186,8 +180,7 @@ class RunConfig:
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     amp: AmpConfig = field(default_factory=AmpConfig)
-    data: Any = field(default_factory=DataConfig)
-    """DataConfig or DialogueDataConfig."""
+    data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -216,7 +209,7 @@ def register_schema() -> None:
         "no_swarm": SwarmConfig,
         "tuning": TuningConfig,
         "amp": AmpConfig,
-        "data": DataConfig,
+        "data": TextDataConfig,
         "dialogue_data": DialogueDataConfig,
         "optim": OptimConfig,
         "trainer": TrainerConfig,

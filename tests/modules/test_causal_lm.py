@@ -73,7 +73,7 @@ def test_tuning_on_real_dialogues_lowers_perplexity_as_a_local_run_does(shared_d
     traces = []
     for strategy in (RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)), "auto"):
         data = DialogueDataModule(
-            model, str(shared_data / "dialogue" / "self_dialogue"), limit=60, max_length=96, batch_size=8
+            model, str(shared_data / "dialogue" / "self_dialogue"), limit=24, max_length=64, batch_size=8
         )
         traces.append(fit(model, data, tmp_path, strategy, 1, tuning_mode="deep_ptune", pre_seq_len=8, lr=1e-2))
     remote, local = traces
