@@ -148,8 +148,8 @@ def check_base_model(card: PromptCard, checkpoint: Checkpoint, source: str | Pat
     """Raises CheckpointError if prompts are for another model than `checkpoint`."""
     if card.fingerprint != checkpoint.fingerprint:
         raise CheckpointError(
-            f"prompts {str(source)!r} were trained for {card.base_model!r}, not for {checkpoint.name_or_path!r}: config "
-            "or tensor names differ. Load that model, or train prompts for this one"
+            f"prompts {str(source)!r} were trained for {card.base_model!r}, not for {checkpoint.name_or_path!r}: their "
+            "config or tensor names differ. Load that model, or train prompts for this one"
         )
 
 
@@ -189,8 +189,8 @@ def _prompts(model: nn.Module, source: str | Path = "DIR") -> Prompts:
     prompts = prompts_of(model)
     if prompts is None:
         raise ConfigurationError(
-            f"{type(model).__name__} has no prompts: load it with tuning_mode='ptune' or 'deep_ptune' to train some, or "
-            f"with prompts={str(source)!r} to use saved ones"
+            f"{type(model).__name__} has no prompts: load it with tuning_mode='ptune' or 'deep_ptune' to train some, "
+            f"or with prompts={str(source)!r} to use saved ones"
         )
     return prompts
 

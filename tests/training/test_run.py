@@ -158,6 +158,6 @@ def test_a_dialogue_run_leaves_its_best_prompts_for_chat(
     module = CausalLMModule(str(text_model))
     module.model = LocalModelForCausalLM.from_pretrained(str(text_model), prompts=folder / "prompts")
     losses = [module(**batch) for batch in data.val_dataloader()]
-    mean = sum(float(loss) * count for loss, count in losses) / sum(count for _, count in losses)
+    mean = sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
     assert math.exp(mean) == pytest.approx(perplexity, rel=1e-4)
     assert "val/perplexity" in capsys.readouterr().out
