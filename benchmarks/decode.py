@@ -4,12 +4,13 @@
     python -m benchmarks.decode --new-tokens 128 --repeats 5
 
 A random Llama (hidden 512, 8 blocks, float32 unless said otherwise). Rounds of both sides alternate in one run and
-medians are compared, since the machine may be noisy. Servers are processes of their own, each with as many threads as the
-local side; in a chain only one of them computes at a time.
+medians are compared, since the machine may be noisy. Servers are processes of their own, each with as many threads as
+the local side; in a chain only one of them computes at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -114,7 +115,7 @@ def main(
         with quiet_transformers():
             local = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         cuts = [round(blocks * part / 3) for part in range(4)]
-        for name, spans in (("1 server", [(0, blocks)]), ("3 servers", list(zip(cuts, cuts[1:], strict=False)))):
+        for name, spans in (("1 server", [(0, blocks)]), ("3 servers", list(itertools.pairwise(cuts)))):
             servers, maddr = start_chain(folder, spans, threads)
             try:
                 remote = AutoDistributedModelForCausalLM.from_pretrained(

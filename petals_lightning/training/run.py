@@ -51,8 +51,10 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     # In the order of their cost: what is wrong with settings and data shows before any server is started.
     swarm: SwarmSource | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
     data = _build_data(cfg)
-    is_labelled = isinstance(data, TextClassificationDataModule)
-    module = build_module(cfg, data.num_labels, list(data.class_names)) if is_labelled else build_module(cfg)
+    if isinstance(data, TextClassificationDataModule):
+        module = build_module(cfg, data.num_labels, list(data.class_names))
+    else:
+        module = build_module(cfg)
     announce(cfg, recipe, data)
     logger: Logger = _partial(cfg.logger)(folder=folder, settings=OmegaConf.to_container(cfg, resolve=True))
     facts = {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name}

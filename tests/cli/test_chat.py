@@ -23,8 +23,8 @@ def served(tmp_path, start_swarm):
 
     def run(command: str, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "petals_lightning.cli.main", command, str(folder), *arguments, "--dht-prefix", PREFIX,
-             "--initial-peers", swarm.initial_peers[0]],
+            [sys.executable, "-m", "petals_lightning.cli.main", command, str(folder), *arguments,
+             "--dht-prefix", PREFIX, "--initial-peers", swarm.initial_peers[0]],
             input=stdin, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 

@@ -12,11 +12,9 @@ from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
 from tests.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
+from tests.sessions import GENERATING, P, assert_steps_equal_one_forward
 
-PROMISED = ["llama", "bloom", "falcon", "mixtral", "qwen3", "gemma3", "gpt_neox"]
-FURTHER = ["falcon_alibi", "mistral", "gpt2", "opt", "gptj", "phi3"]
 THREE = [(0, 1), (1, 3), (3, 4)]
-P = 3
 
 
 def local_model(checkpoint) -> torch.nn.Module:
@@ -55,8 +53,8 @@ def ways_to_generate(assistant) -> dict[str, dict]:
     }
 
 
-@pytest.mark.parametrize("family", [*PROMISED, *FURTHER])
-def test_tokens_equal_local_hugging_face(family, tiny_checkpoint, start_swarm, assistant):
+@pytest.mark.parametrize("family", sorted(GENERATING))
+def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, start_swarm, assistant):
     checkpoint = tiny_checkpoint(family)
     local = local_model(checkpoint)
     remote = start_swarm(checkpoint, THREE).load(AutoDistributedModelForCausalLM)
@@ -68,14 +66,24 @@ def test_tokens_equal_local_hugging_face(family, tiny_checkpoint, start_swarm, a
         assert torch.equal(*sequences), name
         assert len(sequences[0].unique()) > 3, "the test is blind: the model repeats itself"
     assert remote_blocks(remote).stats.retries == 0
+    assert_steps_equal_one_forward(remote_blocks(remote))
 
 
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 @pytest.mark.parametrize("family", ["llama", "bloom", "gemma3", "gpt2"])
-def test_prompts_act_as_in_training(family, mode, tiny_checkpoint, start_swarm):
+def test_prompts_act_as_in_training(family, tiny_checkpoint, start_swarm):
     """The other side runs the whole sequence anew for every token, with the prompts in front: no cache to go wrong."""
     checkpoint = tiny_checkpoint(family)
-    swarm, models, options = start_swarm(checkpoint, THREE), [], {"tuning_mode": mode, "pre_seq_len": P}
+    swarm = start_swarm(checkpoint, THREE)
+    one = {"input_ids": token_ids(1, 5), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    for mode in ("ptune", "deep_ptune"):
+        remote, local = prompted_pair(checkpoint, swarm, {"tuning_mode": mode, "pre_seq_len": P})
+        for way in (one, left_padded(), one | {"num_beams": 2}):
+            options = way | {"max_new_tokens": 8, "pad_token_id": 0}
+            assert torch.equal(remote.generate(**options), local.generate(**options, use_cache=False)), mode
+
+
+def prompted_pair(checkpoint, swarm, options: dict) -> list:
+    models = []
     for load in (
         lambda: swarm.load(AutoDistributedModelForCausalLM, **options),
         lambda: LocalModelForCausalLM.from_pretrained(str(checkpoint), **options),
@@ -85,11 +93,7 @@ def test_prompts_act_as_in_training(family, mode, tiny_checkpoint, start_swarm):
         with torch.no_grad():
             for parameter in prompts_of(models[-1]).parameters():
                 parameter.normal_(0, 0.3)
-    remote, local = models
-    one = {"input_ids": token_ids(1, 5), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
-    for way in (one, left_padded(), one | {"num_beams": 2}):
-        options = way | {"max_new_tokens": 8, "pad_token_id": 0}
-        assert torch.equal(remote.generate(**options), local.generate(**options, use_cache=False))
+    return models
 
 
 @pytest.fixture
