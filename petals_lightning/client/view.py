@@ -187,7 +187,9 @@ class SwarmView:
             connection = self._connections.pop(peer, None)
             if connection is not None:
                 connection.close()
-        logger.warning("%s; leaving it alone for at least %.0f s", failure, period)
+        # One that stays away is told of once, however often the background tries it.
+        level = logging.WARNING if count == 1 else logging.INFO
+        logger.log(level, "%s; leaving it alone for at least %.0f s", failure, period)
 
     def report_success(self, peer: str, *, tokens: int, blocks: int, compute: float, elapsed: float) -> None:
         """Learns from an answered request: `elapsed` seconds here, of which `compute` seconds on the server."""
