@@ -46,10 +46,12 @@ def save_random_llama(folder: str, *, hidden: int, blocks: int, dtype: str) -> N
         transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
-def start_server(model: str, threads: int, *extra: str) -> tuple[subprocess.Popen[str], str]:
-    """A server of all blocks; returns its process and address."""
+def start_server(
+    model: str, threads: int, *extra: str, join: tuple[str, ...] = ("--new-swarm",)
+) -> tuple[subprocess.Popen[str], str]:
+    """A server, of all blocks unless `extra` says otherwise; returns its process and address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "petals_lightning.cli.main", "serve", model, "--new-swarm", "--dht-prefix", PREFIX,
+        [sys.executable, "-m", "petals_lightning.cli.main", "serve", model, *join, "--dht-prefix", PREFIX,
          "--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--threads", str(threads), *extra],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip

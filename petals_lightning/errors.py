@@ -44,6 +44,10 @@ class NoServersError(SwarmError):
     """Some blocks of the model are served by nobody who may be used."""
 
 
+class NoCacheRoomError(SwarmError):
+    """No server that may be used has room for the keys and values of an inference session."""
+
+
 class IncompatibleServerError(SwarmError):
     """A server holds another model under the same name."""
 

@@ -11,40 +11,42 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, and none may open
 from matplotlib.figure import Figure
 
-TRAIN, VALIDATION, ACCURACY = "#9ecae1", "#08519c", "#e6550d"
+TRAIN, VALIDATION, SCORE = "#9ecae1", "#08519c", "#e6550d"
 
 
 def draw_learning_curve(
-    path: Path, train: Sequence[tuple[int, float]], validation: Sequence[dict[str, Any]], title: str
+    path: Path, train: Sequence[tuple[int, float]], validation: Sequence[dict[str, Any]], title: str, score: str
 ) -> None:
-    """Saves a PNG: losses on the left, validation accuracy on the right, over optimizer steps.
+    """Saves a PNG: losses on the left, the validation score on the right, over optimizer steps.
 
     Args:
         path: the file to write.
         train: (step, training loss).
-        validation: entries with `step`, `val/loss`, `val/accuracy`.
+        validation: entries with `step`, `val/loss` and the score.
         title: what the run was.
+        score: e.g. `val/accuracy`.
     """
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
-    losses, accuracies = figure.subplots(1, 2, sharex=True)
+    losses, right = figure.subplots(1, 2, sharex=True)
     figure.suptitle(title, fontsize=11)
     steps, values = [step for step, _ in train], [loss for _, loss in train]
     losses.plot(steps, values, color=TRAIN, linewidth=0.8, label="train, each step")
     if len(values) >= 10:
         losses.plot(steps, _smoothed(values), color=VALIDATION, linewidth=1.8, label="train, moving average")
     at = [entry["step"] for entry in validation]
-    losses.plot(at, [entry["val/loss"] for entry in validation], "o-", color=ACCURACY, label="validation")
+    losses.plot(at, [entry["val/loss"] for entry in validation], "o-", color=SCORE, label="validation")
     losses.set(xlabel="optimizer step", ylabel="cross-entropy", title="loss")
     losses.set_ylim(bottom=0)
     losses.set_xlim(left=0)
     losses.legend(frameon=False)
-    scores = [entry["val/accuracy"] for entry in validation]
-    accuracies.plot(at, scores, "o-", color=ACCURACY)
-    for step, score in zip(at, scores, strict=True):
-        accuracies.annotate(f"{score:.3f}", (step, score), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    accuracies.set(xlabel="optimizer step", ylabel="accuracy", title="validation accuracy")
-    accuracies.set_ylim(min([*scores, 0.5]) - 0.05, 1.03)
-    for axes in (losses, accuracies):
+    name, scores = score.removeprefix("val/"), [entry[score] for entry in validation]
+    right.plot(at, scores, "o-", color=SCORE)
+    for step, value in zip(at, scores, strict=True):
+        right.annotate(f"{value:.3f}", (step, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    right.set(xlabel="optimizer step", ylabel=name, title=f"validation {name}")
+    if name == "accuracy":
+        right.set_ylim(min([*scores, 0.5]) - 0.05, 1.03)
+    for axes in (losses, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.savefig(path)

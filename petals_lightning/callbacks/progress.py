@@ -22,8 +22,8 @@ def progress_bar() -> ProgressBar | None:
 class ProgressLines(Callback):
     """Prints a line after each validation and, where there is no bar, one every `period` seconds of training."""
 
-    def __init__(self, period: float = 10.0):
-        self.period = period
+    def __init__(self, period: float = 10.0, score: str = "val/accuracy"):
+        self.period, self._score = period, score
         self._started = self._printed = 0.0
         self._first_step = 0
 
@@ -37,7 +37,7 @@ class ProgressLines(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._print(trainer, ("train/loss", "val/loss", "val/accuracy"))
+            self._print(trainer, ("train/loss", "val/loss", self._score))
 
     def _print(self, trainer: pl.Trainer, names: tuple[str, ...]) -> None:
         now = self._printed = time.monotonic()

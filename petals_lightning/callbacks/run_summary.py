@@ -19,7 +19,7 @@ from petals_lightning.callbacks.traffic import Traffic
 class RunSummary(Callback):
     """Writes `summary.json` and `learning_curve.png` when training ends, and adds `test/…` after a test.
 
-    `val/accuracy` and `val/loss` are those of `checkpoint`, the best of the run's epochs on validation. Seconds,
+    The validation score and `val/loss` are those of `checkpoint`, the best of the run's epochs on validation. Seconds,
     steps, tokens (padding and prompts not counted) and traffic are of the whole run, those before a resume included;
     seconds and traffic include validation.
 
@@ -27,9 +27,13 @@ class RunSummary(Callback):
         folder: where the files go.
         title: heads the picture.
         facts: further entries of the summary, e.g. the seed.
+        score: the metric that tells the best epoch.
     """
 
-    def __init__(self, folder: str | Path, title: str = "", facts: dict[str, Any] | None = None):
+    def __init__(
+        self, folder: str | Path, title: str = "", facts: dict[str, Any] | None = None, score: str = "val/accuracy"
+    ):
+        self._score = score
         self.folder, self.title, self.facts = Path(folder), title, facts or {}
         self.summary: dict[str, Any] = {}
         self._started: float | None = None
@@ -50,7 +54,7 @@ class RunSummary(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        metrics = {name: _rounded(trainer.callback_metrics[name]) for name in ("val/loss", "val/accuracy")}
+        metrics = {name: _rounded(trainer.callback_metrics[name]) for name in ("val/loss", self._score)}
         self._validation.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **metrics})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -59,7 +63,7 @@ class RunSummary(Callback):
         best = self._validation_of(checkpoints[0] if checkpoints else None)
         totals = self._totals(pl_module)
         self.summary = {
-            "val/accuracy": best.get("val/accuracy"),
+            self._score: best.get(self._score),
             "val/loss": best.get("val/loss"),
             "val/epoch": best.get("epoch"),
             "train/seconds": round(totals["train/seconds"], 2),
@@ -72,7 +76,7 @@ class RunSummary(Callback):
             **self.facts,
         }
         self._write()
-        draw_learning_curve(self.folder / "learning_curve.png", self._train, self._validation, self.title)
+        draw_learning_curve(self.folder / "learning_curve.png", self._train, self._validation, self.title, self._score)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.summary |= {name: _rounded(v) for name, v in trainer.callback_metrics.items() if name.startswith("test/")}
@@ -97,7 +101,7 @@ class RunSummary(Callback):
     def _validation_of(self, checkpoint: ModelCheckpoint | None) -> dict[str, Any]:
         """The entry that made `checkpoint` the best; without one, the newest."""
         score = None if checkpoint is None else checkpoint.best_model_score
-        matching = [entry for entry in self._validation if score is None or entry["val/accuracy"] == _rounded(score)]
+        matching = [entry for entry in self._validation if score is None or entry[self._score] == _rounded(score)]
         return matching[0 if score is not None else -1] if matching else {}
 
     def _totals(self, module: pl.LightningModule) -> dict[str, float]:

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from petals_lightning.cli import bootstrap, serve, status
+from petals_lightning.cli import bootstrap, chat, generate, serve, status
 from petals_lightning.errors import PetalsLightningError
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("bootstrap")(bootstrap.bootstrap)
 app.command("status")(status.status)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ def serve(
     public_name: Annotated[str | None, typer.Option(help="Name shown to users of the swarm.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for computing. [default: all cores]")] = None,
     graph_memory: Annotated[float, typer.Option(help="GiB for autograd graphs that wait for their backward.")] = 2.0,
+    cache_memory: Annotated[float, typer.Option(help="GiB for keys and values of inference sessions.")] = 4.0,
     max_batch_tokens: Annotated[int, typer.Option(help="Largest batch × tokens of one request.")] = 1 << 16,
     throughput: Annotated[float | None, typer.Option(help="Requests a second to announce. [default: measured]")] = None,
     update_period: Annotated[float, typer.Option(help="Seconds between announcements.")] = 60.0,
@@ -74,8 +75,9 @@ def serve(
     ):
         if value is not None and not 0 < value < math.inf:
             raise ConfigurationError(f"{name} is {value:g}: it must be above 0")
-    if not 0 <= graph_memory < math.inf:
-        raise ConfigurationError(f"--graph-memory is {graph_memory:g}: it must be 0 or more")
+    for name, value in (("--graph-memory", graph_memory), ("--cache-memory", cache_memory)):
+        if not 0 <= value < math.inf:
+            raise ConfigurationError(f"{name} is {value:g}: it must be 0 or more")
     from petals_lightning.protocol.auth import read_token
     from petals_lightning.server.access import AccessRules, read_peer_list
 
@@ -117,7 +119,11 @@ def serve(
         public_name=public_name,
         throughput=throughput,
         update_period=update_period,
-        limits=ServerLimits(graph_bytes=int(graph_memory * 2**30), max_batch_tokens=max_batch_tokens),
+        limits=ServerLimits(
+            graph_bytes=int(graph_memory * 2**30),
+            cache_bytes=int(cache_memory * 2**30),
+            max_batch_tokens=max_batch_tokens,
+        ),
         rules=rules,
         on_shard=progress.on_shard,
     )

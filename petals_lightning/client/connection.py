@@ -161,7 +161,7 @@ class PeerConnection:
             if sent is not None and not sent.done():
                 sent.cancel()
             if self._pending.pop(call_id, None) is not None and (not answer.done() or answer.cancelled()):
-                self._notify(call_id, Method.CANCEL)
+                self.tell(Message(Method.CANCEL), call_id)
             if answer.done() and not answer.cancelled():
                 answer.exception()  # seen: the caller may have been cancelled meanwhile
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
@@ -200,14 +200,15 @@ class PeerConnection:
         """The server has dropped registered prompts: they are sent again when next needed."""
         self._prompts.clear()
 
+    def tell(self, message: Message, call_id: int = 0) -> None:
+        """Sends what needs no answer; does nothing on a lost stream."""
+        if self._failure is None:
+            task = asyncio.create_task(self._writer.send(call_id, message))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a lost stream shows elsewhere
+
     def close(self) -> None:
         self._on_failure = lambda failure: None
         self._fail(PeerFailure(self.peer, "the connection was closed"))
-
-    def _notify(self, call_id: int, method: Method) -> None:
-        if self._failure is None:
-            task = asyncio.create_task(self._writer.send(call_id, Message(method)))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a lost stream shows elsewhere
 
     def _error(self, reply: Message) -> Exception:
         code, words = str(reply.fields.get("code")), str(reply.fields.get("message"))[:500]
@@ -270,7 +271,7 @@ class PeerConnection:
             if now - pinged >= period and (self._pinged_at is not None or self._pending):
                 pinged = now
                 self._pinged_at = self._pinged_at or now
-                self._notify(0, Method.PING)
+                self.tell(Message(Method.PING))
 
     async def _authenticate(self, token: str, own_id: str) -> None:
         """Both sides prove that they know the swarm's token. Raises PeerFailure."""

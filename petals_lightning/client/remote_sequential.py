@@ -15,6 +15,7 @@ from torch import nn
 from petals_lightning.client.autograd import RemoteBlocks, RemoteRunner
 from petals_lightning.client.chain import BlockChain
 from petals_lightning.client.config import ClientConfig
+from petals_lightning.client.inference import InferenceSession
 from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.view import SwarmView
@@ -43,6 +44,9 @@ class Context:
         deep: [L, P, H] prompts added before each block, or None.
         rows: [N] indices into B·S whose outputs are read, None for all; others come back as zeros.
         capture: do not run: keep the input in `captured` and return it.
+        session: take the input as the session's next positions, instead of running it for itself.
+        attention_mask, position_ids: for the session's step.
+        keep: how many of the last outputs of the step are read, 0 for all; others come back as zeros.
     """
 
     prefix: torch.Tensor | None = None
@@ -50,6 +54,10 @@ class Context:
     rows: torch.Tensor | None = None
     capture: bool = False
     captured: torch.Tensor | None = None
+    session: InferenceSession | None = None
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    keep: int = 0
 
 
 class RemoteSequential(nn.Module):
@@ -135,6 +143,8 @@ class RemoteSequential(nn.Module):
         """
         if self.context.capture:
             self.context.captured = output = hidden_states
+        elif self.context.session is not None:
+            output = self._step(hidden_states, self.context.session)
         else:
             output, _ = self.run(
                 hidden_states, prefix=self.context.prefix, deep=self.context.deep, rows=self.context.rows
@@ -143,6 +153,24 @@ class RemoteSequential(nn.Module):
                 flat = hidden_states.new_zeros(hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2])
                 output = flat.index_copy(0, self.context.rows.long(), output).view_as(hidden_states)
         return (output,) if self._swarm.view.returns_tuple() else output
+
+    def inference_session(
+        self, *, max_length: int, prefix: torch.Tensor | None = None, deep: torch.Tensor | None = None
+    ) -> InferenceSession:
+        """A session in which `step(hidden_states)` runs one or more positions behind those that came before.
+
+        Args:
+            max_length: positions to reserve room for on servers, the prefix not counted.
+            prefix: [P, H] in front of every sample.
+            deep: [L, P, H] added to the prefix before each of these blocks.
+
+        Raises:
+            UnsupportedInputError: shapes do not fit. (Servers are asked with the first step.)
+        """
+        swarm = self._swarm
+        return InferenceSession(
+            swarm.node, swarm.view, swarm.stats, self.start, self.end, max_length=max_length, prefix=prefix, deep=deep
+        )
 
     def run(
         self,
@@ -185,6 +213,14 @@ class RemoteSequential(nn.Module):
             self._swarm.runner, self.start, self.end, sizes, want_prefix, hidden_states, prefix, deep, rows
         )
         return out, prefix_out if want_prefix and prefix is not None else None
+
+    def _step(self, hidden_states: torch.Tensor, session: InferenceSession) -> torch.Tensor:
+        context, tokens = self.context, hidden_states.shape[1]
+        keep = min(context.keep, tokens)
+        out = session.step(
+            hidden_states, attention_mask=context.attention_mask, position_ids=context.position_ids, keep=keep
+        )
+        return nn.functional.pad(out, (0, 0, tokens - out.shape[1], 0))
 
     def __len__(self) -> int:
         return self.end - self.start

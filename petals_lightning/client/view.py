@@ -155,23 +155,26 @@ class SwarmView:
         self._forget_absent()
         self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
 
-    async def route(self, start: int, end: int, *, tokens: int) -> list[RouteSpan]:
+    async def route(self, start: int, end: int, *, tokens: int, avoid: Collection[str] = ()) -> list[RouteSpan]:
         """The fastest route through blocks [start, end) for requests of `tokens` tokens.
 
-        Waits up to `recovery_timeout` seconds for blocks whose every holder has failed.
+        Waits up to `recovery_timeout` seconds for blocks whose every holder has failed. With peers to `avoid` it takes
+        what is there without them, or raises.
 
         Raises:
-            NoServersError: nobody came back.
+            NoServersError: nobody came back, or only those to avoid are there.
             AccessDeniedError: there are servers, but they let this peer not in.
         """
         deadline = time.monotonic() + self.config.recovery_timeout
         told = False
         while True:
-            usable = self._usable(tokens)
+            usable = [server for server in self._usable(tokens) if server.peer not in avoid]
             if (legs := plan_route(usable, start, end)) is not None:
-                return self._settle(usable, start, end, legs)
+                return legs if avoid else self._settle(usable, start, end, legs)
             missing = uncovered(usable, start, end)
             self._check_refusals(missing)
+            if avoid:
+                raise NoServersError(f"no other server holds blocks {format_blocks(missing)} of {self.dht_prefix!r}")
             if time.monotonic() > deadline:
                 raise NoServersError(await self._explain_missing(missing))
             if not told:
@@ -211,7 +214,9 @@ class SwarmView:
             connection = self._connections.pop(peer, None)
             if connection is not None:
                 connection.close()
-        logger.warning("%s; leaving it alone for at least %.0f s", self._named(failure), period)
+        # One that stays away is told of once, however often the background tries it.
+        level = logging.WARNING if count == 1 or proven else logging.INFO
+        logger.log(level, "%s; leaving it alone for at least %.0f s", self._named(failure), period)
 
     def forgive(self, peer: str) -> None:
         """Lifts a ban: the failure was not the server's."""

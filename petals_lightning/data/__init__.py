@@ -1,6 +1,7 @@
-"""Labelled texts from anywhere, as batches that waste little on padding."""
+"""Labelled texts and dialogues from anywhere, as batches that waste little on padding."""
 
+from petals_lightning.data.dialogues import DialogueDataModule
 from petals_lightning.data.text_classification import TextClassificationDataModule
 from petals_lightning.data.tokenizers import load_tokenizer
 
-__all__ = ["TextClassificationDataModule", "load_tokenizer"]
+__all__ = ["DialogueDataModule", "TextClassificationDataModule", "load_tokenizer"]

@@ -130,6 +130,11 @@ class TextClassificationDataModule(pl.LightningDataModule):
         return "test" in self._splits and self._splits["test"].labels is not None
 
     @property
+    def description(self) -> str:
+        """What the samples are, for people."""
+        return f"{self.num_labels} classes"
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Samples of each split."""
         return {split: len(samples) for split, samples in self._splits.items()}

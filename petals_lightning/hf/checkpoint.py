@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from petals_lightning.errors import CheckpointError, UnsupportedModelError
@@ -69,6 +69,12 @@ class Checkpoint:
             raise UnsupportedModelError(
                 f"model {self.name_or_path!r} has an architecture that transformers does not know: {_first_line(e)}"
             ) from e
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig | None:
+        """The model's defaults for `generate`, or None if it comes without any."""
+        path = self._find("generation_config.json")
+        return GenerationConfig.from_pretrained(path.parent) if path is not None else None
 
     @cached_property
     def shard_of(self) -> dict[str, str]:

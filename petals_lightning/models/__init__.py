@@ -7,6 +7,7 @@ from petals_lightning.models.auto import (
     AutoDistributedModelForSequenceClassification,
     remote_blocks,
 )
+from petals_lightning.models.prompt_files import PromptCard, export_peft, load_prompts, save_prompts
 from petals_lightning.models.trainable import prompts_of, trainable_state_dict
 
 __all__ = [
@@ -14,7 +15,11 @@ __all__ = [
     "AutoDistributedModel",
     "AutoDistributedModelForCausalLM",
     "AutoDistributedModelForSequenceClassification",
+    "PromptCard",
+    "export_peft",
+    "load_prompts",
     "prompts_of",
     "remote_blocks",
+    "save_prompts",
     "trainable_state_dict",
 ]

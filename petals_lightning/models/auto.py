@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,9 @@ from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.loading import model_class
 from petals_lightning.hf.skeleton import BlockLayout, num_blocks
 from petals_lightning.models.bridge import DecoderBridge
-from petals_lightning.models.prompts import TuningMode, check_tuning
+from petals_lightning.models.generation import RemoteGeneration
+from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
+from petals_lightning.models.prompts import TuningMode
 from petals_lightning.models.trainable import FrozenBody, attach_trainable
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
@@ -36,6 +39,10 @@ class DistributedModel(FrozenBody):
     """Mixed into the family's own class, whose blocks are remote."""
 
     bridge: DecoderBridge
+
+
+class DistributedCausalLM(RemoteGeneration, DistributedModel):
+    """Generates."""
 
 
 class DistributedClassifier(DistributedModel):
@@ -102,6 +109,7 @@ class _AutoDistributed:
         dht_prefix: str | None = None,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int | None = None,
+        prompts: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         token: str | bool | None = None,
@@ -126,6 +134,7 @@ class _AutoDistributed:
                 SwarmNode, which stays the caller's to close.
             dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
             tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
+            prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
             dtype (or torch_dtype): of what is held here; "auto", the default, takes the checkpoint's.
             token, revision: as in transformers.
             connect_timeout, request_timeout: seconds; max_retries: failures that a part of a step survives.
@@ -148,7 +157,7 @@ class _AutoDistributed:
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
             AccessDeniedError: the servers let this peer not in.
         """
-        check_tuning(tuning_mode, pre_seq_len)
+        tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len)
         config = client_config or ClientConfig(
             connect_timeout=connect_timeout,
             request_timeout=request_timeout,
@@ -161,6 +170,8 @@ class _AutoDistributed:
         )
         checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
         model_config = _config_with_prefix(checkpoint, dht_prefix)
+        if prompts is not None:
+            check_base_model(PromptCard.read(prompts), checkpoint, prompts)  # before anything is loaded
         family = model_class(cls.auto_class, checkpoint)
         with torch.random.fork_rng(devices=[]):  # loading must not move the generator that start values come from
             model, layout = load_pruned(
@@ -172,10 +183,14 @@ class _AutoDistributed:
                 mixin=cls.mixin,
                 may_miss=lambda name: not name.startswith(f"{family.base_model_prefix}."),
             )
+        if model.can_generate() and checkpoint.generation_config is not None:
+            model.generation_config = checkpoint.generation_config
         layers = _connect(
             model, checkpoint, config, node=node, dht=dht, initial_peers=initial_peers, identity_path=identity_path
         )
-        _assemble(model, layout, layers, tuning_mode, pre_seq_len)
+        _assemble(model, checkpoint, layout, layers, tuning_mode, pre_seq_len)
+        if prompts is not None:
+            load_prompts(model, prompts)
         return model
 
 
@@ -189,6 +204,7 @@ class AutoDistributedModelForCausalLM(_AutoDistributed):
     """With a language-model head, as `transformers.AutoModelForCausalLM`."""
 
     auto_class = AutoModelForCausalLM
+    mixin = DistributedCausalLM
 
 
 class AutoDistributedModelForSequenceClassification(_AutoDistributed):
@@ -256,10 +272,12 @@ def _connect(
 
 def _assemble(
     model: Any,
+    checkpoint: Checkpoint,
     layout: BlockLayout,
     layers: RemoteSequential,
     tuning_mode: TuningMode | None,
     pre_seq_len: int | None,
 ) -> None:
+    model.checkpoint = checkpoint
     attach_trainable(model, layout, tuning_mode, pre_seq_len)
     model.bridge = DecoderBridge(model, layout, layers)

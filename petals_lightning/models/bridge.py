@@ -9,42 +9,22 @@ Shapes: B batch, S tokens, P virtual tokens, E embedding width, H hidden size, N
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from petals_lightning.client.inference import InferenceSession
 from petals_lightning.client.remote_sequential import Context, RemoteSequential
 from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.hf.skeleton import BlockLayout
 from petals_lightning.models.prompts import Prompts
+from petals_lightning.models.remote_cache import OffsetLayer, RemoteCache
 
-
-class _OffsetLayer(CacheLayerMixin):
-    """Claims to hold `length` positions; holds nothing, since no block of this process ever asks for it."""
-
-    is_sliding = False
-
-    def __init__(self, length: int):
-        super().__init__()
-        self.length = length
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise AssertionError("no attention runs in this process")
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("no attention runs in this process")
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
+if TYPE_CHECKING:
+    from petals_lightning.models.generation import GenerationSession
 
 
 class DecoderBridge:
@@ -54,16 +34,48 @@ class DecoderBridge:
         model: the pruned model; its prompts, if any, are attached to the owner.
         layout: where the blocks were.
         layers: the remote blocks to put there.
+
+    Attributes:
+        rows: [N] indices into B·S that the next pass reads, None for all.
+        session: the conversation that `generate` goes on with, if there is one.
     """
 
     def __init__(self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential):
         layout.set_blocks(model, layers)
         owner = layout.owner(model)
-        self._layers, self._embed = layers, model.get_input_embeddings()
+        self._layers, self._owner, self._embed = layers, owner, model.get_input_embeddings()
         self._prompts: Prompts | None = getattr(owner, "prompts", None)
         self.rows: torch.Tensor | None = None
+        self.session: GenerationSession | None = None
+        self._own_session: InferenceSession | None = None
+        self._cache: RemoteCache | None = None  # of the running pass
+        self._keep = 0
+        if model is not owner:
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         owner.register_forward_pre_hook(self._before, with_kwargs=True)
         owner.register_forward_hook(self._after)
+
+    def open_session(self, max_length: int) -> InferenceSession:
+        """A session of the blocks behind the model's prompts, as they are now."""
+        with torch.no_grad():
+            prefix, deep = self._prompts_at_first_block()
+        return self._layers.inference_session(max_length=max_length, prefix=prefix, deep=deep)
+
+    def own_session(self, max_length: int) -> InferenceSession:
+        """The session of a single `generate`, to be closed at its end."""
+        self.close_own_session()
+        self._own_session = self.open_session(max_length)
+        return self._own_session
+
+    def close_own_session(self) -> None:
+        session, self._own_session = self._own_session, None
+        if session is not None:
+            session.close()
+
+    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A model that computes the logits of the last positions only reads no other position.
+        keep = kwargs.get("logits_to_keep")
+        self._keep = keep if isinstance(keep, int) else 0
 
     def _before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._layers.context.capture:
@@ -72,49 +84,81 @@ class DecoderBridge:
             kwargs["input_ids"], *rest = args
             if rest:
                 raise UnsupportedInputError("give everything behind input_ids by name")
+        cache = kwargs.get("past_key_values")
+        self._cache = cache if isinstance(cache, RemoteCache) else None
         self._check(kwargs)
         embeds = kwargs.pop("inputs_embeds", None)
         input_ids = kwargs.pop("input_ids", None)
         if embeds is None:
             embeds = self._embed(input_ids)
-        self._layers.context = self._context(owner, embeds)
+        kwargs["inputs_embeds"] = embeds
+        if self._cache is not None:
+            return (), kwargs | self._begin_step(self._cache.session, **_padding(kwargs))
+        prefix, deep = self._prompts_at_first_block()
+        self._layers.context = Context(prefix=prefix, deep=deep, rows=self.rows)
         return (), kwargs | {
-            "inputs_embeds": embeds,
             "attention_mask": None,  # right padding needs none: no real token sees what stands behind it
             "use_cache": False,
-            "past_key_values": Cache(layers=[_OffsetLayer(self._prompts.pre_seq_len)]) if self._prompts else None,
+            "past_key_values": Cache(layers=[OffsetLayer(self._prompts.pre_seq_len)]) if self._prompts else None,
         }
+
+    def _begin_step(
+        self, session: InferenceSession, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Tells the blocks of a step in a session; returns what its decoder is told, which counts the prefix in."""
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None
+        self._layers.context = Context(
+            session=session, attention_mask=attention_mask, position_ids=position_ids, keep=self._keep
+        )
+        length = self._prompts.pre_seq_len if self._prompts is not None else 0
+        told: dict[str, Any] = {
+            "attention_mask": nn.functional.pad(attention_mask, (length, 0), value=1)
+            if attention_mask is not None
+            else None,
+            "past_key_values": Cache(layers=[OffsetLayer(length + session.position)]),
+            "use_cache": True,
+        }
+        return told | {"position_ids": position_ids + length} if position_ids is not None else told
 
     def _after(self, owner: nn.Module, args: Any, output: Any) -> Any:
         if not self._layers.context.capture:
             self._layers.context = Context()
             if "past_key_values" in output:
-                output.past_key_values = None
+                output.past_key_values = self._cache
+            self._cache = None
         return output
 
-    def _context(self, owner: nn.Module, embeds: torch.Tensor) -> Context:
-        context = Context(rows=self.rows)
-        if self._prompts is not None:
-            self._layers.context = capture = Context(capture=True)
-            try:
-                owner(inputs_embeds=self._prompts.input.to(embeds.dtype)[None], use_cache=False)
-            finally:
-                self._layers.context = Context()
-            assert capture.captured is not None
-            context.prefix, context.deep = capture.captured[0], self._prompts.deep
-        return context
+    def _prompts_at_first_block(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The prefix's hidden states [P, H] before the first block and deep prompts [L, P, H], or None."""
+        if self._prompts is None:
+            return None, None
+        dtype = next(self._embed.parameters()).dtype
+        self._layers.context = capture = Context(capture=True)
+        try:
+            self._owner(inputs_embeds=self._prompts.input.to(dtype)[None], use_cache=False)
+        finally:
+            self._layers.context = Context()
+        assert capture.captured is not None
+        return capture.captured[0], self._prompts.deep
 
-    @staticmethod
-    def _check(kwargs: dict[str, Any]) -> None:
+    def _check(self, kwargs: dict[str, Any]) -> None:
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
                 raise UnsupportedInputError(
                     f"{name}=True: blocks run on servers, which return the last block's output only. "
                     "Leave it off, or run model.layers[a:b] piece by piece"
                 )
+        if self._cache is not None:
+            if self.rows is not None or torch.is_grad_enabled():
+                raise UnsupportedInputError("an inference session gives no gradients: call it under torch.no_grad()")
+            if (mask := kwargs.get("attention_mask")) is not None and mask.ndim != 2:
+                raise UnsupportedInputError(f"attention_mask must be [B, T] of 0 and 1, got {tuple(mask.shape)}")
+            return
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
             raise UnsupportedInputError(
-                "use_cache / past_key_values: keys and values live on servers, this call cannot take or return them"
+                "use_cache / past_key_values: keys and values live on servers; call generate, or open an "
+                "inference_session and give its `cache` as past_key_values"
             )
         position_ids = kwargs.get("position_ids")
         if position_ids is not None:
@@ -128,3 +172,7 @@ class DecoderBridge:
                     "attention_mask has padding on the left or inside: training through a swarm takes right padding "
                     "only; set tokenizer.padding_side = 'right'"
                 )
+
+
+def _padding(kwargs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    return {name: kwargs.get(name) for name in ("attention_mask", "position_ids")}

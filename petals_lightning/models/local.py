@@ -6,6 +6,7 @@ What distributed training is compared with, in tests, in benchmarks and by anybo
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from petals_lightning.hf import Checkpoint, find_blocks
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.hf.skeleton import BlockLayout
-from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
+from petals_lightning.models.prompt_files import load_prompts, tuning_of
+from petals_lightning.models.prompts import Prompts, TuningMode
 from petals_lightning.models.trainable import FrozenBody, attach_trainable
 
 
@@ -29,6 +31,7 @@ class _LocalModel:
         *,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int | None = None,
+        prompts: str | Path | None = None,
         dtype: torch.dtype | str = "auto",
         token: str | bool | None = None,
         revision: str | None = None,
@@ -40,6 +43,7 @@ class _LocalModel:
             name_or_path: folder or hub id.
             tuning_mode: None, "ptune" or "deep_ptune".
             pre_seq_len: P, the number of virtual tokens.
+            prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
             dtype: of the frozen weights; "auto" takes the checkpoint's.
             token, revision: as in transformers.
             config_overrides: set on the config, e.g. `num_labels`.
@@ -47,7 +51,7 @@ class _LocalModel:
         Raises:
             ConfigurationError, CheckpointError, UnsupportedModelError: as the distributed classes.
         """
-        check_tuning(tuning_mode, pre_seq_len)
+        tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len)
         checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
         config = checkpoint.config
         for name, value in config_overrides.items():
@@ -65,6 +69,9 @@ class _LocalModel:
         attach_trainable(model, layout, tuning_mode, pre_seq_len)
         if tuning_mode is not None:
             concatenate_prompts(model, layout)
+        model.checkpoint = checkpoint
+        if prompts is not None:
+            load_prompts(model, prompts)
         return model
 
 
@@ -95,6 +102,9 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
         kwargs["inputs_embeds"] = torch.cat([prefix, embeds], dim=1)
         if (mask := kwargs.get("attention_mask")) is not None:
             kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), prompts.pre_seq_len), mask], dim=1)
+        if (positions := kwargs.get("position_ids")) is not None:
+            counted = torch.arange(prompts.pre_seq_len, device=positions.device).expand(len(positions), -1)
+            kwargs["position_ids"] = torch.cat([counted, positions + prompts.pre_seq_len], dim=1)
         return args, kwargs
 
     def strip_prefix(module: nn.Module, args: Any, output: Any) -> Any:

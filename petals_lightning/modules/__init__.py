@@ -1,5 +1,7 @@
 """Lightning modules: one a task."""
 
+from petals_lightning.modules.causal_lm import CausalLMModule
 from petals_lightning.modules.sequence_classification import SequenceClassificationModule
+from petals_lightning.modules.tuning import TuningModule
 
-__all__ = ["SequenceClassificationModule"]
+__all__ = ["CausalLMModule", "SequenceClassificationModule", "TuningModule"]

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from sklearn.metrics import classification_report
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from petals_lightning.data import load_tokenizer
-from petals_lightning.errors import ConfigurationError
-from petals_lightning.models import trainable_state_dict
-from petals_lightning.strategies import RemoteBlockStrategy, ServedModel, load_trained_weights
-
-TUNING_MODES = (None, "ptune", "deep_ptune")
+from petals_lightning.modules.tuning import TuningModule
 
 
-class SequenceClassificationModule(pl.LightningModule):
+class SequenceClassificationModule(TuningModule):
     """Trains prompts and a classification head; everything else is frozen.
 
     Under `RemoteBlockStrategy` the blocks are in its swarm; under any other the whole model is in this process.
@@ -48,7 +39,7 @@ class SequenceClassificationModule(pl.LightningModule):
         ConfigurationError: a value out of range; the message names the setting.
     """
 
-    model: PreTrainedModel
+    monitor, monitor_mode = "val/accuracy", "max"
 
     def __init__(
         self,
@@ -65,24 +56,19 @@ class SequenceClassificationModule(pl.LightningModule):
         dht_prefix: str | None = None,
         token: str | None = None,
     ):
-        super().__init__()
-        if tuning_mode not in TUNING_MODES:
-            raise ConfigurationError(f"tuning.mode={tuning_mode}: must be null, ptune or deep_ptune")
-        if tuning_mode is not None and pre_seq_len < 1:
-            raise ConfigurationError(
-                f"tuning.pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
-                "to train the head alone set tuning=none"
-            )
-        if lr <= 0:
-            raise ConfigurationError(f"optim.lr={lr}: must be above 0")
-        if not 0 <= warmup_ratio <= 1:
-            raise ConfigurationError(f"optim.warmup_ratio={warmup_ratio}: must be between 0 and 1")
+        super().__init__(
+            model_name,
+            tuning_mode=tuning_mode,
+            pre_seq_len=pre_seq_len,
+            lr=lr,
+            warmup_ratio=warmup_ratio,
+            dtype=dtype,
+            revision=revision,
+            dht_prefix=dht_prefix,
+            token=token,
+        )
         self.save_hyperparameters(ignore=["token"])
-        self.served_model = ServedModel(model_name, dtype, revision, dht_prefix)
         self.class_names = class_names or [str(label) for label in range(num_labels)]
-        self._token = token
-        self._session: int | None = None
-        self._rng_state: Tensor | None = None
         self.val_accuracy = MulticlassAccuracy(num_labels, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_labels, average="micro")
         self._test_labels: list[Tensor] = []
@@ -90,40 +76,15 @@ class SequenceClassificationModule(pl.LightningModule):
 
     # --- the model -------------------------------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
-        """Builds the model, or connects it anew when the Trainer has joined the swarm again."""
-        strategy = self.trainer.strategy if self._trainer is not None else None
-        session = strategy.session if isinstance(strategy, RemoteBlockStrategy) else 0
-        if self._session == session:
-            return
-        kept = None if self._session is None else trainable_state_dict(self)
-        self.model = self._remote_model(strategy) if isinstance(strategy, RemoteBlockStrategy) else self._local_model()
-        if kept is not None:
-            load_trained_weights(self, kept)
-        self._session = session
-
-    def _remote_model(self, strategy: RemoteBlockStrategy) -> PreTrainedModel:
+    def auto_classes(self) -> tuple[Any, Any]:
         from petals_lightning.models import AutoDistributedModelForSequenceClassification
-
-        return AutoDistributedModelForSequenceClassification.from_pretrained(
-            self.hparams["model_name"], **self._model_arguments(), **strategy.client_arguments
-        )
-
-    def _local_model(self) -> PreTrainedModel:
         from petals_lightning.models.local import LocalModelForSequenceClassification
 
-        return LocalModelForSequenceClassification.from_pretrained(
-            self.hparams["model_name"], **self._model_arguments()
-        )
+        return AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
 
-    def _model_arguments(self) -> dict[str, Any]:
-        names = ("dtype", "revision", "tuning_mode", "num_labels")
-        arguments = {name: self.hparams[name] for name in names} | {"token": self._token}
-        # Hugging Face classifies at the last token that is not this one.
-        tokenizer = load_tokenizer(self.hparams["model_name"], revision=self.hparams["revision"], token=self._token)
-        arguments["pad_token_id"] = tokenizer.pad_token_id
-        arguments["pre_seq_len"] = self.hparams["pre_seq_len"] if self.hparams["tuning_mode"] else None
-        return arguments
+    def model_arguments(self) -> dict[str, Any]:
+        # `pad_token_id` is among them: Hugging Face classifies at the last token that is not this one.
+        return super().model_arguments() | {"num_labels": self.hparams["num_labels"]}
 
     def forward(self, **batch: Tensor) -> Any:
         """The model's output: `logits` [B, num_labels] and, given `labels` [B], `loss` (mean cross-entropy)."""
@@ -173,39 +134,3 @@ class SequenceClassificationModule(pl.LightningModule):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         probabilities = self(**inputs).logits.float().softmax(-1)
         return {"probabilities": probabilities, "labels": probabilities.argmax(-1)}
-
-    # --- training and its checkpoints --------------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> Any:
-        trained = [weight for weight in self.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = round(self.hparams["warmup_ratio"] * steps)
-        schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_fit_start(self) -> None:
-        # The frozen model is in eval mode on purpose: neither servers nor client apply dropout to it.
-        warnings.filterwarnings("ignore", r".*module\(s\) in eval mode at the start of training")
-        # GradScaler leaves out the first optimizer steps while it looks for its scale; the schedule goes on.
-        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
-
-    def on_train_start(self) -> None:
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state.cpu())
-            self._rng_state = None
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["torch_rng_state"] = torch.get_rng_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng_state = checkpoint.get("torch_rng_state")
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Trained weights only, under every strategy."""
-        return trainable_state_dict(self)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Takes trained weights only; see `load_trained_weights`."""
-        load_trained_weights(self, state_dict)
-        return torch.nn.modules.module._IncompatibleKeys([], [])

@@ -9,9 +9,10 @@ its tensors), cut into frames so that a short message never waits behind a long 
 
 The client numbers its calls from 1; the server's reply carries the call's number. A `ping` is answered with where the
 client's open calls stand: `calls`, a list of [call id, requests that will run before it]; 0 means that it runs or is
-done. A long queue is no hang, an unanswered ping is. `forward` with `keep` leaves its autograd
-graph on the server under the call's number; `backward` names it and sends gradients only. Graphs and registered
-prompts belong to their stream and are freed when it ends.
+done. A long queue is no hang, an unanswered ping is. `forward` with `keep` leaves its autograd graph on the server
+under the call's number; `backward` names it and sends gradients only. `step` runs new positions behind those whose keys
+and values the server keeps under a session's number, until `end_session`. Graphs, registered prompts and sessions
+belong to their stream and are freed when it ends.
 
 Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the span, N rows that are read.
 """
@@ -47,6 +48,8 @@ class Method(StrEnum):
     AUTH = "auth"
     FORWARD = "forward"
     BACKWARD = "backward"
+    STEP = "step"
+    END_SESSION = "end_session"
     CANCEL = "cancel"
     OK = "ok"
     ERROR = "error"
@@ -57,7 +60,7 @@ class ErrorCode(StrEnum):
 
     BAD_REQUEST and INTERNAL would fail elsewhere too and surface to the user; the others are answered by sending the
     request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING, NOT_ALLOWED), or here with more (GRAPH_LOST,
-    PROMPTS_LOST).
+    PROMPTS_LOST, CACHE_LOST).
     """
 
     BAD_REQUEST = "bad_request"
@@ -68,6 +71,7 @@ class ErrorCode(StrEnum):
     NOT_ALLOWED = "not_allowed"
     GRAPH_LOST = "graph_lost"
     PROMPTS_LOST = "prompts_lost"
+    CACHE_LOST = "cache_lost"
 
 
 @dataclass

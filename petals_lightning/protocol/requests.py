@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol import checks
+from petals_lightning.protocol.checks import WIRE_DTYPES, typed
 from petals_lightning.protocol.messages import Message, Method
-from petals_lightning.protocol.tensors import DTYPE_NAMES, DTYPES
-
-WIRE_DTYPES = {"float32", "float16", "bfloat16"}
+from petals_lightning.protocol.tensors import DTYPES
 
 
 @dataclass
@@ -58,27 +58,16 @@ class ForwardRequest:
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ForwardRequest:
         """Raises ProtocolError if a field is missing or has the wrong type, or shapes contradict each other."""
-        start, end = _typed(fields, "start", int), _typed(fields, "end", int)
-        wire_dtype = _typed(fields, "wire_dtype", str)
-        if not 0 <= start < end:
-            raise ProtocolError(f"blocks {start}:{end} are no span")
-        if wire_dtype not in WIRE_DTYPES:
-            raise ProtocolError(f"wire_dtype {wire_dtype!r:.40} is none of {sorted(WIRE_DTYPES)}")
+        start, end, wire_dtype = checks.span_and_dtype(fields)
         if unknown := set(tensors) - set(cls._TENSORS):
             raise ProtocolError(f"unknown tensors {sorted(unknown)!r:.100}")
-        hidden = _floating(tensors, "hidden", 3)
+        hidden = checks.floating(tensors, "hidden", 3)
         if hidden is None:
             raise ProtocolError("the tensor `hidden` is missing")
-        prefix, deep = _floating(tensors, "prefix", 2), _floating(tensors, "deep", 3)
-        prompts_key = _typed(fields, "prompts_key", (int, type(None)))
-        if (deep is not None or prompts_key is not None) and prefix is None:
+        prefix, deep = checks.prompts(tensors, hidden, end - start)
+        prompts_key = typed(fields, "prompts_key", (int, type(None)))
+        if prompts_key is not None and prefix is None:
             raise ProtocolError("deep prompts need a prefix")
-        if prefix is not None and prefix.shape[1] != hidden.shape[2]:
-            raise ProtocolError(f"prefix {list(prefix.shape)} and hidden {list(hidden.shape)} differ in hidden size")
-        if deep is not None and prefix is not None and list(deep.shape) != [end - start, *prefix.shape]:
-            raise ProtocolError(f"deep prompts {list(deep.shape)} do not fit {end - start} blocks and their prefix")
-        if min(hidden.shape) < 1 or (prefix is not None and min(prefix.shape) < 1):
-            raise ProtocolError("a tensor has an empty dimension")
         rows = tensors.get("rows")
         if rows is not None:
             if rows.dtype != torch.int32 or rows.ndim != 1 or not len(rows):
@@ -89,7 +78,7 @@ class ForwardRequest:
                 raise ProtocolError(f"rows point outside of {hidden.shape[0]} × {hidden.shape[1]} positions")
         return cls(
             start, end, hidden, prefix, deep, rows, prompts_key,
-            _typed(fields, "keep", bool), _typed(fields, "input_grad", bool), _typed(fields, "want_prefix", bool),
+            typed(fields, "keep", bool), typed(fields, "input_grad", bool), typed(fields, "want_prefix", bool),
             wire_dtype,
         )  # fmt: skip
 
@@ -130,35 +119,20 @@ class BackwardRequest:
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> BackwardRequest:
         """Raises ProtocolError as `ForwardRequest.from_message`."""
         tensors = dict(tensors)
-        graph = _typed(fields, "graph", (int, type(None)))
-        wire_dtype = _typed(fields, "wire_dtype", str)
+        graph = typed(fields, "graph", (int, type(None)))
+        wire_dtype = typed(fields, "wire_dtype", str)
         if wire_dtype not in WIRE_DTYPES:
             raise ProtocolError(f"wire_dtype {wire_dtype!r:.40} is none of {sorted(WIRE_DTYPES)}")
-        grad, grad_prefix = tensors.pop("grad", None), _floating(tensors, "grad_prefix", 2)
+        grad, grad_prefix = tensors.pop("grad", None), checks.floating(tensors, "grad_prefix", 2)
         tensors.pop("grad_prefix", None)
         if grad is None or not grad.is_floating_point():
             raise ProtocolError("the tensor `grad` is missing")
         forward = None
         if graph is None:
-            forward = ForwardRequest.from_message(_typed(fields, "forward", dict), tensors)
+            forward = ForwardRequest.from_message(typed(fields, "forward", dict), tensors)
         elif tensors:
             raise ProtocolError("a backward by graph id takes gradients only")
         return cls(grad, grad_prefix, graph, forward, wire_dtype)
-
-
-def _typed(fields: dict[str, Any], name: str, kind: Any) -> Any:
-    value = fields.get(name)
-    is_stray_bool = isinstance(value, bool) and kind is not bool
-    if not isinstance(value, kind) or is_stray_bool:
-        raise ProtocolError(f"field {name!r} is {value!r:.60}")
-    return value
-
-
-def _floating(tensors: dict[str, torch.Tensor], name: str, dims: int) -> torch.Tensor | None:
-    tensor = tensors.get(name)
-    if tensor is not None and (not tensor.is_floating_point() or tensor.ndim != dims):
-        raise ProtocolError(f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}")
-    return tensor
 
 
 def to_wire(tensor: torch.Tensor, wire_dtype: str) -> torch.Tensor:

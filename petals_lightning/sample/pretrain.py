@@ -106,7 +106,7 @@ def train(
 
     :param minutes: end after this time at the latest; the schedule is shortened to fit.
     """
-    pad = model.config.pad_token_id
+    pad: int = model.config.pad_token_id  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     columns = (
         TextColumn("{task.description}"),
@@ -129,7 +129,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(1, (step + 1) / 100) * decay
             ids = next(data)
-            loss = model(ids, labels=torch.where(ids == pad, -100, ids)).loss
+            loss = model(ids, labels=ids.masked_fill(ids == pad, -100)).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

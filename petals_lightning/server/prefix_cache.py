@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
+
+from petals_lightning.server.kv_cache import SpanCache
 
 
 class PrefixLayer(CacheLayerMixin):
@@ -44,24 +46,6 @@ class PrefixLayer(CacheLayerMixin):
         return -1
 
 
-class PrefixCache(Cache):
-    """One PrefixLayer per hosted block."""
-
-    def __init__(self, num_blocks: int):
-        super().__init__(layers=[PrefixLayer() for _ in range(num_blocks)])
-        self._used = 0
-
-    def use_from(self, first: int) -> None:
-        """Lets lengths be read from the first block that is run: a sub-span leaves earlier layers empty."""
-        self._used = first
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._prefix_layer(layer_idx).get_seq_length()
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._prefix_layer(layer_idx).get_mask_sizes(query_length)
-
-    def _prefix_layer(self, layer_idx: int) -> PrefixLayer:
-        layer = self.layers[max(layer_idx, self._used)]
-        assert isinstance(layer, PrefixLayer)
-        return layer
+def prefix_cache(num_blocks: int, first: int) -> SpanCache:
+    """One PrefixLayer per hosted block; blocks from `first` on are run."""
+    return SpanCache([PrefixLayer() for _ in range(num_blocks)], first)

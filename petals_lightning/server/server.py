@@ -26,6 +26,7 @@ from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.access import AccessRules
 from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import measure_graph_cost
+from petals_lightning.server.inference import measure_cache_bytes
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Backend, Session
@@ -123,6 +124,7 @@ class Server:
                 span, self._compute, self._limits, info={}, rules=self._rules, peer_id=self.node.peer_id.to_base58()
             )
             self._backend.graph_cost = measure_graph_cost(span)
+            self._backend.cache_bytes_per_token = measure_cache_bytes(span)
             record = self._measure(span)
             self._backend.info = {
                 "start": start,
@@ -230,6 +232,7 @@ class Server:
             await asyncio.sleep(self._update_period)
             assert self._backend is not None
             self._backend.graphs.expire()
+            self._backend.caches.expire()
             try:
                 # hivemind waits for ever for a daemon that has died
                 stored = await asyncio.wait_for(self._announce(prefix, count, record), max(self._update_period, 10.0))

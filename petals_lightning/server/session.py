@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.checks import typed
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
+from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.access import AccessRules, Gate
 from petals_lightning.server.admission import Account, Accounts
 from petals_lightning.server.compute import ComputeThread, Priority
 from petals_lightning.server.graphs import GraphCost, GraphStore
+from petals_lightning.server.inference import CacheStore, SessionCache
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
 
@@ -54,6 +57,8 @@ class Backend:
         self.accounts = Accounts(limits)
         self.graphs = GraphStore(limits.graph_bytes, limits.graph_lifetime)
         self.graph_cost = GraphCost(0.0, 0.0)
+        self.caches = CacheStore(limits.cache_bytes, limits.cache_lifetime)
+        self.cache_bytes_per_token = 0.0
         self.leaving = False
         self.under_way = 0
 
@@ -64,6 +69,13 @@ class Backend:
         if not self.span.share_prefix:
             tokens += prefix
         return self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
+
+    def cache_size(self, request: StepRequest) -> int:
+        """Bytes that the session opened by a request may come to hold."""
+        assert request.max_length is not None
+        positions = request.max_length + (len(request.prefix) if request.prefix is not None else 0)
+        blocks = request.end - request.start
+        return int(len(request.hidden) * positions * blocks * self.cache_bytes_per_token)
 
 
 class Session:
@@ -106,6 +118,7 @@ class Session:
             for task in tasks:
                 task.cancel()
             self._backend.graphs.drop_stream(self._number)
+            self._backend.caches.drop_stream(self._number)
             self._writer.close()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._release(self._reserved)  # also of a message that broke the protocol
@@ -128,7 +141,9 @@ class Session:
                 if (task := self._tasks.get(call_id)) is not None:
                     task.cancel()
                     self._settle(call_id, task)  # now: the next request may be read before the task can end
-            case Method.FORWARD | Method.BACKWARD:
+            case Method.END_SESSION:
+                self._backend.caches.pop((self._number, typed(message.fields, "session", int)))
+            case Method.FORWARD | Method.BACKWARD | Method.STEP:
                 if call_id in self._tasks:
                     raise ProtocolError(f"call id {call_id} is used twice")
                 # Parsed here and not in the task: registered prompts must be seen in the order they were sent.
@@ -179,6 +194,11 @@ class Session:
                 forward = ForwardRequest.from_message(message.fields, message.tensors)
                 self._admit(forward)
                 return lambda: self._forward(call_id, forward)
+            if message.method is Method.STEP:
+                step = StepRequest.from_message(message.fields, message.tensors)
+                self._check_size(step)
+                cache = self._session_cache(step)
+                return lambda: self._step(call_id, step, cache)
             backward = BackwardRequest.from_message(message.fields, message.tensors)
             if backward.forward is not None:
                 self._admit(backward.forward)
@@ -188,8 +208,8 @@ class Session:
         except Refusal as e:
             return _failing(e)
 
-    def _admit(self, request: ForwardRequest) -> None:
-        """Checks a request against the span and the limits, and resolves its registered prompts."""
+    def _check_size(self, request: ForwardRequest | StepRequest) -> None:
+        """Checks a request against the span and the limits."""
         span, limits = self._backend.span, self._backend.limits
         if not span.start <= request.start < request.end <= span.end:
             raise Refusal(
@@ -205,6 +225,10 @@ class Session:
                 f"{positions} tokens in one request, this server takes up to {limits.max_batch_tokens}: "
                 "use smaller batches or micro-batches"
             )
+
+    def _admit(self, request: ForwardRequest) -> None:
+        """Checks a request, and resolves its registered prompts."""
+        self._check_size(request)
         if request.prompts_key is not None:
             if request.deep is not None:
                 self._prompts[request.prompts_key] = request.deep
@@ -217,6 +241,25 @@ class Session:
                 request.deep = deep
             else:
                 raise Refusal(ErrorCode.PROMPTS_LOST, "these prompts are not registered here any more")
+
+    def _session_cache(self, request: StepRequest) -> SessionCache:
+        """The cache that a step goes on with, opened here if the step says so."""
+        caches, key = self._backend.caches, (self._number, request.session)
+        if request.max_length is not None:
+            size = self._backend.cache_size(request)
+            if not caches.make_room(key, size):
+                raise Refusal(
+                    ErrorCode.OVERLOADED,
+                    f"no room for the keys and values of {len(request.hidden)} × {request.max_length} positions: they "
+                    f"may take {size / 2**20:.1f} MiB, {caches.free_bytes / 2**20:.1f} of "
+                    f"{caches.max_bytes / 2**20:.1f} MiB are free",
+                )
+            caches.put(key, SessionCache(self._backend.span, request, size))
+        cache = caches.get(key)
+        if cache is None:
+            raise Refusal(ErrorCode.CACHE_LOST, "this session is not held here any more")
+        cache.check(request)
+        return cache
 
     async def _answer(self, call_id: int, handler: Callable[[], Any]) -> None:
         self._backend.under_way += 1
@@ -266,6 +309,18 @@ class Session:
             backend.graphs.put((self._number, call_id), graph)
         fields = {"kept": graph is not None, "queue": timed.queued, "compute": timed.computed}
         return Message(Method.OK, fields, tensors)
+
+    async def _step(self, call_id: int, request: StepRequest, cache: SessionCache) -> Message:
+        def compute() -> dict[str, torch.Tensor]:
+            if not cache.holds(request):
+                raise Refusal(ErrorCode.CACHE_LOST, f"the session holds fewer than {request.position} positions")
+            outputs = cache.step(self._backend.span, request)
+            return {name: to_wire(tensor, request.wire_dtype) for name, tensor in outputs.items()}
+
+        timed = await self._backend.compute.run(
+            Priority.DECODE, compute, client=self._peer, key=(self._number, call_id)
+        )
+        return Message(Method.OK, {"queue": timed.queued, "compute": timed.computed}, timed.value)
 
     async def _backward(self, call_id: int, request: BackwardRequest) -> Message:
         span = self._backend.span

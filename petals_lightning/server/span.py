@@ -9,6 +9,7 @@ gradients are those of the concatenated batch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_lightning.hf.skeleton import BlockLayout, sliced_config
-from petals_lightning.server.prefix_cache import PrefixCache
+from petals_lightning.server.kv_cache import SpanCache
+from petals_lightning.server.prefix_cache import prefix_cache
 
 
 @dataclass
@@ -82,6 +84,7 @@ class BlockSpan:
         self.dtype, self.device = parameter.dtype, parameter.device
         self.hidden_size = model.config.get_text_config().hidden_size
         self._config = model.config
+        self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self.returns_tuple: bool | None = None  # as the family's blocks do; known after the first pass
         self._views: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
         self._call: _Call | None = None
@@ -100,8 +103,7 @@ class BlockSpan:
         if prefix is None:
             out = self._run(_Call(inputs.start, inputs.end, hidden, None, "tokens"), None)
         elif self.share_prefix:
-            cache = PrefixCache(len(self.blocks))
-            cache.use_from(inputs.start - self.start)
+            cache = prefix_cache(len(self.blocks), inputs.start - self.start)
             prefix = prefix.to(self.dtype)[None]
             prefix_out = self._run(_Call(inputs.start, inputs.end, prefix, deep, "prefix"), cache)[0]
             out = self._run(_Call(inputs.start, inputs.end, hidden, None, "tokens"), cache)
@@ -151,11 +153,37 @@ class BlockSpan:
             for (name, leaf), grad in zip(graph.leaves.items(), grads, strict=True)
         }
 
-    def _run(self, call: _Call, cache: PrefixCache | None) -> torch.Tensor:
+    def step(
+        self,
+        start: int,
+        end: int,
+        hidden: torch.Tensor,
+        cache: SpanCache,
+        *,
+        deep: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs new positions [B, n, H] behind those in `cache`, which takes them in.
+
+        Args:
+            deep: [blocks, P, H] added before each block to the first P of the new positions.
+            attention_mask: [B, positions in the cache and new], 0 where they are padding; None: none is.
+            position_ids: [B, n]; None counts on from the cache. (Families without them take all from the mask.)
+        """
+        call = _Call(start, end, hidden.to(self.dtype), deep.to(self.dtype) if deep is not None else None, "both")
+        padding: dict[str, torch.Tensor] = {}
+        if attention_mask is not None:
+            padding["attention_mask"] = attention_mask.long()
+        if position_ids is not None and self._takes_position_ids:
+            padding["position_ids"] = position_ids
+        return self._run(call, cache, **padding)
+
+    def _run(self, call: _Call, cache: SpanCache | None, **padding: torch.Tensor) -> torch.Tensor:
         with self._narrowed(call.start, call.end):
             self._call = call
             try:
-                self.model(inputs_embeds=call.hidden, past_key_values=cache, use_cache=cache is not None)
+                self.model(inputs_embeds=call.hidden, past_key_values=cache, use_cache=cache is not None, **padding)
             finally:
                 self._call = None
         assert call.output is not None

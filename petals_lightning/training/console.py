@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rich import get_console
 from rich.table import Table
 
-from petals_lightning.data import TextClassificationDataModule
+from petals_lightning.data import DialogueDataModule, TextClassificationDataModule
 
 _REAL_THING = (
     "python train.py recipe=sst2_deep_ptune model=llama3_8b data=sst2 "
@@ -19,13 +19,13 @@ _REAL_THING = (
 )
 
 
-def announce(cfg: DictConfig, recipe: str, data: TextClassificationDataModule) -> None:
+def announce(cfg: DictConfig, recipe: str, data: DialogueDataModule | TextClassificationDataModule) -> None:
     """Says what is about to run, and plainly so if it is only the bundled sample."""
     console = get_console()
     sizes = ", ".join(f"{count:,} {split}" for split, count in data.sizes.items())
     console.rule(f"[bold]{recipe}[/bold]")
     console.print(
-        f"model  {cfg.model.name}\ndata   {data.source}: {sizes}; {data.num_labels} classes",
+        f"model  {cfg.model.name}\ndata   {data.source}: {sizes}; {data.description}",
         soft_wrap=True,
         highlight=False,
         markup=False,
@@ -76,8 +76,10 @@ def _how_to_continue(checkpoint: Path) -> str:
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     formats = {
         "val/accuracy": "{:.4f}",
+        "val/perplexity": "{:.3f}",
         "val/loss": "{:.4f}",
         "test/accuracy": "{:.4f}",
+        "test/perplexity": "{:.3f}",
         "train/seconds": "{:,.1f}",
         "train/steps": "{:,}",
         "train/tokens": "{:,}",

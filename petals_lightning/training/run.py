@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,21 +14,22 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
-from petals_lightning.data import TextClassificationDataModule
+from petals_lightning.data import DialogueDataModule, TextClassificationDataModule
 from petals_lightning.errors import SwarmError
-from petals_lightning.modules import SequenceClassificationModule
-from petals_lightning.strategies import RemoteBlockStrategy, SwarmSource, precision_plugin
+from petals_lightning.models import save_prompts
+from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
+from petals_lightning.strategies import RemoteBlockStrategy, SwarmSource, load_trained_weights, precision_plugin
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
 from petals_lightning.training.errors import INTERRUPTED
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
 
-MONITOR = "val/accuracy"
+DataModule = DialogueDataModule | TextClassificationDataModule
 
 
 def run(cfg: DictConfig, recipe: str = "run") -> float | None:
@@ -37,7 +40,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
         recipe: the name that the run goes by.
 
     Returns:
-        The best validation accuracy, for sweepers; None if nothing was validated.
+        The best validation score (accuracy; perplexity for dialogues), for sweepers; None if nothing was validated.
 
     Raises:
         PetalsLightningError: a setting is wrong, or the swarm fails. No process is left running.
@@ -49,11 +52,15 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     # In the order of their cost: what is wrong with settings and data shows before any server is started.
     swarm: SwarmSource | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
     data = _build_data(cfg)
-    module = build_module(cfg, data.num_labels, list(data.class_names))
+    if isinstance(data, TextClassificationDataModule):
+        module = build_module(cfg, data.num_labels, list(data.class_names))
+    else:
+        module = build_module(cfg)
     announce(cfg, recipe, data)
     logger: Logger = _partial(cfg.logger)(folder=folder, settings=OmegaConf.to_container(cfg, resolve=True))
-    summary = RunSummary(folder, _title(cfg, recipe), {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name})
-    trainer = build_trainer(cfg, folder, swarm, logger, summary)
+    facts = {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name}
+    summary = RunSummary(folder, _title(cfg, recipe), facts, score=module.monitor)
+    trainer = build_trainer(cfg, folder, swarm, logger, summary, monitor=(module.monitor, module.monitor_mode))
     try:
         with swarm.held(module.served_model, folder / "servers") if swarm else nullcontext():
             _fit(trainer, module, data, checkpoint)
@@ -61,50 +68,61 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
                 trainer.test(module, datamodule=data, ckpt_path=str(folder / BEST_CHECKPOINT), verbose=False)
     finally:
         _finish(logger)
+    if isinstance(module, CausalLMModule):
+        _save_best_prompts(module, folder, summary.summary)
     print_results(summary.summary, folder)
-    return summary.summary.get(MONITOR)
+    return summary.summary.get(module.monitor)
 
 
-def _build_data(cfg: DictConfig) -> TextClassificationDataModule:
-    data: TextClassificationDataModule = _partial(cfg.data)(
+def _build_data(cfg: DictConfig) -> DataModule:
+    data: DataModule = _partial(cfg.data)(
         tokenizer=cfg.model.name, tokenizer_revision=cfg.model.revision, seed=cfg.seed
     )
     data.setup()
     return data
 
 
-def build_module(cfg: DictConfig, num_labels: int, class_names: list[str]) -> SequenceClassificationModule:
-    """The module of a run. Reads nothing yet."""
-    return SequenceClassificationModule(
-        model_name=cfg.model.name,
-        num_labels=num_labels,
-        class_names=class_names,
-        tuning_mode=cfg.tuning.mode,
-        pre_seq_len=cfg.tuning.pre_seq_len,
-        lr=cfg.optim.lr,
-        weight_decay=cfg.optim.weight_decay,
-        warmup_ratio=cfg.optim.warmup_ratio,
-        dtype=cfg.model.dtype,
-        revision=cfg.model.revision,
-        dht_prefix=cfg.model.dht_prefix,
-    )
+def build_module(
+    cfg: DictConfig, num_labels: int | None = None, class_names: list[str] | None = None
+) -> CausalLMModule | SequenceClassificationModule:
+    """The module of a run: a classifier for labelled data, else a language model. Reads nothing yet."""
+    settings = {
+        "model_name": cfg.model.name,
+        "tuning_mode": cfg.tuning.mode,
+        "pre_seq_len": cfg.tuning.pre_seq_len,
+        "lr": cfg.optim.lr,
+        "weight_decay": cfg.optim.weight_decay,
+        "warmup_ratio": cfg.optim.warmup_ratio,
+        "dtype": cfg.model.dtype,
+        "revision": cfg.model.revision,
+        "dht_prefix": cfg.model.dht_prefix,
+    }
+    if get_class(cfg.data._target_) is DialogueDataModule:
+        return CausalLMModule(**settings)
+    assert num_labels is not None
+    return SequenceClassificationModule(num_labels=num_labels, class_names=class_names, **settings)
 
 
 def build_trainer(
-    cfg: DictConfig, folder: Path, swarm: SwarmSource | None, logger: Logger | None, summary: RunSummary | None
+    cfg: DictConfig,
+    folder: Path,
+    swarm: SwarmSource | None,
+    logger: Logger | None,
+    summary: RunSummary | None,
+    monitor: tuple[str, str] = ("val/accuracy", "max"),
 ) -> pl.Trainer:
-    """The Trainer of a run, with its callbacks. Starts nothing yet."""
+    """The Trainer of a run, which keeps the checkpoint with the best `monitor` (name and mode). Starts nothing yet."""
     bar = progress_bar()
     callbacks: list[Callback] = [
         RouteTable(),
         SwarmMetrics(),
-        ProgressLines(),
+        ProgressLines(score=monitor[0]),
         LastCheckpoint(folder / LAST_CHECKPOINT, cfg.checkpoint_period),
         ModelCheckpoint(
             dirpath=folder / BEST_CHECKPOINT.parent,
             filename=BEST_CHECKPOINT.stem,
-            monitor=MONITOR,
-            mode="max",
+            monitor=monitor[0],
+            mode=monitor[1],
             enable_version_counter=False,
         ),
         *filter(None, [summary, bar]),
@@ -122,8 +140,8 @@ def build_trainer(
 
 def _fit(
     trainer: pl.Trainer,
-    module: SequenceClassificationModule,
-    data: TextClassificationDataModule,
+    module: TuningModule,
+    data: DataModule,
     checkpoint: Path | None,
 ) -> None:
     try:
@@ -137,6 +155,17 @@ def _fit(
     except SwarmError:
         print_failed(Path(trainer.default_root_dir) / LAST_CHECKPOINT)
         raise
+
+
+def _save_best_prompts(module: CausalLMModule, folder: Path, summary: dict[str, Any]) -> None:
+    """Leaves the best prompts in `folder`/prompts, for chat and for others."""
+    best = folder / BEST_CHECKPOINT
+    if not best.is_file():  # nothing was validated
+        return
+    load_trained_weights(module, torch.load(best, map_location="cpu", weights_only=False)["state_dict"])
+    names = ("val/loss", "val/perplexity", "test/loss", "test/perplexity")
+    metrics = {name: summary[name] for name in names if summary.get(name) is not None}
+    save_prompts(module.model, folder / "prompts", metrics=metrics, command=shlex.join(["python", *sys.argv]))
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:

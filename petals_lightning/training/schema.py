@@ -89,25 +89,42 @@ class AmpConfig:
 
 @dataclass
 class DataConfig:
-    _target_: str = "petals_lightning.data.TextClassificationDataModule"
+    _target_: str = MISSING
     source: str = MISSING
-    """bundled, a hub dataset id, or a file or folder in jsonl, tsv, csv or parquet."""
+    """A hub dataset id, or a file or folder in jsonl, tsv, csv or parquet; labelled texts: or `bundled`."""
     name: str | None = None
     """The configuration of a hub dataset."""
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    num_labels: int | None = None
-    """Classes; null counts them."""
     train_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
     validation_fraction: float = 0.1
     max_length: int = 128
-    """Tokens a text at most."""
+    """Tokens a sample at most."""
     batch_size: int = 32
-    """Texts a batch."""
+    """Samples a batch."""
     eval_batch_size: int | None = None
+
+
+@dataclass
+class TextDataConfig(DataConfig):
+    _target_: str = "petals_lightning.data.TextClassificationDataModule"
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    num_labels: int | None = None
+    """Classes; null counts them."""
+
+
+@dataclass
+class DialogueDataConfig(DataConfig):
+    _target_: str = "petals_lightning.data.DialogueDataModule"
+    limit: int | None = None
+    """Dialogues a split at most."""
+    max_length: int = 256
+    """Tokens a sample at most; longer dialogues become several samples."""
+    use_chat_template: bool = True
+    """False takes the simple form even if the tokenizer has a chat template."""
+    batch_size: int = 16
 
 
 @dataclass
@@ -200,7 +217,8 @@ def register_schema() -> None:
         "no_swarm": SwarmConfig,
         "tuning": TuningConfig,
         "amp": AmpConfig,
-        "data": DataConfig,
+        "data": TextDataConfig,
+        "dialogue_data": DialogueDataConfig,
         "optim": OptimConfig,
         "trainer": TrainerConfig,
         "wandb": WandbConfig,

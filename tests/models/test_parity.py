@@ -39,7 +39,10 @@ def pair(auto, local, checkpoint, swarm, mode, **options):
     """The distributed and the local model with the same start; deep prompts are moved off zero."""
     options |= {"tuning_mode": mode, "pre_seq_len": P if mode else None}
     models = []
-    for load in (lambda: swarm.load(auto, shared_peer=True, **options), lambda: local.from_pretrained(str(checkpoint), **options)):
+    for load in (
+        lambda: swarm.load(auto, shared_peer=True, **options),
+        lambda: local.from_pretrained(str(checkpoint), **options),
+    ):
         torch.manual_seed(1)
         models.append(load().train())
         if mode == "deep_ptune":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -15,6 +16,10 @@ import wandb
 from omegaconf import DictConfig
 from PIL import Image
 
+from petals_lightning.data import DialogueDataModule
+from petals_lightning.models import PromptCard
+from petals_lightning.models.local import LocalModelForCausalLM
+from petals_lightning.modules import CausalLMModule
 from petals_lightning.training.run import run
 from petals_lightning.training.run_folder import choose_run_folder
 
@@ -136,3 +141,23 @@ def test_a_sweep_runs_every_combination(text_model: Path, texts: Path, tmp_path:
     summaries = [json.loads(path.read_text()) for path in tmp_path.glob("multirun/*/*/summary.json")]
     assert sorted(summary["recipe"] for summary in summaries) == ["sst2_deep_ptune"] * 2 + ["sst2_ptune"] * 2
     assert len({summary["val/loss"] for summary in summaries}) == 4
+
+
+def test_a_dialogue_run_leaves_its_best_prompts_for_chat(
+    compose_run: Callable[..., DictConfig], text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder = tmp_path / "talks.jsonl", tmp_path / "run"
+    source.write_text("\n".join(json.dumps({"turns": ["w1 w2", f"w{row} w4"]}) for row in range(30)))
+    overrides = [f"data.source={source}", f"output_dir={folder}"]
+    perplexity = run(compose_run(*overrides, recipe="dialogue_deep_ptune"), "dialogue_deep_ptune")
+    card = PromptCard.read(folder / "prompts")
+    assert card.metrics["val/perplexity"] == perplexity
+    assert (card.tuning_mode, card.pre_seq_len, card.base_model) == ("deep_ptune", 3, str(text_model))
+    data = DialogueDataModule(str(text_model), str(source), batch_size=8)
+    data.setup()
+    module = CausalLMModule(str(text_model))
+    module.model = LocalModelForCausalLM.from_pretrained(str(text_model), prompts=folder / "prompts")
+    losses = [module(**batch) for batch in data.val_dataloader()]
+    mean = sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
+    assert math.exp(mean) == pytest.approx(perplexity, rel=1e-4)
+    assert "val/perplexity" in capsys.readouterr().out

@@ -1,0 +1,150 @@
+"""Tokens a second of `generate` through servers on loopback, against local `generate` on the same cores.
+
+    python -m benchmarks.decode                     # the rows of docs/performance.md
+    python -m benchmarks.decode --new-tokens 128 --repeats 5
+
+A random Llama (hidden 512, 8 blocks, float32 unless said otherwise). Rounds of both sides alternate in one run and
+medians are compared, since the machine may be noisy. Servers are processes of their own, each with as many threads as
+the local side; in a chain only one of them computes at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from benchmarks.training_step import PREFIX, save_random_llama, start_server
+from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
+
+
+def start_chain(model: str, spans: list[tuple[int, int]], threads: int) -> tuple[list[subprocess.Popen[str]], str]:
+    """A server for each span; returns their processes and the first one's address."""
+    processes, maddr = [], ""
+    for start, end in spans:
+        join = ("--initial-peers", maddr) if maddr else ("--new-swarm",)
+        process, own = start_server(model, threads, "--block-indices", f"{start}:{end}", join=join)
+        processes.append(process)
+        maddr = maddr or own
+    return processes, maddr
+
+
+def generate(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> float:
+    """Seconds of one greedy `generate`."""
+    began = time.perf_counter()
+    model.generate(  # type: ignore[operator]
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    return time.perf_counter() - began
+
+
+def alternate(
+    models: dict[str, torch.nn.Module], prompt: torch.Tensor, new_tokens: int, repeats: int
+) -> dict[str, float]:
+    """Median seconds of each model."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            elapsed = generate(model, prompt, new_tokens)
+            if repeat:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def generate_together(
+    folder: str, maddr: str, sessions: int, prompt: torch.Tensor, new_tokens: int
+) -> tuple[float, float]:
+    """Tokens a second of all sessions together, and the slowest one's share of an even share."""
+    models = [
+        AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=[maddr], dht_prefix=PREFIX)
+        for _ in range(sessions)
+    ]
+    for model in models:
+        generate(model, prompt, 2)
+    seconds = [0.0] * sessions
+
+    def run(index: int) -> None:
+        seconds[index] = generate(models[index], prompt, new_tokens)
+
+    began = time.perf_counter()
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(sessions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - began
+    for model in models:
+        remote_blocks(model).close()  # type: ignore[union-attr]
+    return sessions * new_tokens / elapsed, statistics.mean(seconds) / max(seconds)
+
+
+def main(
+    hidden: int = 512,
+    blocks: int = 8,
+    dtype: str = "float32",
+    new_tokens: int = 64,
+    prefill: int = 512,
+    sessions: int = 8,
+    repeats: int = 5,
+    threads: int = 2,
+    output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
+) -> None:
+    """Prints a row per case."""
+    torch.set_num_threads(threads)
+    prompt, long_prompt = torch.randint(1, 1000, (1, 16)), torch.randint(1, 1000, (1, prefill))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_llama(folder, hidden=hidden, blocks=blocks, dtype=dtype)
+        with quiet_transformers():
+            local = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        cuts = [round(blocks * part / 3) for part in range(4)]
+        for name, spans in (("1 server", [(0, blocks)]), ("3 servers", list(itertools.pairwise(cuts)))):
+            servers, maddr = start_chain(folder, spans, threads)
+            try:
+                remote = AutoDistributedModelForCausalLM.from_pretrained(
+                    folder, initial_peers=[maddr], dht_prefix=PREFIX
+                )
+                models = {"swarm": remote, "local": local}
+                seconds = alternate(models, prompt, new_tokens, repeats)
+                rows.append((f"decode, {name}, tokens/s", *(new_tokens / seconds[side] for side in models)))
+                if len(spans) == 1:
+                    seconds = alternate(models, long_prompt, 1, repeats)
+                    rows.append((f"prefill of {prefill} tokens, ms", *(seconds[side] * 1e3 for side in models)))
+                    together, evenness = generate_together(folder, maddr, sessions, prompt, new_tokens)
+                    rows.append((f"{sessions} sessions at once, tokens/s (against one)", together, rows[0][1]))
+                    rows.append(("their slowest against the mean", evenness, 1.0))
+                remote_blocks(remote).close()  # type: ignore[union-attr]
+            finally:
+                for server in servers:
+                    server.terminate()
+                for server in servers:
+                    server.wait()
+    table = Table(title=f"Llama {hidden} × {blocks}, {dtype}, {threads} threads, batch 1, {new_tokens} new tokens")
+    for column in ("case", "swarm", "reference", "swarm / reference"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for case, value, reference in rows:
+        table.add_row(case, f"{value:.1f}", f"{reference:.1f}", f"{value / reference:.2f}")
+    Console().print(table)
+    if output is not None:
+        output.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

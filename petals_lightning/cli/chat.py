@@ -1,0 +1,145 @@
+"""`petals-lightning chat`: a conversation in the terminal, or over pipes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from petals_lightning.cli.options import InitialPeers
+from petals_lightning.cli.talking import (
+    DhtPrefix,
+    Model,
+    PromptFiles,
+    Revision,
+    Seed,
+    Temperature,
+    Token,
+    TopP,
+    loaded,
+    sampling,
+    word_streamer,
+)
+from petals_lightning.errors import ConfigurationError, PetalsLightningError
+
+if TYPE_CHECKING:
+    from petals_lightning.cli.conversation import Conversation
+
+_HELP = """/undo         take your last message and its answer back
+/reset        start anew
+/save FILE    append the conversation to a jsonl file, from which a model can be tuned
+/help         this
+/exit         leave (or Ctrl-D); Ctrl-C stops an answer"""
+
+
+def chat(
+    model: Model,
+    initial_peers: InitialPeers = None,
+    dht_prefix: DhtPrefix = None,
+    prompts: PromptFiles = None,
+    system: Annotated[str | None, typer.Option(help="What stands in front of the conversation.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of the conversation at most. [default: 2048, or the model's limit]")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    seed: Seed = None,
+    revision: Revision = None,
+    token: Token = None,
+) -> None:
+    """Talk to MODEL. Lines on stdin are messages, answers go to stdout; /help lists commands."""
+    for name, value in (("--max-length", max_length), ("--max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} is {value}: it must be at least 1")
+    options = sampling(temperature, top_p, seed)
+    with loaded(
+        model, initial_peers=initial_peers, dht_prefix=dht_prefix, prompts=prompts, revision=revision, token=token
+    ) as (network, tokenizer):
+        from petals_lightning.cli.conversation import Conversation
+        from petals_lightning.data.dialogue_format import DialogueFormat
+
+        limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or 2048
+        with network.inference_session(max_length=max_length or min(limit, 2048)) as session:
+            conversation = Conversation(
+                network, DialogueFormat(tokenizer), session, system=system, max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id, **options,
+            )  # fmt: skip
+            Terminal(conversation, tokenizer).run()
+
+
+class Terminal:
+    """Reads messages and commands, shows answers word by word. Where stdin is no terminal, it shows answers alone."""
+
+    def __init__(self, conversation: Conversation, tokenizer: Any):
+        self._conversation, self._tokenizer = conversation, tokenizer
+        self._is_interactive = sys.stdin.isatty()
+        self._notes = Console(stderr=True, highlight=False, markup=False, style="dim")
+
+    def run(self) -> None:
+        if self._is_interactive:
+            with suppress(ImportError):  # not on every platform; without it the line has no history
+                import readline  # noqa: F401
+            self._notes.print("/help lists commands")
+        for line in self._lines():
+            if line in ("/exit", "/quit"):
+                return
+            if line.startswith("/"):
+                self._command(line)
+            elif line:
+                self._answer(line)
+
+    def _lines(self) -> Iterator[str]:
+        while True:
+            try:
+                yield input("> " if self._is_interactive else "").strip()
+            except EOFError:
+                return
+
+    def _command(self, line: str) -> None:
+        command, _, argument = line.partition(" ")
+        match command:
+            case "/undo":
+                self._notes.print("taken back" if self._conversation.undo() else "there is nothing to take back")
+            case "/reset":
+                self._conversation.reset()
+                self._notes.print("the conversation starts anew")
+            case "/save" if argument:
+                try:
+                    self._conversation.save(Path(argument.strip()))
+                    self._notes.print(f"saved to {argument.strip()}")
+                except OSError as e:
+                    self._notes.print(f"not saved: {e}")
+            case _:
+                self._notes.print(_HELP)
+
+    def _answer(self, text: str) -> None:
+        started = False
+
+        def write(words: str) -> None:
+            nonlocal started
+            words = words if started else words.lstrip()
+            started = started or bool(words)
+            print(words, end="", flush=True)
+
+        began = time.perf_counter()
+        try:
+            _, count = self._conversation.reply(text, word_streamer(self._tokenizer, write))
+        except KeyboardInterrupt:
+            print(flush=True)
+            self._notes.print("stopped; this message and its answer are left out of the conversation")
+            return
+        except PetalsLightningError as e:
+            if not self._is_interactive:
+                raise
+            self._notes.print(f"error: {e}")
+            return
+        print(flush=True)
+        if self._is_interactive:
+            self._notes.print(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s")

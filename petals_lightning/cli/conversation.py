@@ -1,0 +1,89 @@
+"""A conversation with a model: its turns, and the session that keeps what was said on servers. No terminal."""
+
+from __future__ import annotations
+
+import json
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from petals_lightning.data.dialogue_format import DialogueFormat, Message
+from petals_lightning.errors import UnsupportedInputError
+from petals_lightning.models.generation import GenerationSession
+
+
+class Conversation:
+    """Turns of a user and a model. Each turn sends only tokens that are not on servers yet.
+
+    Args:
+        model: with a language-model head.
+        dialogue_format: how turns become tokens.
+        session: the open session.
+        system: what stands in front of all turns, or None.
+        max_new_tokens: of one reply.
+        options: further ones for `generate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        dialogue_format: DialogueFormat,
+        session: GenerationSession,
+        *,
+        system: str | None,
+        max_new_tokens: int,
+        **options: Any,
+    ):
+        self._model, self._format, self._session = model, dialogue_format, session
+        self._max_new_tokens, self._options = max_new_tokens, options
+        self._opening = [Message(role="system", content=system)] if system else []
+        self.messages: list[Message] = list(self._opening)
+
+    def reply(self, text: str, streamer: Any = None) -> tuple[str, int]:
+        """The model's answer to a turn of the user, and its number of tokens.
+
+        Raises:
+            UnsupportedInputError: there is no room left for an answer; the conversation is as it was.
+            SwarmError: servers failed beyond what retries can mend; the same.
+        """
+        messages = [*self.messages, Message(role="user", content=text)]
+        ids = self._format.prompt(messages)
+        room = self._session.max_length - len(ids)
+        if room < 1:
+            raise UnsupportedInputError(
+                f"the conversation has {len(ids)} tokens and room for {self._session.max_length}: /undo or /reset it, "
+                "or start with a larger --max-length"
+            )
+        known = self._session.tokens[0].tolist() if self._session.tokens is not None else []
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(known, ids, strict=False)))
+        same = min(same, len(ids) - 1)
+        self._session.position = same
+        new = torch.tensor([ids[same:]])
+        out = self._model.generate(
+            new,
+            max_new_tokens=min(self._max_new_tokens, room),
+            eos_token_id=self._format.end_ids,
+            streamer=streamer,
+            **self._options,
+        )
+        said = out[0, new.shape[1] :].tolist()
+        answer = self._format.decode(said)
+        self.messages = [*messages, Message(role="assistant", content=answer)]
+        return answer, len(said)
+
+    def undo(self) -> bool:
+        """Takes the last turn of both back; False if there is none."""
+        if len(self.messages) == len(self._opening):
+            return False
+        self.messages = self.messages[:-2]
+        return True
+
+    def reset(self) -> None:
+        self.messages = list(self._opening)
+
+    def save(self, path: Path) -> None:
+        """Appends the conversation to a jsonl file, as a dialogue that tuning can read."""
+        with open(path, "a", encoding="utf-8") as file:
+            print(json.dumps({"messages": self.messages}, ensure_ascii=False), file=file)

@@ -1,0 +1,80 @@
+"""What a client has sent into a leg of an inference session, kept to be sent again elsewhere. Pure data.
+
+Shapes: B batch, n positions of one step, T positions so far, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class _Inputs:
+    hidden: torch.Tensor  # [B, n, H]
+    position_ids: torch.Tensor | None  # [B, n]; None: they count on from the positions before
+    first: int
+
+
+class InputHistory:
+    """Inputs of positions [0, T). Reorderings of the batch (beam search) are noted, and applied only when read."""
+
+    def __init__(self) -> None:
+        self._events: list[_Inputs | torch.Tensor] = []  # a tensor [B] is a reordering of all inputs before it
+        self.length = 0
+
+    def append(self, hidden: torch.Tensor, position_ids: torch.Tensor | None = None) -> None:
+        """Adds the inputs [B, n, H] of the next n positions, with their position_ids [B, n] if they are unusual."""
+        self._events.append(_Inputs(hidden, position_ids, self.length))
+        self.length += hidden.shape[1]
+
+    def reorder(self, hypo_ids: torch.Tensor) -> None:
+        """From now on sample i has the past of what was sample hypo_ids[i]."""
+        self._events.append(hypo_ids)
+
+    def crop(self, length: int) -> None:
+        """Forgets positions from `length` on."""
+        if length >= self.length:
+            return
+        kept: list[_Inputs | torch.Tensor] = []
+        for event in self._events:
+            if isinstance(event, _Inputs):
+                if event.first >= length:
+                    continue
+                size = length - event.first
+                ids = event.position_ids[:, :size] if event.position_ids is not None else None
+                event = _Inputs(event.hidden[:, :size], ids, event.first)
+            kept.append(event)
+        self._events, self.length = kept, length
+
+    def read(self, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Inputs [B, T - start, H] of positions from `start` on, and their position_ids if some are unusual."""
+        order: torch.Tensor | None = None
+        pieces: list[_Inputs] = []
+        for event in reversed(self._events):
+            if not isinstance(event, _Inputs):
+                order = event if order is None else event[order]
+                continue
+            if event.first + event.hidden.shape[1] <= start:
+                break
+            skip = max(start - event.first, 0)
+            hidden, ids = event.hidden[:, skip:], event.position_ids
+            ids = ids[:, skip:] if ids is not None else None
+            if order is not None:
+                hidden, ids = hidden[order], ids[order] if ids is not None else None
+            pieces.append(_Inputs(hidden, ids, event.first + skip))
+        if len(pieces) == 1:
+            return pieces[0].hidden, pieces[0].position_ids
+        pieces.reverse()
+        positions = None
+        if any(piece.position_ids is not None for piece in pieces):
+            positions = torch.cat([_numbered(piece) for piece in pieces], dim=1)
+        return torch.cat([piece.hidden for piece in pieces], dim=1), positions
+
+
+def _numbered(piece: _Inputs) -> torch.Tensor:
+    if piece.position_ids is not None:
+        return piece.position_ids
+    batch, count, _ = piece.hidden.shape
+    return torch.arange(piece.first, piece.first + count).expand(batch, -1)

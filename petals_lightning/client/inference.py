@@ -1,0 +1,322 @@
+"""An inference session: keys and values live on servers, and survive the loss of any of them.
+
+The client keeps what entered each leg. When a server is lost, its leg is planned anew and the kept inputs are run
+through what takes its place; legs before and behind it notice nothing.
+
+Shapes: B batch, n new positions, T positions before and with them, P virtual tokens, H hidden size, L blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from petals_lightning.client.chain import Attempts
+from petals_lightning.client.connection import PeerConnection
+from petals_lightning.client.history import InputHistory
+from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.view import SwarmView
+from petals_lightning.errors import NoCacheRoomError, NoServersError, PeerFailure, UnsupportedInputError
+from petals_lightning.protocol.messages import ErrorCode, Message, Method
+from petals_lightning.protocol.requests import to_wire
+from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.swarm import SwarmNode
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class SessionLeg:
+    """Blocks [start, end) of a session on one server.
+
+    Attributes:
+        history: inputs of all positions.
+        prefix: [P, H] that enters the leg, if there are prompts; None until the leg before has run.
+        number: of the session on the server, None while it has none there.
+        held: positions that the server has.
+        reordering: of the batch, of which the server has not been told; None: none.
+    """
+
+    start: int
+    end: int
+    peer: str
+    history: InputHistory = field(default_factory=InputHistory)
+    prefix: torch.Tensor | None = None
+    connection: PeerConnection | None = None
+    number: int | None = None
+    held: int = 0
+    reordering: torch.Tensor | None = None
+
+    def rewind(self, position: int) -> None:
+        """Forgets positions from `position` on; the server does so with the next step."""
+        self.history.crop(position)
+        self.held = min(self.held, position)
+
+    def reorder(self, hypo_ids: torch.Tensor) -> None:
+        self.history.reorder(hypo_ids)
+        self.reordering = hypo_ids if self.reordering is None else self.reordering[hypo_ids]
+
+    def leave(self) -> None:
+        """Gives up what the server has: the next step starts from the inputs kept here."""
+        if self.number is not None and self.connection is not None:
+            self.connection.tell(Message(Method.END_SESSION, {"session": self.number}))
+        self.number, self.held, self.reordering = None, 0, None
+
+
+class InferenceSession:
+    """Runs blocks on one position after another; made by `RemoteSequential.inference_session`.
+
+    Args:
+        node, view, stats: the client's.
+        start, end: the blocks.
+        max_length: positions that servers reserve room for, the prefix not counted.
+        prefix: [P, H] in front of every sample, or None.
+        deep: [L, P, H] added to the prefix before each block, or None.
+    """
+
+    def __init__(
+        self,
+        node: SwarmNode,
+        view: SwarmView,
+        stats: TransferStats,
+        start: int,
+        end: int,
+        *,
+        max_length: int,
+        prefix: torch.Tensor | None = None,
+        deep: torch.Tensor | None = None,
+    ):
+        if max_length < 1:
+            raise UnsupportedInputError(f"max_length is {max_length}: a session has room for 1 position or more")
+        if deep is not None and (prefix is None or deep.shape != (end - start, *prefix.shape)):
+            raise UnsupportedInputError(
+                f"deep prompts {tuple(deep.shape)} do not fit {end - start} blocks and the prefix"
+            )
+        self._node, self._view, self._stats = node, view, stats
+        self.start, self.end, self.max_length = start, end, max_length
+        self._prefix = prefix.detach().cpu() if prefix is not None else None
+        self._deep = deep.detach().cpu() if deep is not None else None
+        self._position, self._batch = 0, 0
+        self._legs: list[SessionLeg] = []
+        self._full: dict[str, PeerFailure] = {}
+        self._closed = False
+
+    @property
+    def position(self) -> int:
+        """Positions so far, the prefix not counted. Set it to a smaller number to go back there."""
+        return self._position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        if not 0 <= value <= self._position:
+            raise UnsupportedInputError(
+                f"position {value}: a session at {self._position} can go back to 0…{self._position}"
+            )
+        self._position = value
+
+    @property
+    def peers(self) -> list[str]:
+        """Peer ids of the servers that the session is on, in the order of blocks."""
+        return [leg.peer for leg in self._legs]
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        keep: int = 0,
+    ) -> torch.Tensor:
+        """Runs the next n positions.
+
+        Args:
+            hidden_states: [B, n, H] that enter block `start`; B is the same in all steps.
+            attention_mask: [B, T], 0 where a position (new or old) is padding; None: none is.
+            position_ids: [B, n] where they do not simply count on.
+            keep: how many of the last outputs are wanted, 0 for all.
+
+        Returns:
+            [B, n, H], or [B, keep, H].
+
+        Raises:
+            UnsupportedInputError: shapes do not fit, or the session would exceed `max_length`.
+            NoCacheRoomError: no server of some blocks has room for a session of this batch and length.
+            SwarmError: servers failed beyond what retries can mend.
+        """
+        self._check(hidden_states)
+        mask, hidden = None, hidden_states.detach().cpu()
+        if attention_mask is not None and not attention_mask.bool().all():
+            mask = attention_mask.detach().cpu().bool()
+        if position_ids is not None:
+            position_ids = position_ids.detach().cpu().expand(len(hidden), -1)
+            counted = torch.arange(self._position, self._position + hidden.shape[1])
+            position_ids = None if bool((position_ids == counted).all()) else position_ids
+        out = self._node.run(self._step(hidden, mask, position_ids, keep))
+        return out.to(device=hidden_states.device, dtype=hidden_states.dtype)
+
+    def reorder(self, hypo_ids: torch.Tensor) -> None:
+        """From the next step on, sample i has the past of what was sample hypo_ids[i] ([B]; beam search)."""
+        hypo_ids = hypo_ids.detach().cpu().long()
+        if not torch.equal(hypo_ids, torch.arange(len(hypo_ids))):
+            for leg in self._legs:
+                leg.reorder(hypo_ids)
+
+    def close(self) -> None:
+        """Frees the servers' memory. The session cannot be used any more."""
+        self._closed = True
+        legs, self._legs = self._legs, []
+        if any(leg.connection is not None and leg.connection.is_open for leg in legs):
+            self._node.run(_leave(legs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, hidden: torch.Tensor) -> None:
+        if self._closed:
+            raise UnsupportedInputError("this inference session is closed: open another one")
+        if hidden.ndim != 3 or not hidden.is_floating_point() or 0 in hidden.shape:
+            raise UnsupportedInputError(f"hidden_states must be floating [B, n, H], got {tuple(hidden.shape)}")
+        if self._position and len(hidden) != self._batch:
+            raise UnsupportedInputError(f"the session has batch {self._batch}, this step has {len(hidden)}")
+        if self._position + hidden.shape[1] > self.max_length:
+            raise UnsupportedInputError(
+                f"{hidden.shape[1]} positions behind {self._position} exceed the session's max_length={self.max_length}"
+                ": open it with a larger one, or go back by setting session.position"
+            )
+
+    async def _step(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None, keep: int
+    ) -> torch.Tensor:
+        if self._legs and len(hidden) != self._batch:  # back at position 0, with another batch
+            await _leave(self._legs)
+            self._legs = []
+        self._batch = len(hidden)
+        if not self._legs:
+            self._legs = await self._plan(self.start, self.end)
+            self._legs[0].prefix = self._prefix
+        for leg in self._legs:
+            leg.rewind(self._position)  # a step that failed may have come as far as this leg
+        self._legs[0].history.append(hidden, position_ids)
+        attempts = Attempts(self._view.config.max_retries, self._stats)
+        index, out = 0, hidden
+        while index < len(self._legs):
+            leg, following = self._legs[index], self._legs[index + 1] if index + 1 < len(self._legs) else None
+            try:
+                out = await self._run(leg, following, mask, keep or hidden.shape[1])
+            except PeerFailure as e:
+                attempts.count(e)
+                if e.code != ErrorCode.CACHE_LOST.value:  # else the same server takes the inputs again
+                    self._legs[index : index + 1] = await self._replace(leg, e)
+                continue
+            if following is not None:
+                following.history.append(out, leg.history.read(following.history.length)[1])
+            index += 1
+        self._position += hidden.shape[1]
+        return out
+
+    async def _plan(self, start: int, end: int) -> list[SessionLeg]:
+        try:
+            route = await self._view.route(start, end, tokens=1, avoid=self._full)
+        except NoServersError as e:
+            if not self._full:
+                raise
+            words = "; ".join(str(failure) for failure in self._full.values())
+            raise NoCacheRoomError(
+                f"no server has room for this inference session ({words}). Take a smaller max_length or batch, wait "
+                "until others have closed theirs, or serve with a larger --cache-memory"
+            ) from e
+        return [SessionLeg(planned.start, planned.end, planned.peer_id) for planned in route]
+
+    async def _replace(self, leg: SessionLeg, failure: PeerFailure) -> list[SessionLeg]:
+        """Legs that take the place of one whose server failed."""
+        if failure.code == ErrorCode.OVERLOADED.value:
+            self._full[leg.peer] = failure  # it is well, and may go on serving others
+        else:
+            self._view.report_failure(failure)
+        legs = await self._plan(leg.start, leg.end)
+        legs[0].history, legs[0].prefix = leg.history, leg.prefix
+        return legs
+
+    async def _run(
+        self, leg: SessionLeg, following: SessionLeg | None, mask: torch.Tensor | None, keep: int
+    ) -> torch.Tensor:
+        """Brings a leg's server up to date; returns the last `keep` outputs, or all that the following leg lacks."""
+        try:
+            if leg.connection is None or not leg.connection.is_open:
+                leg.number, leg.held, leg.reordering = None, 0, None  # sessions end with their stream
+                leg.connection = await self._view.connection(leg.peer)
+            wanted = leg.history.length - keep
+            if following is not None:
+                wanted = following.history.length
+                leg.held = min(leg.held, wanted)
+            outputs = []
+            while leg.held < leg.history.length:
+                out, first = await self._send(leg, following, mask, wanted)
+                outputs.append(out[:, max(wanted - first, 0) :])
+        except BaseException:
+            leg.leave()  # how far the server came is not known
+            raise
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    async def _send(
+        self, leg: SessionLeg, following: SessionLeg | None, mask: torch.Tensor | None, wanted: int
+    ) -> tuple[torch.Tensor, int]:
+        """Sends as much of what the server lacks as it takes at once.
+
+        Returns:
+            Outputs of the positions that are at or behind `wanted` (one at least), and the first one's position.
+        """
+        connection = leg.connection
+        assert connection is not None
+        hidden, position_ids = leg.history.read(leg.held)
+        opens = leg.number is None
+        prefix = leg.prefix if opens else None
+        tokens = min(connection.info["max_batch_tokens"], self._view.config.max_microbatch_tokens)
+        at_once = max(tokens // len(hidden) - (len(prefix) if prefix is not None else 0), 1)
+        hidden = hidden[:, :at_once]
+        end = leg.held + hidden.shape[1]
+        kept = min(max(end - wanted, 1), hidden.shape[1])
+        wire = self._view.wire_dtype(leg.peer)
+        deep = self._deep[leg.start - self.start : leg.end - self.start] if self._deep is not None and opens else None
+        request = StepRequest(
+            session=next(_numbers) if leg.number is None else leg.number,
+            start=leg.start,
+            end=leg.end,
+            hidden=to_wire(hidden, wire),
+            position=leg.held,
+            max_length=self.max_length if opens else None,
+            keep=kept,
+            prefix=to_wire(prefix, wire) if prefix is not None else None,
+            deep=to_wire(deep, wire) if deep is not None else None,
+            hypo_ids=leg.reordering if not opens else None,
+            attention_mask=mask[:, :end] if mask is not None else None,
+            position_ids=position_ids[:, :at_once] if position_ids is not None else None,
+            want_prefix=prefix is not None and following is not None,
+            wire_dtype=wire,
+        )
+        leg.number = request.session
+        reply = await connection.call(request.to_message())
+        out, next_prefix = reply.tensors.get("hidden"), reply.tensors.get("prefix")
+        if out is None or list(out.shape) != [len(hidden), kept, hidden.shape[2]]:
+            raise PeerFailure(leg.peer, f"answered {list(out.shape) if out is not None else 'nothing'} to a step")
+        if request.want_prefix:
+            if next_prefix is None or prefix is None or next_prefix.shape != prefix.shape:
+                raise PeerFailure(leg.peer, "answered without the prefix it was asked for")
+            assert following is not None
+            following.prefix = next_prefix
+        leg.held, leg.reordering = end, None
+        return out, end - kept
+
+
+async def _leave(legs: list[SessionLeg]) -> None:
+    for leg in legs:
+        leg.leave()

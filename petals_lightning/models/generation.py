@@ -1,0 +1,171 @@
+"""Hugging Face's own `generate`, with keys and values on servers.
+
+Shapes: B batch, T tokens of a conversation, S new tokens.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from petals_lightning.client.inference import InferenceSession
+from petals_lightning.errors import UnsupportedInputError
+from petals_lightning.models.bridge import DecoderBridge
+from petals_lightning.models.remote_cache import RemoteCache
+
+
+class GenerationSession:
+    """A conversation; `generate` calls inside its `with` go on where the last one ended.
+
+    Attributes:
+        tokens: [1, T] all tokens so far, given and generated; None before the first call.
+        attention_mask: [1, T] of them.
+        cache: `past_key_values` for those who call the model themselves.
+    """
+
+    def __init__(self, bridge: DecoderBridge, session: InferenceSession):
+        self._bridge, self._session = bridge, session
+        self.cache = RemoteCache(session)
+        self.tokens: torch.Tensor | None = None
+        self.attention_mask: torch.Tensor | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that servers have reserved room for."""
+        return self._session.max_length
+
+    @property
+    def peers(self) -> list[str]:
+        """Peer ids of the servers that the session is on, in the order of blocks."""
+        return self._session.peers
+
+    @property
+    def position(self) -> int:
+        """Tokens whose keys and values are on servers: all but the last one generated, which nothing has read yet.
+
+        Set it, to anything up to the number of `tokens`, to go back: what stands behind it is forgotten.
+        """
+        return self._session.position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        known = max(self._session.position, self.tokens.shape[1] if self.tokens is not None else 0)
+        if not 0 <= value <= known:
+            raise UnsupportedInputError(
+                f"position {value}: this session knows {known} tokens and can go back to 0…{known}"
+            )
+        self._session.position = min(value, self._session.position)
+        if self.tokens is not None and self.attention_mask is not None:
+            self.tokens, self.attention_mask = self.tokens[:, :value], self.attention_mask[:, :value]
+
+    def continued(
+        self, inputs: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All tokens with new ones [B, S] behind them, and their mask; at least one of them is not on servers yet.
+
+        Raises:
+            UnsupportedInputError: there is nothing to go on from, or the conversation has several samples.
+        """
+        if inputs is None and self.tokens is None:
+            raise UnsupportedInputError("the first generate of a session needs input_ids")
+        if self.tokens is None or self.attention_mask is None or self.tokens.shape[1] == 0:
+            assert inputs is not None
+            tokens, mask = inputs, attention_mask if attention_mask is not None else torch.ones_like(inputs)
+        else:
+            new = inputs if inputs is not None else self.tokens[:, :0]
+            if len(self.tokens) != 1 or len(new) != 1:
+                raise UnsupportedInputError(
+                    f"a conversation goes on with one sample: the session has {len(self.tokens)}, new inputs have "
+                    f"{len(new)}; open a session for each"
+                )
+            new_mask = attention_mask if attention_mask is not None else torch.ones_like(new)
+            tokens = torch.cat([self.tokens.to(new.device), new], dim=1)
+            mask = torch.cat([self.attention_mask.to(new.device), new_mask.to(new.dtype)], dim=1)
+        self._session.position = min(self._session.position, tokens.shape[1] - 1)
+        return tokens, mask
+
+    def close(self) -> None:
+        """Frees the servers' memory."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        if self._bridge.session is not None:
+            raise UnsupportedInputError("the model is inside another inference session: leave that one first")
+        self._bridge.session = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bridge.session = None
+        self.close()
+
+
+class RemoteGeneration:
+    """Mixed into a family's class with a language-model head: `generate` and sessions."""
+
+    bridge: DecoderBridge
+
+    def inference_session(self, *, max_length: int) -> GenerationSession:
+        """A conversation of up to `max_length` tokens (prompts of a tuned model not counted), for a `with` statement.
+
+        Servers reserve memory for all of it with the first step, or refuse (NoCacheRoomError); it is freed at the end
+        of the `with`. Consecutive `generate` calls take new tokens only, and return them and what was generated.
+        """
+        return GenerationSession(self.bridge, self.bridge.open_session(max_length))
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Without a session around it, it opens one for its own length.
+
+        Inside `inference_session`, the conversation goes on: `inputs` [1, S] are the new tokens alone, and the returned
+        sequences begin with them. Beams and several return sequences need a call of their own, without a session.
+
+        Raises:
+            UnsupportedInputError: what is asked for does not go together with a session.
+            SwarmError: servers failed beyond what retries can mend.
+        """
+        session = self.bridge.session
+        if session is None:
+            try:
+                return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+            finally:
+                self.bridge.close_own_session()
+        if kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None:
+            raise UnsupportedInputError("inside an inference session give input_ids, neither embeddings nor a cache")
+        inputs = kwargs.pop("input_ids", inputs)
+        past = session.tokens.shape[1] if session.tokens is not None else 0
+        before = session.position
+        tokens, mask = session.continued(inputs, kwargs.pop("attention_mask", None))
+        try:
+            output = super().generate(tokens, *args, attention_mask=mask, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            session.cache.session.position = min(before, session.position)  # tokens that nobody was told of
+            raise
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        session.tokens = sequences
+        session.attention_mask = torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
+        if isinstance(output, torch.Tensor):
+            return sequences[:, past:]
+        output.sequences = sequences[:, past:]
+        return output
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Where transformers makes its cache, once it knows the length; a user's own cache is left as it is."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+            return
+        session = self.bridge.session
+        if session is None:
+            model_kwargs["past_key_values"] = RemoteCache(self.bridge.own_session(generation_config.max_length))
+            return
+        if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
+            raise UnsupportedInputError(
+                "a conversation has one continuation: num_beams and num_return_sequences above 1 need a generate call "
+                "outside of the inference session"
+            )
+        model_kwargs["past_key_values"] = session.cache

@@ -1,0 +1,237 @@
+"""Prompts that travel: a folder with their values and a card that says whose they are and how they were made.
+
+    prompts.safetensors   `input` [P, E], and with deep_ptune `deep` [L, P, H]
+    prompts.json          the card, for programs
+    README.md             the card, for people and the hub
+
+Shapes: P virtual tokens, E embedding width, L blocks, H hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.utils import cached_file
+
+from petals_lightning import __version__
+from petals_lightning.errors import CheckpointError, ConfigurationError
+from petals_lightning.hf import Checkpoint
+from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
+from petals_lightning.models.trainable import prompts_of
+
+_WEIGHTS, _CARD, _README = "prompts.safetensors", "prompts.json", "README.md"
+
+
+@dataclass(frozen=True)
+class PromptCard:
+    """What is known of saved prompts.
+
+    Attributes:
+        base_model, revision: hub id or folder of the model that they were trained for.
+        fingerprint: digest of that model's config and tensor names; prompts are for no other.
+        tuning_mode, pre_seq_len: "ptune" or "deep_ptune", and P.
+        metrics: what they reached, by name, e.g. {"val/perplexity": 21.3}.
+        command: the command that made them.
+        version: of this package.
+    """
+
+    base_model: str
+    revision: str | None
+    fingerprint: str
+    tuning_mode: TuningMode
+    pre_seq_len: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    command: str | None = None
+    version: str = __version__
+
+    @classmethod
+    def read(cls, source: str | Path) -> PromptCard:
+        """The card of a folder, or of a repository on the hub.
+
+        Raises:
+            CheckpointError: there is none, or it is not one that this version can read.
+        """
+        path = _find(source, _CARD)
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            card = cls(**{name: known[name] for name in cls.__dataclass_fields__ if name in known})
+            check_tuning(card.tuning_mode, card.pre_seq_len)
+        except (ValueError, TypeError) as e:
+            raise CheckpointError(f"{path} is no card of prompts ({e}): it must be written by save_prompts") from e
+        return card
+
+
+def save_prompts(
+    model: nn.Module, folder: str | Path, *, metrics: Mapping[str, float] | None = None, command: str | None = None
+) -> PromptCard:
+    """Writes a tuned model's prompts and their card into `folder`, which is made if missing.
+
+    Args:
+        model: local or distributed, loaded with `tuning_mode`.
+        metrics: what the prompts reached, for the card.
+        command: what made them, for the card.
+
+    Raises:
+        ConfigurationError: the model has no prompts.
+    """
+    prompts, checkpoint = _prompts(model), _checkpoint(model)
+    card = PromptCard(
+        base_model=checkpoint.name_or_path,
+        revision=checkpoint.revision,
+        fingerprint=checkpoint.fingerprint,
+        tuning_mode=prompts.tuning_mode,
+        pre_seq_len=prompts.pre_seq_len,
+        metrics={name: round(float(value), 6) for name, value in (metrics or {}).items()},
+        command=command,
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in prompts.state_dict().items()}, folder / _WEIGHTS
+    )
+    (folder / _CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    (folder / _README).write_text(_readme(card), encoding="utf-8")
+    return card
+
+
+def load_prompts(model: nn.Module, source: str | Path) -> PromptCard:
+    """Loads prompts from a folder, or a repository on the hub, into a model that has prompts of the same kind.
+
+    Raises:
+        CheckpointError: nothing is there, or it was made for another model.
+        ConfigurationError: the model's prompts are of another mode or length.
+    """
+    prompts, checkpoint, card = _prompts(model, source), _checkpoint(model), PromptCard.read(source)
+    check_base_model(card, checkpoint, source)
+    if (card.tuning_mode, card.pre_seq_len) != (prompts.tuning_mode, prompts.pre_seq_len):
+        raise ConfigurationError(
+            f"prompts {str(source)!r} are {card.tuning_mode} with pre_seq_len={card.pre_seq_len}, the model has "
+            f"{prompts.tuning_mode} with pre_seq_len={prompts.pre_seq_len}: load the model with prompts={str(source)!r}"
+        )
+    path = _find(source, _WEIGHTS)
+    try:
+        prompts.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as e:
+        raise CheckpointError(f"{path} does not hold what its card says: {str(e).splitlines()[0]}") from e
+    return card
+
+
+def tuning_of(
+    source: str | Path | None, tuning_mode: TuningMode | None, pre_seq_len: int | None
+) -> tuple[TuningMode | None, int | None]:
+    """Mode and P to load a model with: those of saved prompts, if any, which given ones must not contradict.
+
+    Raises:
+        ConfigurationError: unknown mode, `pre_seq_len` below 1, or a contradiction.
+        CheckpointError: there are no prompts at `source`.
+    """
+    if source is None:
+        check_tuning(tuning_mode, pre_seq_len)
+        return tuning_mode, pre_seq_len
+    card = PromptCard.read(source)
+    if tuning_mode not in (None, card.tuning_mode) or pre_seq_len not in (None, card.pre_seq_len):
+        raise ConfigurationError(
+            f"prompts {str(source)!r} are {card.tuning_mode} with pre_seq_len={card.pre_seq_len}, but "
+            f"tuning_mode={tuning_mode}, pre_seq_len={pre_seq_len} was asked for: leave both off"
+        )
+    return card.tuning_mode, card.pre_seq_len
+
+
+def check_base_model(card: PromptCard, checkpoint: Checkpoint, source: str | Path) -> None:
+    """Raises CheckpointError if prompts are for another model than `checkpoint`."""
+    if card.fingerprint != checkpoint.fingerprint:
+        raise CheckpointError(
+            f"prompts {str(source)!r} were trained for {card.base_model!r}, not for {checkpoint.name_or_path!r}: their "
+            "config or tensor names differ. Load that model, or train prompts for this one"
+        )
+
+
+def export_peft(model: nn.Module, folder: str | Path) -> None:
+    """Writes ptune prompts as an adapter that PEFT loads: `PeftModel.from_pretrained(local_model, folder)`.
+
+    Raises:
+        ConfigurationError: the model has no prompts, is no causal language model, or was tuned with deep_ptune, for
+            which PEFT has no format (its prefix tuning replaces keys and values, it adds nothing to hidden states).
+    """
+    prompts, checkpoint = _prompts(model), _checkpoint(model)
+    if prompts.tuning_mode != "ptune":
+        raise ConfigurationError(f"tuning_mode is {prompts.tuning_mode!r}: PEFT has a format for ptune prompts only")
+    if not getattr(model, "can_generate", lambda: False)():
+        raise ConfigurationError(f"{type(model).__name__} is no causal language model: PEFT export is for those only")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text_config = checkpoint.config.get_text_config()
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": checkpoint.name_or_path,
+        "revision": checkpoint.revision,
+        "inference_mode": True,
+        "num_virtual_tokens": prompts.pre_seq_len,
+        "token_dim": prompts.input.shape[1],
+        "num_transformer_submodules": 1,
+        "num_attention_heads": text_config.num_attention_heads,
+        "num_layers": text_config.num_hidden_layers,
+        "prompt_tuning_init": "RANDOM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file({"prompt_embeddings": prompts.input.detach().cpu().contiguous()}, folder / "adapter_model.safetensors")
+
+
+def _prompts(model: nn.Module, source: str | Path = "DIR") -> Prompts:
+    prompts = prompts_of(model)
+    if prompts is None:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no prompts: load it with tuning_mode='ptune' or 'deep_ptune' to train some, "
+            f"or with prompts={str(source)!r} to use saved ones"
+        )
+    return prompts
+
+
+def _checkpoint(model: nn.Module) -> Checkpoint:
+    checkpoint = getattr(model, "checkpoint", None)
+    assert isinstance(checkpoint, Checkpoint), "set by from_pretrained of local and distributed models"
+    return checkpoint
+
+
+def _find(source: str | Path, name: str) -> Path:
+    path = Path(source) / name
+    if path.is_file():
+        return path
+    try:
+        found = cached_file(str(source), name) if not Path(source).is_dir() else None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(
+            f"no prompts at {str(source)!r}: neither a folder written by save_prompts nor such a repository on the hub"
+        ) from e
+    if found is None:
+        raise CheckpointError(f"folder {str(source)!r} has no {name}: give a folder written by save_prompts")
+    return Path(found)
+
+
+def _readme(card: PromptCard) -> str:
+    metadata: dict[str, Any] = {
+        "base_model": card.base_model,
+        "library_name": "petals-lightning",
+        "tags": ["prompt-tuning"],
+    }
+    rows = [f"| {name} | {value:g} |" for name, value in card.metrics.items()]
+    table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
+    command = ["", "Made by", "", f"    {card.command}"] if card.command else []
+    revision = f" at revision `{card.revision}`" if card.revision else ""
+    return "\n".join(
+        [
+            "---", *(f"{name}: {json.dumps(value)}" for name, value in metadata.items()), "---",
+            "# Prompts", "",
+            f"{card.tuning_mode} prompts, {card.pre_seq_len} virtual tokens, for `{card.base_model}`{revision}.",
+            *table, *command, "", "Talk to the model with them:", "",
+            f"    petals-lightning chat {card.base_model} --prompts THIS_FOLDER --initial-peers …", "",
+        ]
+    )  # fmt: skip

@@ -1,0 +1,39 @@
+"""Logits of chosen positions only.
+
+Shapes: B batch, S tokens, N positions that are read, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def token_logits(
+    model: Any, input_ids: torch.Tensor, rows: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits [N, V] of a causal language model, local or distributed, at some positions of a batch.
+
+    Only these positions' hidden states are fetched from servers, and only their logits are computed; what a family does
+    to logits (scaling, soft caps) is done to them. Gradients are those of the full computation.
+
+    Args:
+        input_ids: [B, S].
+        rows: [N] indices into the B·S positions.
+        attention_mask: [B, S], 0 on the right where there is padding.
+    """
+
+    def only_rows(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].flatten(0, 1)[rows.to(args[0].device)][None],)
+
+    bridge = getattr(model, "bridge", None)
+    hook = model.get_output_embeddings().register_forward_pre_hook(only_rows)
+    try:
+        if bridge is not None:
+            bridge.rows = rows
+        return model(input_ids=input_ids, attention_mask=attention_mask).logits[0]
+    finally:
+        hook.remove()
+        if bridge is not None:
+            bridge.rows = None

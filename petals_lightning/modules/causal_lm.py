@@ -1,0 +1,111 @@
+"""Tuning a chatbot: prompts that make a frozen language model say what the assistant of the dialogues says.
+
+Shapes: B batch, S tokens, N tokens that the assistant says, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.models.token_logits import token_logits
+from petals_lightning.modules.tuning import TuningModule
+
+_IGNORED = -100
+
+
+class CausalLMModule(TuningModule):
+    """Trains prompts on the next token, where labels say so; everything else is frozen.
+
+    Batches: `input_ids`, `attention_mask` and `labels` [B, S], padded on the right; labels are the token ids, or -100
+    where a token is not to be learnt. Only hidden states that a label is predicted from cross the wire. Logs
+    `train/loss`, `train/lr`, and `val/loss`, `val/perplexity`, `test/loss`, `test/perplexity` over all labelled tokens.
+
+    Args:
+        model_name: hub id or folder of a causal language model.
+        tuning_mode: `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as many more per block).
+        pre_seq_len: virtual tokens, P.
+        lr: AdamW's peak learning rate.
+        weight_decay: AdamW's.
+        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0.
+        dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
+        revision: the model's revision on the hub.
+        dht_prefix: the name of the model's blocks in the swarm; None derives it from `model_name`.
+        token: for private models on the hub; None uses the login of this machine. Never saved.
+
+    Raises:
+        ConfigurationError: a value out of range; the message names the setting.
+    """
+
+    monitor, monitor_mode = "val/perplexity", "min"
+
+    def __init__(
+        self,
+        model_name: str,
+        tuning_mode: str = "deep_ptune",
+        pre_seq_len: int = 16,
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.06,
+        dtype: str = "auto",
+        revision: str | None = None,
+        dht_prefix: str | None = None,
+        token: str | None = None,
+    ):
+        if tuning_mode is None:
+            raise ConfigurationError("tuning.mode=null: a language model has no head to train; set ptune or deep_ptune")
+        super().__init__(
+            model_name,
+            tuning_mode=tuning_mode,
+            pre_seq_len=pre_seq_len,
+            lr=lr,
+            warmup_ratio=warmup_ratio,
+            dtype=dtype,
+            revision=revision,
+            dht_prefix=dht_prefix,
+            token=token,
+        )
+        self.save_hyperparameters(ignore=["token"])
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def auto_classes(self) -> tuple[Any, Any]:
+        from petals_lightning.models import AutoDistributedModelForCausalLM
+        from petals_lightning.models.local import LocalModelForCausalLM
+
+        return AutoDistributedModelForCausalLM, LocalModelForCausalLM
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """Mean cross-entropy of the labelled tokens of a batch, and their number N."""
+        following = labels[:, 1:]
+        sample, position = (following != _IGNORED).nonzero(as_tuple=True)  # each is predicted from the one before
+        rows = sample * input_ids.shape[1] + position
+        logits = token_logits(self.model, input_ids, rows, attention_mask)  # [N, V]
+        return torch.nn.functional.cross_entropy(logits.float(), following[sample, position]), len(rows)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss, _ = self(**batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.val_loss.update(*self(**batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_perplexity("val", self.val_loss)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.test_loss.update(*self(**batch))
+
+    def on_test_epoch_end(self) -> None:
+        self._log_perplexity("test", self.test_loss)
+
+    def _log_perplexity(self, part: str, losses: MeanMetric) -> None:
+        loss = losses.compute()  # of all tokens, whatever batch they were in
+        losses.reset()
+        self.log(f"{part}/loss", loss, prog_bar=True)
+        self.log(f"{part}/perplexity", loss.exp(), prog_bar=True)

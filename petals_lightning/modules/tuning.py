@@ -1,0 +1,145 @@
+"""What all tuning modules share: the model in its swarm, the optimizer, checkpoints of trained weights only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from petals_lightning.data import load_tokenizer
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.models import trainable_state_dict
+from petals_lightning.strategies import RemoteBlockStrategy, ServedModel, load_trained_weights
+
+TUNING_MODES = (None, "ptune", "deep_ptune")
+
+
+class TuningModule(pl.LightningModule):
+    """Trains prompts (and a head) of a frozen model. Subclasses give the task: their steps, and their model's class.
+
+    Under `RemoteBlockStrategy` the blocks are in its swarm; under any other the whole model is in this process.
+    Subclasses call `save_hyperparameters(ignore=["token"])`, with arguments of the names below.
+
+    Args:
+        model_name: hub id or folder of a causal language model.
+        tuning_mode: None, `ptune` or `deep_ptune`.
+        pre_seq_len: virtual tokens, P.
+        lr: AdamW's peak learning rate.
+        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0.
+        dtype, revision, dht_prefix: of the model.
+        token: for private models on the hub; None uses the login of this machine. Never saved.
+
+    Raises:
+        ConfigurationError: a value out of range; the message names the setting.
+    """
+
+    model: PreTrainedModel
+    monitor: str
+    """The metric that tells the best checkpoint."""
+    monitor_mode: str
+    """"max" or "min": which way the metric is better."""
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        tuning_mode: str | None,
+        pre_seq_len: int,
+        lr: float,
+        warmup_ratio: float,
+        dtype: str,
+        revision: str | None,
+        dht_prefix: str | None,
+        token: str | None,
+    ):
+        super().__init__()
+        if tuning_mode not in TUNING_MODES:
+            raise ConfigurationError(f"tuning.mode={tuning_mode}: must be null, ptune or deep_ptune")
+        if tuning_mode is not None and pre_seq_len < 1:
+            raise ConfigurationError(
+                f"tuning.pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
+                "to train the head alone set tuning=none"
+            )
+        if lr <= 0:
+            raise ConfigurationError(f"optim.lr={lr}: must be above 0")
+        if not 0 <= warmup_ratio <= 1:
+            raise ConfigurationError(f"optim.warmup_ratio={warmup_ratio}: must be between 0 and 1")
+        self.served_model = ServedModel(model_name, dtype, revision, dht_prefix)
+        self._token = token
+        self._session: int | None = None
+        self._rng_state: Tensor | None = None
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Builds the model, or connects it anew when the Trainer has joined the swarm again."""
+        strategy = self.trainer.strategy if self._trainer is not None else None
+        session = strategy.session if isinstance(strategy, RemoteBlockStrategy) else 0
+        if self._session == session:
+            return
+        kept = None if self._session is None else trainable_state_dict(self)
+        self.model = self._load(strategy)
+        if kept is not None:
+            load_trained_weights(self, kept)
+        self._session = session
+
+    def auto_classes(self) -> tuple[Any, Any]:
+        """The distributed and the local class of the task's model."""
+        raise NotImplementedError
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for either class."""
+        names = ("dtype", "revision", "tuning_mode")
+        arguments = {name: self.hparams[name] for name in names} | {"token": self._token}
+        tokenizer = load_tokenizer(self.hparams["model_name"], revision=self.hparams["revision"], token=self._token)
+        arguments["pad_token_id"] = tokenizer.pad_token_id
+        arguments["pre_seq_len"] = self.hparams["pre_seq_len"] if self.hparams["tuning_mode"] else None
+        return arguments
+
+    def _load(self, strategy: Any) -> PreTrainedModel:
+        distributed, local = self.auto_classes()
+        name, arguments = self.hparams["model_name"], self.model_arguments()
+        if isinstance(strategy, RemoteBlockStrategy):
+            return distributed.from_pretrained(name, **arguments, **strategy.client_arguments)
+        return local.from_pretrained(name, **arguments)
+
+    # --- training and its checkpoints --------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        trained = [weight for weight in self.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = round(self.hparams["warmup_ratio"] * steps)
+        schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        # The frozen model is in eval mode on purpose: neither servers nor client apply dropout to it.
+        warnings.filterwarnings("ignore", r".*module\(s\) in eval mode at the start of training")
+        # GradScaler leaves out the first optimizer steps while it looks for its scale; the schedule goes on.
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
+
+    def on_train_start(self) -> None:
+        if self._rng_state is not None:
+            torch.set_rng_state(self._rng_state.cpu())
+            self._rng_state = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["torch_rng_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._rng_state = checkpoint.get("torch_rng_state")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Trained weights only, under every strategy."""
+        return trainable_state_dict(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes trained weights only; see `load_trained_weights`."""
+        load_trained_weights(self, state_dict)
+        return torch.nn.modules.module._IncompatibleKeys([], [])

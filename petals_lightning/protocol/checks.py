@@ -1,0 +1,56 @@
+"""Checks that all requests share: a field or a tensor has the type that the protocol gives it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.tensors import DTYPE_NAMES
+
+WIRE_DTYPES = {"float32", "float16", "bfloat16"}
+
+
+def typed(fields: dict[str, Any], name: str, kind: Any) -> Any:
+    """Field `name`; raises ProtocolError unless it is of `kind` (a bool counts as nothing but a bool)."""
+    value = fields.get(name)
+    is_stray_bool = isinstance(value, bool) and kind is not bool
+    if not isinstance(value, kind) or is_stray_bool:
+        raise ProtocolError(f"field {name!r} is {value!r:.60}")
+    return value
+
+
+def span_and_dtype(fields: dict[str, Any]) -> tuple[int, int, str]:
+    """Fields `start`, `end` and `wire_dtype`; raises ProtocolError if they name no span or no wire dtype."""
+    start, end = typed(fields, "start", int), typed(fields, "end", int)
+    wire_dtype = typed(fields, "wire_dtype", str)
+    if not 0 <= start < end:
+        raise ProtocolError(f"blocks {start}:{end} are no span")
+    if wire_dtype not in WIRE_DTYPES:
+        raise ProtocolError(f"wire_dtype {wire_dtype!r:.40} is none of {sorted(WIRE_DTYPES)}")
+    return start, end, wire_dtype
+
+
+def floating(tensors: dict[str, torch.Tensor], name: str, dims: int) -> torch.Tensor | None:
+    """Tensor `name` or None; raises ProtocolError if it is not floating or has not `dims` dimensions."""
+    tensor = tensors.get(name)
+    if tensor is not None and (not tensor.is_floating_point() or tensor.ndim != dims):
+        raise ProtocolError(f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}")
+    return tensor
+
+
+def prompts(
+    tensors: dict[str, torch.Tensor], hidden: torch.Tensor, num_blocks: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Tensors `prefix` [P, H] and `deep` [num_blocks, P, H], or None; raises ProtocolError if they do not fit."""
+    prefix, deep = floating(tensors, "prefix", 2), floating(tensors, "deep", 3)
+    if deep is not None and prefix is None:
+        raise ProtocolError("deep prompts need a prefix")
+    if prefix is not None and prefix.shape[1] != hidden.shape[2]:
+        raise ProtocolError(f"prefix {list(prefix.shape)} and hidden {list(hidden.shape)} differ in hidden size")
+    if deep is not None and prefix is not None and list(deep.shape) != [num_blocks, *prefix.shape]:
+        raise ProtocolError(f"deep prompts {list(deep.shape)} do not fit {num_blocks} blocks and their prefix")
+    if min(hidden.shape) < 1 or (prefix is not None and min(prefix.shape) < 1):
+        raise ProtocolError("a tensor has an empty dimension")
+    return prefix, deep

@@ -1,0 +1,100 @@
+"""A step of an inference session: new positions behind those that the server keeps keys and values of.
+
+Shapes: B batch, n new positions, T positions before and with them, P virtual tokens, H hidden size, L blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol import checks
+from petals_lightning.protocol.checks import typed
+from petals_lightning.protocol.messages import Message, Method
+
+
+@dataclass
+class StepRequest:
+    """Run blocks [start, end) on new positions of a session.
+
+    Positions are counted without the prefix, which stands in front of them, whatever is rolled back.
+
+    Attributes:
+        session: number of the session on its stream, chosen by the client.
+        hidden: [B, n, H].
+        position: how many positions stand before these; the server drops what it keeps behind them.
+        max_length: opens the session, in place of one of that number: room for so many positions. None continues it.
+        keep: how many of the last outputs to return; 0 for all n.
+        prefix: [P, H], where the session is opened with prompts.
+        deep: [L, P, H] prompts added before each block, or None.
+        hypo_ids: [B] int64: sample i goes on from what sample hypo_ids[i] was (beam search); None: as they are.
+        attention_mask: [B, T] bool where some position is padding, else None.
+        position_ids: [B, n] int64 where they do not simply count on from `position`, else None.
+        want_prefix: return the prefix's hidden states, on opening.
+        wire_dtype: of the tensors that come back.
+
+    Reply: `hidden` [B, keep or n, H]; `prefix` [P, H] if wanted; fields `compute` and `queue` in seconds.
+    """
+
+    session: int
+    start: int
+    end: int
+    hidden: torch.Tensor
+    position: int
+    max_length: int | None = None
+    keep: int = 0
+    prefix: torch.Tensor | None = None
+    deep: torch.Tensor | None = None
+    hypo_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    want_prefix: bool = False
+    wire_dtype: str = "float32"
+
+    _FIELDS = ("session", "start", "end", "position", "max_length", "keep", "want_prefix", "wire_dtype")
+    _TENSORS = ("hidden", "prefix", "deep", "hypo_ids", "attention_mask", "position_ids")
+
+    def to_message(self) -> Message:
+        fields = {name: getattr(self, name) for name in self._FIELDS}
+        tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
+        return Message(Method.STEP, fields, tensors)
+
+    @classmethod
+    def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> StepRequest:
+        """Raises ProtocolError if a field is missing or has the wrong type, or shapes contradict each other."""
+        start, end, wire_dtype = checks.span_and_dtype(fields)
+        if unknown := set(tensors) - set(cls._TENSORS):
+            raise ProtocolError(f"unknown tensors {sorted(unknown)!r:.100}")
+        hidden = checks.floating(tensors, "hidden", 3)
+        if hidden is None:
+            raise ProtocolError("the tensor `hidden` is missing")
+        batch, tokens, _ = hidden.shape
+        prefix, deep = checks.prompts(tensors, hidden, end - start)
+        position, keep = typed(fields, "position", int), typed(fields, "keep", int)
+        max_length = typed(fields, "max_length", (int, type(None)))
+        if position < 0 or not 0 <= keep <= tokens:
+            raise ProtocolError(f"position {position} and keep {keep} do not fit {tokens} new positions")
+        if max_length is not None and (position != 0 or tokens > max_length):
+            raise ProtocolError(f"a session of max_length {max_length} cannot open with {position}:{position + tokens}")
+        if prefix is not None and max_length is None:
+            raise ProtocolError("a prefix is given when a session is opened, not later")
+        request = cls(
+            typed(fields, "session", int), start, end, hidden, position, max_length, keep, prefix, deep,
+            _shaped(tensors, "hypo_ids", torch.int64, [batch]),
+            _shaped(tensors, "attention_mask", torch.bool, [batch, position + tokens]),
+            _shaped(tensors, "position_ids", torch.int64, [batch, tokens]),
+            typed(fields, "want_prefix", bool), wire_dtype,
+        )  # fmt: skip
+        if (ids := request.hypo_ids) is not None and (ids.min() < 0 or ids.max() >= batch):
+            raise ProtocolError(f"hypo_ids point outside of {batch} samples")
+        return request
+
+
+def _shaped(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor | None:
+    tensor = tensors.get(name)
+    if tensor is not None and (tensor.dtype != dtype or list(tensor.shape) != shape):
+        raise ProtocolError(f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, must be {dtype} {shape}")
+    return tensor
