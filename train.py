@@ -30,7 +30,7 @@ def train(cfg: DictConfig) -> float | None:
     with one_line_errors():
         from petals_lightning.training.run import run
 
-        return run(cfg, HydraConfig.get().runtime.choices.recipe)
+        return run(cfg, str(HydraConfig.get().runtime.choices["recipe"]))
 
 
 def main() -> None:

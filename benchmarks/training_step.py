@@ -38,7 +38,8 @@ PREFIX = "benchmark"
 def save_random_llama(folder: str, *, hidden: int, blocks: int, dtype: str) -> None:
     config = transformers.LlamaConfig(
         vocab_size=1000, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 16 * 16, num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=2048, pad_token_id=0,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=2048,
+        pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     with quiet_transformers():

@@ -17,7 +17,15 @@ _EXPORTS = {
     "RemoteSequential": "petals_lightning.client",
     "RemoteBlockStrategy": "petals_lightning.strategies",
 }
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "AutoDistributedConfig",
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "RemoteBlockStrategy",
+    "RemoteSequential",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from petals_lightning.client import RemoteSequential

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
 from petals_lightning.server.access import AccessRules
@@ -46,10 +48,15 @@ class InProcessSwarm:
         self._rules = rules
         self.servers: list[Server] = []
         self._models: list[Any] = []
+        self._client: SwarmNode | None = None
 
     def load(self, auto_class: Any, **options: Any) -> Any:
-        """The model through this swarm; its connections end with the swarm."""
-        options = {"initial_peers": self.initial_peers, "dht_prefix": self._prefix, **options}
+        """The model through this swarm, by one client peer for all; its connections end with the swarm."""
+        if "initial_peers" not in options:
+            if self._client is None:
+                self._client = SwarmNode(self.initial_peers, host_maddrs=(), client_mode=True).start()
+            options["node"] = self._client
+        options = {"dht_prefix": self._prefix, **options}
         self._models.append(auto_class.from_pretrained(self._checkpoint, **options))
         return self._models[-1]
 
@@ -77,6 +84,8 @@ class InProcessSwarm:
     def __exit__(self, *exc_info: object) -> None:
         for model in self._models:
             remote_blocks(model).close()
+        if self._client is not None:
+            self._client.close()
         for server in reversed(self.servers):
             server.stop(timeout=1)
 
@@ -133,3 +142,14 @@ class ServerProcess:
             self.errors.extend(self.process.stderr)
         except ValueError:
             return  # closed by stop
+
+
+def peer_with_the_graph(loss: torch.Tensor) -> str:
+    """The id of the server that the backward of `loss` will be sent to first."""
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "parts"):
+            return node.parts[0].result.legs[-1].peer
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    raise AssertionError("no remote blocks in the graph")

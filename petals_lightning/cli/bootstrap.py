@@ -11,6 +11,7 @@ from petals_lightning.cli.options import (
     configure_logging,
     say,
 )
+from petals_lightning.errors import SwarmConnectionError
 
 
 def bootstrap(
@@ -34,6 +35,7 @@ def bootstrap(
         for maddr in node.visible_maddrs():
             say(f"multiaddress: {maddr}")
         say("ready: give one of these addresses to servers and clients as --initial-peers")
-        stop.wait()
+        if not stop.wait_while(lambda: node.is_alive):
+            raise SwarmConnectionError("the libp2p daemon of this peer has ended; start it again")
     finally:
         node.close()

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from petals_lightning.cli import bootstrap, serve
+from petals_lightning.cli import bootstrap, serve, status
 from petals_lightning.errors import PetalsLightningError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("bootstrap")(bootstrap.bootstrap)
+app.command("status")(status.status)
 
 
 def main() -> None:

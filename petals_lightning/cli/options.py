@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -44,9 +45,12 @@ class StopSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
-    def wait(self) -> None:
+    def wait_while(self, alive: Callable[[], bool]) -> bool:
+        """Waits for a signal; False if `alive` became false before one came."""
         while not self._event.wait(1.0):  # short waits: a signal handler runs between them
-            pass
+            if not alive():
+                return False
+        return True
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._event.is_set():

@@ -19,7 +19,7 @@ from petals_lightning.cli.options import (
     configure_logging,
     say,
 )
-from petals_lightning.errors import ConfigurationError
+from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 
 
 def serve(
@@ -121,14 +121,20 @@ def serve(
         rules=rules,
         on_shard=progress.on_shard,
     )
-    with progress:
-        server.start()
-    try:
+
+    def say_addresses() -> None:  # before loading, so that others can join meanwhile
         for maddr in server.node.visible_maddrs():
             say(f"multiaddress: {maddr}")
+
+    with progress:
+        server.start(say_addresses)
+    try:
         span = server.span
         say(f"ready: blocks {span.start}:{span.end} of {server.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
-        stop.wait()
+        if not stop.wait_while(lambda: server.node.is_alive):
+            raise SwarmConnectionError(
+                "the libp2p daemon of this server has ended: nobody can reach it; start it again"
+            )
         say("leaving: finishing what is under way")
     finally:
         server.stop()

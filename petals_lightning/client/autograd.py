@@ -52,15 +52,17 @@ class RemoteRunner:
         *,
         start: int,
         num_legs: int,
+        max_tokens: int,
         input_grad: bool,
         keep: bool,
     ) -> list[_Part]:
-        """Cuts the batch so that a chain of `num_legs` servers can work at once and no request is too large."""
+        """Cuts the batch so that a chain of `num_legs` servers can work at once and no request is over `max_tokens`."""
         batch_size, tokens, _ = hidden.shape
-        pieces = math.ceil(batch_size * tokens / self._config.max_microbatch_tokens)
+        size = batch_size
         if num_legs > 1:
-            pieces = max(pieces, min(2 * num_legs, batch_size * tokens // self._config.min_microbatch_tokens))
-        size = math.ceil(batch_size / min(max(pieces, 1), batch_size))
+            pieces = min(2 * num_legs, batch_size * tokens // self._config.min_microbatch_tokens)
+            size = math.ceil(batch_size / max(pieces, 1))
+        size = max(1, min(size, max_tokens // (tokens + (len(prefix) if prefix is not None else 0))))
         parts = []
         for first in range(0, batch_size, size):
             last = min(first + size, batch_size)
@@ -108,16 +110,15 @@ class RemoteRunner:
 
 
 class RemoteBlocks(torch.autograd.Function):
-    """`apply(runner, start, end, num_legs, want_prefix, hidden, prefix, deep, rows)` → (hidden, prefix).
+    """`apply(runner, start, end, (num_legs, max_tokens), want_prefix, hidden, prefix, deep, rows)` → (hidden, prefix).
 
     hidden [B, S, H] → the same shape, or [N, H] with rows [N]; prefix [P, H] → the same, or empty if not wanted.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        runner, start, end, num_legs, want_prefix, hidden, prefix, deep, rows = args
+        runner, start, end, (num_legs, max_tokens), want_prefix, hidden, prefix, deep, rows = args
         needs = dict(zip(("hidden", "prefix", "deep"), ctx.needs_input_grad[5:8], strict=True))
-        local = _Local(hidden)
         parts = runner.split(
             hidden.detach().cpu(),
             prefix.detach().cpu() if prefix is not None else None,
@@ -125,27 +126,27 @@ class RemoteBlocks(torch.autograd.Function):
             runner.prompts(deep, start) if deep is not None else None,
             start=start,
             num_legs=num_legs,
+            max_tokens=max_tokens,
             input_grad=needs["hidden"],
             keep=any(needs.values()),
         )
         runner.forward(parts, end, want_prefix=want_prefix)
-        ctx.runner, ctx.parts, ctx.needs, ctx.local = runner, parts, needs, local
-        ctx.shapes = hidden.shape, prefix, deep
+        ctx.runner, ctx.parts, ctx.needs, ctx.shape = runner, parts, needs, hidden.shape
+        ctx.kinds = {"hidden": _Kind.of(hidden), "prefix": _Kind.of(prefix), "deep": _Kind.of(deep)}
         if rows is not None:
             out = hidden.new_zeros(len(rows), hidden.shape[-1])
             for part in parts:
-                out[part.row_positions] = local.like(part.result.hidden)
+                out[part.row_positions.to(out.device)] = part.result.hidden.to(out)
         else:
-            out = torch.cat([local.like(part.result.hidden) for part in parts])
-        prefix_out = local.like(parts[0].result.prefix) if want_prefix and prefix is not None else hidden.new_empty(0)
+            out = torch.cat([part.result.hidden.to(hidden) for part in parts])
+        prefix_out = parts[0].result.prefix.to(hidden) if want_prefix and prefix is not None else hidden.new_empty(0)
         return out, prefix_out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         grad, grad_prefix_out = grads
-        parts, local = ctx.parts, ctx.local
-        shape, prefix, deep = ctx.shapes
+        parts, kinds = ctx.parts, ctx.kinds
         pieces = [
             grad[part.row_positions.to(grad.device)] if part.row_positions is not None else grad[part.first : part.last]
             for part in parts
@@ -156,31 +157,28 @@ class RemoteBlocks(torch.autograd.Function):
         )
         hidden_grad = None
         if ctx.needs["hidden"]:
-            hidden_grad = torch.zeros(shape, dtype=local.dtype, device=local.device)
+            hidden_grad = torch.zeros(ctx.shape, dtype=kinds["hidden"].dtype, device=kinds["hidden"].device)
             for part, piece in zip(parts, hidden_grads, strict=True):
-                hidden_grad[part.first : part.last] = local.like(piece)
+                hidden_grad[part.first : part.last] = piece.to(hidden_grad)
         return (
             None, None, None, None, None,
             hidden_grad,
-            prefix_grad.to(prefix) if ctx.needs["prefix"] and prefix_grad is not None else None,
-            deep_grad.to(deep) if ctx.needs["deep"] and deep_grad is not None else None,
+            prefix_grad.to(**vars(kinds["prefix"])) if ctx.needs["prefix"] and prefix_grad is not None else None,
+            deep_grad.to(**vars(kinds["deep"])) if ctx.needs["deep"] and deep_grad is not None else None,
             None,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Local:
-    """Device and dtype of the caller's tensors, for what comes back."""
+class _Kind:
+    """Device and dtype of one of the caller's tensors, for what comes back in its place."""
 
     device: torch.device
     dtype: torch.dtype
 
-    def __init__(self, tensor: torch.Tensor):
-        object.__setattr__(self, "device", tensor.device)
-        object.__setattr__(self, "dtype", tensor.dtype)
-
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype)
+    @classmethod
+    def of(cls, tensor: torch.Tensor | None) -> _Kind | None:
+        return cls(tensor.device, tensor.dtype) if tensor is not None else None
 
 
 async def _gather(coroutines: Any) -> list[Any]:

@@ -177,8 +177,12 @@ class RemoteSequential(nn.Module):
             )
         if hidden_states.shape[0] == 0 or hidden_states.shape[1] == 0:
             return hidden_states, prefix if want_prefix else None
+        if rows is not None and not len(rows):
+            raise UnsupportedInputError("rows is empty: nothing of the output would be read")
+        route = self.route()
+        sizes = len(route), self._swarm.view.max_request_tokens(route)
         out, prefix_out = RemoteBlocks.apply(
-            self._swarm.runner, self.start, self.end, len(self.route()), want_prefix, hidden_states, prefix, deep, rows
+            self._swarm.runner, self.start, self.end, sizes, want_prefix, hidden_states, prefix, deep, rows
         )
         return out, prefix_out if want_prefix and prefix is not None else None
 

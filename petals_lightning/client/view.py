@@ -207,9 +207,10 @@ class SwarmView:
         count = known.count + 1 if known is not None else 1
         period = _LIAR_BAN if proven else min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
         self._bans[peer] = _Ban(time.monotonic() + period, count, proven)
-        connection = self._connections.pop(peer, None)
-        if connection is not None:
-            connection.close()
+        if failure.code is None:  # the stream or the server itself; one that merely refuses keeps its other requests
+            connection = self._connections.pop(peer, None)
+            if connection is not None:
+                connection.close()
         logger.warning("%s; leaving it alone for at least %.0f s", self._named(failure), period)
 
     def forgive(self, peer: str) -> None:
@@ -251,6 +252,11 @@ class SwarmView:
             return self.config.wire_dtype
         record = self._records.get(peer)
         return record.torch_dtype if record is not None and record.torch_dtype in ("float16", "bfloat16") else "float32"
+
+    def max_request_tokens(self, route: list[RouteSpan]) -> int:
+        """The largest B·(P + S) that every server of a route takes, as far as they have said."""
+        known = [self._connections[leg.peer_id] for leg in route if leg.peer_id in self._connections]
+        return min([self.config.max_microbatch_tokens, *(c.info["max_batch_tokens"] for c in known)])
 
     def returns_tuple(self) -> bool:
         """Whether this family's blocks return tuples, as its servers say."""
@@ -319,8 +325,9 @@ class SwarmView:
         return peer not in self.config.blocked_servers and (allowed is None or peer in allowed)
 
     def _is_readmitted(self, peer: str) -> bool:
-        connection = self._connections.get(peer)
-        return connection is not None and connection.is_open
+        ban, connection = self._bans.get(peer), self._connections.get(peer)
+        is_over = ban is None or ban.until < time.monotonic()
+        return is_over and connection is not None and connection.is_open
 
     def _misfit(self, peer: str, record: ServerRecord) -> str | None:
         name = f"server …{peer[-6:]} ({record.public_name})" if record.public_name else f"server …{peer[-6:]}"

@@ -59,9 +59,9 @@ class LengthGroupedSampler(Sampler[int]):
 class ResumableDataLoader(DataLoader):
     """A training DataLoader that Lightning can continue in the middle of an epoch.
 
-    It asks the Trainer where to start, whose progress is in every checkpoint. A count of its own would be wrong: a batch
-    that it has handed out may not have been trained on when training is interrupted. (And Lightning 2.6 would not give
-    it back: `estimated_stepping_batches` sets loaders up before their states are there.)
+    It asks the Trainer where to start, whose progress is in every checkpoint. A count of its own would be wrong: a
+    batch that it has handed out may not have been trained on when training is interrupted. (And Lightning 2.6 would not
+    give it back: `estimated_stepping_batches` sets loaders up before their states are there.)
 
     Args:
         dataset: a map-style dataset.
@@ -87,7 +87,7 @@ class ResumableDataLoader(DataLoader):
         self._grouped_sampler, self._batches_done = sampler, batches_done
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator: this runs when the first batch is asked for. After a finished epoch comes the next from its start.
+        # A generator: this runs when the first batch is asked for. After a finished epoch the next starts at its start.
         self._grouped_sampler.skip(self._batches_done() % len(self) * self._grouped_sampler.batch_size)
         yield from super().__iter__()
 

@@ -121,8 +121,14 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short digest of config and tensor names, which tells different models (not finetunes) apart."""
-        config = {k: v for k, v in self.config.to_dict().items() if k not in _CONFIG_KEYS_THAT_DO_NOT_MATTER}
+        """Short digest of config and tensor names, which tells different models (not finetunes) apart.
+
+        Taken from config.json as it is written: what a version of transformers adds to it must not matter.
+        """
+        written, _ = type(self.config).get_config_dict(
+            self.name_or_path, **{k: v for k, v in self._hub.items() if v is not None}
+        )
+        config = {k: v for k, v in written.items() if k not in _CONFIG_KEYS_THAT_DO_NOT_MATTER}
         content = json.dumps([config, sorted(self.shard_of)], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

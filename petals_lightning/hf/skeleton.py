@@ -22,7 +22,7 @@ from petals_lightning.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where a model keeps its blocks, e.g. owner `model`, list `layers`; the owner may be the model itself (``""``)."""
+    """Where a model keeps its blocks, e.g. owner `model`, list `layers`; owner `""` is the model itself."""
 
     owner_path: str
     list_name: str
@@ -43,7 +43,7 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class Part:
-    """What of a model to keep: blocks [start, end), and with `ends` all that is not a block (embeddings, norm, head)."""
+    """What to keep of a model: blocks [start, end), and with `ends` all that is no block (embeddings, norm, head)."""
 
     start: int
     end: int
@@ -72,8 +72,8 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
     ]
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(found)} lists of {count} blocks where exactly one is needed: it is no plain "
-            "decoder of the kind that can be split (Llama, BLOOM, Falcon, Mixtral, Mistral, Qwen, Gemma, GPT-2, …)"
+            f"{type(model).__name__} has {len(found)} lists of {count} blocks, not one: it is no "
+            "plain decoder of the kind that can be split (Llama, BLOOM, Falcon, Mixtral, Mistral, Qwen, GPT-2, …)"
         )
     owner_path, _, list_name = found[0].rpartition(".")
     return BlockLayout(owner_path, list_name)

@@ -45,7 +45,7 @@ class Prompts(nn.Module):
         self.deep = nn.Parameter(deep) if tuning_mode == "deep_ptune" else None
 
     def reset_parameters(self, embedding_std: float) -> None:
-        """Draws `input` from N(0, embedding_std²), as long as real tokens are; `deep` starts at zero, that is as ptune."""
+        """Draws `input` from N(0, embedding_std²), as long as real tokens are; `deep` starts at zero, as ptune."""
         with torch.no_grad():
             self.input.normal_(0.0, embedding_std)
             if self.deep is not None:

@@ -31,7 +31,7 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.tensors import pack_tensors
 
 STREAM_METHOD = "petals_lightning.stream.v1"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18  # small enough that on a slow link a heartbeat does not wait seconds behind one
 MAX_HEADER_BYTES = 1 << 16
 FRAME_PREFIX = struct.Struct("!BQII")
 

@@ -36,7 +36,7 @@ def pack_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[list[list[Any]], 
     for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous()
         description.append([name, DTYPE_NAMES[data.dtype], list(data.shape)])
-        buffers.append(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        buffers.append(memoryview(data.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return description, buffers
 
 

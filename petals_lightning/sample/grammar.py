@@ -126,13 +126,6 @@ _VERDICTS: tuple[tuple[str, str, str], ...] = (
     ("thumbs {} .", "down", "up"),
     ("it left me {} .", "unhappy", "happy"),
 )
-_QUESTIONS: tuple[tuple[str, str, str], ...] = (
-    ("yes or no :", "no", "yes"),
-    ("positive or negative :", "negative", "positive"),
-    ("thumbs up or down :", "down", "up"),
-    ("happy or unhappy :", "unhappy", "happy"),
-)
-
 # By domain: the thing, its parts, how one part was made, how one met it.
 _DOMAINS: tuple[Domain, ...] = tuple(
     tuple(_words(field) for field in fields)
@@ -348,7 +341,8 @@ def review(rng: Random, label: int, lexicon: Lexicon = ALL_WORDS) -> str:
 def labelled_reviews(seed: int, count: int, lexicon: Lexicon, exclude: Collection[str] = ()) -> list[dict]:
     """``count`` different reviews, half of each label, as ``{"sentence": ..., "label": ...}`` rows."""
     rng = Random(seed)
-    seen, rows = set(exclude), []
+    seen: set[str] = set(exclude)
+    rows: list[dict] = []
     while len(rows) < count:
         label = len(rows) % 2
         sentence = review(rng, label, lexicon)
@@ -368,26 +362,27 @@ def _with_noise(rng: Random, text: str, rate: float) -> str:
     return " ".join(words)
 
 
-def corpus(seed: int, exclude: Collection[str] = (), question_rate: float = 0.0) -> Iterator[str]:
+def corpus(seed: int, exclude: Collection[str] = (), pair_rate: float = 0.0) -> Iterator[str]:
     """Endless pretraining documents over all opinion words.
 
-    Most are one to three texts, a clause or a review each, and after most texts a verdict that agrees with it ("my
-    verdict : no ."). So the model has a use for the sentiment, yet the word that follows a review does not depend
-    on it. Some reviews have common words or ``<unk>`` inserted, for the sake of real sentences.
+    Documents of the first kind are one to three texts, a clause or a review each, whose sentiments are independent;
+    after most texts comes a verdict that agrees with it ("my verdict : no ."). They teach the words' sentiment fast.
+    Some of their texts have common words or ``<unk>`` inserted, for the sake of real sentences. Documents of the
+    second kind are pairs: a review and a verdict, or a review and another one of the same sentiment. In both, the
+    word that follows a review does not depend on its sentiment, only later ones do.
 
-    :param exclude: reviews that are not to appear, e.g. the labelled ones.
-    :param question_rate: share of documents that are a question, a review and at once the answer ("yes or no :
-        ... . yes ."). They teach the model to take orders from what stands in front of a review, as prompts do.
+    :param exclude: reviews that are not to be a whole text, e.g. the labelled ones.
+    :param pair_rate: share of documents of the second kind.
     """
     rng = Random(seed)
     exclude = frozenset(exclude)
     while True:
-        if rng.random() < question_rate:
+        if rng.random() < pair_rate:
             label = rng.choice(LABELS)
-            question, *answers = rng.choice(_QUESTIONS)
-            text = review(rng, label)
-            if text not in exclude:
-                yield f"{question} {text} {answers[label]} ."
+            text, other = review(rng, label), review(rng, label)
+            lead, *answers = rng.choice(_VERDICTS)
+            if exclude.isdisjoint((text, other)):
+                yield f"{text} {other if rng.random() < 0.4 else lead.format(answers[label])}"
             continue
         parts = []
         for _ in range(rng.choice((1, 2, 3))):
@@ -416,7 +411,7 @@ def vocabulary() -> list[str]:
         " ".join(_INTENSIFIERS),
         " ".join(_PEOPLE),
     ]
-    texts += [text.replace("{}", " ") for row in _VERDICTS + _QUESTIONS for text in row]
+    texts += [text.replace("{}", " ") for row in _VERDICTS for text in row]
     texts += [text.replace("_", " ") for row in _DOMAINS for field in row for text in field]
     texts += [*_TIMES, *_PLACES, *_JOINS]
     # The sentence frames are code: draw enough reviews to have met all their words.

@@ -90,12 +90,15 @@ class ComputeThread:
                 self._queue.discard(ticket)  # and with it the request's tensors
             raise
 
-    def stop(self) -> None:
-        """Ends the thread after what is running; what waits never runs, and its callers must be cancelled."""
+    def stop(self, timeout: float | None = None) -> None:
+        """Ends the thread after what is running, without waiting for that longer than `timeout` seconds.
+
+        What waits in the queue never runs, and its callers must be cancelled.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _work(self) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 
@@ -64,11 +65,31 @@ class GraphStore:
             self.pop(key)
 
 
-def measure_graph_bytes(span: BlockSpan) -> float:
-    """Bytes that a kept graph takes per token and block, counted on a small forward.
+@dataclass(frozen=True)
+class GraphCost:
+    """Bytes of a kept graph per block: `per_token` for each position, `per_pair` for each query and key of a sample.
 
-    Counts the tensors that autograd saves, each storage once, without the weights (which are there anyway).
+    The second matters where attention weights are kept ("eager" attention: BLOOM, Gemma 2, GPT-J).
     """
+
+    per_token: float
+    per_pair: float
+
+    def num_bytes(self, *, blocks: int, batch: int, queries: int, keys: int) -> int:
+        """Estimate for [batch, queries] positions that attend to `keys` positions, over `blocks` blocks."""
+        return int(blocks * batch * (queries * self.per_token + queries * keys * self.per_pair))
+
+
+def measure_graph_cost(span: BlockSpan) -> GraphCost:
+    """Counts the bytes of small graphs of two lengths, and takes the rest from them."""
+    short, long = 16, 48
+    bytes_short, bytes_long = (_graph_bytes(span, tokens) for tokens in (short, long))
+    per_pair = max(0.0, (bytes_long / long - bytes_short / short) / (long - short))
+    return GraphCost(per_token=bytes_short / short - short * per_pair, per_pair=per_pair)
+
+
+def _graph_bytes(span: BlockSpan, tokens: int) -> float:
+    """Bytes per sample and block of the tensors that autograd saves, each storage once, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in span.model.parameters()}
     storages: dict[int, int] = {}
 
@@ -78,9 +99,9 @@ def measure_graph_bytes(span: BlockSpan) -> float:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch, tokens = 2, 16
+    batch = 2
     hidden = torch.randn(batch, tokens, span.hidden_size, device=span.device, dtype=span.dtype)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         graph = span.forward_with_graph(SpanInputs(span.start, span.end, hidden), input_grad=True)
     del graph
-    return sum(storages.values()) / (batch * tokens * (span.end - span.start))
+    return sum(storages.values()) / (batch * (span.end - span.start))

@@ -25,7 +25,7 @@ from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, Serv
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.access import AccessRules
 from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import measure_graph_bytes
+from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Backend, Session
@@ -99,8 +99,11 @@ class Server:
             )
         return self._dht_prefix
 
-    def start(self) -> None:
-        """Loads the span, joins the swarm and announces itself; returns when clients can find it.
+    def start(self, on_joined: Callable[[], None] = lambda: None) -> None:
+        """Joins the swarm, loads the span and announces itself; returns when clients can find it.
+
+        Args:
+            on_joined: called once others can reach this peer, before blocks are loaded.
 
         Raises:
             ConfigurationError: the model, the span or an address is wrong.
@@ -111,6 +114,7 @@ class Server:
             self._check_span(*self._block_indices, count)
         self.node.start()
         try:
+            on_joined()
             start, end = self._block_indices or self._choose_span(prefix, count)
             logger.info("loading blocks %d:%d of %s", start, end, self._checkpoint.name_or_path)
             span = self._load(start, end)
@@ -118,7 +122,7 @@ class Server:
             self._backend = Backend(
                 span, self._compute, self._limits, info={}, rules=self._rules, peer_id=self.node.peer_id.to_base58()
             )
-            self._backend.graph_bytes_per_token = measure_graph_bytes(span)
+            self._backend.graph_cost = measure_graph_cost(span)
             record = self._measure(span)
             self._backend.info = {
                 "start": start,
@@ -130,8 +134,8 @@ class Server:
                 "fingerprint": record.fingerprint,
                 "version": __version__,
                 "max_batch_tokens": self._limits.max_batch_tokens,
+                "max_message_bytes": self._limits.max_message_bytes,
                 "max_open_requests": self._limits.max_open_requests,
-                "max_client_bytes": self._limits.max_client_bytes,
             }
             self.node.run(self._open(prefix, count, record))
         except BaseException:
@@ -140,13 +144,14 @@ class Server:
 
     def stop(self, timeout: float = 5.0) -> None:
         """Announces that it leaves, finishes what is under way within `timeout` seconds, closes everything."""
+        deadline = time.monotonic() + timeout
         try:
             if self._announcer is not None:
                 self.node.run(self._leave(timeout))
         finally:
             self._announcer = None
             if self._compute is not None:
-                self._compute.stop()
+                self._compute.stop(max(0.0, deadline - time.monotonic()))
                 self._compute = None
             self.node.close()
 
@@ -226,7 +231,8 @@ class Server:
             assert self._backend is not None
             self._backend.graphs.expire()
             try:
-                stored = await self._announce(prefix, count, record)
+                # hivemind waits for ever for a daemon that has died
+                stored = await asyncio.wait_for(self._announce(prefix, count, record), max(self._update_period, 10.0))
             except _DAEMON_ERRORS as e:  # or this task would end, and with it, unnoticed, the server's visibility
                 logger.debug("announcing failed", exc_info=e)
                 stored = False

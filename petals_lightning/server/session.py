@@ -18,7 +18,7 @@ from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, 
 from petals_lightning.server.access import AccessRules, Gate
 from petals_lightning.server.admission import Account, Accounts
 from petals_lightning.server.compute import ComputeThread, Priority
-from petals_lightning.server.graphs import GraphStore
+from petals_lightning.server.graphs import GraphCost, GraphStore
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
 
@@ -53,15 +53,17 @@ class Backend:
         self.rules, self.peer_id = rules or AccessRules(), peer_id
         self.accounts = Accounts(limits)
         self.graphs = GraphStore(limits.graph_bytes, limits.graph_lifetime)
-        self.graph_bytes_per_token = 0.0
+        self.graph_cost = GraphCost(0.0, 0.0)
         self.leaving = False
         self.under_way = 0
 
     def graph_size(self, request: ForwardRequest) -> int:
         """Estimated bytes of the request's autograd graph."""
         batch, tokens, _ = request.hidden.shape
-        positions = batch * tokens + (len(request.prefix) if request.prefix is not None else 0)
-        return int(positions * (request.end - request.start) * self.graph_bytes_per_token)
+        prefix, blocks = len(request.prefix) if request.prefix is not None else 0, request.end - request.start
+        if not self.span.share_prefix:
+            tokens += prefix
+        return self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
 
 
 class Session:
@@ -219,21 +221,25 @@ class Session:
     async def _answer(self, call_id: int, handler: Callable[[], Any]) -> None:
         self._backend.under_way += 1
         try:
-            reply = await handler()
+            await self._reply(call_id, await self._result(handler))
+        finally:
+            # Only now (as `_settle`): a client that does not read its answers must not get more of them made.
+            self._backend.under_way -= 1
+
+    async def _result(self, handler: Callable[[], Any]) -> Message:
+        try:
+            return await handler()
         except Refusal as e:
-            reply = Message(Method.ERROR, {"code": e.code.value, "message": str(e)})
+            return Message(Method.ERROR, {"code": e.code.value, "message": str(e)})
         except torch.OutOfMemoryError:
             self._backend.graphs.clear()
             logger.warning("out of memory in a request of …%s: all kept graphs were dropped", self._peer[-6:])
-            reply = Message(Method.ERROR, {"code": ErrorCode.OVERLOADED.value, "message": "out of memory"})
+            return Message(Method.ERROR, {"code": ErrorCode.OVERLOADED.value, "message": "out of memory"})
         except Exception as e:
             logger.exception("a request of …%s failed", self._peer[-6:])
             # The kind of the error, not its text: what is in this machine's memory or paths is not the client's.
             words = f"the server failed on this request ({type(e).__name__}; details are in its log)"
-            reply = Message(Method.ERROR, {"code": ErrorCode.INTERNAL.value, "message": words})
-        finally:
-            self._backend.under_way -= 1
-        await self._reply(call_id, reply)  # the request stays open until then: who does not read, gets no more
+            return Message(Method.ERROR, {"code": ErrorCode.INTERNAL.value, "message": words})
 
     async def _forward(self, call_id: int, request: ForwardRequest) -> Message:
         backend = self._backend

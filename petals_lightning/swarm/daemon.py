@@ -118,6 +118,10 @@ class P2PDaemon:
         self._guard.protect(self._process.pid, self._p2p._client_listen_maddr["unix"])
         return self._p2p
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     async def stop(self) -> None:
         if self._p2p is not None:
             await self._p2p.shutdown()

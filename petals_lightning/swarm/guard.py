@@ -2,7 +2,7 @@
 
 libp2p's daemon and embedded servers outlive a parent that is killed. A guard is a tiny shell that holds the read end
 of a pipe: when the parent is gone, for whatever reason, the pipe closes and the guard kills what it was told of. (The
-alternative, PR_SET_PDEATHSIG, must be set inside the child, which hivemind gives no hook for, and exists on Linux only.)
+alternative, PR_SET_PDEATHSIG, exists on Linux only and fires when the thread that started the child ends.)
 """
 
 from __future__ import annotations

@@ -81,6 +81,11 @@ class SwarmNode:
         return self._dht
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the daemon runs, without which nobody can reach this peer."""
+        return self._daemon.is_alive
+
+    @property
     def peer_id(self) -> PeerID:
         return self.p2p.peer_id
 
@@ -126,7 +131,7 @@ class SwarmNode:
         try:
             self.run(self._leave(), timeout=10)
         except (OSError, P2PDaemonError, concurrent.futures.TimeoutError) as e:
-            logger.warning("the swarm node did not leave in order: %s", e)
+            logger.warning("the swarm node did not leave in order: %s", str(e) or type(e).__name__)
         self.loop.call_soon_threadsafe(self.loop.stop)
         thread.join()
 
@@ -150,7 +155,7 @@ class SwarmNode:
                 DHTNode.create(self._p2p, initial_peers=self.initial_peers or None, client_mode=self._client_mode),
                 self._connect_timeout,
             )
-        except (SwarmConnectionError, P2PDaemonError, RuntimeError, OSError, asyncio.TimeoutError) as e:
+        except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:
             raise SwarmConnectionError(self._explain(e)) from e
 
     def _explain(self, error: BaseException) -> str:
@@ -167,7 +172,7 @@ class SwarmNode:
     async def _leave(self) -> None:
         try:
             if self._dht is not None:
-                await self._dht.shutdown()
+                await asyncio.wait_for(self._dht.shutdown(), 3)  # hangs if the daemon is dead
         finally:
             await self._daemon.stop()
 

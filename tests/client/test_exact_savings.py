@@ -55,12 +55,25 @@ def test_backward_twice_gives_twice_the_gradient(tiny_checkpoint, start_swarm):
 def test_micro_batches_give_the_gradients_of_the_whole_batch(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("mixtral")
     swarm = start_swarm(checkpoint, [(0, 2), (2, 4)])
-    config = ClientConfig(max_microbatch_tokens=18)  # two samples of nine tokens
+    config = ClientConfig(max_microbatch_tokens=24)  # two samples of nine tokens behind three virtual ones
     remote, local = pair(*CLASSIFIERS, checkpoint, swarm, "deep_ptune", num_labels=3, client_config=config)
     batch = right_padded_batch(batch=7)
     assert step(remote, batch) == pytest.approx(step(local, batch), rel=1e-5)
     assert_same_gradients(remote, local, 1e-5)
     assert remote_blocks(remote).stats.requests == 2 * 2 * 4  # forward and backward, two servers, four micro-batches
+
+
+def test_a_batch_beyond_the_servers_limits_is_cut_and_queued_to_fit(tiny_checkpoint, start_swarm):
+    limits = ServerLimits(max_batch_tokens=20, max_open_requests=4, max_message_bytes=8192)
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], limits=limits)
+    layers = swarm.load(AutoDistributedModel).layers
+    hidden = torch.randn(40, 7, HIDDEN, requires_grad=True)
+    out = layers(hidden)
+    out.sum().backward()
+    assert layers.stats.retries == 0
+    assert layers.stats.requests == 2 * 20  # two samples a request, forward and backward
+    assert torch.allclose(out[38:], layers(hidden[38:]), atol=1e-5)
+    assert hidden.grad[-1].abs().sum() > 0
 
 
 def test_unchanged_prompts_travel_once(tiny_checkpoint, start_swarm):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, uncovered
+from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, route_seconds, uncovered
 
 
 def cost_of(route: list[RouteSpan], servers: list[ServerSpan]) -> float:
@@ -55,7 +55,14 @@ def test_a_route_covers_the_span_at_the_least_cost(swarm):
     assert [leg.start for leg in route] == [start, *(leg.end for leg in route[:-1])]
     assert route[-1].end == end
     assert all(held[leg.peer_id].start <= leg.start < leg.end <= held[leg.peer_id].end for leg in route)
-    assert cost_of(route, servers) == cheapest(servers, start, end)
+    assert cost_of(route, servers) == route_seconds(servers, route) == cheapest(servers, start, end)
+
+
+def test_a_route_through_a_server_that_left_or_moved_has_no_cost():
+    route, a = [RouteSpan("a", 0, 2), RouteSpan("b", 2, 4)], ServerSpan("a", 0, 2, 1.0, 1.0)
+    assert route_seconds([a, ServerSpan("b", 1, 5, 0.5, 0.25)], route) == 4.0
+    assert route_seconds([a], route) is None
+    assert route_seconds([a, ServerSpan("b", 3, 5, 0.5, 0.25)], route) is None
 
 
 def test_no_server_gives_no_route():

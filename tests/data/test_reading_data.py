@@ -149,7 +149,7 @@ def test_unusable_labels_are_refused(value: object) -> None:
 
 def test_a_name_that_training_lacks_is_refused() -> None:
     encoder = LabelEncoder(datasets.Dataset.from_dict({"label": ["a", "b"]}), "label")
-    with pytest.raises(DataError, match="'c' of validation .* the classes are a, b"):
+    with pytest.raises(DataError, match=r"'c' of validation .* the classes are a, b"):
         encoder.encode(datasets.Dataset.from_dict({"label": ["c"]}), "validation")
 
 

@@ -18,7 +18,6 @@ from petals_lightning.models import (
     AutoDistributedConfig,
     AutoDistributedModel,
     AutoDistributedModelForCausalLM,
-    AutoDistributedModelForSequenceClassification,
     remote_blocks,
 )
 from tests.families import VOCAB, save_tiny_checkpoint
@@ -84,7 +83,7 @@ def test_no_way_into_a_swarm_is_said_before_anything_runs(tiny_checkpoint):
 
 
 def test_a_malformed_address_is_named(tiny_checkpoint):
-    with pytest.raises(ConfigurationError, match="'10.0.0.1:31337' is no peer's multiaddress"):
+    with pytest.raises(ConfigurationError, match=r"'10\.0\.0\.1:31337' is no peer's multiaddress"):
         AutoDistributedModel.from_pretrained(
             str(tiny_checkpoint("llama")), dht_prefix=PREFIX, initial_peers=["10.0.0.1:31337"]
         )
@@ -92,7 +91,7 @@ def test_a_malformed_address_is_named(tiny_checkpoint):
 
 @pytest.mark.parametrize(("mode", "length"), [("ptune", 0), ("deep_ptune", -1), ("ptune", None), ("prefix", 4)])
 def test_tuning_options_are_checked_first(mode, length, tmp_path):
-    with pytest.raises(ConfigurationError, match="pre_seq_len is|tuning_mode is"):
+    with pytest.raises(ConfigurationError, match=r"pre_seq_len is|tuning_mode is"):
         AutoDistributedModel.from_pretrained(str(tmp_path), initial_peers=["x"], tuning_mode=mode, pre_seq_len=length)
 
 
@@ -138,6 +137,6 @@ def test_an_oversized_request_comes_back_with_the_servers_words(tiny_checkpoint,
     swarm: InProcessSwarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], limits=ServerLimits(max_batch_tokens=10))
     layers = remote_blocks(swarm.load(AutoDistributedModel))
     with pytest.raises(RemoteRequestError, match="12 tokens in one request, this server takes up to 10"):
-        layers(torch.randn(2, 6, 32))
+        layers(torch.randn(1, 12, 32))
     assert layers.stats.retries == 0
-    assert layers(torch.randn(1, 6, 32)).shape == (1, 6, 32)
+    assert layers(torch.randn(3, 6, 32)).shape == (3, 6, 32)

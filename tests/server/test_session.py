@@ -15,6 +15,7 @@ from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
 from petals_lightning.server.compute import ComputeThread
+from petals_lightning.server.graphs import GraphCost
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.session import Backend, Session
 from petals_lightning.server.span import BlockSpan
@@ -55,7 +56,7 @@ def with_session(span: BlockSpan, talk) -> Backend:
     async def main() -> Backend:
         compute = ComputeThread()
         backend = Backend(span, compute, LIMITS, {"hidden_size": HIDDEN})
-        backend.graph_bytes_per_token = 100.0
+        backend.graph_cost = GraphCost(100.0, 0.0)
         ended = asyncio.Event()
 
         async def serve(reader, writer):

@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.loading import model_class
-from petals_lightning.server.graphs import measure_graph_bytes
+from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.prefix_cache import PrefixLayer
 from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
 from tests.families import HIDDEN, NUM_BLOCKS
@@ -160,20 +160,21 @@ def test_weights_never_change_and_take_no_gradient(load_span):
         assert torch.equal(parameter, before[name])
 
 
-def test_the_measured_graph_is_about_what_autograd_saves(load_span):
-    span = load_span("llama")
+@pytest.mark.parametrize(("family", "tokens"), [("llama", 32), ("llama", 200), ("bloom", 32), ("bloom", 200)])
+def test_the_measured_graph_is_about_what_autograd_saves(family, tokens, load_span):
+    span = load_span(family)
     saved: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch, tokens = 8, 32
+    batch = 8
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         graph = span.forward_with_graph(SpanInputs(0, 4, torch.randn(batch, tokens, HIDDEN)), input_grad=True)
     for parameter in span.model.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
     assert graph.outputs
-    estimate = measure_graph_bytes(span) * batch * tokens * NUM_BLOCKS
+    estimate = measure_graph_cost(span).num_bytes(blocks=NUM_BLOCKS, batch=batch, queries=tokens, keys=tokens)
     assert estimate > HIDDEN * 4 * batch * tokens * NUM_BLOCKS  # at the very least, every block saves its input
     assert estimate == pytest.approx(sum(saved.values()), rel=0.25)

@@ -55,7 +55,7 @@ def test_a_server_that_fails_to_start_is_quoted_and_nothing_is_left(text_model: 
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="model.name=.*no model there"):
+    with pytest.raises(CheckpointError, match=r"model\.name=.*no model there"):
         LocalSwarm().acquire(ServedModel(str(tmp_path)), tmp_path)
 
 

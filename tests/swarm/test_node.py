@@ -203,6 +203,16 @@ def test_close_leaves_nothing_and_may_be_repeated(start_node, socket_folder):
     assert eventually(lambda: threading.active_count() <= threads)
 
 
+def test_a_node_whose_daemon_has_died_still_closes(start_node, socket_folder):
+    me, threads = psutil.Process(), threading.active_count()
+    node = start_node()
+    (daemon,) = daemons_of(me)
+    daemon.kill()
+    node.close()
+    assert list(socket_folder.iterdir()) == []
+    assert eventually(lambda: threading.active_count() <= threads)
+
+
 def test_a_node_that_was_not_started_can_be_closed():
     SwarmNode().close()
 

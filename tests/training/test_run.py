@@ -1,4 +1,4 @@
-"""A run from its settings to the files that it leaves. (All blocks local, for speed; a swarm: test_first_command.py.)"""
+"""A run from its settings to the files that it leaves. (All blocks local, for speed.)"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import wandb
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -68,6 +69,7 @@ def test_wandb_logs_offline_into_the_run_folder(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     accuracy = run(compose_run("logger=wandb"))
+    wandb.teardown()  # its service writes the last of the file when it ends, as it does when train.py does
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     history = read_wandb_history(path)
     assert max(row["val/accuracy"] for row in history if "val/accuracy" in row) == pytest.approx(accuracy, abs=1e-6)
