@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
 from petals_lightning.server.access import AccessRules
@@ -142,3 +144,14 @@ class ServerProcess:
             self.errors.extend(self.process.stderr)
         except ValueError:
             return  # closed by stop
+
+
+def peer_with_the_graph(loss: torch.Tensor) -> str:
+    """The id of the server that the backward of `loss` will be sent to first."""
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "parts"):
+            return node.parts[0].result.legs[-1].peer
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    raise AssertionError("no remote blocks in the graph")

@@ -18,7 +18,7 @@ from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.deadlines import ServiceClock
-from petals_lightning.client.flow import FlowControl
+from petals_lightning.client.room import Room
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, ProtocolError, RemoteRequestError
 from petals_lightning.protocol.auth import is_proof, new_nonce, prove
@@ -64,9 +64,9 @@ class PeerConnection:
         self._config, self._stats, self._on_failure = config, stats, on_failure
         self._reader = MessageReader(reader, max_message_bytes=_MAX_MESSAGE_BYTES, max_open=1 << 16)
         self._writer = MessageWriter(writer)
-        self._flow = FlowControl()
         self._ids, self._last_id = itertools.count(1), 0
         self._pending: dict[int, _Call] = {}
+        self._room = Room(max_requests=1, max_bytes=0)  # until the server has said what it grants
         self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Future[None]]] = OrderedDict()
         self._failure: PeerFailure | None = None
         self._pinged_at: float | None = None  # when the oldest ping was sent that has brought no sign of life yet
@@ -96,14 +96,24 @@ class PeerConnection:
                 began = time.perf_counter()
                 connection.info = (await connection.call(Message(Method.INFO))).fields
                 connection.round_trip = time.perf_counter() - began
+                connection._take_grants()
         except BaseException as e:
             if connection is not None:
                 connection.close()
             if isinstance(e, OSError):  # ConnectionError, or TimeoutError
                 raise PeerFailure(peer, f"cannot connect: {str(e) or type(e).__name__}") from e
             raise
-        connection._flow.grant(connection.info)
         return connection
+
+    def _take_grants(self) -> None:
+        """Keeps to the limits in `info`, with a margin: the server counts a request until its answer is written."""
+        names = "max_open_requests", "max_message_bytes", "max_batch_tokens"
+        requests, num_bytes, tokens = (self.info.get(name) or 0 for name in names)
+        if not all(type(grant) is int and grant > 0 for grant in (requests, num_bytes, tokens)):
+            raise PeerFailure(
+                self.peer, f"grants nonsense: {requests!r} requests, {num_bytes!r} bytes, {tokens!r} tokens"
+            )
+        self._room = Room(max(1, requests // 2), num_bytes // 2)
 
     @property
     def is_open(self) -> bool:
@@ -143,7 +153,7 @@ class PeerConnection:
         call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout)
         call.clock.hold()
         try:
-            async with self._flow.room(sum(tensor.nbytes for tensor in message.tensors.values())):
+            async with self._room.enter(sum(tensor.nbytes for tensor in message.tensors.values())):
                 if self._failure is not None:
                     raise self._failure
                 self._pending[call_id] = call
@@ -163,7 +173,7 @@ class PeerConnection:
             if self._pending.pop(call_id, None) is not None and (not answer.done() or answer.cancelled()):
                 self.tell(Message(Method.CANCEL), call_id)
             if answer.done() and not answer.cancelled():
-                answer.exception()  # seen: the caller may have been cancelled meanwhile
+                answer.exception()  # seen: whoever asked is told by what was raised here
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
         if reply.method is Method.ERROR:
             raise self._error(reply)
@@ -295,7 +305,6 @@ class PeerConnection:
             if not call.answer.done():
                 call.answer.set_exception(failure)
         self._pending.clear()
-        self._flow.close()
         for _, sent in self._prompts.values():
             sent.cancel()
         current = asyncio.current_task()

@@ -331,8 +331,9 @@ class SwarmView:
         return peer not in self.config.blocked_servers and (allowed is None or peer in allowed)
 
     def _is_readmitted(self, peer: str) -> bool:
-        connection = self._connections.get(peer)
-        return self._bans[peer].until < time.monotonic() and connection is not None and connection.is_open
+        ban, connection = self._bans.get(peer), self._connections.get(peer)
+        is_over = ban is None or ban.until < time.monotonic()
+        return is_over and connection is not None and connection.is_open
 
     def _misfit(self, peer: str, record: ServerRecord) -> str | None:
         name = f"server …{peer[-6:]} ({record.public_name})" if record.public_name else f"server …{peer[-6:]}"

@@ -136,8 +136,8 @@ class Server:
                 "fingerprint": record.fingerprint,
                 "version": __version__,
                 "max_batch_tokens": self._limits.max_batch_tokens,
+                "max_message_bytes": self._limits.max_message_bytes,
                 "max_open_requests": self._limits.max_open_requests,
-                "max_client_bytes": self._limits.max_client_bytes,
             }
             self.node.run(self._open(prefix, count, record))
         except BaseException:

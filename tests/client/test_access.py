@@ -71,10 +71,14 @@ def test_a_list_of_peers_lets_in_those_on_it(tiny_checkpoint, tmp_path, start_sw
     checkpoint, identity = tiny_checkpoint("llama"), str(tmp_path / "client.id")
     swarm = start_swarm(checkpoint, [ALL], rules=AccessRules(allowed_peers=frozenset()))
     with pytest.raises(AccessDeniedError, match=r"not on its list.*--allow-peers") as refused:
-        swarm.load(AutoDistributedModel, identity_path=identity)
+        swarm.load(AutoDistributedModel, initial_peers=swarm.initial_peers, identity_path=identity)
     own_id = str(refused.value).split("listed peers in, and ")[1].split()[0]
     swarm.servers[0]._backend.rules = AccessRules(allowed_peers=frozenset([own_id]))
-    assert run_once(swarm.load(AutoDistributedModel, identity_path=identity)).isfinite().all()
+    assert (
+        run_once(swarm.load(AutoDistributedModel, initial_peers=swarm.initial_peers, identity_path=identity))
+        .isfinite()
+        .all()
+    )
     with pytest.raises(AccessDeniedError):
         swarm.load(AutoDistributedModel)
 

@@ -11,7 +11,6 @@ import pytest
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.deadlines import patience
-from petals_lightning.client.flow import FlowControl
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import ConfigurationError, PeerFailure
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
@@ -138,27 +137,3 @@ def test_patience_follows_what_was_measured_between_floor_and_ceiling():
 def test_a_setting_out_of_range_is_refused(wrong):
     with pytest.raises(ConfigurationError, match=r"must|share"):
         ClientConfig(**wrong)
-
-
-def test_flow_control_keeps_to_what_is_granted_and_loses_nobody():
-    async def main() -> int:
-        flow, most, now = FlowControl(), 0, 0
-        flow.grant({"max_open_requests": 8, "max_client_bytes": 200})
-
-        async def request(num_bytes: int) -> None:
-            nonlocal most, now
-            async with flow.room(num_bytes):
-                now += 1
-                most = max(most, now)
-                await asyncio.sleep(0.001)
-                now -= 1
-
-        tasks = [asyncio.create_task(request(size)) for size in (10, 30, 500, 60, 90) * 10]
-        await asyncio.sleep(0.002)
-        for task in tasks[7::9]:
-            task.cancel()
-        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
-        assert (flow._requests, flow._bytes, len(flow._queue), len(flow._sizes)) == (0, 0, 0, 0)
-        return most
-
-    assert 1 < asyncio.run(main()) <= 4

@@ -14,7 +14,7 @@ import transformers
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from tests.families import save_tiny_checkpoint
-from tests.swarms import PREFIX, ServerProcess
+from tests.swarms import PREFIX, ServerProcess, peer_with_the_graph
 
 LAYOUTS = {"same span": [(0, 6), (0, 6)], "cut elsewhere": [(0, 6), (0, 2), (2, 6)]}
 
@@ -114,14 +114,7 @@ def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, checkpoin
 
 
 def holder_of_the_graph(loss: torch.Tensor, servers: dict[str, ServerProcess]) -> ServerProcess:
-    """The server that the backward of `loss` will be sent to first."""
-    nodes = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if hasattr(node, "parts"):
-            return servers[node.parts[0].result.legs[-1].peer]
-        nodes += [following for following, _ in node.next_functions if following is not None]
-    raise AssertionError("no remote blocks in the graph")
+    return servers[peer_with_the_graph(loss)]
 
 
 def test_a_hung_server_costs_seconds(checkpoint, start_servers):

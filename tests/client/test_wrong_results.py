@@ -19,7 +19,7 @@ from petals_lightning.models import AutoDistributedModelForSequenceClassificatio
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.server.server import Server
 from tests.families import NUM_BLOCKS
-from tests.swarms import InProcessSwarm
+from tests.swarms import InProcessSwarm, peer_with_the_graph
 
 ALL = (0, NUM_BLOCKS)
 BATCH = {"input_ids": torch.arange(1, 25).view(4, 6), "labels": torch.tensor([0, 1, 1, 0])}
@@ -89,7 +89,8 @@ def test_gradients_that_are_not_finite_are_refused_and_overflowing_ones_excused(
     swarm = start_swarm(checkpoint, [ALL, ALL])
     model = load(swarm)
     loss = model(**BATCH).loss
-    broken = chosen(model, swarm)
+    peer = peer_with_the_graph(loss)
+    broken = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
     honest = broken.span.backward
     broken.span.backward = lambda *args: {name: grad * float("inf") for name, grad in honest(*args).items()}
     loss.backward()
@@ -112,7 +113,9 @@ def test_two_servers_that_say_nan_are_believed_and_one_alone_is_named(tiny_check
             model(**BATCH)
 
 
-def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog):
+def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog, monkeypatch):
+    # On a busy machine the route would change by itself, and who is not used cannot be caught.
+    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     model = load(swarm, audit_rate=0.1)

@@ -35,6 +35,7 @@ from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import FRAME_PREFIX, FrameKind, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
 from petals_lightning.server.compute import ComputeThread
+from petals_lightning.server.graphs import GraphCost
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.session import Backend, Session
 from petals_lightning.server.span import BlockSpan
@@ -256,7 +257,7 @@ async def fuzz(span: BlockSpan, *, inputs: int, seed: int = 0, clients: int = 4)
     """Runs `inputs` inputs from several hostile clients at once; raises AssertionError on a finding."""
     report, compute = Report(), ComputeThread()
     backend = Backend(span, compute, LIMITS, {"hidden_size": HIDDEN})
-    backend.graph_bytes_per_token = 1000.0
+    backend.graph_cost = GraphCost(per_token=1000.0, per_pair=0.0)
     numbers, sessions = itertools.count(), set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -109,7 +109,8 @@ def test_beside_a_greedy_client_another_keeps_its_share(tiny_checkpoint, start_s
         return honest(inputs)
 
     swarm.servers[0].span.forward = forward
-    modest, greedy = swarm.load(AutoDistributedModel), swarm.load(AutoDistributedModel)
+    # Each with a peer of its own: shares are counted by peer.
+    modest, greedy = (swarm.load(AutoDistributedModel, initial_peers=swarm.initial_peers) for _ in range(2))
     tokens = torch.arange(1, 9)[None]
 
     def speed(seconds: float = 3.0) -> float:
