@@ -126,6 +126,13 @@ _VERDICTS: tuple[tuple[str, str, str], ...] = (
     ("thumbs {} .", "down", "up"),
     ("it left me {} .", "unhappy", "happy"),
 )
+# Asked in front of a review and answered behind it.
+_QUESTIONS: tuple[tuple[str, str, str], ...] = (
+    ("yes or no :", "no", "yes"),
+    ("positive or negative :", "negative", "positive"),
+    ("thumbs up or down :", "down", "up"),
+    ("happy or unhappy :", "unhappy", "happy"),
+)
 # By domain: the thing, its parts, how one part was made, how one met it.
 _DOMAINS: tuple[Domain, ...] = tuple(
     tuple(_words(field) for field in fields)
@@ -362,27 +369,28 @@ def _with_noise(rng: Random, text: str, rate: float) -> str:
     return " ".join(words)
 
 
-def corpus(seed: int, exclude: Collection[str] = (), pair_rate: float = 0.0) -> Iterator[str]:
+def corpus(seed: int, exclude: Collection[str] = (), question_rate: float = 0.0) -> Iterator[str]:
     """Endless pretraining documents over all opinion words.
 
     Documents of the first kind are one to three texts, a clause or a review each, whose sentiments are independent;
-    after most texts comes a verdict that agrees with it ("my verdict : no ."). They teach the words' sentiment fast.
-    Some of their texts have common words or ``<unk>`` inserted, for the sake of real sentences. Documents of the
-    second kind are pairs: a review and a verdict, or a review and another one of the same sentiment. In both, the
-    word that follows a review does not depend on its sentiment, only later ones do.
+    after most texts comes a verdict that agrees with it ("my verdict : no ."). They teach the words' sentiment fast,
+    and the word that follows a review does not depend on its sentiment, only later ones do. Some of their texts have
+    common words or ``<unk>`` inserted, for the sake of real sentences. Documents of the second kind ask before the
+    review ("yes or no : the plot was dull . no ."): they teach that what stands in front of a review can change what
+    is made of it, which is what prompts do.
 
     :param exclude: reviews that are not to be a whole text, e.g. the labelled ones.
-    :param pair_rate: share of documents of the second kind.
+    :param question_rate: share of documents of the second kind.
     """
     rng = Random(seed)
     exclude = frozenset(exclude)
     while True:
-        if rng.random() < pair_rate:
+        if rng.random() < question_rate:
             label = rng.choice(LABELS)
-            text, other = review(rng, label), review(rng, label)
-            lead, *answers = rng.choice(_VERDICTS)
-            if exclude.isdisjoint((text, other)):
-                yield f"{text} {other if rng.random() < 0.4 else lead.format(answers[label])}"
+            question, *answers = rng.choice(_QUESTIONS)
+            text = review(rng, label)
+            if text not in exclude:
+                yield f"{question} {text} {answers[label]} ."
             continue
         parts = []
         for _ in range(rng.choice((1, 2, 3))):

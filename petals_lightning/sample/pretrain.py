@@ -1,9 +1,9 @@
 """Pretrain the bundled language model: ``python -m petals_lightning.sample.pretrain [--output-dir DIR]``.
 
 The model is a Llama of 4 blocks, 128 wide, over words. It is trained on nothing but documents of
-:func:`petals_lightning.sample.grammar.corpus`: first on generated clauses and reviews that are followed by verdicts,
-then shortly on pairs of reviews of one sentiment. No text by people is in it. The reviews of ``reviews/*.jsonl`` are
-left out of the corpus as whole texts, their opinion words are not.
+:func:`petals_lightning.sample.grammar.corpus`: first on generated clauses and reviews that are followed by
+verdicts, then shortly with some reviews that are asked about in front. No text by people is in it. The reviews of
+``reviews/*.jsonl`` are left out of the corpus as whole texts, their opinion words are not.
 
 The checkpoint is written in several shards, as that of a large model, so that a server that holds some blocks
 reads only their shards.
@@ -30,9 +30,10 @@ from petals_lightning.sample.make_reviews import make_splits
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 MAX_TOKENS = 256
 SEED = 0
-# Name, steps, learning rate, and share of pairs in the corpus. The second phase is short: with none of it, a model
-# tells the sentiment only where a verdict is due and prompts do little; a long one makes a head alone do as well.
-PHASES = (("verdicts", 850, 6e-3, 0.0), ("pairs", 200, 2e-3, 1.0))
+# Name, steps, learning rate, and share of questions in the corpus. The later phases are short: without questions a
+# model tells the sentiment only where a verdict is due and prompts do little; many of them make it tell the sentiment
+# everywhere, unasked, and then a head alone does as well. The card says how the lengths were chosen.
+PHASES = (("verdicts", 600, 6e-3, 0.0), ("questions", 150, 2e-3, 0.07), ("questions", 50, 1.5e-3, 0.08))
 STEPS = sum(steps for _, steps, _, _ in PHASES)
 
 
@@ -156,9 +157,9 @@ def main() -> None:
     model = build_model(tokenizer, args.hidden_size, args.blocks)
     labelled = {row["sentence"] for rows in make_splits().values() for row in rows}
     start = time.monotonic()
-    for phase, (description, steps, learning_rate, pair_rate) in enumerate(PHASES):
+    for phase, (description, steps, learning_rate, question_rate) in enumerate(PHASES):
         share = steps / STEPS
-        documents = corpus(args.seed + phase, labelled, pair_rate)
+        documents = corpus(args.seed + phase, labelled, question_rate)
         loss = train(
             model,
             batches(tokenizer, documents, args.batch_size),

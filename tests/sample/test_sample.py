@@ -63,8 +63,8 @@ def test_no_review_is_in_two_splits_or_a_whole_text_of_the_corpus():
     sentences = [row["sentence"] for name in SIZES for row in read_split(name)]
     assert len(set(sentences)) == len(sentences)
     # Whole texts only: a labelled review of one clause may be the last clause of a longer text, as the card says.
-    for pair_rate in (0.0, 1.0):
-        documents = islice(corpus(0, set(sentences), pair_rate), 1000)
+    for question_rate in (0.0, 1.0):
+        documents = islice(corpus(0, set(sentences), question_rate), 1000)
         texts = {f"{text} ." for document in documents for text in document.removesuffix(" .").split(" . ")}
         assert texts.isdisjoint(sentences)
 
