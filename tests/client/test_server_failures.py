@@ -105,7 +105,8 @@ def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, checkpoin
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         for got, wanted in zip(prompts_of(remote).parameters(), prompts_of(local).parameters(), strict=True):
             assert ((got.grad - wanted.grad).norm() / wanted.grad.norm()).item() < 1e-5
-        assert remote_blocks(remote).stats.retries + remote_blocks(remote).stats.hedges >= 1
+        if phase != "connect":  # a stream that ends while nothing is asked of it costs nothing: the route avoids it
+            assert remote_blocks(remote).stats.retries + remote_blocks(remote).stats.hedges >= 1
         retries = remote_blocks(remote).stats.retries
         remote(**batch()).loss.backward()  # the dead record lives on in the DHT, and must cost nothing now
         assert remote_blocks(remote).stats.retries == retries
