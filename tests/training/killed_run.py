@@ -40,8 +40,8 @@ def main(losses: str, step: str, *overrides: str) -> None:
     register_resolvers()
     build = run_module.build_trainer
 
-    def build_with_kill(*args: Any) -> pl.Trainer:
-        trainer = build(*args)
+    def build_with_kill(*args: Any, **kwargs: Any) -> pl.Trainer:
+        trainer = build(*args, **kwargs)
         trainer.callbacks.append(KillAt(Path(losses), int(step)))  # type: ignore[attr-defined]
         return trainer
 

@@ -117,7 +117,7 @@ def test_ctrl_c_saves_and_resume_continues(train: Callable[..., TrainProcess], t
 
 def test_kill_9_takes_the_servers_along(train: Callable[..., TrainProcess]) -> None:
     run = train("logger=csv")
-    run.wait_for("epoch 1/4")
+    run.wait_for("epoch 1/")
     assert len(run.descendants()) > 3, "train.py, servers and their daemons"
     run.process.kill()
     run.process.wait()
