@@ -243,6 +243,10 @@ def _connect(
             "give one way into the swarm: initial_peers=[address that `petals-lightning serve` or `bootstrap` prints], "
             "or dht=hivemind.DHT(…), or node=SwarmNode(…)"
         )
+    if node is not None and identity_path is not None:
+        raise ConfigurationError(
+            "identity_path: the node given has its identity already; give SwarmNode(identity_path=…)"
+        )
     owns_node = node is None
     if node is None:
         # A peer of our own joins through the caller's DHT process: its daemon's handlers belong to that process.

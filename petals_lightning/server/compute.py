@@ -42,12 +42,6 @@ class ComputeThread:
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
-    @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        with self._changed:
-            return len(self._queue)
-
     def ahead(self, key: Hashable) -> int:
         """About how many requests run before the one under `key`; 0 if it runs already or is done."""
         with self._changed:

@@ -49,10 +49,6 @@ class ServerProcess:
         return self._process.pid
 
     @property
-    def is_ready(self) -> bool:
-        return self._is_ready.is_set()
-
-    @property
     def addresses(self) -> list[str]:
         """The multiaddresses that it has printed so far."""
         return list(self._addresses)

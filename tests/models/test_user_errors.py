@@ -20,6 +20,7 @@ from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     remote_blocks,
 )
+from petals_lightning.swarm import SwarmNode
 from tests.families import VOCAB, save_tiny_checkpoint
 from tests.swarms import PREFIX, InProcessSwarm
 
@@ -80,6 +81,13 @@ def test_no_way_into_a_swarm_is_said_before_anything_runs(tiny_checkpoint):
     for options in ({}, {"initial_peers": []}):
         with pytest.raises(ConfigurationError, match="give one way into the swarm"):
             AutoDistributedModel.from_pretrained(str(tiny_checkpoint("llama")), dht_prefix=PREFIX, **options)
+
+
+def test_a_node_of_the_callers_keeps_its_identity(tiny_checkpoint):
+    with pytest.raises(ConfigurationError, match="the node given has its identity already"):
+        AutoDistributedModel.from_pretrained(
+            str(tiny_checkpoint("llama")), dht_prefix=PREFIX, node=SwarmNode(), identity_path="me.id"
+        )
 
 
 def test_a_malformed_address_is_named(tiny_checkpoint):
