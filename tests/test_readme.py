@@ -36,7 +36,7 @@ def test_ci_installs_and_tests_as_the_readme_says():
     assert 'pip install -e ".[dev]"' in commands_of('pip install -e ".[dev]"')
     assert '-e ".[dev]"' in script
     assert commands_of("pytest") == ["pytest"]
-    assert re.search(r"^pytest\b", script, flags=re.MULTILINE)
+    assert re.search(r"^timeout .* pytest$", script, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", commands_of("python train.py"))

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
+
+from petals_lightning.errors import ConfigurationError
+
+# Of a run's folder: the best checkpoint, the last one, and the one being written; each with Adam's two moments.
+CHECKPOINTS = 3
+COPIES_OF_WEIGHTS = 3
+LOGS_BYTES = 16 * 2**20
 
 
 class LastCheckpoint(Checkpoint):
@@ -20,6 +28,9 @@ class LastCheckpoint(Checkpoint):
     Args:
         path: the file, e.g. `…/last.ckpt`.
         period: seconds between two checkpoints within an epoch.
+
+    Raises:
+        ConfigurationError: before the first step, where the disk has no room for the run's checkpoints.
     """
 
     def __init__(self, path: str | Path, period: float = 300.0):
@@ -28,10 +39,13 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _require_room(self.path.parent, pl_module)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if time.monotonic() - self._saved_at >= self.period:
+        # Not after an epoch's last batch: Lightning 2.6 would resume past its validation, and count its batches wrongly
+        # if it is resumed again. The epoch's end saves soon.
+        if not trainer.is_last_batch and time.monotonic() - self._saved_at >= self.period:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -48,3 +62,15 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(partial)
         os.replace(partial, self.path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+
+def _require_room(folder: Path, module: pl.LightningModule) -> None:
+    weights = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    needed = CHECKPOINTS * COPIES_OF_WEIGHTS * weights + LOGS_BYTES
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigurationError(
+            f"{folder}: {free / 2**20:.0f} MiB free on its disk, and the run's checkpoints and logs need "
+            f"{needed / 2**20:.0f} MiB; free some or set hydra.run.dir=… to another disk"
+        )

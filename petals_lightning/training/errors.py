@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from petals_lightning.errors import PetalsLightningError
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
+_DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG}
 _TRACEBACKS_WANTED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -28,7 +30,7 @@ def one_line_errors() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
-    except (PetalsLightningError, HydraException, OmegaConfBaseException) as error:
+    except (PetalsLightningError, HydraException, OmegaConfBaseException, OSError) as error:
         message = explain(error)
         if _TRACEBACKS_WANTED or message is None:
             raise
@@ -42,6 +44,11 @@ def one_line_errors() -> Iterator[None]:
 def explain(error: BaseException) -> str | None:
     """One line on a user's error; None if its cause is no error of the user's."""
     cause = error.__cause__
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # Hydra's missing configs are both
+        if error.errno not in _DISK_ERRORS:
+            return None
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; free the disk or set hydra.run.dir=… to a folder that can be written"
     if isinstance(error, PetalsLightningError):
         message = str(error)
     elif isinstance(cause, PetalsLightningError):  # raised in a constructor that Hydra called

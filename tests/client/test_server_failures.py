@@ -65,10 +65,20 @@ def batch():
     return {"input_ids": input_ids, "labels": torch.randint(0, 2, (32,), generator=generator)}
 
 
-def after(seconds: float, action: Callable[[], None]) -> threading.Timer:
-    timer = threading.Timer(seconds, action)
-    timer.start()
-    return timer
+def when_asked(model: torch.nn.Module, action: Callable[[], None]) -> threading.Thread:
+    """Does `action` shortly after the next request has been sent: while it is computed."""
+    stats = remote_blocks(model).stats
+    sent = stats.bytes_sent
+
+    def wait() -> None:
+        while stats.bytes_sent < sent + 5_000:  # more than heartbeats
+            time.sleep(0.001)
+        time.sleep(0.03)
+        action()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
 
 
 @pytest.mark.parametrize("phase", ["connect", "forward", "between", "backward"])
@@ -87,7 +97,7 @@ def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, checkpoin
 
         if phase == "connect":
             kill()
-        timer = after(0.15, kill) if phase == "forward" else None
+        killer = when_asked(remote, kill) if phase == "forward" else None
         loss = remote(**batch()).loss
         if phase in ("between", "backward"):
             victim = holder_of_the_graph(loss, servers)
@@ -95,10 +105,10 @@ def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, checkpoin
             kill()
             victim.process.wait()
         if phase == "backward":
-            timer = after(0.15, kill)
+            killer = when_asked(remote, kill)
         loss.backward()
-        if timer is not None:
-            timer.join()
+        if killer is not None:
+            killer.join()
         assert victim.process.wait(5) == -signal.SIGKILL
         expected = local(**batch()).loss
         expected.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ WRONG = {
     "recipe=sst2_ptune resume=true {model}": "resume=true: no earlier run to continue",
     "recipe=sst2_ptune ckpt_path=no.ckpt {model}": "ckpt_path=no.ckpt: no such file",
     "recipe=customer_reviews_deep_ptune": "data.source",
+    "recipe=sst2_ptune hydra.run.dir={folder}/three.jsonl/run {model}": "Not a directory; free the disk or set",
 }
 
 
@@ -64,3 +66,23 @@ def test_a_wrong_setting_is_one_line(
     assert said.count("\n") == 1, said
     assert said.startswith("error: ")
     assert message in said
+
+
+def test_a_full_disk_is_told_before_training(
+    main: Callable, text_model: Path, texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes a root user who may mount")
+    try:
+        with pytest.raises(SystemExit):
+            main(
+                "recipe=sst2_ptune tuning.pre_seq_len=4 swarm=none logger=csv test=false trainer.log_every_n_steps=1 "
+                f"model.name={text_model} data.source={texts} hydra.run.dir={folder}/run"
+            )
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {folder}/run/checkpoints: 8 MiB free on its disk, and the run's checkpoints")
+    assert said.endswith("set hydra.run.dir=… to another disk")

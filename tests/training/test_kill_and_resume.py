@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 STEPS = 15
 
 
-def start(folder: Path, losses: Path, step: int, model: Path, texts: Path, *overrides: str) -> int:
+def start(folder: Path, losses: Path, moment: str, model: Path, texts: Path, *overrides: str) -> int:
     command = [
-        sys.executable, "-m", "tests.training.killed_run", str(losses), str(step), "recipe=sst2_deep_ptune",
+        sys.executable, "-m", "tests.training.killed_run", str(losses), moment, "recipe=sst2_deep_ptune",
         f"model.name={model}", f"data.source={texts}", "swarm=none", "logger=csv", "data.batch_size=8", "test=false",
-        "tuning.pre_seq_len=3", "trainer.max_epochs=3", "checkpoint_period=1e-3", f"output_dir={folder}", *overrides,
+        "tuning.pre_seq_len=3", "trainer.max_epochs=3", "checkpoint_period=1e-3", f"hydra.run.dir={folder}", *overrides,
     ]  # fmt: skip
     return subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True).returncode
 
@@ -24,18 +27,32 @@ def read(losses: Path) -> list[tuple[int, str]]:
     return [(int(step), loss) for step, loss in (line.split() for line in losses.read_text().splitlines())]
 
 
-def test_runs_killed_at_random_steps_resume_to_the_undisturbed_losses(text_model, texts, tmp_path):
-    whole = tmp_path / "whole.txt"
-    assert start(tmp_path / "whole", whole, -1, text_model, texts) == 0
-    undisturbed = dict(read(whole))
-    assert len(undisturbed) == STEPS
-    kills = sorted(random.Random().sample(range(2, STEPS), 2))
+@pytest.fixture(scope="module")
+def undisturbed(text_model, texts, tmp_path_factory) -> tuple[dict[int, str], dict]:
+    """The losses by step, and the summary, of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert start(folder, folder / "losses.txt", "never", text_model, texts) == 0
+    losses = dict(read(folder / "losses.txt"))
+    assert len(losses) == STEPS
+    return losses, json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("kills", ["at random", "after 5, after 12", "fail 7, validation 10"])
+def test_runs_killed_at_any_moment_resume_to_the_undisturbed_losses(kills, undisturbed, text_model, texts, tmp_path):
+    losses, summary = undisturbed
+    if kills == "at random":
+        chosen = sorted(random.Random().sample(range(2, STEPS), 3))
+        moments = [f"{random.choice(['after', 'before'])} {step}" for step in chosen]
+    else:
+        moments = kills.split(", ")
     parts, folder = tmp_path / "parts.txt", tmp_path / "parts"
-    for number, step in enumerate([*kills, -1]):
-        code = start(folder, parts, step, text_model, texts, f"resume={str(number > 0).lower()}")
-        assert code == (-signal.SIGKILL if step > 0 else 0), f"killed at {kills}"
+    for number, moment in enumerate([*moments, "never"]):
+        code = start(folder, parts, moment, text_model, texts, f"resume={str(number > 0).lower()}")
+        assert code == (0 if moment == "never" else 1 if moment.startswith("fail") else -signal.SIGKILL), moments
     trained = read(parts)
-    assert {step for step, _ in trained} == set(undisturbed)
-    assert len(trained) <= STEPS + 2 * len(kills), "it went back further than the last checkpoint"
+    assert {step for step, _ in trained} == set(losses), moments
+    assert len(trained) <= STEPS + 2 * len(moments), "it went back further than the last checkpoint"
     for step, loss in trained:
-        assert loss == undisturbed[step], f"step {step}; killed at {kills}"
+        assert loss == losses[step], f"step {step}; {moments}"
+    resumed = json.loads((folder / "summary.json").read_text())
+    assert resumed["val/loss"] == summary["val/loss"], moments
