@@ -6,7 +6,7 @@ of its own under `method_name(...)`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from typing import AsyncIterator  # noqa: UP035 (hivemind knows streams by typing's name)
 
 from hivemind.p2p import P2PContext, ServicerBase
 from hivemind.p2p.p2p_daemon import DEFAULT_MAX_MSG_SIZE
