@@ -5,6 +5,7 @@ Shapes: B batch, n new positions, P virtual tokens, H hidden size, L blocks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,11 +107,14 @@ class PetalsStep:
         position, max_length = _given(given, "start_from_position", int), _given(given, "max_length", int)
         if (position is not None and position < 0) or (max_length is not None and max_length < 0):
             raise ProtocolError(f"start_from_position {position} and max_length {max_length} must be 0 or more")
+        alloc_timeout = _given(given, "alloc_timeout", (int, float)) or 0.0
+        if not 0 <= alloc_timeout < math.inf:
+            raise ProtocolError(f"alloc_timeout is {alloc_timeout}, must be seconds")
         return cls(
             prefix, start, end, hidden, prompts, hypo_ids,
             session_id=_identifier(given, "session_id"), step_id=_identifier(given, "step_id"),
             start_from_position=position, max_length=max_length,
-            alloc_timeout=float(_given(given, "alloc_timeout", (int, float)) or 0.0),
+            alloc_timeout=alloc_timeout,
             next_servers=_next_servers(given.get("next_servers"), end), pushed=bool(given.get("pushed")),
             points=float(_given(given, "points", (int, float)) or 0.0),
             active_adapter=_given(given, "active_adapter", str) or None,
