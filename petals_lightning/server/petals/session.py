@@ -1,0 +1,169 @@
+"""A Petals client's inference session: one stream, a step a message, and what other servers push into it.
+
+Shapes: B batch, n new positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hivemind.proto.runtime_pb2 import ExpertRequest
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.messages import ErrorCode
+from petals_lightning.protocol.petals.calls import read_request, to_response
+from petals_lightning.protocol.petals.steps import PetalsStep
+from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.server.compute import Priority
+from petals_lightning.server.petals.stream import Arrival, CallStream
+from petals_lightning.server.session import Backend, Refusal, stream_numbers
+
+logger = logging.getLogger(__name__)
+
+_REMEMBERED_STEPS = 64  # ids of steps that a late copy could still name
+_MAX_PUSHES = 4  # under way to the next server
+_MAX_WAIT = 60.0  # seconds for room for keys and values
+_POLL_PERIOD = 0.1  # seconds
+
+
+class PetalsSession:
+    """Serves one rpc_inference.
+
+    Args:
+        backend: of the server.
+        peer: the client's base58 id.
+        admit: checks a step's blocks, adapter and sizes; raises Refusal or ProtocolError.
+        push: sends a step to another server.
+        sessions: those of the server that can be pushed to, by session id.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        peer: str,
+        stream: CallStream,
+        *,
+        admit: Callable[[PetalsStep], None],
+        push: Callable[[str, ExpertRequest], Coroutine[Any, Any, None]],
+        sessions: dict[str, PetalsSession],
+    ):
+        self._backend, self._peer, self._stream = backend, peer, stream
+        self._admit, self._push, self._sessions = admit, push, sessions
+        self._number = next(stream_numbers)
+        self._session_id: str | None = None
+        self._max_length: int | None = None  # None until the first step
+        self._position = 0
+        self._done: deque[str] = deque(maxlen=_REMEMBERED_STEPS)
+        self._pushes: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Runs steps until the client ends the session. Raises what ends it otherwise."""
+        try:
+            while (arrival := await self._stream.next()) is not None:
+                try:
+                    if not arrival.message.tensors:
+                        return
+                    await self._take(arrival)
+                finally:
+                    arrival.release()
+        finally:
+            if self._session_id is not None:
+                del self._sessions[self._session_id]
+            self._backend.caches.drop_stream(self._number)
+            for task in list(self._pushes):
+                task.cancel()
+            await asyncio.gather(*self._pushes, return_exceptions=True)
+
+    def offer(self, arrival: Arrival) -> bool:
+        """Takes a pushed step; False if there is no place for it now."""
+        return self._stream.offer(arrival)
+
+    async def _take(self, arrival: Arrival) -> None:
+        limits = self._backend.limits
+        try:
+            step = PetalsStep.from_parts(read_request(arrival.message, max_bytes=limits.max_message_bytes))
+            if step.step_id is not None and step.step_id in self._done:
+                return  # its answer is on the way since the other copy came
+            if arrival.pushed and (self._max_length is None or step.start_from_position not in (None, self._position)):
+                return  # only the client may open a session and roll it back
+            self._admit(step)
+        except (ProtocolError, Refusal) as e:
+            if not arrival.pushed:
+                raise
+            logger.debug("a step pushed to a session of …%s is dropped: %s", self._peer[-6:], e)
+            return  # the client sends its own copy
+        self._backend.under_way += 1
+        try:
+            out = await self._run(step)
+            await self._stream.send(to_response([out]))
+        finally:
+            self._backend.under_way -= 1
+        if step.step_id is not None:
+            self._done.append(step.step_id)
+        if step.next_servers and step.prompts is None and len(self._pushes) < _MAX_PUSHES:
+            self._pass_on(step, out)
+
+    async def _run(self, step: PetalsStep) -> torch.Tensor:
+        """The step's hidden states [B, n, H], on the CPU."""
+        span, key = self._backend.span, (self._number, 0)
+        position = self._position if step.start_from_position is None else step.start_from_position
+        if position > self._position:
+            raise ProtocolError(f"start_from_position {position} where {self._position} positions are held")
+        opens = self._max_length is None
+        if opens:
+            if step.max_length is None:
+                raise ProtocolError("the first step of a session must say its max_length")
+            self._register(step.session_id)
+            self._max_length = step.max_length
+        request = StepRequest(
+            0, step.start, step.end, step.hidden, position, self._max_length, deep=step.prompts, hypo_ids=step.hypo_ids
+        )
+        if opens:
+            await self._open_cache(request, step.alloc_timeout)
+        cache = self._backend.caches.get(key)
+        if cache is None:
+            raise Refusal(ErrorCode.CACHE_LOST, "this session is not held here any more")
+        cache.check(request)
+        self._position = position
+        if not step.hidden.shape[1]:  # asks for room only
+            return step.hidden.to(span.dtype)
+
+        def compute() -> torch.Tensor:
+            return cache.step(span, request)["hidden"].cpu()
+
+        timed = await self._backend.compute.run(Priority.DECODE, compute, client=self._peer)
+        self._position += step.hidden.shape[1]
+        return timed.value
+
+    async def _open_cache(self, request: StepRequest, timeout: float) -> None:
+        deadline = time.monotonic() + min(timeout, _MAX_WAIT)
+        while True:
+            try:
+                return self._backend.open_cache((self._number, 0), request)
+            except Refusal:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(_POLL_PERIOD)
+
+    def _register(self, session_id: str | None) -> None:
+        if session_id is not None:
+            if session_id in self._sessions:
+                raise ProtocolError("session_id names a session that is open here already")
+            self._sessions[session_id] = self
+            self._session_id = session_id
+
+    def _pass_on(self, step: PetalsStep, out: torch.Tensor) -> None:
+        hop, *further = step.next_servers
+        pushed = replace(
+            step, start=hop.start, end=hop.end, hidden=out, session_id=hop.session_id, next_servers=further, pushed=True
+        )
+        task = asyncio.create_task(self._push(hop.peer, pushed.to_parts().to_request()))
+        self._pushes.add(task)
+        task.add_done_callback(self._pushes.discard)
