@@ -7,33 +7,38 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.control import RPCError
+from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
 
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, ProtocolError, RemoteRequestError, SwarmError
-from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.protocol.petals.metadata import dump, load_dict, pack_arguments, parse_error
+from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
+from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward, read_response
+from petals_lightning.protocol.petals.info import ServerInfo
+from petals_lightning.protocol.petals.metadata import parse_error
 from petals_lightning.protocol.petals.methods import MAX_UNARY_BYTES, method_name
-from petals_lightning.protocol.petals.tensors import COMPRESSIONS, NONE, TensorJoiner, pack_tensor, split_tensor
+from petals_lightning.protocol.petals.steps import PetalsStep
+from petals_lightning.protocol.petals.tensors import NONE
+from petals_lightning.protocol.uids import block_uid
 from petals_lightning.swarm.streams import open_stream
 
-EMPTY = torch.empty(0)
-"""Stands for prompts that are not given."""
-_NO_REORDERING = torch.empty(0, dtype=torch.int64)
-_SLACK_BYTES = 1 << 16  # of a message, beside its tensors
+R = TypeVar("R", bound=PetalsForward | PetalsBackward | PetalsStep)
 
-# Words in errors of Petals' servers, which carry no code, that another server may not say. None: the server is broken.
+_BYTES_A_VALUE = 8  # of a tensor that comes back, at most: whatever dtype and compression the server has chosen
+
+# Words in the errors of Petals' own servers, which carry no code: what another server may be able to do. None: this
+# one is broken.
 _RETRIED: dict[str, ErrorCode | None] = {
     "does not serve": ErrorCode.NOT_SERVED,
-    "llocate": ErrorCode.OVERLOADED,  # "Could not allocate", "Cannot allocate KV cache", "AllocationFailed"
+    "llocat": ErrorCode.OVERLOADED,  # "Could not allocate …", "Cannot allocate KV cache …", AllocationFailed
     "out of memory": ErrorCode.OVERLOADED,
     "max_batch_size": ErrorCode.OVERLOADED,
     "TimeoutError": ErrorCode.OVERLOADED,
@@ -44,7 +49,7 @@ _RETRIED: dict[str, ErrorCode | None] = {
 def remote_error(peer: str, text: str) -> SwarmError:
     """What a server's error answer is to us: a failure of the peer, or RemoteRequestError where others would agree."""
     code, words = parse_error(text)
-    words = words.strip().rstrip("')\"")[:500]
+    words = words.strip()[:500]
     if code in (ErrorCode.BAD_REQUEST, ErrorCode.INTERNAL):
         return RemoteRequestError(f"server …{peer[-6:]} says: {words}")
     if code is not None:
@@ -64,8 +69,8 @@ class PetalsCalls:
     stats: counts bytes.
 
     Attributes:
-        compression: of tensors that are sent, one of hivemind's.
-        max_unary_bytes: of a request's tensors, or of its answer's; more go through a stream.
+        compression: of tensors on their way to the server, one of hivemind's.
+        max_unary_bytes: of a request's tensors or of its answer's; more of them go through a stream.
     """
 
     def __init__(self, p2p: P2P, peer: str, stats: TransferStats):
@@ -74,80 +79,91 @@ class PetalsCalls:
         self.compression = NONE
         self.max_unary_bytes = MAX_UNARY_BYTES // 2
 
-    async def info(self, uid: str) -> dict[Any, Any]:
-        """What the server says of a block and itself. Raises PeerFailure or RemoteRequestError, as all of these."""
+    async def info(self, uid: str) -> ServerInfo:
+        """What the server says of a block and of itself. Raises PeerFailure or RemoteRequestError, as all of these."""
         answer = await self._unary("rpc_info", ExpertUID(uid=uid), ExpertInfo)
-        with self._checked():
-            return load_dict(answer.serialized_info)
+        with self.broken_protocol_is_failure():
+            return ServerInfo.from_message(answer)
 
-    async def run(
-        self,
-        method: str,
-        uid: str,
-        arguments: list[torch.Tensor],
-        shapes: list[list[int]],
-        *,
-        on_sent: Callable[[], None] = lambda: None,
-    ) -> list[torch.Tensor]:
-        """Calls `rpc_forward` or `rpc_backward`.
+    async def forward(self, request: PetalsForward, on_sent: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """[B, S, H]; `on_sent` is called when the request is on its way, if that can be told."""
+        return (await self._run("rpc_forward", request, [list(request.hidden.shape)], on_sent))[0]
 
-        Args:
-            uid: a chain of blocks.
-            arguments: tensors; EMPTY where there are no prompts.
-            shapes: of the tensors to come back; others are a PeerFailure.
-            on_sent: called when the request is on its way, if that can be told.
-        """
-        tensors, structure = pack_arguments(*arguments)
-        packed = [self._pack(tensor) for tensor in tensors]
-        metadata = dump({"points": 0.0, "active_adapter": None, "args_structure": structure})
-        reply_bytes = sum(4 * torch.Size(shape).numel() for shape in shapes)
-        joiner = TensorJoiner(max_bytes=4 * reply_bytes + _SLACK_BYTES, max_tensors=len(shapes))
-        if max(reply_bytes, sum(len(tensor.buffer) for tensor in packed)) <= self.max_unary_bytes:
-            request = ExpertRequest(uid=uid, tensors=packed, metadata=metadata)
-            answer = await self._unary(method, request, ExpertResponse)
-            with self._checked():
-                joiner.add(answer.tensors)
-        else:
-            parts = (
-                ExpertRequest(uid=uid, tensors=[part], metadata=metadata)
-                for tensor in packed
-                for part in split_tensor(tensor)
-            )
-            async with _Stream(self._p2p, self.peer, f"{method}_stream", self._stats, 4 * reply_bytes) as stream:
-                sending = asyncio.ensure_future(stream.send_all(parts, on_sent))
-                try:
-                    while (answer := await stream.receive()) is not None:
-                        with self._checked():
-                            joiner.add(answer.tensors)
-                finally:
-                    sending.cancel()
-                    await asyncio.gather(sending, return_exceptions=True)  # its errors show in what is received
-        with self._checked():
-            found = joiner.finish()
-            if [list(tensor.shape) for tensor in found] != shapes:
-                raise ProtocolError(f"answered {[list(tensor.shape) for tensor in found]}, asked for {shapes}")
-        return found
+    async def backward(
+        self, request: PetalsBackward, on_sent: Callable[[], None] = lambda: None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradients of hidden [B, S, H] and of prompts [n, B, P, H], if there are any."""
+        shapes = [list(request.hidden.shape)]
+        if request.prompts is not None:
+            blocks, _, *rest = request.prompts.shape
+            shapes.append([blocks, len(request.hidden), *rest])
+        hidden, *prompts = await self._run("rpc_backward", request, shapes, on_sent)
+        return hidden, prompts[0] if prompts else None
 
-    async def open_inference(self, uid: str, max_length: int) -> InferenceCall:
-        """A call of rpc_inference with room for `max_length` positions; the server is asked with the first step."""
-        stream = _Stream(self._p2p, self.peer, "rpc_inference", self._stats, 0)
-        await stream.open()
-        return InferenceCall(self, stream, uid, max_length)
+    async def open_inference(self, first: PetalsStep) -> InferenceCall:
+        """A session for steps like `first`, which says its blocks and room; it reaches the server with `step`."""
+        return InferenceCall(self, await self._open("rpc_inference"), first)
 
-    def _pack(self, tensor: torch.Tensor) -> Any:
-        if not tensor.is_floating_point() or self.compression not in COMPRESSIONS:
-            return pack_tensor(tensor)  # servers read whatever a tensor says of itself
-        is_compressed = self.compression != NONE and tensor.dtype == torch.bfloat16
-        return pack_tensor(tensor.float() if is_compressed else tensor, self.compression)
+    def compressible(self, request: R) -> R:
+        """The request as it can be compressed: hivemind compresses no bfloat16."""
+        if self.compression == NONE:
+            return request
+        wide = {
+            name: tensor.float()
+            for name in ("hidden", "grad", "prompts")
+            if (tensor := getattr(request, name, None)) is not None and tensor.dtype == torch.bfloat16
+        }
+        return replace(request, **wide)
 
     @contextmanager
-    def _checked(self) -> Iterator[None]:
+    def broken_protocol_is_failure(self) -> Iterator[None]:
         try:
             yield
-        except ProtocolError as e:
+        except (ProtocolError, DecodeError) as e:
             raise PeerFailure(self.peer, f"protocol broken: {e}") from e
 
-    async def _unary(self, method: str, request: Message, answer_type: Any) -> Any:
+    async def _run(
+        self,
+        method: str,
+        request: PetalsForward | PetalsBackward,
+        shapes: list[list[int]],
+        on_sent: Callable[[], None],
+    ) -> list[torch.Tensor]:
+        parts = self.compressible(request).to_parts()
+        compressions = [self.compression] * len(parts.tensors)
+        max_bytes = _BYTES_A_VALUE * sum(torch.Size(shape).numel() for shape in shapes)
+        # What the server answers in: as a rule the dtype of the request. A unary answer that is too long never comes.
+        size = max(sum(t.nbytes for t in parts.tensors), 4 * sum(torch.Size(shape).numel() for shape in shapes))
+        if size <= self.max_unary_bytes:
+            answers = [await self._unary(method, parts.to_request(compressions), ExpertResponse)]
+        else:
+            stream, answers = await self._open(f"{method}_stream"), []
+            sending = asyncio.ensure_future(stream.send_all(parts.to_stream(compressions), on_sent))
+            try:
+                while (answer := await stream.receive(max_bytes)) is not None:
+                    answers.append(answer)
+                    if sum(message.ByteSize() for message in answers) > max_bytes + MAX_HEADER_BYTES:
+                        raise PeerFailure(self.peer, "answers more than it was asked for")
+            finally:
+                sending.cancel()
+                stream.close()
+                await asyncio.gather(sending, return_exceptions=True)  # its errors show in what is received
+            if not answers:
+                raise PeerFailure(self.peer, "the stream ended")
+        with self.broken_protocol_is_failure():
+            found = read_response(answers, max_bytes=max_bytes)
+            if [list(tensor.shape) for tensor in found] != shapes:
+                raise ProtocolError(f"it answers {[list(tensor.shape) for tensor in found]}, asked for {shapes}")
+        return found
+
+    async def _open(self, method: str) -> _Stream:
+        try:
+            reader, writer = await open_stream(self._p2p, self.peer, method_name(method))
+        except ConnectionError as e:
+            raise PeerFailure(self.peer, f"cannot connect: {e}") from e
+        return _Stream(self.peer, reader, writer, self._stats)
+
+    async def _unary(self, method: str, request: ExpertUID | ExpertRequest, answer_type: Any) -> Any:
         self._stats.bytes_sent += request.ByteSize()
         peer_id = PeerID.from_base58(self.peer)
         call = asyncio.ensure_future(
@@ -156,7 +172,7 @@ class PetalsCalls:
         self._running.add(call)
         call.add_done_callback(self._settle)
         try:
-            # Not cancelled with us: where a cancelled call is answered, hivemind's reader of all unary calls ends.
+            # Not cancelled with us: an answer to a call being cancelled ends hivemind's reader of all unary calls.
             answer = await asyncio.shield(call)
         except P2PHandlerError as e:
             raise remote_error(self.peer, str(e)) from e
@@ -170,15 +186,15 @@ class PetalsCalls:
     def _settle(self, call: asyncio.Future[Any]) -> None:
         self._running.discard(call)
         if not call.cancelled():
-            call.exception()  # seen, also where nobody waits any more
+            call.exception()  # seen, also where nobody waits for it any more
 
 
 class InferenceCall:
-    """One session of a group of samples; made by `PetalsCalls.open_inference`."""
+    """One session on the server; made by `PetalsCalls.open_inference`."""
 
-    def __init__(self, calls: PetalsCalls, stream: _Stream, uid: str, max_length: int):
-        self._calls, self._stream, self._uid = calls, stream, uid
-        self._session, self._max_length = str(uuid.uuid4()), max_length
+    def __init__(self, calls: PetalsCalls, stream: _Stream, first: PetalsStep):
+        self._calls, self._stream, self._first = calls, stream, first
+        self._session = str(uuid.uuid4())
         self._has_answered = False
 
     async def step(
@@ -186,103 +202,83 @@ class InferenceCall:
     ) -> torch.Tensor:
         """Runs [B, n, H] behind the first `position` positions; returns [B, n, H].
 
+        Args:
+            prompts: [L, B or 1, P, H] added to the first P of the new positions.
+            hypo_ids: [B]: sample i goes on from what sample hypo_ids[i] was.
+
         Raises:
             PeerFailure: the server failed; with code CACHE_LOST it lives, but has ended the session.
             RemoteRequestError: it calls the step wrong.
         """
-        calls = self._calls
-        tensors, structure = pack_arguments(
-            hidden,
-            prompts if prompts is not None else EMPTY,
-            hypo_ids if hypo_ids is not None else _NO_REORDERING,
+        calls, first = self._calls, self._first
+        step = replace(
+            first,
+            hidden=hidden,
+            prompts=prompts,
+            hypo_ids=hypo_ids,
+            session_id=self._session,
+            step_id=str(uuid.uuid4()),
+            start_from_position=position,
+            max_length=None if self._has_answered else first.max_length,
         )
-        metadata: dict[str, Any] = {
-            "session_id": self._session,
-            "step_id": str(uuid.uuid4()),
-            "start_from_position": position,
-            "args_structure": structure,
-        }
-        if not self._has_answered:
-            metadata |= {"max_length": self._max_length, "points": 0.0, "active_adapter": None}
-        packed = [calls._pack(tensor) for tensor in tensors]
-        request = ExpertRequest(uid=self._uid, tensors=packed, metadata=dump(metadata))
-        self._stream.max_bytes = 4 * 4 * hidden.numel()
-        await self._stream.send(request)
+        parts, max_bytes = calls.compressible(step).to_parts(), _BYTES_A_VALUE * hidden.numel()
+        await self._stream.send(parts.to_request([calls.compression] * len(parts.tensors)))
         try:
-            answer = await self._stream.receive()
+            answer = await self._stream.receive(max_bytes)
         except PeerFailure as e:
             if not self._has_answered or e.code is not None:
                 raise
             answer = None
         if answer is None:
-            if self._has_answered:  # it may have ended the session because nobody used it, or be gone
-                await calls.info(self._uid.partition(" ")[0])
-                raise PeerFailure(calls.peer, "this session is not held there any more", ErrorCode.CACHE_LOST.value)
-            raise PeerFailure(calls.peer, "the stream ended")
-        joiner = TensorJoiner(max_bytes=self._stream.max_bytes + _SLACK_BYTES, max_tensors=1)
-        with calls._checked():
-            joiner.add(answer.tensors)
-            found = joiner.finish()
+            if not self._has_answered:
+                raise PeerFailure(calls.peer, "the stream ended")
+            await calls.info(block_uid(first.prefix, first.start))  # is it gone, or has it only ended the session?
+            raise PeerFailure(calls.peer, "this session is not held there any more", ErrorCode.CACHE_LOST.value)
+        with calls.broken_protocol_is_failure():
+            found = read_response([answer], max_bytes=max_bytes)
             if len(found) != 1 or found[0].shape != hidden.shape:
-                raise ProtocolError(f"answered {[list(tensor.shape) for tensor in found]} to {list(hidden.shape)}")
+                raise ProtocolError(f"it answers {[list(t.shape) for t in found]} to a step {list(hidden.shape)}")
         self._has_answered = True
         return found[0]
 
     def close(self) -> None:
-        """Ends the session: a server frees its memory when the stream ends."""
+        """Ends the session: the server frees its memory when the stream ends."""
         self._stream.close()
 
 
 class _Stream:
-    """A stream of protobufs to a method. `max_bytes`: of tensors in a message that comes back."""
+    """The calling side of one call."""
 
-    def __init__(self, p2p: P2P, peer: str, method: str, stats: TransferStats, max_bytes: int):
-        self._p2p, self._peer, self._method, self._stats = p2p, peer, method, stats
-        self.max_bytes = max_bytes
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+    def __init__(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stats: TransferStats):
+        self._peer, self._reader, self._writer, self._stats = peer, reader, writer, stats
 
-    async def open(self) -> None:
-        """Raises PeerFailure."""
-        try:
-            self._reader, self._writer = await open_stream(self._p2p, self._peer, method_name(self._method))
-        except ConnectionError as e:
-            raise PeerFailure(self._peer, f"cannot connect: {e}") from e
-
-    async def __aenter__(self) -> _Stream:
-        await self.open()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self.close()
-
-    async def send(self, message: Message) -> None:
-        """A lost stream shows in what is received."""
-        assert self._writer is not None
+    async def send(self, message: ExpertRequest | RPCError) -> None:
+        """That the stream is lost shows in what is received."""
+        if self._writer.is_closing():
+            return
         self._stats.bytes_sent += message.ByteSize()
         try:
             await P2P.send_protobuf(message, self._writer)
-        except (ConnectionError, RuntimeError):  # uvloop raises the latter on a closed transport
+        except ConnectionError:
             return
 
-    async def send_all(self, messages: Iterator[ExpertRequest], on_sent: Callable[[], None]) -> None:
+    async def send_all(self, messages: Iterable[ExpertRequest], on_sent: Callable[[], None]) -> None:
         for message in messages:
             await self.send(message)
         await self.send(P2P.END_OF_STREAM)
         on_sent()
 
-    async def receive(self) -> ExpertResponse | None:
-        """The next message, None at the end of the stream.
+    async def receive(self, max_bytes: int) -> ExpertResponse | None:
+        """The next message, of up to `max_bytes` of tensors; None at the end of the stream.
 
         Raises:
             PeerFailure, RemoteRequestError: the server answers with an error, or breaks the format.
         """
-        assert self._reader is not None
         try:
             marker = await self._reader.readexactly(1)
             size = int.from_bytes(await self._reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
-            if size > self.max_bytes + _SLACK_BYTES:
-                raise PeerFailure(self._peer, f"protocol broken: a message of {size} bytes is more than was asked for")
+            if size > max_bytes + MAX_HEADER_BYTES:
+                raise PeerFailure(self._peer, f"protocol broken: {size} bytes are more than it was asked for")
             data = await self._reader.readexactly(size)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
@@ -295,5 +291,4 @@ class _Stream:
             raise PeerFailure(self._peer, f"protocol broken: {e}") from e
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()

@@ -1,7 +1,7 @@
 """A session of ours on a server that offers only Petals' methods.
 
 There is no attention mask in Petals' protocol. Samples that are padded on the left are therefore run without their
-padding: those with the same amount of it form a group, and every group has a stream of its own on the server.
+padding: those with the same amount of it form a group, and every group is a session of its own on the server.
 
 Shapes: B batch, n new positions, T positions before and with them, P virtual tokens, H hidden size.
 """
@@ -9,53 +9,43 @@ Shapes: B batch, n new positions, T positions before and with them, P virtual to
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
+from petals_lightning.client.petals_calls import InferenceCall, PetalsCalls
 from petals_lightning.client.petals_shapes import with_prefix
 from petals_lightning.errors import PeerFailure, UnsupportedInputError
 from petals_lightning.protocol.messages import ErrorCode
+from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
-
-
-class InferenceStream(Protocol):
-    """One call of rpc_inference."""
-
-    async def step(
-        self, hidden: torch.Tensor, position: int, *, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Runs positions [B, n, H] behind the first `position` ones; returns [B, n, H]."""
-
-    def close(self) -> None: ...
 
 
 @dataclass
 class _Group:
-    """Samples `rows` [b] of the batch, of each of which the first `padding` positions are left out."""
+    """Samples `rows` [b] of the batch, each without its first `padding` positions, in a call of their own."""
 
     rows: torch.Tensor
     padding: int
-    stream: InferenceStream
+    call: InferenceCall
     is_open: bool = False  # the prefix, if there is one, is on the server
     reordering: torch.Tensor | None = None  # of which the server has not been told
 
 
 class PetalsSession:
     """Args:
-    peer: the server.
+    calls: the server's methods.
+    dht_prefix: the model's name.
     request: the step that opens the session.
-    open_stream: opens a stream of rpc_inference with room for so many positions.
     """
 
-    def __init__(self, peer: str, request: StepRequest, open_stream: Callable[[int], Awaitable[InferenceStream]]):
+    def __init__(self, calls: PetalsCalls, dht_prefix: str, request: StepRequest):
         assert request.max_length is not None
-        self._peer, self._open_stream = peer, open_stream
+        self._calls, self._peer = calls, calls.peer
         self._batch, self._prefix = len(request.hidden), request.prefix
         self._deep = request.deep[:, None] if request.deep is not None else None
-        self._room = request.max_length + self._prefix_length
+        room = request.max_length + self._prefix_length
+        self._first = PetalsStep(dht_prefix, request.start, request.end, request.hidden, max_length=room)
         self._groups: list[_Group] = []
 
     async def step(self, request: StepRequest) -> dict[str, torch.Tensor]:
@@ -86,19 +76,19 @@ class PetalsSession:
 
     def close(self) -> None:
         for group in self._groups:
-            group.stream.close()
+            group.call.close()
 
     @property
     def _prefix_length(self) -> int:
         return len(self._prefix) if self._prefix is not None else 0
 
     async def _begin(self, padding: torch.Tensor, end: int) -> None:
-        """Opens streams for samples that have their first real position before `end`."""
+        """Opens calls for samples that have their first real position before `end`."""
         begun = {int(row) for group in self._groups for row in group.rows}
         new = [row for row in range(self._batch) if row not in begun and padding[row] < end]
         for amount in sorted({int(padding[row]) for row in new}):
             rows = torch.tensor([row for row in new if padding[row] == amount])
-            self._groups.append(_Group(rows, amount, await self._open_stream(self._room)))
+            self._groups.append(_Group(rows, amount, await self._calls.open_inference(self._first)))
 
     def _reorder(self, hypo_ids: torch.Tensor | None) -> None:
         if hypo_ids is None:
@@ -124,7 +114,7 @@ class PetalsSession:
         hypo_ids = group.reordering
         if hypo_ids is not None and torch.equal(hypo_ids, torch.arange(len(hypo_ids))):
             hypo_ids = None
-        out = await group.stream.step(
+        out = await group.call.step(
             hidden, 0 if opens else length + position, prompts=prompts, hypo_ids=None if opens else hypo_ids
         )
         group.is_open, group.reordering = True, None

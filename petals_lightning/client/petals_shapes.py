@@ -53,18 +53,21 @@ def output_grad(request: BackwardRequest, forward: ForwardRequest) -> torch.Tens
     return grad
 
 
-def input_grads(forward: ForwardRequest, grads: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def input_grads(
+    forward: ForwardRequest, grad: torch.Tensor, grad_prompts: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     """`hidden`, `prefix` and `deep`, summed over samples where these share them, of what a server returns.
 
     Args:
-        grads: [B, P + S, H], and [n, B, P, H] if the forward had deep prompts.
+        grad: [B, P + S, H].
+        grad_prompts: [n, B, P, H], if the forward had deep prompts.
     """
     length = _prefix_length(forward)
-    found = {"hidden": grads[0][:, length:]} if forward.input_grad else {}
+    found = {"hidden": grad[:, length:]} if forward.input_grad else {}
     if length:
-        found["prefix"] = grads[0][:, :length].sum(0, dtype=torch.float32)
-    if forward.deep is not None:
-        found["deep"] = grads[1].sum(1, dtype=torch.float32)
+        found["prefix"] = grad[:, :length].sum(0, dtype=torch.float32)
+    if grad_prompts is not None:
+        found["deep"] = grad_prompts.sum(1, dtype=torch.float32)
     return found
 
 

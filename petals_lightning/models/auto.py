@@ -20,7 +20,7 @@ from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.loading import model_class
-from petals_lightning.hf.skeleton import BlockLayout, num_blocks
+from petals_lightning.hf.skeleton import BlockLayout, blocks_return_tuples, num_blocks
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
@@ -265,6 +265,7 @@ def _connect(
             num_blocks=num_blocks(model.config),
             hidden_size=model.config.get_text_config().hidden_size,
             fingerprint=checkpoint.fingerprint,
+            returns_tuple=blocks_return_tuples(model.config),
             config=config,
             owns_node=owns_node,
         )
