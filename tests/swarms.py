@@ -152,10 +152,19 @@ class ServerProcess:
 
 def peer_with_the_graph(loss: torch.Tensor) -> str:
     """The id of the server that the backward of `loss` will be sent to first."""
+    return _parts(loss)[0].result.legs[-1].peer
+
+
+def micro_batches(loss: torch.Tensor) -> int:
+    """How many requests the backward of `loss` begins with."""
+    return len(_parts(loss))
+
+
+def _parts(loss: torch.Tensor) -> list[Any]:
     nodes = [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if hasattr(node, "parts"):
-            return node.parts[0].result.legs[-1].peer
+            return node.parts
         nodes += [following for following, _ in node.next_functions if following is not None]
     raise AssertionError("no remote blocks in the graph")
