@@ -55,8 +55,8 @@ def num_blocks(config: PreTrainedConfig) -> int:
 
 
 def blocks_return_tuples(config: PreTrainedConfig) -> bool:
-    """Whether decoders of the family take tuples from their blocks, of the families whose servers may not say."""
-    return config.model_type in ("bloom", "falcon")
+    """Whether decoders of the family take tuples from their blocks. Servers of Petals do not say it."""
+    return config.model_type in ("bloom", "falcon", "gptj")
 
 
 def find_blocks(model: PreTrainedModel) -> BlockLayout:

@@ -17,8 +17,10 @@ from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse
 from hivemind.utils.timed_storage import get_dht_time
 
 from petals_lightning.client import ClientConfig, RemoteSequential, petals_calls
-from petals_lightning.errors import PetalsLightningError, RemoteRequestError, RetriesExhaustedError
+from petals_lightning.errors import PeerFailure, PetalsLightningError, RemoteRequestError, RetriesExhaustedError
+from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import Parts, RequestJoiner, read_response
+from petals_lightning.protocol.petals.metadata import error_text
 from petals_lightning.protocol.petals.methods import TransformerConnectionHandler
 from petals_lightning.protocol.uids import MODELS_KEY, block_uid
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
@@ -87,7 +89,7 @@ def server(calls) -> Iterator[tuple[RecordedServer, SwarmNode]]:
         served = RecordedServer(info)
 
         async def announce() -> None:
-            await served.add_p2p_handlers(node.p2p)
+            await TransformerConnectionHandler().add_p2p_handlers(node.p2p, wrapper=served)
             uids = [block_uid(PREFIX, block) for block in range(NUM_BLOCKS)]
             stored = await node.dht.store_many(
                 uids,
@@ -238,21 +240,30 @@ def test_a_slice_of_blocks_is_as_recorded(calls, server, connect):
     ("words", "error", "tries"),
     [
         ("hidden_states should be a tensor of 3 dimensions", RemoteRequestError, 1),
-        ("bad_request: 9000 tokens in one request", RemoteRequestError, 1),
         ("Remote peer does not serve stories260K.0", RetriesExhaustedError, 3),
         ("Could not allocate 4096 bytes", RetriesExhaustedError, 3),
         ("CUDA error: device-side assert triggered", RetriesExhaustedError, 3),
-        ("overloaded: no room", RetriesExhaustedError, 3),
     ],
 )
 def test_errors_are_ours(words, error, tries, server, connect):
     """What another server may not say is tried again, here on the only one; what is the caller's fault is not."""
     served, layers = server[0], connect(max_retries=2, ban_period=0.2, recovery_timeout=10.0)
     served.requests, served.error = [], words
-    with pytest.raises(PetalsLightningError, match=re.escape(words.removeprefix("bad_request: "))[:20]) as raised:
+    with pytest.raises(PetalsLightningError, match=re.escape(words)) as raised:
         layers(torch.randn(1, 3, HIDDEN))
     assert type(raised.value) is error
     assert len(served.requests) == tries
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_errors_of_our_servers_carry_a_code(code):
+    error = petals_calls.remote_error("12D3", error_text(code, "no room for 3 bytes"))
+    if code in (ErrorCode.BAD_REQUEST, ErrorCode.INTERNAL):
+        assert type(error) is RemoteRequestError
+    else:
+        assert isinstance(error, PeerFailure)
+        assert (error.code, error.reason) == (code.value, "no room for 3 bytes")
+    assert str(error).endswith("no room for 3 bytes")
 
 
 def test_an_answer_of_another_shape_is_a_failure_of_the_server(calls, server, connect):
