@@ -30,7 +30,7 @@ class ServerRecord:
     Attributes:
         start, end: the span of blocks held, `end` exclusive; None in records that do not say it.
         throughput: requests a second, as Petals counts them; used to place and to compare servers.
-        tokens_per_second: forward speed of one block, in tokens a second; None if not measured.
+        tokens_per_second: forward speed of one block, in tokens a second (Petals: `forward_rps`); None if not measured.
         stream_version: version of our stream method, None on servers that offer only Petals' methods.
         hidden_size: H of the served model; None if the server does not say.
         cache_tokens_left: positions of one block that keys and values can still be kept of; None if not said.
@@ -93,7 +93,7 @@ class ServerRecord:
         start, end = _typed(extra, "start_block", int), _typed(extra, "end_block", int)
         if start is None or end is None or not 0 <= start < end:
             start = end = None
-        speed = _typed(ours, "tokens_per_second", (int, float))
+        speed = _typed(ours, "tokens_per_second", (int, float)) or _typed(extra, "forward_rps", (int, float))
         if speed is not None and not 0 < speed < sys.float_info.max:
             speed = None
         return cls(

@@ -28,9 +28,8 @@ def start_kind(request, start_swarm):
 def kinds(*cases):
     """Parametrises a test by kind of swarm and, if a case has it, family: all of them with all would take minutes."""
     names = [f"{'only petals' if kind is True else 'alternating'}-{'-'.join(family)}" for kind, *family in cases]
-    fixtures = ["start_kind", "family"] if len(cases[0]) > 1 else ["start_kind"]
-    values = cases if len(fixtures) > 1 else [kind for (kind,) in cases]
-    return pytest.mark.parametrize(fixtures, values, ids=names, indirect=["start_kind"])
+    fixtures = ("start_kind", "family")[: len(cases[0])]
+    return pytest.mark.parametrize(fixtures, cases, ids=names, indirect=["start_kind"])
 
 
 @kinds(
