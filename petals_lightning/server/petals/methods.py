@@ -211,7 +211,10 @@ class PetalsMethods:
         """A call whose request and response come in parts; it stays charged until the response is written."""
         joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes)
         while (arrival := await stream.next()) is not None:
+            announced = joiner.num_bytes
             joiner.add(arrival.message)
+            stream.charge.reserve(joiner.num_bytes - announced)
+            arrival.release()
         self._backend.under_way += 1
         try:
             parts = await asyncio.to_thread(joiner.finish)  # copies what may be a GiB
