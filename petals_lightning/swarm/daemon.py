@@ -24,7 +24,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.swarm.guard import ProcessGuard
-from petals_lightning.swarm.unary_calls import repair_unary_calls
+from petals_lightning.swarm.hivemind_repairs import repair_unary_calls
 
 logger = logging.getLogger(__name__)
 

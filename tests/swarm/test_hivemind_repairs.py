@@ -1,4 +1,4 @@
-"""Calls that are given up harm neither side."""
+"""What any peer could break in hivemind alone: calls that are given up, records that cannot be read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import asyncio
 from contextlib import closing
 from uuid import uuid4
 
+import msgpack
+from hivemind.dht.routing import DHTID
 from hivemind.p2p.p2p_daemon_bindings.utils import write_unsigned_varint
 from hivemind.proto import p2pd_pb2
 from hivemind.proto.dht_pb2 import PingRequest, PingResponse
+from hivemind.utils.timed_storage import get_dht_time
 
-from petals_lightning.swarm import SwarmNode
+from petals_lightning.protocol.records import ServerRecord, ServerState
+from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from tests.swarms import LOOPBACK
 
 
@@ -70,6 +74,31 @@ def test_calls_that_their_callers_gave_up_are_forgotten():
                 await asyncio.sleep(0.01)
 
         client.run(asyncio.wait_for(give_up(), 10))
+
+
+def test_a_record_that_cannot_be_read_neither_ends_a_reader_nor_hides_others():
+    record = ServerRecord(ServerState.ONLINE, 3.0, 0, 2)
+    nested = msgpack.packb([])
+    for _ in range(900):
+        nested = msgpack.packb([msgpack.ExtType(0x40, nested)])
+    with (
+        closing(SwarmNode(host_maddrs=LOOPBACK).start()) as holder,
+        closing(SwarmNode(holder.visible_maddrs(), host_maddrs=(), client_mode=True).start()) as attacker,
+        closing(SwarmNode(holder.visible_maddrs(), host_maddrs=(), client_mode=True).start()) as reader,
+    ):
+        assert holder.run(SwarmDirectory(holder.dht).announce("m", record, [0], 60))
+
+        async def store(value: bytes, subkey: str) -> None:
+            key, expires = DHTID.generate(source="m.0"), get_dht_time() + 60
+            await attacker.dht.protocol.call_store(holder.peer_id, [key], [value], expires, subkeys=[subkey])
+
+        attacker.run(store(nested, "Qm1"))
+        attacker.run(store(b"\xc1 no msgpack", "Qm2"))
+        for node in (holder, reader):
+            found = node.run(node.dht.get("m.0", latest=True)).value
+            assert {"Qm1", "Qm2"} < set(found)
+            assert found["Qm1"].value is found["Qm2"].value is None
+            assert node.run(SwarmDirectory(node.dht).servers("m", 1)) == [{holder.peer_id.to_base58(): record}]
 
 
 class _Bytes:
