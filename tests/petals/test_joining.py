@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from contextlib import closing
 
+import pytest
 import torch
 from hivemind.proto import dht_pb2
 
+from petals_lightning.protocol.messages import STREAM_METHOD
 from petals_lightning.protocol.petals.calls import PetalsForward
 from petals_lightning.protocol.petals.methods import ReachabilityProtocol
 from petals_lightning.protocol.records import ServerState
 from petals_lightning.protocol.uids import MODELS_KEY
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
+from petals_lightning.swarm.streams import open_stream
 from tests.families import HIDDEN, NUM_BLOCKS
 from tests.petals.calls import PetalsCaller, peer_id, step
-from tests.swarms import PREFIX, InProcessSwarm
+from tests.swarms import PREFIX, InProcessSwarm, ServerProcess
 
 
 def test_a_peer_is_told_whether_it_and_others_are_reached(swarm, client):
@@ -52,6 +55,21 @@ def test_records_of_petals_only_servers_look_like_petals(tiny_checkpoint, start_
     assert extra["cache_tokens_left"] > 10_000
     models = node.run(node.dht.get(MODELS_KEY, latest=True)).value
     assert models[PREFIX].value == {"num_blocks": NUM_BLOCKS, "repository": None}
+
+
+def test_serve_petals_only(tiny_checkpoint):
+    server = ServerProcess(tiny_checkpoint("llama"), (0, NUM_BLOCKS), (), "--petals-only")
+    try:
+        server.wait_ready()
+        with closing(SwarmNode([server.maddr], host_maddrs=(), client_mode=True).start()) as node:
+            (found,) = node.run(SwarmDirectory(node.dht).servers(PREFIX, 1))
+            assert found[server.peer_id].stream_version is None
+            caller, hidden = PetalsCaller(node, server.peer_id), torch.randn(1, 2, HIDDEN)
+            assert caller.forward(PetalsForward(PREFIX, 0, NUM_BLOCKS, hidden)).shape == hidden.shape
+            with pytest.raises(ConnectionError):
+                node.run(open_stream(node.p2p, server.peer_id, STREAM_METHOD))
+    finally:
+        server.stop()
 
 
 def test_private_models_are_served_and_not_listed(tiny_checkpoint, start_swarm):
