@@ -108,11 +108,11 @@ class PetalsSession:
             return  # only the client may open a session and roll it back; it sends its own copy
         self._admit(step)
         out = await self._run(step)
-        await self._stream.send(to_response([out]))
         if step.step_id is not None:
             self._done.append(step.step_id)
         if step.next_servers and step.prompts is None and len(self._pushes) < _MAX_PUSHES:
-            self._pass_on(step, out)
+            self._pass_on(step, out)  # first, or the client's own copy is there before it
+        await self._stream.send(to_response([out]))
 
     async def _run(self, step: PetalsStep) -> torch.Tensor:
         """The step's hidden states [B, n, H], on the CPU."""
