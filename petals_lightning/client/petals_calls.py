@@ -75,7 +75,6 @@ class PetalsCalls:
 
     def __init__(self, p2p: P2P, peer: str, stats: TransferStats):
         self._p2p, self.peer, self._stats = p2p, peer, stats
-        self._running: set[asyncio.Future[Any]] = set()
         self.compression = NONE
         self.max_unary_bytes = MAX_UNARY_BYTES // 2
 
@@ -166,14 +165,8 @@ class PetalsCalls:
     async def _unary(self, method: str, request: ExpertUID | ExpertRequest, answer_type: Any) -> Any:
         self._stats.bytes_sent += request.ByteSize()
         peer_id = PeerID.from_base58(self.peer)
-        call = asyncio.ensure_future(
-            self._p2p.call_protobuf_handler(peer_id, method_name(method), request, answer_type)
-        )
-        self._running.add(call)
-        call.add_done_callback(self._settle)
         try:
-            # Not cancelled with us: an answer to a call being cancelled ends hivemind's reader of all unary calls.
-            answer = await asyncio.shield(call)
+            answer = await self._p2p.call_protobuf_handler(peer_id, method_name(method), request, answer_type)
         except P2PHandlerError as e:
             raise remote_error(self.peer, str(e)) from e
         except (P2PDaemonError, OSError, EOFError) as e:
@@ -182,11 +175,6 @@ class PetalsCalls:
             raise PeerFailure(self.peer, f"protocol broken: {e}") from e
         self._stats.bytes_received += answer.ByteSize()
         return answer
-
-    def _settle(self, call: asyncio.Future[Any]) -> None:
-        self._running.discard(call)
-        if not call.cancelled():
-            call.exception()  # seen, also where nobody waits for it any more
 
 
 class InferenceCall:

@@ -60,13 +60,13 @@ class ServerRecord:
             "torch_dtype": self.torch_dtype,
             "quant_type": "none",
             "adapters": [],
+            "forward_rps": self.tokens_per_second,
             "cache_tokens_left": self.cache_tokens_left,
         }
         if self.stream_version is not None:
             extra["lightning"] = {
                 "stream": self.stream_version,
                 "hidden_size": self.hidden_size,
-                "tokens_per_second": self.tokens_per_second,
                 "fingerprint": self.fingerprint,
             }
         return int(self.state), float(self.throughput), {k: v for k, v in extra.items() if v is not None}
@@ -89,11 +89,11 @@ class ServerRecord:
             raise ProtocolError(f"malformed server record: throughput {throughput}")
         extra = rest[0] if rest and isinstance(rest[0], dict) else {}
         ours = extra.get("lightning")
-        ours = ours if isinstance(ours, dict) else {}
+        ours = ours if isinstance(ours, dict) and _typed(ours, "stream", int) is not None else {}
         start, end = _typed(extra, "start_block", int), _typed(extra, "end_block", int)
         if start is None or end is None or not 0 <= start < end:
             start = end = None
-        speed = _typed(ours, "tokens_per_second", (int, float)) or _typed(extra, "forward_rps", (int, float))
+        speed = _typed(extra, "forward_rps", (int, float))
         if speed is not None and not 0 < speed < sys.float_info.max:
             speed = None
         return cls(

@@ -20,6 +20,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.swarm.daemon import P2PDaemon
+from petals_lightning.swarm.hivemind_repairs import ReadableRecords, bound_nesting
 from petals_lightning.swarm.public import is_public
 
 logger = logging.getLogger(__name__)
@@ -150,10 +151,16 @@ class SwarmNode:
         self._loop.close()
 
     async def _join(self) -> None:
+        bound_nesting()
         try:
             self._p2p = await self._daemon.start()
             self._dht = await asyncio.wait_for(
-                DHTNode.create(self._p2p, initial_peers=self.initial_peers or None, client_mode=self._client_mode),
+                DHTNode.create(
+                    self._p2p,
+                    initial_peers=self.initial_peers or None,
+                    client_mode=self._client_mode,
+                    record_validator=ReadableRecords(),
+                ),
                 self._connect_timeout,
             )
         except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:

@@ -6,17 +6,39 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import pytest
 import torch
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertUID
 
+from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward, read_response
+from petals_lightning.protocol.petals.metadata import parse_error
 from petals_lightning.protocol.petals.methods import TransformerConnectionHandler
 from petals_lightning.protocol.petals.steps import END_OF_SESSION, PetalsStep
 from petals_lightning.swarm import SwarmNode
+from tests.families import NUM_BLOCKS
+from tests.swarms import PREFIX
 
 ROOM = 1 << 26
 PATIENCE = 30.0
+
+
+def peer_id(server: Any) -> str:
+    return server.node.peer_id.to_base58()
+
+
+def step(hidden: torch.Tensor, start: int = 0, end: int = NUM_BLOCKS, **fields: Any) -> PetalsStep:
+    return PetalsStep(PREFIX, start, end, hidden, **fields)
+
+
+def failure(call: Any) -> tuple[ErrorCode | None, str]:
+    """Code and words of the error that a call ends in."""
+    with pytest.raises(P2PHandlerError) as refused:
+        call()
+    assert "Traceback" not in str(refused.value)
+    assert ".py" not in str(refused.value)
+    return parse_error(str(refused.value))
 
 
 class PetalsCaller:

@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.proto import dht_pb2
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
 
 from petals_lightning import __version__
@@ -32,7 +31,6 @@ from petals_lightning.protocol.petals.metadata import error_text, load_dict
 from petals_lightning.protocol.petals.methods import (
     MAX_PART_BYTES,
     MAX_UNARY_BYTES,
-    ReachabilityProtocol,
     TransformerConnectionHandler,
     method_name,
 )
@@ -40,6 +38,7 @@ from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.uids import parse_chain
 from petals_lightning.server.access import Gate
 from petals_lightning.server.compute import Priority
+from petals_lightning.server.petals.reachability import CALL_ERRORS, Reachability
 from petals_lightning.server.petals.session import PetalsSession
 from petals_lightning.server.petals.stream import Arrival, CallStream, Charge, end_with_error
 from petals_lightning.server.session import Backend, Refusal
@@ -49,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_UNARY_RESPONSE = MAX_PART_BYTES - MAX_HEADER_BYTES  # a larger one never arrives, and the caller hangs
 _PUSH_TIMEOUT = 10.0  # seconds
-_CHECK_TIMEOUT = 5.0  # seconds
-_MAX_CHECKS = 8  # of other peers' reachability at once
 
 
 class CallFailed(Exception):
@@ -59,9 +56,6 @@ class CallFailed(Exception):
     def __repr__(self) -> str:
         return str(self)
 
-
-# What calling another peer can end in; ValueError is for an id that is none. TimeoutError is an OSError.
-_CALL_ERRORS = (P2PHandlerError, P2PDaemonError, OSError, ValueError)
 
 StreamMethod = Callable[[CallStream, str], Awaitable[None]]
 
@@ -78,7 +72,6 @@ class PetalsMethods:
     def __init__(self, backend: Backend, dht_prefix: str, p2p: P2P):
         self._backend, self._dht_prefix, self._p2p = backend, dht_prefix, p2p
         self._sessions: dict[str, PetalsSession] = {}
-        self._checks = 0
         self.streams: dict[str, StreamMethod] = {
             method_name("rpc_forward_stream"): self._forward_stream,
             method_name("rpc_backward_stream"): self._backward_stream,
@@ -95,7 +88,7 @@ class PetalsMethods:
             ("rpc_push", self._push, ExpertRequest),
         ):
             await self._p2p.add_protobuf_handler(method_name(name), partial(self.answer_unary, method), kind)
-        await ReachabilityProtocol().add_p2p_handlers(self._p2p, wrapper=self)
+        await Reachability(self._backend, self._p2p).register()
 
     async def answer_unary(
         self, method: Callable[[Any, str], Awaitable[Any]], request: Any, context: P2PContext
@@ -136,31 +129,15 @@ class PetalsMethods:
         finally:
             answering.cancel()
             reading.cancel()
-            await asyncio.gather(answering, reading, return_exceptions=True)
+            for result in await asyncio.gather(answering, reading, return_exceptions=True):
+                if isinstance(result, Exception):
+                    logger.error("a call of …%s ended in disorder", peer[-6:], exc_info=result)
             stream.close()
             charge.close()
             if error is None:
                 writer.close()
         if error is not None:
             await end_with_error(reader, writer, error)
-
-    async def rpc_check(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
-        """Whether this peer, or another that it tries for the caller, can be reached."""
-        target, caller = PeerID(request.peer.node_id), context.remote_id.to_base58()
-        if target == context.local_id:
-            return dht_pb2.PingResponse(available=True)
-        gate = Gate(self._backend.rules, caller, self._backend.peer_id)
-        if not gate.is_open or self._checks >= _MAX_CHECKS:
-            return dht_pb2.PingResponse(available=False)
-        self._checks += 1
-        try:
-            answer = await ReachabilityProtocol.get_stub(self._p2p, target).rpc_check(request, timeout=_CHECK_TIMEOUT)
-            return dht_pb2.PingResponse(available=answer.available)
-        except _CALL_ERRORS as e:
-            logger.debug("…%s asked for …%s, which is not reached: %r", caller[-6:], str(target)[-6:], e)
-            return dht_pb2.PingResponse(available=False)
-        finally:
-            self._checks -= 1
 
     def _let_in(self, peer: str) -> Charge:
         gate = Gate(self._backend.rules, peer, self._backend.peer_id)
@@ -211,7 +188,10 @@ class PetalsMethods:
         """A call whose request and response come in parts; it stays charged until the response is written."""
         joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes)
         while (arrival := await stream.next()) is not None:
+            announced = joiner.num_bytes
             joiner.add(arrival.message)
+            stream.charge.reserve(joiner.num_bytes - announced)
+            arrival.release()
         self._backend.under_way += 1
         try:
             parts = await asyncio.to_thread(joiner.finish)  # copies what may be a GiB
@@ -277,7 +257,7 @@ class PetalsMethods:
         try:
             stub = TransformerConnectionHandler.get_stub(self._p2p, PeerID.from_base58(peer))
             await stub.rpc_push(request, timeout=_PUSH_TIMEOUT)
-        except _CALL_ERRORS as e:
+        except CALL_ERRORS as e:
             logger.debug("a push to …%s failed: %r", peer[-6:], e)
 
     def _admit(self, request: PetalsForward | PetalsBackward | PetalsStep) -> None:

@@ -18,7 +18,7 @@ from hivemind.proto.runtime_pb2 import ExpertRequest
 
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.protocol.petals.calls import read_request, to_response
+from petals_lightning.protocol.petals.calls import RequestJoiner, to_response
 from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.compute import Priority
@@ -86,29 +86,33 @@ class PetalsSession:
         return self._stream.offer(arrival)
 
     async def _take(self, arrival: Arrival) -> None:
-        limits = self._backend.limits
+        joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes)
         try:
-            step = PetalsStep.from_parts(read_request(arrival.message, max_bytes=limits.max_message_bytes))
-            if step.step_id is not None and step.step_id in self._done:
-                return  # its answer is on the way since the other copy came
-            if arrival.pushed and (self._max_length is None or step.start_from_position not in (None, self._position)):
-                return  # only the client may open a session and roll it back
-            self._admit(step)
+            joiner.add(arrival.message)
+            self._stream.charge.reserve(joiner.num_bytes)
+            self._backend.under_way += 1
+            try:
+                await self._answer(PetalsStep.from_parts(joiner.finish()), is_pushed=arrival.pushed)
+            finally:
+                self._backend.under_way -= 1
+                self._stream.charge.release(joiner.num_bytes)
         except (ProtocolError, Refusal) as e:
             if not arrival.pushed:
                 raise
             logger.debug("a step pushed to a session of …%s is dropped: %s", self._peer[-6:], e)
-            return  # the client sends its own copy
-        self._backend.under_way += 1
-        try:
-            out = await self._run(step)
-            await self._stream.send(to_response([out]))
-        finally:
-            self._backend.under_way -= 1
+
+    async def _answer(self, step: PetalsStep, *, is_pushed: bool) -> None:
+        if step.step_id is not None and step.step_id in self._done:
+            return  # its answer is on the way since the other copy came
+        if is_pushed and (self._max_length is None or step.start_from_position not in (None, self._position)):
+            return  # only the client may open a session and roll it back; it sends its own copy
+        self._admit(step)
+        out = await self._run(step)
         if step.step_id is not None:
             self._done.append(step.step_id)
         if step.next_servers and step.prompts is None and len(self._pushes) < _MAX_PUSHES:
-            self._pass_on(step, out)
+            self._pass_on(step, out)  # first, or the client's own copy is there before it
+        await self._stream.send(to_response([out]))
 
     async def _run(self, step: PetalsStep) -> torch.Tensor:
         """The step's hidden states [B, n, H], on the CPU."""

@@ -85,7 +85,7 @@ class CallStream:
         max_message_bytes: int,
         idle_timeout: float,
     ):
-        self._reader, self._writer, self._charge = reader, writer, charge
+        self._reader, self._writer, self.charge = reader, writer, charge
         self._max_bytes, self._idle_timeout = max_message_bytes, idle_timeout
         self._arrivals: asyncio.Queue[Arrival | Exception | None] = asyncio.Queue(_READ_AHEAD)
 
@@ -102,9 +102,9 @@ class CallStream:
                     await self._reader.readexactly(length)
                     await self._arrivals.put(None)
                     continue
-                self._charge.reserve(length)
+                self.charge.reserve(length)
                 message = ExpertRequest.FromString(await self._reader.readexactly(length))
-                await self._arrivals.put(Arrival(message, partial(self._charge.release, length)))
+                await self._arrivals.put(Arrival(message, partial(self.charge.release, length)))
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except DecodeError:
