@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
+from packaging.version import InvalidVersion, Version
 
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, ProtocolError, RemoteRequestError, SwarmError
@@ -46,6 +47,14 @@ _RETRIED: dict[str, ErrorCode | None] = {
 }
 
 
+def rolls_back(version: str | None) -> bool:
+    """Whether servers of a version can go back in a session: Petals 1 and 2 up to 2.2 cannot."""
+    try:
+        return version is not None and not Version("1") <= Version(version) < Version("2.3.dev0")
+    except InvalidVersion:
+        return False
+
+
 def remote_error(peer: str, text: str) -> SwarmError:
     """What a server's error answer is to us: a failure of the peer, or RemoteRequestError where others would agree."""
     code, words = parse_error(text)
@@ -71,12 +80,14 @@ class PetalsCalls:
     Attributes:
         compression: of tensors on their way to the server, one of hivemind's.
         max_unary_bytes: of a request's tensors or of its answer's; more of them go through a stream.
+        can_roll_back: it heeds a step's `start_from_position`; others go on behind their last position, without a word.
     """
 
     def __init__(self, p2p: P2P, peer: str, stats: TransferStats):
         self._p2p, self.peer, self._stats = p2p, peer, stats
         self.compression = NONE
         self.max_unary_bytes = MAX_UNARY_BYTES // 2
+        self.can_roll_back = True
 
     async def info(self, uid: str) -> ServerInfo:
         """What the server says of a block and of itself. Raises PeerFailure or RemoteRequestError, as all of these."""

@@ -21,7 +21,7 @@ from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.deadlines import ServiceClock
-from petals_lightning.client.petals_calls import PetalsCalls
+from petals_lightning.client.petals_calls import PetalsCalls, rolls_back
 from petals_lightning.client.petals_session import PetalsSession
 from petals_lightning.client.petals_shapes import input_grads, output_grad, output_of, prompts_of, with_prefix
 from petals_lightning.client.room import Room
@@ -105,7 +105,7 @@ class PetalsConnection:
             "hidden_size": info.hidden_size,
             "max_batch_tokens": MAX_BATCH_TOKENS,
         }
-        calls.compression = info.compression
+        calls.compression, calls.can_roll_back = info.compression, rolls_back(info.version)
         return connection
 
     @property

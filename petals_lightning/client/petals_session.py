@@ -28,7 +28,7 @@ class _Group:
     rows: torch.Tensor
     padding: int
     call: InferenceCall
-    is_open: bool = False  # the prefix, if there is one, is on the server
+    held: int = 0  # positions on the server, the prefix among them
     reordering: torch.Tensor | None = None  # of which the server has not been told
 
 
@@ -108,16 +108,16 @@ class PetalsSession:
         position, length, prompts = max(request.position - group.padding, 0), self._prefix_length, None
         if not hidden.shape[1]:
             return hidden, None
-        opens = not group.is_open
+        opens, position = not group.held, position + length
         if opens:
-            hidden, prompts = with_prefix(hidden, self._prefix), self._deep
+            hidden, prompts, position = with_prefix(hidden, self._prefix), self._deep, 0
+        elif position < group.held and not self._calls.can_roll_back:
+            raise PeerFailure(self._peer, "it cannot go back in a session", ErrorCode.CACHE_LOST.value)
         hypo_ids = group.reordering
         if hypo_ids is not None and torch.equal(hypo_ids, torch.arange(len(hypo_ids))):
             hypo_ids = None
-        out = await group.call.step(
-            hidden, 0 if opens else length + position, prompts=prompts, hypo_ids=None if opens else hypo_ids
-        )
-        group.is_open, group.reordering = True, None
+        out = await group.call.step(hidden, position, prompts=prompts, hypo_ids=None if opens else hypo_ids)
+        group.held, group.reordering = position + hidden.shape[1], None
         if not opens or not length:
             return out, None
         return out[:, length:], out[0, :length]

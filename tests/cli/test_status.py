@@ -31,14 +31,14 @@ def test_both_kinds_are_shown(swarm):
     assert (model["dht_prefix"], model["num_blocks"], model["repository"]) == (PREFIX, 4, None)
     assert (model["coverage"], model["missing_blocks"]) == ([2, 2, 1, 0], "3")
     shorter, longer = model["servers"]
-    assert (shorter["blocks"], shorter["kind"], shorter["tokens_per_second"]) == ("0:2", "petals", None)
+    assert (shorter["blocks"], shorter["kind"]) == ("0:2", "petals")
     assert (longer["blocks"], longer["kind"]) == ("0:3", "petals-lightning")
-    assert longer["tokens_per_second"] > 0
     for server, running in zip(model["servers"], reversed(swarm.servers), strict=True):
         assert server["peer_id"] == running.node.peer_id.to_base58()
         assert server["dtype"] == "float32"
         assert server["version"]
         assert server["throughput"] > 0
+        assert server["tokens_per_second"] > 0
         assert server["cache_tokens_left"] > 1000
         assert 0 < server["round_trip"] < 5
 

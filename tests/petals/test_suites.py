@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from petals_lightning.client import ClientConfig
+from petals_lightning.client.petals_calls import rolls_back
 from petals_lightning.client.petals_connection import MAX_BATCH_TOKENS
 from petals_lightning.errors import IncompatibleServerError, NoCacheRoomError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, AutoDistributedModelForCausalLM, remote_blocks
@@ -150,6 +151,26 @@ def test_a_session_that_the_server_has_ended_begins_again(layers):
         rest = session.step(hidden[:, 4:])
     assert relative_error(torch.cat([first, rest], dim=1), expected) < 1e-4
     assert layers.stats.retries == 1
+
+
+def test_servers_that_cannot_go_back_are_given_the_past_again(layers):
+    hidden, other = torch.randn(2, 5, HIDDEN), torch.randn(2, 2, HIDDEN)
+    expected = layers(torch.cat([hidden[:, :3], other], dim=1))
+    (connection,) = layers._swarm.view._connections.values()
+    connection._calls.can_roll_back = False
+    with layers.inference_session(max_length=8) as session:
+        session.step(hidden)
+        session.position = 3
+        assert relative_error(session.step(other), expected[:, 3:]) < 1e-4
+    assert layers.stats.retries == 1
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("2.2.0.post1", False), ("1.1.5", False), ("2.3.0.dev2", True), ("2.3.0", True), ("0.3.1", True), (None, False)],
+)
+def test_which_versions_can_go_back(version, expected):
+    assert rolls_back(version) == expected
 
 
 def test_a_swarm_with_a_token_uses_no_server_that_cannot_prove_it(tiny_checkpoint, start_swarm):
