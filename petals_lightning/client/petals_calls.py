@@ -6,6 +6,7 @@ Streams are our own (`swarm.streams`), in hivemind's framing: a marker, a length
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ class PetalsCalls:
         compression: of tensors on their way to the server, one of hivemind's.
         max_unary_bytes: of a request's tensors or of its answer's; more of them go through a stream.
         can_roll_back: it heeds a step's `start_from_position`; others go on behind their last position, without a word.
+        moved_at: when bytes last moved on one of the streams.
     """
 
     def __init__(self, p2p: P2P, peer: str, stats: TransferStats):
@@ -88,6 +90,7 @@ class PetalsCalls:
         self.compression = NONE
         self.max_unary_bytes = MAX_UNARY_BYTES // 2
         self.can_roll_back = True
+        self.moved_at = 0.0
 
     async def info(self, uid: str) -> ServerInfo:
         """What the server says of a block and of itself. Raises PeerFailure or RemoteRequestError, as all of these."""
@@ -171,7 +174,7 @@ class PetalsCalls:
             reader, writer = await open_stream(self._p2p, self.peer, method_name(method))
         except ConnectionError as e:
             raise PeerFailure(self.peer, f"cannot connect: {e}") from e
-        return _Stream(self.peer, reader, writer, self._stats)
+        return _Stream(self, reader, writer, self._stats)
 
     async def _unary(self, method: str, request: ExpertUID | ExpertRequest, answer_type: Any) -> Any:
         self._stats.bytes_sent += request.ByteSize()
@@ -248,8 +251,11 @@ class InferenceCall:
 class _Stream:
     """The calling side of one call."""
 
-    def __init__(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stats: TransferStats):
-        self._peer, self._reader, self._writer, self._stats = peer, reader, writer, stats
+    def __init__(
+        self, calls: PetalsCalls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stats: TransferStats
+    ):
+        self._calls, self._peer = calls, calls.peer
+        self._reader, self._writer, self._stats = reader, writer, stats
 
     async def send(self, message: ExpertRequest | RPCError) -> None:
         """That the stream is lost shows in what is received."""
@@ -260,6 +266,7 @@ class _Stream:
             await P2P.send_protobuf(message, self._writer)
         except ConnectionError:
             return
+        self._calls.moved_at = time.monotonic()
 
     async def send_all(self, messages: Iterable[ExpertRequest], on_sent: Callable[[], None]) -> None:
         for message in messages:
@@ -281,6 +288,7 @@ class _Stream:
             data = await self._reader.readexactly(size)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
+        self._calls.moved_at = time.monotonic()
         self._stats.bytes_received += size
         try:
             if marker == P2P.ERROR_MARKER:

@@ -173,18 +173,30 @@ class PetalsConnection:
         raise AssertionError(f"{message.method} has no equal in Petals' protocol")
 
     async def _forward(self, request: ForwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
-        hidden = with_prefix(request.hidden, request.prefix)
-        out = await self._calls.forward(
-            PetalsForward(self._prefix, request.start, request.end, hidden, prompts_of(request)), on_sent
-        )
-        return output_of(request, out)
+        hidden, prompts = with_prefix(request.hidden, request.prefix), prompts_of(request)
+        outputs = [
+            await self._calls.forward(PetalsForward(self._prefix, request.start, request.end, piece, prompts), on_sent)
+            for piece in hidden.split(_samples_at_once(hidden))
+        ]
+        return output_of(request, torch.cat(outputs))
 
     async def _backward(self, request: BackwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         forward = request.forward
         assert forward is not None, "such servers keep no graphs, so none is named to them"
-        hidden, grad = with_prefix(forward.hidden, forward.prefix), output_grad(request, forward)
-        call = PetalsBackward(self._prefix, forward.start, forward.end, hidden, grad, prompts_of(forward))
-        return input_grads(forward, *await self._calls.backward(call, on_sent))
+        hidden, prompts = with_prefix(forward.hidden, forward.prefix), prompts_of(forward)
+        grad, size = output_grad(request, forward), _samples_at_once(hidden)
+        answers = [
+            await self._calls.backward(
+                PetalsBackward(self._prefix, forward.start, forward.end, piece, piece_grad, prompts), on_sent
+            )
+            for piece, piece_grad in zip(hidden.split(size), grad.split(size), strict=True)
+        ]
+        grad_prompts = [of_prompts for _, of_prompts in answers if of_prompts is not None]
+        return input_grads(
+            forward,
+            torch.cat([of_hidden for of_hidden, _ in answers]),
+            torch.cat(grad_prompts, 1) if prompts is not None else None,
+        )
 
     async def _step(self, request: StepRequest) -> dict[str, torch.Tensor]:
         if request.max_length is not None:
@@ -229,8 +241,9 @@ class PetalsConnection:
                     await self._calls.info(self._uid)
                 self._pinged_at = None
             except TimeoutError:
-                self._fail(PeerFailure(self.peer, f"a ping was not answered for {self.silence:.0f} s"))
-                return
+                if time.monotonic() - self._calls.moved_at > limit:  # else it is busy with what is on its way
+                    self._fail(PeerFailure(self.peer, f"a ping was not answered for {self.silence:.0f} s"))
+                    return
             except PeerFailure as e:
                 if e.code is None:
                     self._fail(e)
@@ -249,3 +262,8 @@ class PetalsConnection:
         if self._watching is not asyncio.current_task():
             self._watching.cancel()
         self._on_failure(failure)
+
+
+def _samples_at_once(hidden: torch.Tensor) -> int:
+    """Of [B, P + S, H]: a batch that was cut for other servers may be too large for this one."""
+    return max(MAX_BATCH_TOKENS // hidden.shape[1], 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from petals_lightning.client import ClientConfig
+from petals_lightning.client import ClientConfig, petals_connection
 from petals_lightning.client.petals_calls import rolls_back
 from petals_lightning.client.petals_connection import MAX_BATCH_TOKENS
 from petals_lightning.errors import IncompatibleServerError, NoCacheRoomError, UnsupportedInputError
@@ -95,12 +95,28 @@ def test_large_requests_go_through_streams_and_in_parts(layers):
     assert torch.equal(*gradients)
 
 
-def test_batches_are_cut_to_what_such_servers_take(layers):
+def test_batches_are_cut_to_what_such_servers_take(layers, tiny_checkpoint, start_swarm, monkeypatch):
+    """By the client that knows the route, and where a batch was cut for another server, at the last moment."""
     hidden = torch.randn(3, MAX_BATCH_TOKENS // 2, HIDDEN)
     before = layers.stats.requests
-    out = layers(hidden)
+    layers(hidden)
     assert layers.stats.requests - before == 2
-    assert relative_error(out[:1], layers(hidden[:1])) < 1e-5
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], petals_only=True, limits=ServerLimits(max_batch_tokens=32))
+    monkeypatch.setattr(petals_connection, "MAX_BATCH_TOKENS", 32)
+    small = remote_blocks(swarm.load(AutoDistributedModel))
+    (connection,) = small._swarm.view._connections.values()
+    connection.info["max_batch_tokens"] = 4096
+    results = []
+    for blocks in (layers, small):
+        torch.manual_seed(0)
+        inputs, prompts = torch.randn(7, 10, HIDDEN, requires_grad=True), random_prompts(4)
+        leaves = [inputs, *(tensor.requires_grad_() for tensor in prompts.values())]
+        before = blocks.stats.requests
+        out, _ = blocks.run(inputs, **prompts)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        assert blocks.stats.requests - before == 2
+    for one, other in zip(*results, strict=True):
+        assert relative_error(one, other) < 1e-5
 
 
 def test_padding_that_cannot_be_left_out_is_refused(layers):
