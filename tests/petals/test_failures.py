@@ -38,7 +38,7 @@ def start_processes() -> Iterator[Callable[..., dict[str, ServerProcess]]]:
 
 @pytest.mark.parametrize(
     ("phase", "layout", "petals_only"),
-    [("forward", "same span", ONLY_PETALS), ("backward", "cut elsewhere", MIXED)],
+    [("between", "same span", ONLY_PETALS), ("backward", "cut elsewhere", MIXED)],
 )
 def test_a_killed_server_changes_no_loss_and_no_gradient(phase, layout, petals_only, checkpoint, start_processes):
     steps.test_a_killed_server_changes_no_loss_and_no_gradient(
