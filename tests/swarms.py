@@ -30,6 +30,7 @@ class InProcessSwarm:
         checkpoint: the model.
         spans: blocks of each server.
         dtype, limits, rules, prefix: for all servers.
+        petals_only: numbers of the servers that offer no more than a Petals server; True for all.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class InProcessSwarm:
         rules: AccessRules | None = None,
         prefix: str = PREFIX,
         initial_peers: Sequence[str] = (),
+        petals_only: bool | Sequence[int] = False,
     ):
+        self._petals_only = range(len(spans)) if petals_only is True else petals_only or ()
         self._checkpoint, self._spans, self._dtype = str(checkpoint), spans, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
         self._rules = rules
@@ -67,7 +70,7 @@ class InProcessSwarm:
         return self.servers[0].node.visible_maddrs()
 
     def __enter__(self) -> InProcessSwarm:
-        for span in self._spans:
+        for number, span in enumerate(self._spans):
             peers = self.initial_peers if self.servers else self._initial_peers
             server = Server(
                 Checkpoint(self._checkpoint),
@@ -77,6 +80,7 @@ class InProcessSwarm:
                 dtype=self._dtype,
                 limits=self._limits,
                 rules=self._rules,
+                petals_only=number in self._petals_only,
                 update_period=30,
             )
             server.start()
@@ -148,10 +152,19 @@ class ServerProcess:
 
 def peer_with_the_graph(loss: torch.Tensor) -> str:
     """The id of the server that the backward of `loss` will be sent to first."""
+    return _parts(loss)[0].result.legs[-1].peer
+
+
+def micro_batches(loss: torch.Tensor) -> int:
+    """How many requests the backward of `loss` begins with."""
+    return len(_parts(loss))
+
+
+def _parts(loss: torch.Tensor) -> list[Any]:
     nodes = [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if hasattr(node, "parts"):
-            return node.parts[0].result.legs[-1].peer
+            return node.parts
         nodes += [following for following, _ in node.next_functions if following is not None]
     raise AssertionError("no remote blocks in the graph")

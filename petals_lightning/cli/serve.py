@@ -53,6 +53,9 @@ def serve(
     token_file: Annotated[
         str | None, typer.Option(help="File of the swarm's shared token, which clients must know.", metavar="FILE")
     ] = None,
+    petals_only: Annotated[
+        bool, typer.Option("--petals-only", help="Offer Petals' methods only, and not our faster one.")
+    ] = False,
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
 ) -> None:
@@ -125,6 +128,7 @@ def serve(
             max_batch_tokens=max_batch_tokens,
         ),
         rules=rules,
+        petals_only=petals_only,
         on_shard=progress.on_shard,
     )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 
 from petals_lightning.cli.options import InitialPeers
@@ -14,6 +18,25 @@ from petals_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from petals_lightning.protocol.records import ServerRecord
+    from petals_lightning.swarm import SwarmNode
+    from petals_lightning.swarm.directory import ModelEntry
+
+_PING_TIMEOUT = 5.0  # seconds
+_COLUMNS = (
+    "blocks",
+    "server",
+    "peer",
+    "kind",
+    "version",
+    "dtype",
+    "requests/s",
+    "tokens/s a block",
+    "cache left",
+    "ms",
+)
+_NUMBERS = {"blocks", "requests/s", "tokens/s a block", "cache left", "ms"}
+
+Server = dict[str, Any]
 
 
 def status(
@@ -23,39 +46,59 @@ def status(
     ] = None,
     num_blocks: Annotated[int | None, typer.Option(help="Blocks of a model that is not listed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    watch: Annotated[
+        float | None, typer.Option(help="Look again every so many seconds, until Ctrl-C.", metavar="SECONDS")
+    ] = None,
 ) -> None:
-    """Show the models of a swarm and the servers that hold their blocks."""
-    if not initial_peers:
-        raise ConfigurationError("give --initial-peers MADDR: the address of any peer of the swarm")
+    """Show the models of a swarm and the servers that hold their blocks; the public Petals network by default."""
+    if watch is not None and not watch > 0:
+        raise ConfigurationError(f"--watch is {watch:g}: it must be above 0 seconds")
 
-    from petals_lightning.swarm import SwarmDirectory, SwarmNode
-    from petals_lightning.swarm.directory import ModelEntry
+    from petals_lightning.swarm import PUBLIC_INITIAL_PEERS, SwarmNode
 
-    node = SwarmNode(initial_peers, host_maddrs=(), client_mode=True).start()
+    node = SwarmNode(initial_peers or PUBLIC_INITIAL_PEERS, host_maddrs=(), client_mode=True).start()
     try:
-        directory = SwarmDirectory(node.dht)
-        models = node.run(directory.models())
-        for prefix in dht_prefix or ():
-            if num_blocks is not None and prefix not in {entry.dht_prefix for entry in models}:
-                models.append(ModelEntry(prefix, num_blocks, None))
-        if dht_prefix:
-            models = [entry for entry in models if entry.dht_prefix in dht_prefix]
-        tables = {entry: node.run(directory.servers(entry.dht_prefix, entry.num_blocks)) for entry in models}
+        found = _look(node, dht_prefix, num_blocks)
+        if watch is None:
+            print(json.dumps(found, indent=2)) if as_json else Console().print(_tables(found))
+            return
+        with nullcontext() if as_json else Live(_tables(found), auto_refresh=False) as live:
+            while True:
+                if live is None:
+                    print(json.dumps(found), flush=True)
+                else:
+                    live.update(_tables(found), refresh=True)
+                time.sleep(watch)
+                found = _look(node, dht_prefix, num_blocks)
+    except KeyboardInterrupt:
+        return
     finally:
         node.close()
-    found = [_describe(entry.dht_prefix, entry.repository, table) for entry, table in tables.items()]
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    console = Console()
-    if not found:
-        console.print("no models are listed in this swarm")
-    for model in found:
-        console.print(_table(model))
 
 
-def _describe(prefix: str, repository: str | None, table: list[dict[str, ServerRecord]]) -> dict[str, Any]:
-    """Model, its servers, and the blocks without one, in plain types."""
+def _look(node: SwarmNode, prefixes: list[str] | None, num_blocks: int | None) -> list[dict[str, Any]]:
+    from petals_lightning.swarm import SwarmDirectory
+    from petals_lightning.swarm.directory import ModelEntry
+
+    directory = SwarmDirectory(node.dht)
+    models = node.run(directory.models())
+    for prefix in prefixes or ():
+        if num_blocks is not None and prefix not in {entry.dht_prefix for entry in models}:
+            models.append(ModelEntry(prefix, num_blocks, None))
+    if prefixes:
+        models = [entry for entry in models if entry.dht_prefix in prefixes]
+    found = []
+    for entry in models:
+        described = _describe(entry, node.run(directory.servers(entry.dht_prefix, entry.num_blocks)))
+        trips = node.run(_round_trips(node, described))
+        for server in described["servers"]:
+            server["round_trip"] = trips[server["peer_id"]]
+        found.append(described)
+    return found
+
+
+def _describe(entry: ModelEntry, table: list[dict[str, ServerRecord]]) -> dict[str, Any]:
+    """Model, how many servers hold each block, and the servers, in plain types."""
     from petals_lightning.client.routing import format_blocks
     from petals_lightning.protocol.records import ServerState
 
@@ -66,40 +109,83 @@ def _describe(prefix: str, repository: str | None, table: list[dict[str, ServerR
             records[peer] = record
             if record.state is ServerState.ONLINE:
                 held.setdefault(peer, []).append(block)
-    missing = [block for block in range(len(table)) if not any(block in blocks for blocks in held.values())]
+    coverage = [sum(block in blocks for blocks in held.values()) for block in range(len(table))]
     return {
-        "dht_prefix": prefix,
-        "repository": repository,
+        "dht_prefix": entry.dht_prefix,
+        "repository": entry.repository,
         "num_blocks": len(table),
-        "missing_blocks": format_blocks(missing),
+        "coverage": coverage,
+        "missing_blocks": format_blocks([block for block, count in enumerate(coverage) if not count]),
         "servers": [
-            {
-                "peer_id": peer,
-                "public_name": records[peer].public_name,
-                "blocks": format_blocks(blocks),
-                "dtype": records[peer].torch_dtype,
-                "tokens_per_second": records[peer].tokens_per_second,
-                "version": records[peer].version,
-            }
+            _describe_server(peer, records[peer], format_blocks(blocks), blocks[0])
             for peer, blocks in sorted(held.items(), key=lambda item: item[1])
         ],
     }
 
 
+def _describe_server(peer: str, record: ServerRecord, blocks: str, first: int) -> Server:
+    return {
+        "peer_id": peer,
+        "public_name": record.public_name,
+        "blocks": blocks,
+        "first_block": first,
+        "kind": "petals" if record.stream_version is None else "petals-lightning",
+        "version": record.version,
+        "dtype": record.torch_dtype,
+        "throughput": record.throughput,
+        "tokens_per_second": record.tokens_per_second,
+        "cache_tokens_left": record.cache_tokens_left,
+    }
+
+
+async def _round_trips(node: SwarmNode, model: dict[str, Any]) -> dict[str, float | None]:
+    """Seconds to every server and back, None where it does not answer."""
+    from petals_lightning.client.petals_calls import PetalsCalls
+    from petals_lightning.client.stats import TransferStats
+    from petals_lightning.errors import SwarmError
+    from petals_lightning.protocol.uids import block_uid
+
+    async def measure(server: Server) -> float | None:
+        calls = PetalsCalls(node.p2p, server["peer_id"], TransferStats())
+        uid = block_uid(model["dht_prefix"], server["first_block"])
+        try:
+            async with asyncio.timeout(_PING_TIMEOUT):
+                await calls.info(uid)  # the first call also opens the connection
+                began = time.perf_counter()
+                await calls.info(uid)
+                return time.perf_counter() - began
+        except (TimeoutError, SwarmError):
+            return None
+
+    trips = await asyncio.gather(*map(measure, model["servers"]))
+    return {server["peer_id"]: trip for server, trip in zip(model["servers"], trips, strict=True)}
+
+
+def _tables(found: list[dict[str, Any]]) -> Group:
+    return Group(*(map(_table, found) if found else ["no models are listed in this swarm"]))
+
+
 def _table(model: dict[str, Any]) -> Table:
-    name = model["repository"] or model["dht_prefix"]
-    missing = f"[red]blocks without a server: {model['missing_blocks']}[/]" if model["missing_blocks"] else "complete"
-    table = Table(title=f"{name} ({model['num_blocks']} blocks, {missing})", title_justify="left")
-    for column in ("blocks", "server", "peer", "dtype", "tokens/s a block", "version"):
-        table.add_column(column, justify="right" if column in ("blocks", "tokens/s a block") else "left")
+    name, holders = model["repository"] or model["dht_prefix"], min(model["coverage"], default=0)
+    state = f"every block on {holders} server{'s' if holders != 1 else ''} or more"
+    if model["missing_blocks"]:
+        state = f"[red]blocks without a server: {model['missing_blocks']}[/]"
+    table = Table(title=f"{name} ({model['num_blocks']} blocks, {state})", title_justify="left")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left")
     for server in model["servers"]:
-        speed = server["tokens_per_second"]
+        trip = server["round_trip"]
         table.add_row(
             server["blocks"],
             server["public_name"] or "",
             f"…{server['peer_id'][-10:]}",
-            server["dtype"] or "",
-            f"{speed:,.0f}" if speed else "",
+            server["kind"],
             server["version"] or "",
-        )
+            server["dtype"] or "",
+            f"{server['throughput']:,.1f}",
+            *(f"{value:,.0f}" if value is not None else "" for value in (
+                server["tokens_per_second"], server["cache_tokens_left"]
+            )),
+            f"{1000 * trip:,.0f}" if trip is not None else "[red]no answer[/]",
+        )  # fmt: skip
     return table

@@ -16,8 +16,8 @@ from typing import Self
 import torch
 
 from petals_lightning.client.chain import Attempts
-from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.history import InputHistory
+from petals_lightning.client.server_connection import ServerConnection
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.view import SwarmView
 from petals_lightning.errors import NoCacheRoomError, NoServersError, PeerFailure, UnsupportedInputError
@@ -46,7 +46,7 @@ class SessionLeg:
     peer: str
     history: InputHistory = field(default_factory=InputHistory)
     prefix: torch.Tensor | None = None
-    connection: PeerConnection | None = None
+    connection: ServerConnection | None = None
     number: int | None = None
     held: int = 0
     reordering: torch.Tensor | None = None

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.deadlines import ServiceClock
+from petals_lightning.client.server_connection import ServerConnection
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, RetriesExhaustedError
 
@@ -60,7 +60,7 @@ class Leg:
     prefix: torch.Tensor | None
     rows: torch.Tensor | None
     peer: str
-    connection: PeerConnection | None = None
+    connection: ServerConnection | None = None
     graph: int | None = None
     clock: ServiceClock = field(default_factory=ServiceClock)
 

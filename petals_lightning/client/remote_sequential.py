@@ -82,6 +82,7 @@ class RemoteSequential(nn.Module):
         num_blocks: int,
         hidden_size: int,
         fingerprint: str | None = None,
+        returns_tuple: bool = False,
         config: ClientConfig | None = None,
         owns_node: bool = False,
     ) -> RemoteSequential:
@@ -90,6 +91,7 @@ class RemoteSequential(nn.Module):
         Args:
             node: this process's peer, started.
             dht_prefix, num_blocks, hidden_size, fingerprint: the model; servers of another are not used.
+            returns_tuple: its blocks are known to return tuples; servers with our method say so themselves.
             config: timeouts, filters, wire dtype.
             owns_node: close the node with the blocks.
 
@@ -104,6 +106,7 @@ class RemoteSequential(nn.Module):
             num_blocks=num_blocks,
             hidden_size=hidden_size,
             fingerprint=fingerprint,
+            returns_tuple=returns_tuple,
             config=config,
             stats=stats,
         )

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
+from petals_lightning.client.petals_connection import PetalsConnection
 from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, route_seconds, uncovered
+from petals_lightning.client.server_connection import ServerConnection
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import (
     AccessDeniedError,
@@ -66,6 +68,7 @@ class SwarmView:
         node: this process's peer, started.
         dht_prefix, num_blocks, hidden_size: the model.
         fingerprint: of the model's weights here; servers that state another one are not used.
+        returns_tuple: this family's blocks are known to return tuples.
         config: timeouts and filters.
         stats: counts bytes and retries.
     """
@@ -78,11 +81,13 @@ class SwarmView:
         num_blocks: int,
         hidden_size: int,
         fingerprint: str | None,
+        returns_tuple: bool,
         config: ClientConfig,
         stats: TransferStats,
     ):
         self.node, self.dht_prefix, self.num_blocks, self.config = node, dht_prefix, num_blocks, config
         self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
+        self._returns_tuple = returns_tuple
         self._directory = SwarmDirectory(node.dht)
         self._spans: dict[str, tuple[int, int]] = {}
         self._records: dict[str, ServerRecord] = {}
@@ -91,8 +96,8 @@ class SwarmView:
         self._bans: dict[str, _Ban] = {}
         self._speeds: dict[str, _Speed] = {}
         self._routes: dict[tuple[int, int], list[RouteSpan]] = {}
-        self._connections: dict[str, PeerConnection] = {}
-        self._opening: dict[str, asyncio.Task[PeerConnection]] = {}
+        self._connections: dict[str, ServerConnection] = {}
+        self._opening: dict[str, asyncio.Task[ServerConnection]] = {}
         self._maintenance: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -186,8 +191,8 @@ class SwarmView:
             await asyncio.sleep(0.5)
             await self.refresh()
 
-    async def connection(self, peer: str) -> PeerConnection:
-        """The open stream to a server, opened if need be (once, however many wait for it).
+    async def connection(self, peer: str) -> ServerConnection:
+        """The open connection to a server, opened if need be (once, however many wait for it).
 
         Raises:
             PeerFailure: it cannot be opened, or the server is not what its record says.
@@ -265,8 +270,10 @@ class SwarmView:
         return min([self.config.max_microbatch_tokens, *(limit for limit in said if type(limit) is int and limit > 0)])
 
     def returns_tuple(self) -> bool:
-        """Whether this family's blocks return tuples, as its servers say."""
-        return any(connection.info.get("returns_tuple") for connection in self._connections.values())
+        """Whether this family's blocks return tuples, as is known of it or as its servers say."""
+        return self._returns_tuple or any(
+            connection.info.get("returns_tuple") for connection in self._connections.values()
+        )
 
     def _usable(self, tokens: int) -> list[ServerSpan]:
         spans = []
@@ -337,8 +344,8 @@ class SwarmView:
 
     def _misfit(self, peer: str, record: ServerRecord) -> str | None:
         name = f"server …{peer[-6:]} ({record.public_name})" if record.public_name else f"server …{peer[-6:]}"
-        if record.stream_version is None:
-            return f"{name} offers only Petals' methods, which this client does not speak yet"
+        if record.stream_version is None and self.config.swarm_token is not None:
+            return f"{name} offers only Petals' methods, which cannot prove that it knows the swarm's token"
         if record.hidden_size is not None and record.hidden_size != self._hidden_size:
             return (
                 f"{name} serves another model under {self.dht_prefix!r}: its hidden size is {record.hidden_size}, "
@@ -350,11 +357,15 @@ class SwarmView:
             )
         return None
 
-    async def _open(self, peer: str) -> PeerConnection:
+    async def _open(self, peer: str) -> ServerConnection:
         try:
-            connection = await PeerConnection.open(
-                self.node.p2p, peer, self.config, self._stats, on_failure=self.report_failure
-            )
+            record, (start, _) = self._records.get(peer), self._spans.get(peer, (0, 0))
+            context = self.config, self._stats, self.report_failure
+            connection: ServerConnection
+            if record is not None and record.stream_version is None:
+                connection = await PetalsConnection.open(self.node.p2p, peer, self.dht_prefix, start, *context)
+            else:
+                connection = await PeerConnection.open(self.node.p2p, peer, *context)
             hidden_size = connection.info.get("hidden_size")
             if hidden_size != self._hidden_size:
                 connection.close()

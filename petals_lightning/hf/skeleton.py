@@ -54,6 +54,11 @@ def num_blocks(config: PreTrainedConfig) -> int:
     return config.get_text_config().num_hidden_layers
 
 
+def blocks_return_tuples(config: PreTrainedConfig) -> bool:
+    """Whether decoders of the family take tuples from their blocks. Servers of Petals do not say it."""
+    return config.model_type in ("bloom", "falcon", "gptj")
+
+
 def find_blocks(model: PreTrainedModel) -> BlockLayout:
     """Finds the ModuleList of `num_hidden_layers` blocks.
 

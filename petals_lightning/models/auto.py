@@ -20,7 +20,7 @@ from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.loading import model_class
-from petals_lightning.hf.skeleton import BlockLayout, num_blocks
+from petals_lightning.hf.skeleton import BlockLayout, blocks_return_tuples, num_blocks
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
@@ -28,6 +28,7 @@ from petals_lightning.models.prompts import TuningMode
 from petals_lightning.models.trainable import FrozenBody, attach_trainable
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
+from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
 
 if TYPE_CHECKING:
     import hivemind
@@ -131,7 +132,7 @@ class _AutoDistributed:
         Args:
             name_or_path: folder or hub id; only tensors outside of blocks are read.
             initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT of it; or `node`: a started
-                SwarmNode, which stays the caller's to close.
+                SwarmNode, which stays the caller's to close. None of them is the public Petals network.
             dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
             tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
@@ -151,7 +152,7 @@ class _AutoDistributed:
             An instance of the family's own class. Only prompts and a classification head require gradients.
 
         Raises:
-            ConfigurationError: no way into a swarm given, or a value out of range.
+            ConfigurationError: two ways into a swarm given, or a value out of range.
             CheckpointError, UnsupportedModelError: the model cannot be read, or is no decoder.
             SwarmConnectionError: no initial peer answers.
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
@@ -238,16 +239,19 @@ def _connect(
     initial_peers: Sequence[str] | None,
     identity_path: str | None,
 ) -> RemoteSequential:
-    if sum(given is not None for given in (node, dht, initial_peers)) != 1 or initial_peers == []:
+    if sum(given is not None for given in (node, dht, initial_peers)) > 1 or initial_peers == []:
         raise ConfigurationError(
             "give one way into the swarm: initial_peers=[address that `petals-lightning serve` or `bootstrap` prints], "
-            "or dht=hivemind.DHT(…), or node=SwarmNode(…)"
+            "or dht=hivemind.DHT(…), or node=SwarmNode(…), or none of them for the public Petals network"
         )
     if node is not None and identity_path is not None:
         raise ConfigurationError(
             "identity_path: the node given has its identity already; give SwarmNode(identity_path=…)"
         )
     owns_node = node is None
+    if node is None and dht is None and initial_peers is None:
+        initial_peers = PUBLIC_INITIAL_PEERS
+        logger.warning("no initial_peers given, so this is %s (initial_peers=[…])", PUBLIC_NOTICE)
     if node is None:
         # A peer of our own joins through the caller's DHT process: its daemon's handlers belong to that process.
         peers = [str(maddr) for maddr in dht.get_visible_maddrs()] if dht is not None else list(initial_peers or ())
@@ -265,6 +269,7 @@ def _connect(
             num_blocks=num_blocks(model.config),
             hidden_size=model.config.get_text_config().hidden_size,
             fingerprint=checkpoint.fingerprint,
+            returns_tuple=blocks_return_tuples(model.config),
             config=config,
             owns_node=owns_node,
         )

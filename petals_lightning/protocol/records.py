@@ -30,9 +30,10 @@ class ServerRecord:
     Attributes:
         start, end: the span of blocks held, `end` exclusive; None in records that do not say it.
         throughput: requests a second, as Petals counts them; used to place and to compare servers.
-        tokens_per_second: forward speed of one block, in tokens a second; None if not measured.
+        tokens_per_second: forward speed of one block, in tokens a second (Petals: `forward_rps`); None if not measured.
         stream_version: version of our stream method, None on servers that offer only Petals' methods.
         hidden_size: H of the served model; None if the server does not say.
+        cache_tokens_left: positions of one block that keys and values can still be kept of; None if not said.
         fingerprint: short digest of the served weights; None if the server does not say.
     """
 
@@ -47,6 +48,7 @@ class ServerRecord:
     stream_version: int | None = None
     hidden_size: int | None = None
     fingerprint: str | None = None
+    cache_tokens_left: int | None = None
 
     def to_value(self) -> tuple[int, float, dict[str, Any]]:
         """The value to store in the DHT."""
@@ -58,13 +60,15 @@ class ServerRecord:
             "torch_dtype": self.torch_dtype,
             "quant_type": "none",
             "adapters": [],
-            "lightning": {
+            "forward_rps": self.tokens_per_second,
+            "cache_tokens_left": self.cache_tokens_left,
+        }
+        if self.stream_version is not None:
+            extra["lightning"] = {
                 "stream": self.stream_version,
                 "hidden_size": self.hidden_size,
-                "tokens_per_second": self.tokens_per_second,
                 "fingerprint": self.fingerprint,
-            },
-        }
+            }
         return int(self.state), float(self.throughput), {k: v for k, v in extra.items() if v is not None}
 
     @classmethod
@@ -85,11 +89,11 @@ class ServerRecord:
             raise ProtocolError(f"malformed server record: throughput {throughput}")
         extra = rest[0] if rest and isinstance(rest[0], dict) else {}
         ours = extra.get("lightning")
-        ours = ours if isinstance(ours, dict) else {}
+        ours = ours if isinstance(ours, dict) and _typed(ours, "stream", int) is not None else {}
         start, end = _typed(extra, "start_block", int), _typed(extra, "end_block", int)
         if start is None or end is None or not 0 <= start < end:
             start = end = None
-        speed = _typed(ours, "tokens_per_second", (int, float))
+        speed = _typed(extra, "forward_rps", (int, float))
         if speed is not None and not 0 < speed < sys.float_info.max:
             speed = None
         return cls(
@@ -104,6 +108,7 @@ class ServerRecord:
             stream_version=_typed(ours, "stream", int),
             hidden_size=_typed(ours, "hidden_size", int),
             fingerprint=_typed(ours, "fingerprint", str),
+            cache_tokens_left=_typed(extra, "cache_tokens_left", int),
         )
 
 

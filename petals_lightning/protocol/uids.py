@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from petals_lightning.errors import ConfigurationError
+from petals_lightning.errors import ConfigurationError, ProtocolError
 
 UID_DELIMITER = "."
+CHAIN_DELIMITER = " "
+MAX_CHAIN_CHARACTERS = 1 << 16
 MODELS_KEY = "_petals.models"
 
 
@@ -51,3 +53,28 @@ def derive_dht_prefix(name_or_path: str, model_type: str, *, is_local: bool) -> 
     else:
         prefix = name
     return check_dht_prefix(prefix.replace(UID_DELIMITER, "-"))
+
+
+def chain_uid(prefix: str, start: int, end: int) -> str:
+    """Blocks [start, end) of a model in one name, as Petals' methods take it, e.g. `m.0 m.1 m.2`."""
+    return CHAIN_DELIMITER.join(block_uid(prefix, block) for block in range(start, end))
+
+
+def parse_chain(uid: str) -> tuple[str, int, int]:
+    """Prefix, start and end of a chain of blocks.
+
+    Raises:
+        ProtocolError: it is not such a chain: the blocks are of one model and follow one another.
+    """
+    if len(uid) > MAX_CHAIN_CHARACTERS:
+        raise ProtocolError(f"a chain of {len(uid)} characters, the limit is {MAX_CHAIN_CHARACTERS}")
+    blocks, prefix = [], uid.partition(UID_DELIMITER)[0]
+    for part in uid.split(CHAIN_DELIMITER):
+        name, _, number = part.partition(UID_DELIMITER)
+        if name != prefix or not (number.isascii() and number.isdigit() and len(number) <= 6):
+            raise ProtocolError(f"{part!r:.100} is no block of {prefix!r:.100}; one is called PREFIX.NUMBER")
+        blocks.append(int(number))
+    start, end = blocks[0], blocks[0] + len(blocks)
+    if not prefix or blocks != list(range(start, end)):
+        raise ProtocolError(f"blocks {blocks!r:.100} of {prefix!r:.100} do not follow one another")
+    return prefix, start, end

@@ -17,7 +17,7 @@ class Account:
 
 
 class Accounts:
-    """The accounts of all clients. A client without streams has none, so strangers who leave cost nothing."""
+    """The accounts of all clients. A client with nothing open has none, so strangers who leave cost nothing."""
 
     def __init__(self, limits: ServerLimits):
         self._limits = limits
@@ -33,10 +33,20 @@ class Accounts:
         return account
 
     def close_stream(self, peer: str) -> None:
-        account = self._accounts[peer]
-        account.streams -= 1
-        if account.streams == 0:
-            del self._accounts[peer]
+        self._accounts[peer].streams -= 1
+        self._forget_if_idle(peer)
+
+    def open_request(self, peer: str) -> Account | None:
+        """The client's account with a request more, which belongs to no stream of ours; None if it has too many."""
+        account = self._accounts.setdefault(peer, Account())
+        if account.requests >= self._limits.max_open_requests:
+            return None
+        account.requests += 1
+        return account
+
+    def close_request(self, peer: str) -> None:
+        self._accounts[peer].requests -= 1
+        self._forget_if_idle(peer)
 
     def reserve(self, account: Account, num_bytes: int) -> bool:
         """Counts bytes that a client is about to send; False, and nothing counted, if there is no room for them."""
@@ -52,3 +62,8 @@ class Accounts:
     def release(self, account: Account, num_bytes: int) -> None:
         account.num_bytes -= num_bytes
         self.num_bytes -= num_bytes
+
+    def _forget_if_idle(self, peer: str) -> None:
+        account = self._accounts[peer]
+        if account.streams == account.requests == 0:
+            del self._accounts[peer]

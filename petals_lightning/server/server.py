@@ -7,10 +7,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from hivemind.p2p import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.control import StreamHandler
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from transformers import AutoModel
@@ -28,6 +30,7 @@ from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.inference import measure_cache_bytes
 from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Backend, Session
 from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
@@ -54,6 +57,7 @@ class Server:
         update_period: seconds between announcements; records live twice as long.
         limits: budgets.
         rules: who may use it; everybody by default.
+        petals_only: offer Petals' methods and not our own stream method, as a Petals server does.
         on_shard: progress of loading.
     """
 
@@ -72,6 +76,7 @@ class Server:
         update_period: float = 60.0,
         limits: ServerLimits | None = None,
         rules: AccessRules | None = None,
+        petals_only: bool = False,
         on_shard: Callable[[str, int, int], None] | None = None,
     ):
         self._checkpoint, self.node = checkpoint, node
@@ -80,7 +85,7 @@ class Server:
         self._device, self._dtype = torch.device(device), dtype
         self._public_name, self._throughput = public_name, throughput
         self._update_period, self._limits, self._on_shard = update_period, limits or ServerLimits(), on_shard
-        self._rules = rules or AccessRules()
+        self._rules, self._petals_only = rules or AccessRules(), petals_only
         self._compute: ComputeThread | None = None
         self._announcer: Any = None
         self._backend: Backend | None = None
@@ -204,13 +209,22 @@ class Server:
             version=__version__,
             torch_dtype=str(span.dtype).removeprefix("torch."),
             tokens_per_second=tokens_per_second,
-            stream_version=STREAM_VERSION,
+            stream_version=None if self._petals_only else STREAM_VERSION,
             hidden_size=span.hidden_size,
             fingerprint=self._checkpoint.fingerprint,
         )
 
     async def _open(self, prefix: str, count: int, record: ServerRecord) -> None:
-        await self.node.p2p.add_binary_stream_handler(STREAM_METHOD, self._handle_stream)
+        assert self._backend is not None
+        petals = PetalsMethods(self._backend, prefix, self.node.p2p)
+        await petals.register()
+        streams: dict[str, StreamHandler] = {
+            name: partial(petals.serve_stream, method) for name, method in petals.streams.items()
+        }
+        if not self._petals_only:
+            streams[STREAM_METHOD] = self._serve_session
+        for name, serve in streams.items():
+            await self.node.p2p.add_binary_stream_handler(name, partial(self._handle_stream, serve))
         if not await self._announce(prefix, count, record):
             raise SwarmConnectionError(
                 f"the swarm took no record of {prefix!r}: check that this machine's clock is right and its peers answer"
@@ -225,7 +239,9 @@ class Server:
             await directory.announce_model(ModelEntry(prefix, count, repository), lifetime)
         assert record.start is not None
         assert record.end is not None
-        return await directory.announce(prefix, record, range(record.start, record.end), lifetime)
+        assert self._backend is not None
+        left = replace(record, cache_tokens_left=self._backend.cache_tokens_left)
+        return await directory.announce(prefix, left, range(record.start, record.end), lifetime)
 
     async def _announce_forever(self, prefix: str, count: int, record: ServerRecord) -> None:
         while True:
@@ -259,15 +275,25 @@ class Server:
         for session in list(self._sessions):
             session.cancel()
 
-    async def _handle_stream(
+    async def _serve_session(
         self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        assert self._backend is not None
+        await Session(self._backend, info.peer_id.to_base58(), reader, writer).serve()
+
+    async def _handle_stream(
+        self,
+        serve: StreamHandler,
+        info: StreamInfo,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         assert self._backend is not None
         task = asyncio.current_task()
         assert task is not None
         self._sessions.add(task)
         try:
-            await Session(self._backend, info.peer_id.to_base58(), reader, writer).serve()
+            await serve(info, reader, writer)
         except asyncio.CancelledError:
             if not self._backend.leaving:
                 raise

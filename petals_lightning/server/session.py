@@ -21,14 +21,15 @@ from petals_lightning.server.access import AccessRules, Gate
 from petals_lightning.server.admission import Account, Accounts
 from petals_lightning.server.compute import ComputeThread, Priority
 from petals_lightning.server.graphs import GraphCost, GraphStore
-from petals_lightning.server.inference import CacheStore, SessionCache
+from petals_lightning.server.inference import CacheStore, SessionCache, SessionKey
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
 
 logger = logging.getLogger(__name__)
 
 _MAX_PROMPTS = 8  # sets of deep prompts that one stream may have registered; a client needs one or two at a time
-_stream_numbers = itertools.count()
+stream_numbers = itertools.count()
+"""Names what a stream leaves on the server: graphs, caches."""
 
 
 class Refusal(Exception):
@@ -77,13 +78,62 @@ class Backend:
         blocks = request.end - request.start
         return int(len(request.hidden) * positions * blocks * self.cache_bytes_per_token)
 
+    @property
+    def cache_tokens_left(self) -> int:
+        """Positions of one block whose keys and values still find room; 0 where none are kept."""
+        return int(self.caches.free_bytes / self.cache_bytes_per_token) if self.cache_bytes_per_token else 0
+
+    def open_cache(self, key: SessionKey, request: StepRequest) -> None:
+        """Reserves room for the session that a request opens; raises Refusal if there is too little."""
+        size = self.cache_size(request)
+        if not self.caches.make_room(key, size):
+            raise Refusal(
+                ErrorCode.OVERLOADED,
+                f"no room for the keys and values of {len(request.hidden)} × {request.max_length} positions: they "
+                f"may take {size / 2**20:.1f} MiB, {self.caches.free_bytes / 2**20:.1f} of "
+                f"{self.caches.max_bytes / 2**20:.1f} MiB are free",
+            )
+        self.caches.put(key, SessionCache(self.span, request, size))
+
+    def check_size(self, start: int, end: int, hidden: torch.Tensor, prefix: torch.Tensor | None = None) -> None:
+        """Checks a request against the span and the limits. Raises Refusal or ProtocolError."""
+        if not self.span.start <= start < end <= self.span.end:
+            raise Refusal(
+                ErrorCode.NOT_SERVED,
+                f"blocks {start}:{end} are not held here, this server has {self.span.start}:{self.span.end}",
+            )
+        batch, tokens, hidden_size = hidden.shape
+        if hidden_size != self.span.hidden_size:
+            raise ProtocolError(f"hidden size {hidden_size}, the model here has {self.span.hidden_size}")
+        positions = batch * (max(tokens, 1) + (len(prefix) if prefix is not None else 0))
+        if positions > self.limits.max_batch_tokens:
+            raise ProtocolError(
+                f"{positions} tokens in one request, this server takes up to {self.limits.max_batch_tokens}: "
+                "use smaller batches or micro-batches"
+            )
+
+    def refusal(self, error: Exception, peer: str) -> Refusal:
+        """What a client is told when its request ended in an error."""
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, ProtocolError):
+            return Refusal(ErrorCode.BAD_REQUEST, str(error))
+        if isinstance(error, torch.OutOfMemoryError):
+            self.graphs.clear()
+            logger.warning("out of memory in a request of …%s: all kept graphs were dropped", peer[-6:])
+            return Refusal(ErrorCode.OVERLOADED, "out of memory")
+        logger.error("a request of …%s failed", peer[-6:], exc_info=error)
+        # The kind of the error, not its text: what is in this machine's memory or paths is not the client's.
+        words = f"the server failed on this request ({type(error).__name__}; details are in its log)"
+        return Refusal(ErrorCode.INTERNAL, words)
+
 
 class Session:
     """Serves one stream until it ends; what the client left on the server is freed then."""
 
     def __init__(self, backend: Backend, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._backend, self._peer = backend, peer
-        self._number = next(_stream_numbers)
+        self._number = next(stream_numbers)
         limits = backend.limits
         self._gate = Gate(backend.rules, peer, backend.peer_id)
         self._account, self._reserved = Account(), 0
@@ -196,7 +246,7 @@ class Session:
                 return lambda: self._forward(call_id, forward)
             if message.method is Method.STEP:
                 step = StepRequest.from_message(message.fields, message.tensors)
-                self._check_size(step)
+                self._backend.check_size(step.start, step.end, step.hidden, step.prefix)
                 cache = self._session_cache(step)
                 return lambda: self._step(call_id, step, cache)
             backward = BackwardRequest.from_message(message.fields, message.tensors)
@@ -208,27 +258,9 @@ class Session:
         except Refusal as e:
             return _failing(e)
 
-    def _check_size(self, request: ForwardRequest | StepRequest) -> None:
-        """Checks a request against the span and the limits."""
-        span, limits = self._backend.span, self._backend.limits
-        if not span.start <= request.start < request.end <= span.end:
-            raise Refusal(
-                ErrorCode.NOT_SERVED,
-                f"blocks {request.start}:{request.end} are not held here, this server has {span.start}:{span.end}",
-            )
-        batch, tokens, hidden_size = request.hidden.shape
-        if hidden_size != span.hidden_size:
-            raise ProtocolError(f"hidden size {hidden_size}, the model here has {span.hidden_size}")
-        positions = batch * (tokens + (len(request.prefix) if request.prefix is not None else 0))
-        if positions > limits.max_batch_tokens:
-            raise ProtocolError(
-                f"{positions} tokens in one request, this server takes up to {limits.max_batch_tokens}: "
-                "use smaller batches or micro-batches"
-            )
-
     def _admit(self, request: ForwardRequest) -> None:
         """Checks a request, and resolves its registered prompts."""
-        self._check_size(request)
+        self._backend.check_size(request.start, request.end, request.hidden, request.prefix)
         if request.prompts_key is not None:
             if request.deep is not None:
                 self._prompts[request.prompts_key] = request.deep
@@ -244,18 +276,10 @@ class Session:
 
     def _session_cache(self, request: StepRequest) -> SessionCache:
         """The cache that a step goes on with, opened here if the step says so."""
-        caches, key = self._backend.caches, (self._number, request.session)
+        key = (self._number, request.session)
         if request.max_length is not None:
-            size = self._backend.cache_size(request)
-            if not caches.make_room(key, size):
-                raise Refusal(
-                    ErrorCode.OVERLOADED,
-                    f"no room for the keys and values of {len(request.hidden)} × {request.max_length} positions: they "
-                    f"may take {size / 2**20:.1f} MiB, {caches.free_bytes / 2**20:.1f} of "
-                    f"{caches.max_bytes / 2**20:.1f} MiB are free",
-                )
-            caches.put(key, SessionCache(self._backend.span, request, size))
-        cache = caches.get(key)
+            self._backend.open_cache(key, request)
+        cache = self._backend.caches.get(key)
         if cache is None:
             raise Refusal(ErrorCode.CACHE_LOST, "this session is not held here any more")
         cache.check(request)
@@ -271,17 +295,9 @@ class Session:
     async def _result(self, handler: Callable[[], Any]) -> Message:
         try:
             return await handler()
-        except Refusal as e:
-            return Message(Method.ERROR, {"code": e.code.value, "message": str(e)})
-        except torch.OutOfMemoryError:
-            self._backend.graphs.clear()
-            logger.warning("out of memory in a request of …%s: all kept graphs were dropped", self._peer[-6:])
-            return Message(Method.ERROR, {"code": ErrorCode.OVERLOADED.value, "message": "out of memory"})
         except Exception as e:
-            logger.exception("a request of …%s failed", self._peer[-6:])
-            # The kind of the error, not its text: what is in this machine's memory or paths is not the client's.
-            words = f"the server failed on this request ({type(e).__name__}; details are in its log)"
-            return Message(Method.ERROR, {"code": ErrorCode.INTERNAL.value, "message": words})
+            refusal = self._backend.refusal(e, self._peer)
+            return Message(Method.ERROR, {"code": refusal.code.value, "message": str(refusal)})
 
     async def _forward(self, call_id: int, request: ForwardRequest) -> Message:
         backend = self._backend

@@ -31,7 +31,8 @@ class SpanInputs:
     Attributes:
         hidden: [B, S, H].
         prefix: [P, H] hidden states of the prefix, or None without prompts.
-        deep: [n, P, H] prompts added before each block, or None.
+        deep: [n, P, H] prompts added before each block, or None. Without a prefix they are added to the first P
+            positions of `hidden`, and may be [n, B, P, H].
         rows: [N] indices into the B·S positions whose outputs are wanted, or None for all.
     """
 
@@ -60,8 +61,7 @@ class _Call:
     start: int
     end: int
     hidden: torch.Tensor
-    deep: torch.Tensor | None
-    mode: str  # "tokens" | "prefix" | "both"
+    deep: torch.Tensor | None  # for the first positions of `hidden`
     output: torch.Tensor | None = None
 
 
@@ -101,16 +101,16 @@ class BlockSpan:
         deep = inputs.deep.to(self.dtype) if inputs.deep is not None else None
         prefix_out = None
         if prefix is None:
-            out = self._run(_Call(inputs.start, inputs.end, hidden, None, "tokens"), None)
+            out = self._run(_Call(inputs.start, inputs.end, hidden, deep), None)
         elif self.share_prefix:
             cache = prefix_cache(len(self.blocks), inputs.start - self.start)
             prefix = prefix.to(self.dtype)[None]
-            prefix_out = self._run(_Call(inputs.start, inputs.end, prefix, deep, "prefix"), cache)[0]
-            out = self._run(_Call(inputs.start, inputs.end, hidden, None, "tokens"), cache)
+            prefix_out = self._run(_Call(inputs.start, inputs.end, prefix, deep), cache)[0]
+            out = self._run(_Call(inputs.start, inputs.end, hidden, None), cache)
         else:
             count = len(prefix)
             both = torch.cat([prefix.to(self.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
-            both = self._run(_Call(inputs.start, inputs.end, both, deep, "both"), None)
+            both = self._run(_Call(inputs.start, inputs.end, both, deep), None)
             # Every sample carries the same prefix, so any of them gives its output; the mean shares its gradient.
             prefix_out, out = both[:, :count].mean(0), both[:, count:]
         if inputs.rows is not None:
@@ -167,11 +167,11 @@ class BlockSpan:
         """Runs new positions [B, n, H] behind those in `cache`, which takes them in.
 
         Args:
-            deep: [blocks, P, H] added before each block to the first P of the new positions.
+            deep: [blocks, P, H] or [blocks, B, P, H] added before each block to the first P of the new positions.
             attention_mask: [B, positions in the cache and new], 0 where they are padding; None: none is.
             position_ids: [B, n]; None counts on from the cache. (Families without them take all from the mask.)
         """
-        call = _Call(start, end, hidden.to(self.dtype), deep.to(self.dtype) if deep is not None else None, "both")
+        call = _Call(start, end, hidden.to(self.dtype), deep.to(self.dtype) if deep is not None else None)
         padding: dict[str, torch.Tensor] = {}
         if attention_mask is not None:
             padding["attention_mask"] = attention_mask.long()
@@ -216,9 +216,7 @@ class BlockSpan:
             hidden = call.hidden if number == call.start else args[0]
             if call.deep is not None:
                 deep = call.deep[number - call.start]
-                if call.mode == "both":
-                    deep = nn.functional.pad(deep, (0, 0, 0, hidden.shape[1] - len(deep)))
-                hidden = hidden + deep
+                hidden = hidden + nn.functional.pad(deep, (0, 0, 0, hidden.shape[1] - deep.shape[-2]))
             return (hidden, *args[1:])
 
         return hook

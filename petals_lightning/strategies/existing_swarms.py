@@ -9,18 +9,9 @@ from typing import Any
 
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
+from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
 
 log = logging.getLogger(__name__)
-
-PUBLIC_INITIAL_PEERS = (
-    "/dns/bootstrap1.petals.dev/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
-    "/dns6/bootstrap1.petals.dev/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
-    "/ip4/159.89.214.152/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
-    "/dns/bootstrap2.petals.dev/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
-    "/dns6/bootstrap2.petals.dev/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
-    "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
-)
-"""Bootstrap peers of the public Petals network."""
 
 
 class PrivateSwarm(SwarmSource):
@@ -64,7 +55,4 @@ class PublicSwarm(PrivateSwarm):
         super().__init__(initial_peers or PUBLIC_INITIAL_PEERS, **options)
 
     def _start(self, model: ServedModel, log_dir: Path) -> None:
-        log.warning(
-            "swarm=public: the hidden states of your texts go to machines of strangers, who could read them. "
-            "Use swarm=private for data that must not leave your machines."
-        )
+        log.warning("swarm=public: %s (swarm=private)", PUBLIC_NOTICE)

@@ -2,5 +2,6 @@
 
 from petals_lightning.swarm.directory import SwarmDirectory
 from petals_lightning.swarm.node import SwarmNode
+from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS
 
-__all__ = ["SwarmDirectory", "SwarmNode"]
+__all__ = ["PUBLIC_INITIAL_PEERS", "SwarmDirectory", "SwarmNode"]

@@ -24,6 +24,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.swarm.guard import ProcessGuard
+from petals_lightning.swarm.hivemind_repairs import repair_unary_calls
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class P2PDaemon:
                 if self._process.poll() is not None or asyncio.get_running_loop().time() > deadline:
                     raise SwarmConnectionError(self._last_words()) from None
                 await asyncio.sleep(0.01)
+        repair_unary_calls(self._p2p._client.control)
         self._guard.protect(self._process.pid, self._p2p._client_listen_maddr["unix"])
         return self._p2p
 

@@ -20,6 +20,8 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.swarm.daemon import P2PDaemon
+from petals_lightning.swarm.hivemind_repairs import ReadableRecords, bound_nesting
+from petals_lightning.swarm.public import is_public
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +151,16 @@ class SwarmNode:
         self._loop.close()
 
     async def _join(self) -> None:
+        bound_nesting()
         try:
             self._p2p = await self._daemon.start()
             self._dht = await asyncio.wait_for(
-                DHTNode.create(self._p2p, initial_peers=self.initial_peers or None, client_mode=self._client_mode),
+                DHTNode.create(
+                    self._p2p,
+                    initial_peers=self.initial_peers or None,
+                    client_mode=self._client_mode,
+                    record_validator=ReadableRecords(),
+                ),
                 self._connect_timeout,
             )
         except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:
@@ -160,6 +168,13 @@ class SwarmNode:
 
     def _explain(self, error: BaseException) -> str:
         detail = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
+        if is_public(self.initial_peers):
+            return (
+                f"cannot reach the public Petals network: none of its bootstrap peers answered within "
+                f"{self._connect_timeout:.0f} s ({detail}). Check that this machine reaches the internet (ports 31337 "
+                "and 31338) and that its clock is right; to use a swarm of your own give initial_peers=[…] (in a run: "
+                "swarm=private)"
+            )
         if self.initial_peers:
             peers = ", ".join(self.initial_peers)
             return (

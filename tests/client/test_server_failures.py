@@ -14,7 +14,7 @@ import transformers
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from tests.families import save_tiny_checkpoint
-from tests.swarms import PREFIX, ServerProcess, peer_with_the_graph
+from tests.swarms import PREFIX, ServerProcess, micro_batches, peer_with_the_graph
 
 LAYOUTS = {"same span": [(0, 6), (0, 6)], "cut elsewhere": [(0, 6), (0, 2), (2, 6)]}
 
@@ -138,7 +138,7 @@ def test_a_hung_server_costs_seconds(checkpoint, start_servers):
         loss.backward()
         print(f"stall by a hung server: {time.monotonic() - began:.1f} s")
         assert time.monotonic() - began < 20, "the promise is 10 s; this bound leaves room for a busy machine"
-        assert remote_blocks(remote).stats.retries + remote_blocks(remote).stats.hedges == 1
+        assert 1 <= remote_blocks(remote).stats.retries + remote_blocks(remote).stats.hedges <= micro_batches(loss)
         local(**batch()).loss.backward()
         got, wanted = prompts_of(remote).deep.grad, prompts_of(local).deep.grad
         assert ((got - wanted).norm() / wanted.norm()).item() < 1e-5

@@ -77,8 +77,8 @@ def test_a_folder_needs_a_prefix_and_a_prefix_no_dots(tiny_checkpoint):
     assert AutoDistributedConfig.from_pretrained(folder, dht_prefix="a-b").dht_prefix == "a-b"
 
 
-def test_no_way_into_a_swarm_is_said_before_anything_runs(tiny_checkpoint):
-    for options in ({}, {"initial_peers": []}):
+def test_not_one_way_into_a_swarm_is_said_before_anything_runs(tiny_checkpoint):
+    for options in ({"initial_peers": []}, {"initial_peers": ["x"], "node": SwarmNode()}):
         with pytest.raises(ConfigurationError, match="give one way into the swarm"):
             AutoDistributedModel.from_pretrained(str(tiny_checkpoint("llama")), dht_prefix=PREFIX, **options)
 

@@ -61,8 +61,8 @@ def test_a_record_without_usable_extras_keeps_its_essentials(extra):
 
 def test_keys_of_a_wrong_type_are_dropped_alone():
     state, throughput, extra = FULL.to_value()
-    extra |= {"public_name": 5, "version": None, "start_block": True, "unknown": object()}
-    extra["lightning"] |= {"hidden_size": "64", "tokens_per_second": math.nan}
+    extra |= {"public_name": 5, "version": None, "start_block": True, "unknown": object(), "forward_rps": math.nan}
+    extra["lightning"] |= {"hidden_size": "64"}
     got = ServerRecord.from_value((state, throughput, extra))
     assert got == ServerRecord(
         ServerState.ONLINE, 12.5, torch_dtype="bfloat16", stream_version=1, fingerprint="abc"
@@ -82,8 +82,8 @@ _values = st.recursive(
     max_leaves=12,
 )
 _extras = st.dictionaries(
-    st.sampled_from(["start_block", "end_block", "public_name", "version", "torch_dtype", "lightning", "adapters"]),
-    _values | st.dictionaries(st.sampled_from(["stream", "hidden_size", "tokens_per_second", "fingerprint"]), _scalars),
+    st.sampled_from(["start_block", "end_block", "public_name", "version", "torch_dtype", "forward_rps", "lightning"]),
+    _values | st.dictionaries(st.sampled_from(["stream", "hidden_size", "fingerprint"]), _scalars),
 )
 
 

@@ -1,0 +1,75 @@
+"""Between our requests and what Petals' methods take: pure arithmetic on shapes, exact in both directions.
+
+Petals knows no prefix: it stands in front of every sample. It returns all positions, and gradients of prompts for
+every sample.
+
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the leg, N rows that are read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
+
+
+def with_prefix(hidden: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
+    """[B, S, H] with [P, H] in front of every sample: [B, P + S, H]."""
+    if prefix is None:
+        return hidden
+    return torch.cat([prefix.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
+
+
+def prompts_of(request: ForwardRequest) -> torch.Tensor | None:
+    """[n, 1, P, H]: servers add it to every sample."""
+    return request.deep[:, None] if request.deep is not None else None
+
+
+def output_of(request: ForwardRequest, out: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`hidden` [B, S, H] or [N, H], and `prefix` [P, H] if wanted, of the [B, P + S, H] that a server returns."""
+    length = _prefix_length(request)
+    hidden = out[:, length:]
+    if request.rows is not None:
+        hidden = hidden.reshape(-1, hidden.shape[2])[request.rows.long()]
+    found = {"hidden": hidden}
+    if request.want_prefix and length:
+        found["prefix"] = out[0, :length]  # the same in every sample, so that any of them speaks for all
+    return found
+
+
+def output_grad(request: BackwardRequest, forward: ForwardRequest) -> torch.Tensor:
+    """The gradient [B, P + S, H] of what a server would return for `forward`: 0 where `output_of` reads nothing."""
+    batch, tokens, size = forward.hidden.shape
+    length = _prefix_length(forward)
+    grad = request.grad
+    if forward.rows is not None:
+        if grad.shape != (len(forward.rows), size):
+            raise ProtocolError(f"gradients {list(grad.shape)} of {len(forward.rows)} rows")
+        grad = grad.new_zeros(batch * tokens, size).index_add(0, forward.rows.long(), grad).view(batch, tokens, size)
+    grad = torch.nn.functional.pad(grad, (0, 0, length, 0))
+    if request.grad_prefix is not None:
+        grad[0, :length] = request.grad_prefix.to(grad.dtype)  # `output_of` reads it there
+    return grad
+
+
+def input_grads(
+    forward: ForwardRequest, grad: torch.Tensor, grad_prompts: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """`hidden`, `prefix` and `deep`, summed over samples where these share them, of what a server returns.
+
+    Args:
+        grad: [B, P + S, H].
+        grad_prompts: [n, B, P, H], if the forward had deep prompts.
+    """
+    length = _prefix_length(forward)
+    found = {"hidden": grad[:, length:]} if forward.input_grad else {}
+    if length:
+        found["prefix"] = grad[:, :length].sum(0, dtype=torch.float32)
+    if grad_prompts is not None:
+        found["deep"] = grad_prompts.sum(1, dtype=torch.float32)
+    return found
+
+
+def _prefix_length(request: ForwardRequest) -> int:
+    return len(request.prefix) if request.prefix is not None else 0

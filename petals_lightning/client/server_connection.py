@@ -1,0 +1,71 @@
+"""What the client asks of a connection to a server, whatever the server speaks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+from petals_lightning.client.deadlines import ServiceClock
+from petals_lightning.protocol.messages import Message
+
+
+class ServerConnection(Protocol):
+    """Answers our messages (forward, backward, step); all methods belong to the node's loop.
+
+    Attributes:
+        peer: the server's base58 id.
+        info: what it says of itself; `hidden_size` and `max_batch_tokens` (B·(P + S) of one request) at least.
+        round_trip: seconds of a call that computes nothing.
+    """
+
+    peer: str
+    info: dict[str, Any]
+    round_trip: float | None
+
+    @property
+    def is_open(self) -> bool: ...
+
+    @property
+    def silence(self) -> float:
+        """Seconds for which a ping has been without answer; 0 while the server shows that it lives."""
+
+    async def call(
+        self,
+        message: Message,
+        call_id: int | None = None,
+        *,
+        sent: asyncio.Future[None] | None = None,
+        deadline: float | None = None,
+        clock: ServiceClock | None = None,
+    ) -> Message:
+        """Sends a request and waits for its reply.
+
+        Args:
+            message: the request.
+            call_id: from `next_id`, if the caller refers to the call later.
+            sent: resolved when the request is on its way.
+            deadline: seconds for which the server may work on it; None takes `request_timeout`.
+            clock: where to count them, for a caller that looks at it too.
+
+        Raises:
+            PeerFailure: the connection or the server failed, or it refused for a reason that others may not have.
+            RemoteRequestError: the server says that the request is wrong or that it fails on it.
+        """
+
+    def next_id(self) -> int:
+        """A fresh call id, for callers that refer to the call later."""
+
+    async def prompts_key(self, version: int, start: int, end: int) -> tuple[int, asyncio.Future[None] | None]:
+        """The key under which the server has deep prompts [start, end) of a version.
+
+        Returns:
+            The key, and a future if the prompts must be sent along; it resolves when they are on their way.
+        """
+
+    def forget_prompts(self) -> None:
+        """The server has dropped registered prompts: they are sent again when next needed."""
+
+    def tell(self, message: Message, call_id: int = 0) -> None:
+        """Sends what needs no answer; does nothing on a lost connection."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,294 @@
+"""The methods of a Petals server: who may call them, what a call is charged with, and how it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from hivemind.p2p import P2P, P2PContext, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
+
+from petals_lightning import __version__
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
+from petals_lightning.protocol.petals.calls import (
+    Parts,
+    PetalsBackward,
+    PetalsForward,
+    RequestJoiner,
+    read_request,
+    split_response,
+    to_response,
+)
+from petals_lightning.protocol.petals.info import ServerInfo
+from petals_lightning.protocol.petals.metadata import error_text, load_dict
+from petals_lightning.protocol.petals.methods import (
+    MAX_PART_BYTES,
+    MAX_UNARY_BYTES,
+    TransformerConnectionHandler,
+    method_name,
+)
+from petals_lightning.protocol.petals.steps import PetalsStep
+from petals_lightning.protocol.uids import parse_chain
+from petals_lightning.server.access import Gate
+from petals_lightning.server.compute import Priority
+from petals_lightning.server.petals.reachability import CALL_ERRORS, Reachability
+from petals_lightning.server.petals.session import PetalsSession
+from petals_lightning.server.petals.stream import Arrival, CallStream, Charge, end_with_error
+from petals_lightning.server.session import Backend, Refusal
+from petals_lightning.server.span import SpanInputs
+
+logger = logging.getLogger(__name__)
+
+_MAX_UNARY_RESPONSE = MAX_PART_BYTES - MAX_HEADER_BYTES  # a larger one never arrives, and the caller hangs
+_PUSH_TIMEOUT = 10.0  # seconds
+
+
+class CallFailed(Exception):
+    """What hivemind carries to the client of a unary call: its repr."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+StreamMethod = Callable[[CallStream, str], Awaitable[None]]
+
+
+class PetalsMethods:
+    """Answers Petals clients.
+
+    Args:
+        backend: of the server.
+        dht_prefix: name of the model, in blocks' uids.
+        p2p: this server's peer.
+    """
+
+    def __init__(self, backend: Backend, dht_prefix: str, p2p: P2P):
+        self._backend, self._dht_prefix, self._p2p = backend, dht_prefix, p2p
+        self._sessions: dict[str, PetalsSession] = {}
+        self.streams: dict[str, StreamMethod] = {
+            method_name("rpc_forward_stream"): self._forward_stream,
+            method_name("rpc_backward_stream"): self._backward_stream,
+            method_name("rpc_inference"): self._inference,
+        }
+        """The methods whose calls are streams, for `serve_stream`."""
+
+    async def register(self) -> None:
+        """Adds the unary methods to this server's peer."""
+        for name, method, kind in (
+            ("rpc_info", self._info, ExpertUID),
+            ("rpc_forward", self._forward_unary, ExpertRequest),
+            ("rpc_backward", self._backward_unary, ExpertRequest),
+            ("rpc_push", self._push, ExpertRequest),
+        ):
+            await self._p2p.add_protobuf_handler(method_name(name), partial(self.answer_unary, method), kind)
+        await Reachability(self._backend, self._p2p).register()
+
+    async def answer_unary(
+        self, method: Callable[[Any, str], Awaitable[Any]], request: Any, context: P2PContext
+    ) -> Any:
+        """One unary call. Raises CallFailed."""
+        peer = context.remote_id.to_base58()
+        self._backend.under_way += 1
+        try:
+            charge = self._let_in(peer)
+            try:
+                charge.reserve(request.ByteSize())
+                return await method(request, peer)
+            finally:
+                charge.close()
+        except Exception as e:
+            raise CallFailed(self._error(e, peer)) from None
+        finally:
+            self._backend.under_way -= 1
+
+    async def serve_stream(
+        self, method: StreamMethod, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """One call that is a stream, until it is answered or the client has gone."""
+        peer, limits = info.peer_id.to_base58(), self._backend.limits
+        try:
+            charge = self._let_in(peer)
+        except Refusal as e:
+            await end_with_error(reader, writer, self._error(e, peer))
+            return
+        room = limits.max_message_bytes + MAX_HEADER_BYTES
+        stream = CallStream(reader, writer, charge, max_message_bytes=room, idle_timeout=limits.cache_lifetime)
+        answering = asyncio.create_task(self._answer(method, stream, peer))
+        reading = asyncio.create_task(stream.read_on())
+        error = None
+        try:
+            await asyncio.wait({answering, reading}, return_when=asyncio.FIRST_COMPLETED)
+            error = answering.result() if answering.done() else None
+        finally:
+            answering.cancel()
+            reading.cancel()
+            for result in await asyncio.gather(answering, reading, return_exceptions=True):
+                if isinstance(result, Exception):
+                    logger.error("a call of …%s ended in disorder", peer[-6:], exc_info=result)
+            stream.close()
+            charge.close()
+            if error is None:
+                writer.close()
+        if error is not None:
+            await end_with_error(reader, writer, error)
+
+    def _let_in(self, peer: str) -> Charge:
+        gate = Gate(self._backend.rules, peer, self._backend.peer_id)
+        if not gate.is_open:
+            raise Refusal(ErrorCode.NOT_ALLOWED, gate.refusal().fields["message"])
+        self._check_staying()
+        return Charge(self._backend.accounts, peer)
+
+    async def _answer(self, method: StreamMethod, stream: CallStream, peer: str) -> str | None:
+        """Returns the words of an error."""
+        try:
+            await method(stream, peer)
+        except ConnectionError:
+            logger.debug("client …%s left before its answer", peer[-6:])
+        except Exception as e:
+            return self._error(e, peer)
+        return None
+
+    def _error(self, error: Exception, peer: str) -> str:
+        refusal = self._backend.refusal(error, peer)
+        return error_text(refusal.code, str(refusal))
+
+    async def _info(self, request: ExpertUID, peer: str) -> ExpertInfo:
+        span = self._backend.span
+        info = ServerInfo(__version__, self._backend.cache_tokens_left)
+        if request.uid:
+            self._check_served(*parse_chain(request.uid))
+            info = replace(info, hidden_size=span.hidden_size, dtype=span.dtype)
+        return info.to_message()
+
+    async def _forward_unary(self, request: ExpertRequest, peer: str) -> ExpertResponse:
+        parts = read_request(request, max_bytes=self._backend.limits.max_message_bytes)
+        return _fit_for_unary(await self._forward(parts, peer))
+
+    async def _backward_unary(self, request: ExpertRequest, peer: str) -> ExpertResponse:
+        parts = read_request(request, max_bytes=self._backend.limits.max_message_bytes)
+        return _fit_for_unary(await self._backward(parts, peer))
+
+    async def _forward_stream(self, stream: CallStream, peer: str) -> None:
+        await self._whole(self._forward, stream, peer)
+
+    async def _backward_stream(self, stream: CallStream, peer: str) -> None:
+        await self._whole(self._backward, stream, peer)
+
+    async def _whole(
+        self, method: Callable[[Parts, str], Awaitable[ExpertResponse]], stream: CallStream, peer: str
+    ) -> None:
+        """A call whose request and response come in parts; it stays charged until the response is written."""
+        joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes)
+        while (arrival := await stream.next()) is not None:
+            announced = joiner.num_bytes
+            joiner.add(arrival.message)
+            stream.charge.reserve(joiner.num_bytes - announced)
+            arrival.release()
+        self._backend.under_way += 1
+        try:
+            parts = await asyncio.to_thread(joiner.finish)  # copies what may be a GiB
+            for message in split_response(await method(parts, peer)):
+                await stream.send(message)
+        finally:
+            self._backend.under_way -= 1
+
+    async def _forward(self, parts: Parts, peer: str) -> ExpertResponse:
+        request = PetalsForward.from_parts(parts)
+        self._admit(request)
+        span = self._backend.span
+
+        @torch.no_grad()
+        def compute() -> ExpertResponse:
+            out, _ = span.forward(self._inputs(request))
+            return to_response([out], request.output_compression)
+
+        return (await self._backend.compute.run(Priority.FORWARD, compute, client=peer)).value
+
+    async def _backward(self, parts: Parts, peer: str) -> ExpertResponse:
+        request = PetalsBackward.from_parts(parts)
+        self._admit(request)
+        span = self._backend.span
+
+        def compute() -> ExpertResponse:
+            graph = span.forward_with_graph(self._inputs(request), input_grad=True)
+            grads = span.backward(graph, request.grad.to(span.device), None)
+            return to_response([grad.to(span.dtype) for grad in grads.values()], request.output_compression)
+
+        return (await self._backend.compute.run(Priority.BACKWARD, compute, client=peer)).value
+
+    def _inputs(self, request: PetalsForward | PetalsBackward) -> SpanInputs:
+        device, prompts = self._backend.span.device, request.prompts
+        if prompts is not None:  # their gradients are per sample, even where samples share them
+            prompts = prompts.to(device).expand(-1, len(request.hidden), -1, -1)
+        return SpanInputs(request.start, request.end, request.hidden.to(device), deep=prompts)
+
+    async def _inference(self, stream: CallStream, peer: str) -> None:
+        await PetalsSession(
+            self._backend, peer, stream, admit=self._admit, push=self._send_push, sessions=self._sessions
+        ).serve()
+
+    async def _push(self, request: ExpertRequest, peer: str) -> ExpertResponse:
+        session_id = load_dict(request.metadata).get("session_id")
+        session = self._sessions.get(session_id) if isinstance(session_id, str) else None
+        if session is not None and request.tensors:  # or it is over, or has not begun: the client sends its own copy
+            charge = Charge(self._backend.accounts, peer)
+            try:
+                charge.reserve(request.ByteSize())
+                taken = session.offer(Arrival(request, charge.close, pushed=True))
+            except Refusal:
+                charge.close()
+                raise
+            if not taken:
+                charge.close()
+        return ExpertResponse()
+
+    async def _send_push(self, peer: str, request: ExpertRequest) -> None:
+        """Spares the client's next server the wait for the client; if it fails, nothing is lost but that."""
+        if request.ByteSize() > MAX_UNARY_BYTES:
+            return
+        try:
+            stub = TransformerConnectionHandler.get_stub(self._p2p, PeerID.from_base58(peer))
+            await stub.rpc_push(request, timeout=_PUSH_TIMEOUT)
+        except CALL_ERRORS as e:
+            logger.debug("a push to …%s failed: %r", peer[-6:], e)
+
+    def _admit(self, request: PetalsForward | PetalsBackward | PetalsStep) -> None:
+        """Checks a request against the model, the span and the limits. Raises Refusal or ProtocolError."""
+        self._check_staying()
+        self._check_served(request.prefix, request.start, request.end)
+        if request.active_adapter is not None:
+            raise Refusal(ErrorCode.NOT_SERVED, f"no adapter {request.active_adapter!r:.60} here, nor any other")
+        self._backend.check_size(request.start, request.end, request.hidden)
+        if request.prompts is not None:
+            num_bytes = request.prompts[:, 0].numel() * len(request.hidden) * request.prompts.element_size()
+            if num_bytes > (limit := self._backend.limits.max_message_bytes):
+                raise ProtocolError(f"prompts for all samples take {num_bytes} bytes, the limit is {limit}")
+
+    def _check_served(self, prefix: str, start: int, end: int) -> None:
+        span = self._backend.span
+        if prefix != self._dht_prefix or not span.start <= start < end <= span.end:
+            raise Refusal(
+                ErrorCode.NOT_SERVED,
+                f"blocks {start}:{end} of {prefix!r:.100} are not held here, this server has "
+                f"{span.start}:{span.end} of {self._dht_prefix!r}",
+            )
+
+    def _check_staying(self) -> None:
+        if self._backend.leaving:
+            raise Refusal(ErrorCode.LEAVING, "the server is shutting down")
+
+
+def _fit_for_unary(response: ExpertResponse) -> ExpertResponse:
+    if (num_bytes := response.ByteSize()) > _MAX_UNARY_RESPONSE:
+        raise ProtocolError(
+            f"the response has {num_bytes} bytes, and one message takes {_MAX_UNARY_RESPONSE}: call the _stream method"
+        )
+    return response

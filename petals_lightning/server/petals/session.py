@@ -1,0 +1,173 @@
+"""A Petals client's inference session: one stream, a step a message, and what other servers push into it.
+
+Shapes: B batch, n new positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hivemind.proto.runtime_pb2 import ExpertRequest
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.messages import ErrorCode
+from petals_lightning.protocol.petals.calls import RequestJoiner, to_response
+from petals_lightning.protocol.petals.steps import PetalsStep
+from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.server.compute import Priority
+from petals_lightning.server.petals.stream import Arrival, CallStream
+from petals_lightning.server.session import Backend, Refusal, stream_numbers
+
+logger = logging.getLogger(__name__)
+
+_REMEMBERED_STEPS = 64  # ids of steps that a late copy could still name
+_MAX_PUSHES = 4  # under way to the next server
+_MAX_WAIT = 60.0  # seconds for room for keys and values
+_POLL_PERIOD = 0.1  # seconds
+
+
+class PetalsSession:
+    """Serves one rpc_inference.
+
+    Args:
+        backend: of the server.
+        peer: the client's base58 id.
+        admit: checks a step's blocks, adapter and sizes; raises Refusal or ProtocolError.
+        push: sends a step to another server.
+        sessions: those of the server that can be pushed to, by session id.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        peer: str,
+        stream: CallStream,
+        *,
+        admit: Callable[[PetalsStep], None],
+        push: Callable[[str, ExpertRequest], Coroutine[Any, Any, None]],
+        sessions: dict[str, PetalsSession],
+    ):
+        self._backend, self._peer, self._stream = backend, peer, stream
+        self._admit, self._push, self._sessions = admit, push, sessions
+        self._number = next(stream_numbers)
+        self._session_id: str | None = None
+        self._max_length: int | None = None  # None until the first step
+        self._position = 0
+        self._done: deque[str] = deque(maxlen=_REMEMBERED_STEPS)
+        self._pushes: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Runs steps until the client ends the session. Raises what ends it otherwise."""
+        try:
+            while (arrival := await self._stream.next()) is not None:
+                try:
+                    if not arrival.message.tensors:
+                        return
+                    await self._take(arrival)
+                finally:
+                    arrival.release()
+        finally:
+            if self._session_id is not None:
+                del self._sessions[self._session_id]
+            self._backend.caches.drop_stream(self._number)
+            for task in list(self._pushes):
+                task.cancel()
+            await asyncio.gather(*self._pushes, return_exceptions=True)
+
+    def offer(self, arrival: Arrival) -> bool:
+        """Takes a pushed step; False if there is no place for it now."""
+        return self._stream.offer(arrival)
+
+    async def _take(self, arrival: Arrival) -> None:
+        joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes)
+        try:
+            joiner.add(arrival.message)
+            self._stream.charge.reserve(joiner.num_bytes)
+            self._backend.under_way += 1
+            try:
+                await self._answer(PetalsStep.from_parts(joiner.finish()), is_pushed=arrival.pushed)
+            finally:
+                self._backend.under_way -= 1
+                self._stream.charge.release(joiner.num_bytes)
+        except (ProtocolError, Refusal) as e:
+            if not arrival.pushed:
+                raise
+            logger.debug("a step pushed to a session of …%s is dropped: %s", self._peer[-6:], e)
+
+    async def _answer(self, step: PetalsStep, *, is_pushed: bool) -> None:
+        if step.step_id is not None and step.step_id in self._done:
+            return  # its answer is on the way since the other copy came
+        if is_pushed and (self._max_length is None or step.start_from_position not in (None, self._position)):
+            return  # only the client may open a session and roll it back; it sends its own copy
+        self._admit(step)
+        out = await self._run(step)
+        if step.step_id is not None:
+            self._done.append(step.step_id)
+        if step.next_servers and step.prompts is None and len(self._pushes) < _MAX_PUSHES:
+            self._pass_on(step, out)  # first, or the client's own copy is there before it
+        await self._stream.send(to_response([out]))
+
+    async def _run(self, step: PetalsStep) -> torch.Tensor:
+        """The step's hidden states [B, n, H], on the CPU."""
+        span, key = self._backend.span, (self._number, 0)
+        position = self._position if step.start_from_position is None else step.start_from_position
+        if position > self._position:
+            raise ProtocolError(f"start_from_position {position} where {self._position} positions are held")
+        opens = self._max_length is None
+        if opens:
+            if step.max_length is None:
+                raise ProtocolError("the first step of a session must say its max_length")
+            self._register(step.session_id)
+            self._max_length = step.max_length
+        request = StepRequest(
+            0, step.start, step.end, step.hidden, position, self._max_length, deep=step.prompts, hypo_ids=step.hypo_ids
+        )
+        if opens:
+            await self._open_cache(request, step.alloc_timeout)
+        cache = self._backend.caches.get(key)
+        if cache is None:
+            raise Refusal(ErrorCode.CACHE_LOST, "this session is not held here any more")
+        cache.check(request)
+        self._position = position
+        if not step.hidden.shape[1]:  # asks for room only
+            return step.hidden.to(span.dtype)
+
+        def compute() -> torch.Tensor:
+            return cache.step(span, request)["hidden"].cpu()
+
+        timed = await self._backend.compute.run(Priority.DECODE, compute, client=self._peer)
+        self._position += step.hidden.shape[1]
+        return timed.value
+
+    async def _open_cache(self, request: StepRequest, timeout: float) -> None:
+        deadline = time.monotonic() + min(timeout, _MAX_WAIT)
+        while True:
+            try:
+                return self._backend.open_cache((self._number, 0), request)
+            except Refusal:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(_POLL_PERIOD)
+
+    def _register(self, session_id: str | None) -> None:
+        if session_id is not None:
+            if session_id in self._sessions:
+                raise ProtocolError("session_id names a session that is open here already")
+            self._sessions[session_id] = self
+            self._session_id = session_id
+
+    def _pass_on(self, step: PetalsStep, out: torch.Tensor) -> None:
+        hop, *further = step.next_servers
+        pushed = replace(
+            step, start=hop.start, end=hop.end, hidden=out, session_id=hop.session_id, next_servers=further, pushed=True
+        )
+        task = asyncio.create_task(self._push(hop.peer, pushed.to_parts().to_request()))
+        self._pushes.add(task)
+        task.add_done_callback(self._pushes.discard)

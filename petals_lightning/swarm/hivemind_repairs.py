@@ -1,0 +1,76 @@
+"""Repairs of what any peer could break in hivemind 1.1.12: its unary calls, and its reading of msgpack."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+from uuid import UUID
+
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+from hivemind.utils.serializer import MSGPackSerializer
+
+_MAX_DEPTH = 16
+
+
+def repair_unary_calls(control: ControlClient) -> None:
+    """Makes given-up calls harmless; to be done before any call is made or answered."""
+    control._pending_calls = _PendingCalls()
+    control._handler_tasks = _HandlerTasks()
+
+
+class _PendingCalls(dict[UUID, "asyncio.Future[bytes]"]):
+    """Calls to other peers, of which those that have ended count as gone.
+
+    hivemind sets the result of a call that was given up in the same turn of the loop. That ends its reader, and with
+    it, for good, every unary call from and to this peer.
+    """
+
+    def __contains__(self, call_id: object) -> bool:
+        call = self.get(call_id)  # type: ignore[call-overload]
+        return call is not None and not call.done()
+
+
+class _HandlerTasks(dict[UUID, "asyncio.Task[Any]"]):
+    """Calls from other peers. hivemind keeps those that their callers have given up, and what they hold, for ever."""
+
+    def __setitem__(self, call_id: UUID, task: asyncio.Task[Any]) -> None:
+        super().__setitem__(call_id, task)
+        task.add_done_callback(lambda done: self.pop(call_id, None))
+
+
+def bound_nesting() -> None:
+    """Makes hivemind refuse msgpack whose tuples are nested deeply, in this process.
+
+    It recurses as deep as the bytes say: 4 KB, in a DHT record or a request, overflow the stack and end the process.
+    """
+    decode, nesting = MSGPackSerializer._decode_ext_types, threading.local()
+    if hasattr(decode, "is_bounded"):
+        return
+
+    def bounded(type_code: int, data: bytes) -> Any:
+        nesting.depth = getattr(nesting, "depth", 0) + 1
+        try:
+            if nesting.depth > _MAX_DEPTH:
+                raise ValueError(f"msgpack with tuples nested more than {_MAX_DEPTH} deep")
+            return decode(type_code, data)
+        finally:
+            nesting.depth -= 1
+
+    bounded.is_bounded = True  # type: ignore[attr-defined]
+    MSGPackSerializer._decode_ext_types = bounded  # type: ignore[method-assign]
+
+
+class ReadableRecords(RecordValidatorBase):
+    """Lets values be read as None that are no msgpack: with hivemind alone, one such value under a key hides all."""
+
+    def validate(self, record: DHTRecord) -> bool:
+        return True
+
+    def strip_value(self, record: DHTRecord) -> bytes:
+        try:
+            MSGPackSerializer.loads(record.value)
+        except Exception:  # msgpack documents no common base for what malformed input can raise
+            return MSGPackSerializer.dumps(None)
+        return record.value
