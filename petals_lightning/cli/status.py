@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from petals_lightning.cli.options import InitialPeers
@@ -87,7 +88,7 @@ def _describe(prefix: str, repository: str | None, table: list[dict[str, ServerR
 
 
 def _table(model: dict[str, Any]) -> Table:
-    name = model["repository"] or model["dht_prefix"]
+    name = escape(model["repository"] or model["dht_prefix"])  # names are strangers' words
     missing = f"[red]blocks without a server: {model['missing_blocks']}[/]" if model["missing_blocks"] else "complete"
     table = Table(title=f"{name} ({model['num_blocks']} blocks, {missing})", title_justify="left")
     for column in ("blocks", "server", "peer", "dtype", "tokens/s a block", "version"):
@@ -96,10 +97,10 @@ def _table(model: dict[str, Any]) -> Table:
         speed = server["tokens_per_second"]
         table.add_row(
             server["blocks"],
-            server["public_name"] or "",
+            escape(server["public_name"] or ""),
             f"…{server['peer_id'][-10:]}",
-            server["dtype"] or "",
+            escape(server["dtype"] or ""),
             f"{speed:,.0f}" if speed else "",
-            server["version"] or "",
+            escape(server["version"] or ""),
         )
     return table

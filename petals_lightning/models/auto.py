@@ -157,7 +157,7 @@ class _AutoDistributed:
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
             AccessDeniedError: the servers let this peer not in.
         """
-        tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len)
+        tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
         config = client_config or ClientConfig(
             connect_timeout=connect_timeout,
             request_timeout=request_timeout,
@@ -171,7 +171,7 @@ class _AutoDistributed:
         checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
         model_config = _config_with_prefix(checkpoint, dht_prefix)
         if prompts is not None:
-            check_base_model(PromptCard.read(prompts), checkpoint, prompts)  # before anything is loaded
+            check_base_model(PromptCard.read(prompts, token=token), checkpoint, prompts)  # before anything is loaded
         family = model_class(cls.auto_class, checkpoint)
         with torch.random.fork_rng(devices=[]):  # loading must not move the generator that start values come from
             model, layout = load_pruned(
@@ -190,7 +190,7 @@ class _AutoDistributed:
         )
         _assemble(model, checkpoint, layout, layers, tuning_mode, pre_seq_len)
         if prompts is not None:
-            load_prompts(model, prompts)
+            load_prompts(model, prompts, token=token)
         return model
 
 
