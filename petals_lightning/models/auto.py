@@ -18,7 +18,7 @@ from transformers import (
 
 from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit
 from petals_lightning.hf.loading import model_class
 from petals_lightning.hf.skeleton import BlockLayout, num_blocks
 from petals_lightning.models.bridge import DecoderBridge
@@ -258,6 +258,7 @@ def _connect(
             client_mode=True,
             connect_timeout=max(config.connect_timeout, 5.0),
         ).start()
+    limit = rotary_limit(model.config)
     try:
         return RemoteSequential.connect(
             node,
@@ -267,6 +268,7 @@ def _connect(
             fingerprint=checkpoint.fingerprint,
             config=config,
             owns_node=owns_node,
+            rotary_switch=limit.positions if limit is not None and limit.has_one_form_beyond else None,
         )
     except BaseException:
         if owns_node:

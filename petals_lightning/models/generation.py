@@ -152,6 +152,15 @@ class RemoteGeneration:
         output.sequences = sequences[:, past:]
         return output
 
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the family's own. Where it drops the cache (Phi-3, whose rotary factors change), servers do so too."""
+        cache = kwargs.get("past_key_values")
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(cache, RemoteCache) and inputs.get("past_key_values") is None:
+            cache.session.position = 0
+            inputs["past_key_values"] = cache
+        return inputs
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
     ) -> None:

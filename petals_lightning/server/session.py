@@ -65,15 +65,15 @@ class Backend:
     def graph_size(self, request: ForwardRequest) -> int:
         """Estimated bytes of the request's autograd graph."""
         batch, tokens, _ = request.hidden.shape
-        prefix, blocks = len(request.prefix) if request.prefix is not None else 0, request.end - request.start
-        if not self.span.share_prefix:
+        prefix, blocks = _length(request.prefix), request.end - request.start
+        if not self.span.shares_prefix(prefix, tokens):
             tokens += prefix
         return self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
 
     def cache_size(self, request: StepRequest) -> int:
         """Bytes that the session opened by a request may come to hold."""
         assert request.max_length is not None
-        positions = request.max_length + (len(request.prefix) if request.prefix is not None else 0)
+        positions = request.max_length + _length(request.prefix)
         blocks = request.end - request.start
         return int(len(request.hidden) * positions * blocks * self.cache_bytes_per_token)
 
@@ -219,7 +219,7 @@ class Session:
         batch, tokens, hidden_size = request.hidden.shape
         if hidden_size != span.hidden_size:
             raise ProtocolError(f"hidden size {hidden_size}, the model here has {span.hidden_size}")
-        positions = batch * (tokens + (len(request.prefix) if request.prefix is not None else 0))
+        positions = batch * (tokens + _length(request.prefix))
         if positions > limits.max_batch_tokens:
             raise ProtocolError(
                 f"{positions} tokens in one request, this server takes up to {limits.max_batch_tokens}: "
@@ -229,6 +229,7 @@ class Session:
     def _admit(self, request: ForwardRequest) -> None:
         """Checks a request, and resolves its registered prompts."""
         self._check_size(request)
+        self._backend.span.shares_prefix(_length(request.prefix), request.hidden.shape[1])
         if request.prompts_key is not None:
             if request.deep is not None:
                 self._prompts[request.prompts_key] = request.deep
@@ -366,6 +367,10 @@ class Session:
             await self._writer.send(call_id, message)
         except ConnectionError:
             logger.debug("client …%s left before its answer", self._peer[-6:])
+
+
+def _length(prefix: torch.Tensor | None) -> int:
+    return len(prefix) if prefix is not None else 0
 
 
 def _num_bytes(message: Message) -> int:
