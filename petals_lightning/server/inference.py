@@ -52,7 +52,7 @@ class SessionCache:
             assert self._limit is not None
             raise ProtocolError(
                 f"position {end}: beyond {self._limit.positions} (virtual tokens counted) this model turns all "
-                "positions by other rotary factors; a session that comes there, or back, must start anew from position 0"
+                "positions by other rotary factors: a session that comes there or back must start anew from position 0"
             )
 
     def holds(self, request: StepRequest) -> bool:

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers as tf
 
+from petals_lightning.client import ClientConfig
 from petals_lightning.errors import RemoteRequestError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from petals_lightning.server.limits import ServerLimits
 from tests.families import _COMMON, HIDDEN, VOCAB, save_tiny_checkpoint
 from tests.sessions import random_prompts, relative_error
 
@@ -115,10 +115,11 @@ def test_training_beyond_the_switch_gives_local_gradients(phi3, start_swarm):
         assert relative_error(grads[1], grads[0]) < 1e-4, length
 
 
-def test_sessions_of_layers_survive_losses_and_small_servers_on_both_sides(phi3, start_swarm):
+def test_sessions_of_layers_survive_losses_and_small_pieces_on_both_sides(phi3, start_swarm):
     """Replayed and cut into pieces, keys are still those of the whole length."""
-    swarm = start_swarm(phi3, [(0, 2), (2, 4), (0, 4)], limits=ServerLimits(max_batch_tokens=48))
-    layers = remote_blocks(swarm.load(AutoDistributedModelForCausalLM))
+    swarm = start_swarm(phi3, [(0, 2), (2, 4), (0, 4)])
+    small_pieces = ClientConfig(max_microbatch_tokens=16)
+    layers = remote_blocks(swarm.load(AutoDistributedModelForCausalLM, client_config=small_pieces))
     hidden, prompts = torch.randn(2, 30, HIDDEN), random_prompts(4)
     for end in (SWITCH - P, SWITCH - P + 1, 18):
         expected, _ = layers.run(hidden[:, :end], **prompts)
