@@ -172,6 +172,19 @@ class InferenceSession:
             for leg in self._legs:
                 leg.reorder(hypo_ids)
 
+    def select(self, samples: torch.Tensor) -> None:
+        """From the next step on the batch is these samples ([B'] by number): some may be left out, some repeated.
+
+        Where B' is another size than before, servers are sent the past again.
+        """
+        if len(samples) == self._batch:
+            self.reorder(samples)
+        elif self._position:
+            for leg in self._legs:
+                leg.history.reorder(samples.detach().cpu().long())
+            self._batch = len(samples)
+            self._node.run(_leave(self._legs))
+
     def close(self) -> None:
         """Frees the servers' memory. The session cannot be used any more."""
         self._closed = True

@@ -127,6 +127,71 @@ def test_a_conversation_goes_on_without_sending_the_past_again(llama):
     assert activations < stats.bytes_sent - before < activations + 220 * requests
 
 
+def conversation_turn(local, remote, tokens, mask, new, new_mask, options) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same turn inside the session and by local Hugging Face, which reads all of it anew."""
+    given, given_mask = torch.cat([tokens, new], dim=1), torch.cat([mask, new_mask], dim=1)
+    sequences = []
+    for model, inputs, seen in ((local, given, given_mask), (remote, new, new_mask)):
+        torch.manual_seed(0)
+        sequences.append(model.generate(inputs, attention_mask=seen, **options))
+    expected, got = sequences
+    assert torch.equal(got, expected[:, tokens.shape[1] :])
+    rows = len(expected) // len(given)
+    said = expected[:, given.shape[1] :]
+    ended = torch.isin(said, torch.tensor(EOS)).cumsum(1) - torch.isin(said, torch.tensor(EOS)).long()
+    return expected, torch.cat([given_mask.repeat_interleave(rows, 0), (ended == 0).long()], dim=1)
+
+
+EOS = list(range(0, VOCAB, 6))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "gemma3"])
+def test_batches_and_beams_go_on_in_a_session(family, tiny_checkpoint, start_swarm):
+    """Samples of a batch end their turns at different times; beams and return sequences widen and narrow it."""
+    checkpoint = tiny_checkpoint(family)
+    remote = start_swarm(checkpoint, THREE).load(AutoDistributedModelForCausalLM)
+    local, start = local_model(checkpoint), left_padded()
+    options = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": EOS}
+    empty = torch.empty(3, 0, dtype=torch.long)
+    ways = [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 2}]
+    with remote.inference_session(max_length=64) as session:
+        tokens, mask, padding = empty, empty, 0
+        for turn, way in enumerate(ways):
+            count = len(tokens)
+            new, new_mask = (start["input_ids"], start["attention_mask"]) if not turn else (
+                token_ids(count, 3, seed=turn), torch.ones(count, 3, dtype=torch.long)
+            )  # fmt: skip
+            tokens, mask = conversation_turn(local, remote, tokens, mask, new, new_mask, options | way)
+            assert torch.equal(session.tokens, tokens)
+            assert torch.equal(session.attention_mask, mask)
+            padding += int((mask[:, -5:] == 0).sum())
+        assert padding, "the test is blind: all samples ended together"
+        assert len(tokens) == 6
+        session.select([4, 1])
+        tokens, mask = tokens[[4, 1]], mask[[4, 1]]
+        two = token_ids(2, 2, seed=9), torch.ones(2, 2, dtype=torch.long)
+        conversation_turn(local, remote, tokens, mask, *two, options | {"num_beams": 3, "num_return_sequences": 3})
+    assert remote_blocks(remote).stats.retries == 0
+
+
+def test_a_failed_turn_leaves_a_batch_as_it_was(llama):
+    remote, local, _ = llama
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    ones = torch.ones(2, 4, dtype=torch.long)
+
+    def stop(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        raise RuntimeError("no more")
+
+    with remote.inference_session(max_length=40) as session:
+        before = remote.generate(token_ids(2, 4), attention_mask=ones, **options)
+        for way in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
+            with pytest.raises(RuntimeError, match="no more"):
+                remote.generate(token_ids(2, 4), stopping_criteria=StoppingCriteriaList([stop]), **options | way)
+            assert torch.equal(session.tokens, before)
+        mask = torch.ones_like(before)
+        conversation_turn(local, remote, before, mask, token_ids(2, 4, seed=3), ones, options)
+
+
 def test_a_conversation_can_go_back(llama):
     remote, _, _ = llama
     first, second, third = (token_ids(1, 4, seed=seed) for seed in range(3))
@@ -175,16 +240,16 @@ def test_the_models_generation_config_is_used(tiny_checkpoint, start_swarm, tmp_
 def test_what_a_session_cannot_do_is_refused(llama):
     remote, _, _ = llama
     ids = token_ids(2, 4)
-    with remote.inference_session(max_length=30):
+    with remote.inference_session(max_length=30) as session:
         with pytest.raises(UnsupportedInputError, match="needs input_ids"):
             remote.generate(max_new_tokens=2)
-        with pytest.raises(UnsupportedInputError, match="outside of the inference session"):
-            remote.generate(ids, num_beams=2, max_new_tokens=2)
         with pytest.raises(UnsupportedInputError, match="inside another"), remote.inference_session(max_length=3):
             pass
         remote.generate(ids, max_new_tokens=2, pad_token_id=0)
-        with pytest.raises(UnsupportedInputError, match="goes on with one sample"):
-            remote.generate(ids, max_new_tokens=2)
+        with pytest.raises(UnsupportedInputError, match="has 2 samples, new inputs have 1"):
+            remote.generate(ids[:1], max_new_tokens=2)
+        with pytest.raises(UnsupportedInputError, match=r"samples \[2\]: this session has 2"):
+            session.select([2])
     with (
         remote.inference_session(max_length=5),
         pytest.raises(UnsupportedInputError, match="exceed the session's max_length=5"),
