@@ -69,17 +69,24 @@ def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, star
     assert_steps_equal_one_forward(remote_blocks(remote))
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3", "gpt2"])
-def test_prompts_act_as_in_training(family, tiny_checkpoint, start_swarm):
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "mixtral", "qwen3", "gemma3", "gpt_neox", "gpt2"])
+def test_prompts_act_as_in_training(family, tiny_checkpoint, start_swarm, assistant):
     """The other side runs the whole sequence anew for every token, with the prompts in front: no cache to go wrong."""
     checkpoint = tiny_checkpoint(family)
     swarm = start_swarm(checkpoint, THREE)
     one = {"input_ids": token_ids(1, 5), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
     for mode in ("ptune", "deep_ptune"):
         remote, local = prompted_pair(checkpoint, swarm, {"tuning_mode": mode, "pre_seq_len": P})
-        for way in (one, left_padded(), one | {"num_beams": 2}):
-            options = way | {"max_new_tokens": 8, "pad_token_id": 0}
-            assert torch.equal(remote.generate(**options), local.generate(**options, use_cache=False)), mode
+        sampling = {"do_sample": True, "temperature": 1.3}
+        for way in (one, left_padded(), one | {"num_beams": 2}, one | sampling):
+            options, sequences = way | {"max_new_tokens": 8, "pad_token_id": 0}, []
+            for model, cached in ((remote, {}), (local, {"use_cache": False})):
+                torch.manual_seed(0)
+                sequences.append(model.generate(**options, **cached))
+            assert torch.equal(*sequences), mode
+        options = one | {"max_new_tokens": 8, "pad_token_id": 0}
+        greedy = local.generate(**options, use_cache=False)
+        assert torch.equal(remote.generate(**options, assistant_model=assistant), greedy), "no cache, no assistant"
 
 
 def prompted_pair(checkpoint, swarm, options: dict) -> list:
