@@ -89,6 +89,32 @@ def test_prompts_act_as_in_training(family, tiny_checkpoint, start_swarm, assist
         assert torch.equal(remote.generate(**options, assistant_model=assistant), greedy), "no cache, no assistant"
 
 
+@pytest.mark.parametrize("family", ["falcon", "mixtral", "gemma3"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_server_lost_in_a_generation_with_prompts_changes_no_token(beams, family, tiny_checkpoint, start_swarm):
+    """A batch with padding and prompts; what takes the server's place is cut elsewhere."""
+    checkpoint = tiny_checkpoint(family)
+    swarm = start_swarm(checkpoint, [(0, 2), (2, 4), (0, 1), (1, 3), (3, 4)])
+    remote, local = prompted_pair(checkpoint, swarm, {"tuning_mode": "deep_ptune", "pre_seq_len": P})
+    options = left_padded() | {"max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": None, "num_beams": beams}
+    calls = 0
+
+    def stop_a_server(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            peer = remote.bridge.session.peers[0]
+            lost = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+            lost.stop(timeout=0.1)
+            swarm.servers.remove(lost)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with remote.inference_session(max_length=20):
+        got = remote.generate(**options, stopping_criteria=StoppingCriteriaList([stop_a_server]))
+    assert torch.equal(got, local.generate(**options, use_cache=False))
+    assert remote_blocks(remote).stats.retries == 1
+
+
 def prompted_pair(checkpoint, swarm, options: dict) -> list:
     models = []
     for load in (
