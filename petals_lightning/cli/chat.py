@@ -12,18 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from petals_lightning.cli.options import InitialPeers
 from petals_lightning.cli.talking import (
-    DhtPrefix,
-    Model,
-    PromptFiles,
-    Revision,
-    Seed,
+    ModelOptions,
     Temperature,
-    Token,
     TopP,
     loaded,
     sampling,
+    takes_model_options,
     word_streamer,
 )
 from petals_lightning.errors import ConfigurationError, PetalsLightningError
@@ -38,30 +33,24 @@ _HELP = """/undo         take your last message and its answer back
 /exit         leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
+@takes_model_options
 def chat(
-    model: Model,
-    initial_peers: InitialPeers = None,
-    dht_prefix: DhtPrefix = None,
-    prompts: PromptFiles = None,
+    options: ModelOptions,
     system: Annotated[str | None, typer.Option(help="What stands in front of the conversation.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of the conversation at most. [default: 2048, or the model's limit]")
+        int | None,
+        typer.Option(help="Tokens of the conversation at most.", show_default="2048, or the model's limit"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
-    seed: Seed = None,
-    revision: Revision = None,
-    token: Token = None,
 ) -> None:
     """Talk to MODEL. Lines on stdin are messages, answers go to stdout; /help lists commands."""
     for name, value in (("--max-length", max_length), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
-    options = sampling(temperature, top_p, seed)
-    with loaded(
-        model, initial_peers=initial_peers, dht_prefix=dht_prefix, prompts=prompts, revision=revision, token=token
-    ) as (network, tokenizer):
+    choices = sampling(temperature, top_p, options.seed)
+    with loaded(options) as (network, tokenizer):
         from petals_lightning.cli.conversation import Conversation
         from petals_lightning.data.dialogue_format import DialogueFormat
 
@@ -69,7 +58,7 @@ def chat(
         with network.inference_session(max_length=max_length or min(limit, 2048)) as session:
             conversation = Conversation(
                 network, DialogueFormat(tokenizer), session, system=system, max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id, **options,
+                pad_token_id=tokenizer.pad_token_id, **choices,
             )  # fmt: skip
             Terminal(conversation, tokenizer).run()
 

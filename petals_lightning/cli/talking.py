@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
+from petals_lightning.cli.options import IdentityPath, InitialPeers
 from petals_lightning.errors import ConfigurationError
 
-Model = Annotated[str, typer.Argument(help="Folder or hub id of the model whose blocks the swarm serves.")]
-DhtPrefix = Annotated[str | None, typer.Option(help="Name of the model in the swarm; needed for a local folder.")]
-PromptFiles = Annotated[str | None, typer.Option("--prompts", help="Folder or hub id of tuned prompts.", metavar="DIR")]
 Temperature = Annotated[float, typer.Option(help="Randomness of the choice of words; 0 always takes the likeliest.")]
 TopP = Annotated[float, typer.Option(help="Choose among the likeliest words that make up this share.")]
-Seed = Annotated[int | None, typer.Option(help="Makes random choices repeatable.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
-Token = Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, in which swarm; a command's first parameter, see `takes_model_options`."""
+
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the model whose blocks the swarm serves.")]
+    initial_peers: InitialPeers = None
+    dht_prefix: Annotated[
+        str | None, typer.Option(help="Name of the model in the swarm; needed for a local folder.")
+    ] = None
+    prompts: Annotated[str | None, typer.Option(help="Folder or hub id of tuned prompts.", metavar="DIR")] = None
+    seed: Annotated[int | None, typer.Option(help="Makes random choices repeatable.")] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None
+    token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None
+    token_file: Annotated[
+        str | None, typer.Option(help="File of the token of a private swarm, as its servers have it.", metavar="FILE")
+    ] = None
+    identity_path: IdentityPath = None
+
+
+def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that wants a `ModelOptions` first the options of its fields, before its own."""
+    shared = inspect.signature(ModelOptions, eval_str=True).parameters
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+    @wraps(command)
+    def flat(**given: Any) -> None:
+        command(ModelOptions(**{name: given.pop(name) for name in shared}), **given)
+
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*shared.values(), *own)]
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {each.name: each.annotation for each in parameters}
+    return flat
 
 
 @contextmanager
-def loaded(
-    model: str,
-    *,
-    initial_peers: list[str] | None,
-    dht_prefix: str | None,
-    prompts: str | None,
-    revision: str | None,
-    token: str | None,
-) -> Any:
+def loaded(options: ModelOptions) -> Iterator[tuple[Any, Any]]:
     """The model and its tokenizer, connected until the end of the `with`.
 
     Raises:
         PetalsLightningError: an option is wrong, or the swarm cannot be used.
     """
-    if not initial_peers:
+    if not options.initial_peers:
         raise ConfigurationError(
             "give --initial-peers MADDR: the address that `petals-lightning serve` or `bootstrap` printed"
         )
@@ -45,15 +69,23 @@ def loaded(
 
     from petals_lightning.data.tokenizers import load_tokenizer
     from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
+    from petals_lightning.protocol.auth import read_token
 
-    tokenizer = load_tokenizer(model, revision=revision, token=token)
-    loaded_model: Any = AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=initial_peers, dht_prefix=dht_prefix, prompts=prompts, revision=revision, token=token
+    hub: dict[str, Any] = {"revision": options.revision, "token": options.token}
+    tokenizer = load_tokenizer(options.model, **hub)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        options.model,
+        initial_peers=options.initial_peers,
+        dht_prefix=options.dht_prefix,
+        prompts=options.prompts,
+        swarm_token=read_token(options.token_file) if options.token_file is not None else None,
+        identity_path=options.identity_path,
+        **hub,
     )
     try:
-        yield loaded_model, tokenizer
+        yield model, tokenizer
     finally:
-        blocks = remote_blocks(loaded_model)
+        blocks = remote_blocks(model)
         assert blocks is not None
         blocks.close()
 

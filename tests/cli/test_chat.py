@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.hf.loading import quiet_transformers
-from tests.swarms import PREFIX
+from petals_lightning.server.access import AccessRules
+from tests.swarms import PREFIX, InProcessSwarm
 from tests.text_models import save_tiny_text_model
+
+
+def run_command(
+    command: str, folder: Path, swarm: InProcessSwarm, *arguments: str, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "petals_lightning.cli.main", command, str(folder), *arguments,
+         "--dht-prefix", PREFIX, "--initial-peers", swarm.initial_peers[0]],
+        input=stdin, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -22,11 +34,7 @@ def served(tmp_path, start_swarm):
     swarm = start_swarm(folder, [(0, 2), (2, 4)])
 
     def run(command: str, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "petals_lightning.cli.main", command, str(folder), *arguments,
-             "--dht-prefix", PREFIX, "--initial-peers", swarm.initial_peers[0]],
-            input=stdin, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        return run_command(command, folder, swarm, *arguments, stdin=stdin)
 
     with quiet_transformers():
         local = AutoModelForCausalLM.from_pretrained(str(folder))
@@ -45,6 +53,15 @@ def test_generate_prints_the_continuation(served):
     done = run("generate", "--max-new-tokens", "6", stdin="w1 w2 w3\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected + "\n"
+
+
+def test_a_private_swarm_is_entered_with_its_token(tmp_path, start_swarm):
+    folder, token = save_tiny_text_model(tmp_path / "model"), tmp_path / "token"
+    token.write_text("x" * 40)
+    swarm = start_swarm(folder, [(0, 4)], rules=AccessRules(token="x" * 40))
+    done = run_command("generate", folder, swarm, "w1 w2", "--max-new-tokens", "2", "--token-file", str(token))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_a_piped_chat_answers_line_by_line(served):
