@@ -20,7 +20,7 @@ from petals_lightning.sample import DIALOGUES_DIR
 from petals_lightning.sample.grammar import LABELS, OTHER_WORDS, TRAIN_WORDS, Lexicon, review
 
 SEED = 2024
-SIZES = {"train": 600, "validation": 150, "test": 150}
+SIZES = {"train": 1200, "validation": 150, "test": 150}
 MAX_EXCHANGES = 4
 # The user's question; the assistant's answer to it after a negative and after a positive review.
 QUESTIONS: tuple[tuple[str, str, str], ...] = (
