@@ -9,6 +9,7 @@ import typer
 
 from petals_lightning.cli.talking import (
     ModelOptions,
+    Screen,
     Temperature,
     TopP,
     loaded,
@@ -34,18 +35,15 @@ def generate(
     text = text if text is not None else sys.stdin.read().rstrip("\n")
     if not text:
         raise ConfigurationError("there is nothing to continue: give TEXT, or text on stdin")
-    with loaded(options) as (network, tokenizer):
-
-        def write(words: str) -> None:
-            print(words, end="", flush=True)
-
+    screen = Screen()
+    with loaded(options, screen) as (network, tokenizer):
         encoded = tokenizer(text, return_tensors="pt")
         network.generate(
             encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            streamer=word_streamer(tokenizer, write),
+            streamer=word_streamer(tokenizer, screen.write),
             **choices,
         )
-        print(flush=True)
+        screen.end_line()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +14,16 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from petals_lightning.cli.options import IdentityPath, InitialPeers
 from petals_lightning.errors import ConfigurationError
 
 Temperature = Annotated[float, typer.Option(help="Randomness of the choice of words; 0 always takes the likeliest.")]
 TopP = Annotated[float, typer.Option(help="Choose among the likeliest words that make up this share.")]
+
+_NOTE_LENGTH = 90  # characters, with brackets on a line of most terminals
+_PEER_ID = re.compile(r"\b(12D3Koo|Qm)\w{30,}")
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,53 @@ def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
+class Screen(logging.Handler):
+    """Words on stdout as they are made; what there is to note on stderr, short and dim, on lines of its own.
+
+    As a handler of log records it notes them: a server that is lost and replaced is one quiet line, not a failure.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, style="dim")
+        self._is_within_line = False
+        self._held: list[str] | None = None
+
+    def read_line(self, prompt: str) -> str:
+        """A line of stdin. What is to be noted meanwhile follows it, so that it does not disturb who is typing."""
+        self._held = []
+        try:
+            return input(prompt)
+        finally:
+            held, self._held = self._held, None
+            for text in held:
+                self.note(text)
+
+    def write(self, words: str) -> None:
+        print(words, end="", flush=True)
+        self._is_within_line = self._is_within_line or bool(words)
+
+    def end_line(self) -> None:
+        print(flush=True)
+        self._is_within_line = False
+
+    def note(self, text: str) -> None:
+        if self._is_within_line and sys.stdout.isatty():
+            self.end_line()
+        self._console.print(text)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = _PEER_ID.sub(lambda found: f"…{found[0][-6:]}", record.getMessage())
+        text = f"({textwrap.shorten(text, _NOTE_LENGTH, placeholder=' …')})"
+        if self._held is not None:
+            self._held.append(text)
+        else:
+            self.note(text)
+
+
 @contextmanager
-def loaded(options: ModelOptions) -> Iterator[tuple[Any, Any]]:
-    """The model and its tokenizer, connected until the end of the `with`.
+def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
+    """The model and its tokenizer, connected until the end of the `with`; warnings are notes on the screen.
 
     Raises:
         PetalsLightningError: an option is wrong, or the swarm cannot be used.
@@ -64,8 +115,7 @@ def loaded(options: ModelOptions) -> Iterator[tuple[Any, Any]]:
         raise ConfigurationError(
             "give --initial-peers MADDR: the address that `petals-lightning serve` or `bootstrap` printed"
         )
-    # A server that is lost and replaced is one quiet line, not a failure.
-    logging.basicConfig(level=logging.WARNING, format="(%(message)s)", force=True)
+    logging.basicConfig(handlers=[screen], force=True)
 
     from petals_lightning.data.tokenizers import load_tokenizer
     from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
