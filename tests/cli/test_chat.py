@@ -147,8 +147,9 @@ def test_a_chat_in_a_terminal(tmp_path, start_swarm):
         again = terminal.wait_for("tokens/s")
         assert said(again) == said(first)
         assert again.count(f"(server …{used[0].node.peer_id.to_base58()[-6:]}") == 1
+        terminal.wait_for("> ")
         terminal.type("\x04")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(60) == 0
     finally:
         terminal.close()
 
