@@ -32,6 +32,10 @@ class UnsupportedInputError(PetalsLightningError, ValueError):
     """A call to a distributed model asks for something that cannot cross the swarm."""
 
 
+class HubError(PetalsLightningError, RuntimeError):
+    """The Hugging Face hub cannot be reached, or refuses what was asked of it."""
+
+
 class SwarmError(PetalsLightningError, RuntimeError):
     """Something in the swarm failed."""
 

@@ -6,14 +6,14 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve the servers
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.families import TINY_CONFIGS, save_tiny_checkpoint
-from tests.swarms import InProcessSwarm
+from tests.swarms import InProcessSwarm, ServerProcess
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -36,6 +36,24 @@ def start_swarm() -> Iterator[Callable[..., InProcessSwarm]]:
     """`start_swarm(checkpoint, [(0, 1), (1, 4)])` is a running swarm; it ends with the test."""
     with ExitStack() as stack:
         yield lambda *args, **kwargs: stack.enter_context(InProcessSwarm(*args, **kwargs))
+
+
+@pytest.fixture
+def start_servers() -> Iterator[Callable[..., dict[str, ServerProcess]]]:
+    """`start_servers(checkpoint, [(0, 2), (2, 4)])` are servers as processes, by peer id; they end with the test."""
+    started: list[ServerProcess] = []
+
+    def start(checkpoint: Path, spans: Sequence[tuple[int, int]]) -> dict[str, ServerProcess]:
+        first = ServerProcess(checkpoint, spans[0])
+        started.append(first)
+        first.wait_ready()
+        others = [ServerProcess(checkpoint, span, [first.maddr]) for span in spans[1:]]
+        started.extend(others)
+        return {server.peer_id: server for server in [first, *(server.wait_ready() for server in others)]}
+
+    yield start
+    for server in started:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

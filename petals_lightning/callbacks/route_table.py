@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from rich import get_console
+from rich.markup import escape
 from rich.table import Table
 
 from petals_lightning.models import remote_blocks
@@ -31,7 +32,7 @@ class RouteTable(Callback):
         table.add_column("server")
         table.add_column("peer")
         for span in blocks.route():
-            table.add_row(f"{span.start}:{span.end}", span.public_name or "–", f"…{span.peer_id[-10:]}")
+            table.add_row(f"{span.start}:{span.end}", escape(span.public_name or "–"), f"…{span.peer_id[-10:]}")
         console.print(table)
 
 

@@ -10,20 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from petals_lightning.cli.options import InitialPeers
 from petals_lightning.cli.talking import (
-    DhtPrefix,
-    Model,
-    PromptFiles,
-    Revision,
-    Seed,
+    ModelOptions,
+    Screen,
     Temperature,
-    Token,
     TopP,
     loaded,
     sampling,
+    takes_model_options,
     word_streamer,
 )
 from petals_lightning.errors import ConfigurationError, PetalsLightningError
@@ -38,55 +33,58 @@ _HELP = """/undo         take your last message and its answer back
 /exit         leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
+@takes_model_options
 def chat(
-    model: Model,
-    initial_peers: InitialPeers = None,
-    dht_prefix: DhtPrefix = None,
-    prompts: PromptFiles = None,
+    options: ModelOptions,
     system: Annotated[str | None, typer.Option(help="What stands in front of the conversation.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of the conversation at most. [default: 2048, or the model's limit]")
+        int | None,
+        typer.Option(help="Tokens of the conversation at most.", show_default="2048, or the model's limit"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
-    seed: Seed = None,
-    revision: Revision = None,
-    token: Token = None,
 ) -> None:
     """Talk to MODEL. Lines on stdin are messages, answers go to stdout; /help lists commands."""
     for name, value in (("--max-length", max_length), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
-    options = sampling(temperature, top_p, seed)
-    with loaded(
-        model, initial_peers=initial_peers, dht_prefix=dht_prefix, prompts=prompts, revision=revision, token=token
-    ) as (network, tokenizer):
+    choices = sampling(temperature, top_p, options.seed)
+    screen, is_interactive = Screen(), sys.stdin.isatty()
+    if is_interactive:
+        screen.note("joining the swarm…")
+    with loaded(options, screen) as (network, tokenizer):
         from petals_lightning.cli.conversation import Conversation
         from petals_lightning.data.dialogue_format import DialogueFormat
+        from petals_lightning.models import prompts_of, remote_blocks
 
         limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or 2048
+        if (tuned := prompts_of(network)) is not None:
+            limit -= tuned.pre_seq_len  # virtual tokens have positions, too
         with network.inference_session(max_length=max_length or min(limit, 2048)) as session:
             conversation = Conversation(
                 network, DialogueFormat(tokenizer), session, system=system, max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id, **options,
+                pad_token_id=tokenizer.pad_token_id, **choices,
             )  # fmt: skip
-            Terminal(conversation, tokenizer).run()
+            if is_interactive:
+                blocks = remote_blocks(network)
+                assert blocks is not None
+                servers = len({span.peer_id for span in blocks.route()})
+                screen.note(f"{len(blocks)} blocks on {servers} server{'s' * (servers != 1)}; /help lists commands")
+            Terminal(conversation, tokenizer, screen, is_interactive).run()
 
 
 class Terminal:
     """Reads messages and commands, shows answers word by word. Where stdin is no terminal, it shows answers alone."""
 
-    def __init__(self, conversation: Conversation, tokenizer: Any):
-        self._conversation, self._tokenizer = conversation, tokenizer
-        self._is_interactive = sys.stdin.isatty()
-        self._notes = Console(stderr=True, highlight=False, markup=False, style="dim")
+    def __init__(self, conversation: Conversation, tokenizer: Any, screen: Screen, is_interactive: bool):
+        self._conversation, self._tokenizer, self._screen = conversation, tokenizer, screen
+        self._is_interactive = is_interactive
 
     def run(self) -> None:
         if self._is_interactive:
             with suppress(ImportError):  # not on every platform; without it the line has no history
                 import readline  # noqa: F401
-            self._notes.print("/help lists commands")
         for line in self._lines():
             if line in ("/exit", "/quit"):
                 return
@@ -98,26 +96,33 @@ class Terminal:
     def _lines(self) -> Iterator[str]:
         while True:
             try:
-                yield input("> " if self._is_interactive else "").strip()
+                yield self._screen.read_line("> " if self._is_interactive else "").strip()
             except EOFError:
+                if self._is_interactive:
+                    print()
                 return
+            except KeyboardInterrupt:
+                if not self._is_interactive:
+                    raise
+                print()
+                self._screen.note("/exit or Ctrl-D leaves")
 
     def _command(self, line: str) -> None:
         command, _, argument = line.partition(" ")
         match command:
             case "/undo":
-                self._notes.print("taken back" if self._conversation.undo() else "there is nothing to take back")
+                self._screen.note("taken back" if self._conversation.undo() else "there is nothing to take back")
             case "/reset":
                 self._conversation.reset()
-                self._notes.print("the conversation starts anew")
+                self._screen.note("the conversation starts anew")
             case "/save" if argument:
                 try:
                     self._conversation.save(Path(argument.strip()))
-                    self._notes.print(f"saved to {argument.strip()}")
+                    self._screen.note(f"saved to {argument.strip()}")
                 except OSError as e:
-                    self._notes.print(f"not saved: {e}")
+                    self._screen.note(f"not saved: {e}")
             case _:
-                self._notes.print(_HELP)
+                self._screen.note(_HELP)
 
     def _answer(self, text: str) -> None:
         started = False
@@ -126,20 +131,19 @@ class Terminal:
             nonlocal started
             words = words if started else words.lstrip()
             started = started or bool(words)
-            print(words, end="", flush=True)
+            self._screen.write(words)
 
         began = time.perf_counter()
         try:
             _, count = self._conversation.reply(text, word_streamer(self._tokenizer, write))
         except KeyboardInterrupt:
-            print(flush=True)
-            self._notes.print("stopped; this message and its answer are left out of the conversation")
+            self._screen.note("stopped; this message and its answer are left out of the conversation")
             return
         except PetalsLightningError as e:
             if not self._is_interactive:
                 raise
-            self._notes.print(f"error: {e}")
+            self._screen.note(f"error: {e}")
             return
-        print(flush=True)
+        self._screen.end_line()
         if self._is_interactive:
-            self._notes.print(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s")
+            self._screen.note(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s")

@@ -30,7 +30,7 @@ def serve(
         str | None, typer.Option(help="Blocks to hold, START:END with END exclusive.", metavar="START:END")
     ] = None,
     num_blocks: Annotated[
-        int | None, typer.Option(help="How many blocks to hold, where the swarm is thinnest. [default: all]")
+        int | None, typer.Option(help="How many blocks to hold, where the swarm is thinnest.", show_default="all")
     ] = None,
     dht_prefix: Annotated[
         str | None, typer.Option(help="Name of the model in the swarm; needed for a local folder.")
@@ -38,14 +38,18 @@ def serve(
     host_maddrs: HostMaddrs = ["/ip4/0.0.0.0/tcp/0"],  # noqa: B006 (typer reads the default, nobody changes it)
     announce_maddrs: AnnounceMaddrs = None,
     identity_path: IdentityPath = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: cuda where there is one]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="cuda where there is one")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the checkpoint's.")] = "auto",
     public_name: Annotated[str | None, typer.Option(help="Name shown to users of the swarm.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads for computing. [default: all cores]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for computing.", show_default="all cores")] = None,
     graph_memory: Annotated[float, typer.Option(help="GiB for autograd graphs that wait for their backward.")] = 2.0,
     cache_memory: Annotated[float, typer.Option(help="GiB for keys and values of inference sessions.")] = 4.0,
     max_batch_tokens: Annotated[int, typer.Option(help="Largest batch × tokens of one request.")] = 1 << 16,
-    throughput: Annotated[float | None, typer.Option(help="Requests a second to announce. [default: measured]")] = None,
+    throughput: Annotated[
+        float | None, typer.Option(help="Requests a second to announce.", show_default="measured")
+    ] = None,
     update_period: Annotated[float, typer.Option(help="Seconds between announcements.")] = 60.0,
     allow_peers: Annotated[
         str | None, typer.Option(help="File of peer ids, one a line, that alone may use this server.", metavar="FILE")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from petals_lightning.cli.options import InitialPeers
@@ -170,18 +171,19 @@ def _table(model: dict[str, Any]) -> Table:
     state = f"every block on {holders} server{'s' if holders != 1 else ''} or more"
     if model["missing_blocks"]:
         state = f"[red]blocks without a server: {model['missing_blocks']}[/]"
-    table = Table(title=f"{name} ({model['num_blocks']} blocks, {state})", title_justify="left")
+    # Names are strangers' words.
+    table = Table(title=f"{escape(name)} ({model['num_blocks']} blocks, {state})", title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="right" if column in _NUMBERS else "left")
     for server in model["servers"]:
         trip = server["round_trip"]
         table.add_row(
             server["blocks"],
-            server["public_name"] or "",
+            escape(server["public_name"] or ""),
             f"…{server['peer_id'][-10:]}",
             server["kind"],
-            server["version"] or "",
-            server["dtype"] or "",
+            escape(server["version"] or ""),
+            escape(server["dtype"] or ""),
             f"{server['throughput']:,.1f}",
             *(f"{value:,.0f}" if value is not None else "" for value in (
                 server["tokens_per_second"], server["cache_tokens_left"]

@@ -2,58 +2,140 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
+from petals_lightning.cli.options import IdentityPath, InitialPeers
 from petals_lightning.errors import ConfigurationError
 
-Model = Annotated[str, typer.Argument(help="Folder or hub id of the model whose blocks the swarm serves.")]
-DhtPrefix = Annotated[str | None, typer.Option(help="Name of the model in the swarm; needed for a local folder.")]
-PromptFiles = Annotated[str | None, typer.Option("--prompts", help="Folder or hub id of tuned prompts.", metavar="DIR")]
 Temperature = Annotated[float, typer.Option(help="Randomness of the choice of words; 0 always takes the likeliest.")]
 TopP = Annotated[float, typer.Option(help="Choose among the likeliest words that make up this share.")]
-Seed = Annotated[int | None, typer.Option(help="Makes random choices repeatable.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
-Token = Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")]
+
+_NOTE_LENGTH = 90  # characters, with brackets on a line of most terminals
+_PEER_ID = re.compile(r"\b(12D3Koo|Qm)\w{30,}")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, in which swarm; a command's first parameter, see `takes_model_options`."""
+
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the model whose blocks the swarm serves.")]
+    initial_peers: InitialPeers = None
+    dht_prefix: Annotated[
+        str | None, typer.Option(help="Name of the model in the swarm; needed for a local folder.")
+    ] = None
+    prompts: Annotated[str | None, typer.Option(help="Folder or hub id of tuned prompts.", metavar="DIR")] = None
+    seed: Annotated[int | None, typer.Option(help="Makes random choices repeatable.")] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None
+    token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None
+    token_file: Annotated[
+        str | None, typer.Option(help="File of the token of a private swarm, as its servers have it.", metavar="FILE")
+    ] = None
+    identity_path: IdentityPath = None
+
+
+def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that wants a `ModelOptions` first the options of its fields, before its own."""
+    shared = inspect.signature(ModelOptions, eval_str=True).parameters
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+    @wraps(command)
+    def flat(**given: Any) -> None:
+        command(ModelOptions(**{name: given.pop(name) for name in shared}), **given)
+
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*shared.values(), *own)]
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {each.name: each.annotation for each in parameters}
+    return flat
+
+
+class Screen(logging.Handler):
+    """Words on stdout as they are made; what there is to note on stderr, short and dim, on lines of its own.
+
+    As a handler of log records it notes them: a server that is lost and replaced is one quiet line, not a failure.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, style="dim")
+        self._is_within_line = False
+        self._held: list[str] | None = None
+
+    def read_line(self, prompt: str) -> str:
+        """A line of stdin. What is to be noted meanwhile follows it, so that it does not disturb who is typing."""
+        self._held = []
+        try:
+            return input(prompt)
+        finally:
+            held, self._held = self._held, None
+            for text in held:
+                self.note(text)
+
+    def write(self, words: str) -> None:
+        print(words, end="", flush=True)
+        self._is_within_line = self._is_within_line or bool(words)
+
+    def end_line(self) -> None:
+        print(flush=True)
+        self._is_within_line = False
+
+    def note(self, text: str) -> None:
+        if self._is_within_line and sys.stdout.isatty():
+            self.end_line()
+        self._console.print(text)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = _PEER_ID.sub(lambda found: f"…{found[0][-6:]}", record.getMessage())
+        text = f"({textwrap.shorten(text, _NOTE_LENGTH, placeholder=' …')})"
+        if self._held is not None:
+            self._held.append(text)
+        else:
+            self.note(text)
 
 
 @contextmanager
-def loaded(
-    model: str,
-    *,
-    initial_peers: list[str] | None,
-    dht_prefix: str | None,
-    prompts: str | None,
-    revision: str | None,
-    token: str | None,
-) -> Any:
-    """The model and its tokenizer, connected until the end of the `with`.
+def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
+    """The model and its tokenizer, connected until the end of the `with`; warnings are notes on the screen.
 
     Raises:
         PetalsLightningError: an option is wrong, or the swarm cannot be used.
     """
-    if not initial_peers:
+    if not options.initial_peers:
         raise ConfigurationError(
             "give --initial-peers MADDR: the address that `petals-lightning serve` or `bootstrap` printed"
         )
-    # A server that is lost and replaced is one quiet line, not a failure.
-    logging.basicConfig(level=logging.WARNING, format="(%(message)s)", force=True)
+    logging.basicConfig(handlers=[screen], force=True)
 
     from petals_lightning.data.tokenizers import load_tokenizer
     from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
+    from petals_lightning.protocol.auth import read_token
 
-    tokenizer = load_tokenizer(model, revision=revision, token=token)
-    loaded_model: Any = AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=initial_peers, dht_prefix=dht_prefix, prompts=prompts, revision=revision, token=token
+    hub: dict[str, Any] = {"revision": options.revision, "token": options.token}
+    tokenizer = load_tokenizer(options.model, **hub)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        options.model,
+        initial_peers=options.initial_peers,
+        dht_prefix=options.dht_prefix,
+        prompts=options.prompts,
+        swarm_token=read_token(options.token_file) if options.token_file is not None else None,
+        identity_path=options.identity_path,
+        **hub,
     )
     try:
-        yield loaded_model, tokenizer
+        yield model, tokenizer
     finally:
-        blocks = remote_blocks(loaded_model)
+        blocks = remote_blocks(model)
         assert blocks is not None
         blocks.close()
 

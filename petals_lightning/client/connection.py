@@ -22,6 +22,7 @@ from petals_lightning.client.room import Room
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, ProtocolError, RemoteRequestError
 from petals_lightning.protocol.auth import is_proof, new_nonce, prove
+from petals_lightning.protocol.checks import printable
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import STREAM_METHOD, ErrorCode, Message, Method
 from petals_lightning.swarm.streams import open_stream
@@ -221,7 +222,7 @@ class PeerConnection:
         self._fail(PeerFailure(self.peer, "the connection was closed"))
 
     def _error(self, reply: Message) -> Exception:
-        code, words = str(reply.fields.get("code")), str(reply.fields.get("message"))[:500]
+        code, words = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), 500)
         if code in (ErrorCode.BAD_REQUEST.value, ErrorCode.INTERNAL.value):
             return RemoteRequestError(f"server …{self.peer[-6:]} says: {words}")
         return PeerFailure(self.peer, words, code)
@@ -246,7 +247,9 @@ class PeerConnection:
             if not call.answer.done():
                 call.answer.set_result(message)
         elif call_id == 0 and message.method is Method.ERROR:
-            raise PeerFailure(self.peer, str(message.fields.get("message"))[:300], str(message.fields.get("code")))
+            raise PeerFailure(
+                self.peer, printable(str(message.fields.get("message")), 300), str(message.fields.get("code"))
+            )
         elif call_id == 0:
             self._note_standings(message.fields.get("calls"))
         elif call_id > self._last_id:

@@ -76,6 +76,8 @@ class InferenceSession:
         max_length: positions that servers reserve room for, the prefix not counted.
         prefix: [P, H] in front of every sample, or None.
         deep: [L, P, H] added to the prefix before each block, or None.
+        rotary_switch: positions, prefix counted, beyond which the model turns all of them by other rotary factors:
+            a session that comes there, or back, is run anew from the inputs of its first leg.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class InferenceSession:
         max_length: int,
         prefix: torch.Tensor | None = None,
         deep: torch.Tensor | None = None,
+        rotary_switch: int | None = None,
     ):
         if max_length < 1:
             raise UnsupportedInputError(f"max_length is {max_length}: a session has room for 1 position or more")
@@ -101,6 +104,10 @@ class InferenceSession:
         self._prefix = prefix.detach().cpu() if prefix is not None else None
         self._deep = deep.detach().cpu() if deep is not None else None
         self._position, self._batch = 0, 0
+        self._switch: int | None = None  # the same, prefix not counted
+        if rotary_switch is not None:
+            self._switch = rotary_switch - (len(prefix) if prefix is not None else 0)
+        self._is_beyond = False
         self._legs: list[SessionLeg] = []
         self._full: dict[str, PeerFailure] = {}
         self._closed = False
@@ -165,6 +172,19 @@ class InferenceSession:
             for leg in self._legs:
                 leg.reorder(hypo_ids)
 
+    def select(self, samples: torch.Tensor) -> None:
+        """From the next step on the batch is these samples ([B'] by number): some may be left out, some repeated.
+
+        Where B' is another size than before, servers are sent the past again.
+        """
+        if len(samples) == self._batch:
+            self.reorder(samples)
+        elif self._position:
+            for leg in self._legs:
+                leg.history.reorder(samples.detach().cpu().long())
+            self._batch = len(samples)
+            self._node.run(_leave(self._legs))
+
     def close(self) -> None:
         """Frees the servers' memory. The session cannot be used any more."""
         self._closed = True
@@ -205,13 +225,16 @@ class InferenceSession:
             self._legs[0].prefix = self._prefix
         for leg in self._legs:
             leg.rewind(self._position)  # a step that failed may have come as far as this leg
+        keep = keep or hidden.shape[1]
         self._legs[0].history.append(hidden, position_ids)
+        if self._comes_to_switch(position_ids):
+            await self._start_anew()
         attempts = Attempts(self._view.config.max_retries, self._stats)
         index, out = 0, hidden
         while index < len(self._legs):
             leg, following = self._legs[index], self._legs[index + 1] if index + 1 < len(self._legs) else None
             try:
-                out = await self._run(leg, following, mask, keep or hidden.shape[1])
+                out = await self._run(leg, following, mask, keep)
             except PeerFailure as e:
                 attempts.count(e)
                 if e.code != ErrorCode.CACHE_LOST.value:  # else the same server takes the inputs again
@@ -222,6 +245,20 @@ class InferenceSession:
             index += 1
         self._position += hidden.shape[1]
         return out
+
+    def _comes_to_switch(self, position_ids: torch.Tensor | None) -> bool:
+        """Whether keys of the positions before a step, which is in the history, must be made anew."""
+        if self._switch is None:
+            return False
+        end = self._legs[0].history.length if position_ids is None else int(position_ids.max()) + 1
+        before, self._is_beyond = self._is_beyond, end > self._switch
+        return self._is_beyond != before
+
+    async def _start_anew(self) -> None:
+        """The next run takes all positions from the inputs of the first leg."""
+        await _leave(self._legs)
+        for leg in self._legs[1:]:
+            leg.history.crop(0)
 
     async def _plan(self, start: int, end: int) -> list[SessionLeg]:
         try:
@@ -282,6 +319,8 @@ class InferenceSession:
         prefix = leg.prefix if opens else None
         tokens = min(connection.info["max_batch_tokens"], self._view.config.max_microbatch_tokens)
         at_once = max(tokens // len(hidden) - (len(prefix) if prefix is not None else 0), 1)
+        if self._is_beyond and self._switch is not None and leg.held == 0:
+            at_once = max(at_once, self._switch + 1) if position_ids is None else hidden.shape[1]  # a piece by itself
         hidden = hidden[:, :at_once]
         end = leg.held + hidden.shape[1]
         kept = min(max(end - wanted, 1), hidden.shape[1])

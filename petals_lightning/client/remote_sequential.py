@@ -32,6 +32,7 @@ class _Swarm:
     runner: RemoteRunner
     stats: TransferStats
     owns_node: bool
+    rotary_switch: int | None
     closed: bool = False
 
 
@@ -85,6 +86,7 @@ class RemoteSequential(nn.Module):
         returns_tuple: bool = False,
         config: ClientConfig | None = None,
         owns_node: bool = False,
+        rotary_switch: int | None = None,
     ) -> RemoteSequential:
         """Finds servers for all blocks of a model and opens streams to a first route.
 
@@ -94,6 +96,7 @@ class RemoteSequential(nn.Module):
             returns_tuple: its blocks are known to return tuples; servers with our method say so themselves.
             config: timeouts, filters, wire dtype.
             owns_node: close the node with the blocks.
+            rotary_switch: positions beyond which the model turns all of them by other rotary factors, if it does.
 
         Raises:
             NoServersError: some block is held by nobody who may be used.
@@ -112,7 +115,7 @@ class RemoteSequential(nn.Module):
         )
         node.run(view.start())
         runner = RemoteRunner(node, BlockChain(view, stats), config)
-        return cls(_Swarm(node, view, runner, stats, owns_node), 0, num_blocks)
+        return cls(_Swarm(node, view, runner, stats, owns_node, rotary_switch), 0, num_blocks)
 
     @property
     def stats(self) -> TransferStats:
@@ -172,8 +175,9 @@ class RemoteSequential(nn.Module):
         """
         swarm = self._swarm
         return InferenceSession(
-            swarm.node, swarm.view, swarm.stats, self.start, self.end, max_length=max_length, prefix=prefix, deep=deep
-        )
+            swarm.node, swarm.view, swarm.stats, self.start, self.end, max_length=max_length, prefix=prefix, deep=deep,
+            rotary_switch=swarm.rotary_switch,
+        )  # fmt: skip
 
     def run(
         self,

@@ -16,9 +16,9 @@ from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from petals_lightning.data.tokenizers import IGNORED
 from petals_lightning.errors import DataError
 
-IGNORED = -100  # the label that losses leave out
 ROLES = ("system", "user", "assistant")
 
 

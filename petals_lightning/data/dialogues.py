@@ -5,24 +5,17 @@ Shapes: B batch, S tokens.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import datasets
-import pytorch_lightning as pl
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
+from petals_lightning.data.base import Splits, TextDataModule
 from petals_lightning.data.dialogue_format import IGNORED, ROLES, DialogueFormat, Message
-from petals_lightning.data.loader import LengthGroupedSampler, ResumableDataLoader
-from petals_lightning.data.sources import load_splits
-from petals_lightning.data.tokenizers import load_tokenizer
+from petals_lightning.data.tokenizers import LabelledTokens, PadLabelled
 from petals_lightning.errors import ConfigurationError, DataError
-
-log = logging.getLogger(__name__)
+from petals_lightning.sample import DIALOGUES_DIR
 
 
 def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
@@ -91,141 +84,52 @@ def windows(messages: list[Message], form: DialogueFormat, max_length: int) -> l
     return [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels[1:])]
 
 
-class EncodedDialogues(Dataset):
-    """Samples of token ids and labels in memory."""
-
-    def __init__(self, samples: list[tuple[list[int], list[int]]]):
-        self._samples = samples
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sample."""
-        return [len(ids) for ids, _ in self._samples]
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
-        return self._samples[index]
-
-
-class PadDialogues:
-    """Collates samples into `input_ids`, `attention_mask` and `labels` [B, S], padded on the right."""
-
-    def __init__(self, pad_token_id: int):
-        self._pad_token_id = pad_token_id
-
-    def __call__(self, samples: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(ids) for ids, _ in samples]
-        labels = [torch.tensor(labels) for _, labels in samples]
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(sample) for sample in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        }
-
-
-class DialogueDataModule(pl.LightningDataModule):
+class DialogueDataModule(TextDataModule):
     """Batches `{"input_ids", "attention_mask", "labels"}`, each [B, S]; labels are -100 but where the assistant speaks.
 
     Token ids are those of `DialogueFormat`; dialogues of more than `max_length` tokens become several samples.
 
     Args:
         tokenizer: the model's hub id or folder.
-        source: a hub dataset id, or a file or folder in jsonl or parquet; see `read_dialogue` for the forms.
-        name: the configuration of a hub dataset.
-        train_split, validation_split, test_split: names of splits or files (without suffix) where they are unusual.
-        validation_fraction: share of the training part that becomes validation where there is none.
+        source: `bundled`, or dialogues from elsewhere; see `TextDataModule`, and `read_dialogue` for the forms.
         limit: dialogues a split at most, the first ones; None takes all.
-        max_length: tokens a sample at most.
         use_chat_template: False takes the simple form even if the tokenizer has a chat template.
-        batch_size: samples a training batch.
-        eval_batch_size: samples a validation or test batch; None takes `batch_size`.
-        seed: fixes the order of training batches and the cut of a missing validation part.
-        tokenizer_revision, token: for the tokenizer on the hub.
+        options: as of `TextDataModule`.
 
-    Raises (in `setup`):
-        DataError: nothing is there, a row is no dialogue, or the assistant never speaks.
-        CheckpointError: the model has no usable tokenizer.
+    Raises (besides what `TextDataModule` raises, in `setup`):
+        DataError: a row is no dialogue, or the assistant never speaks.
     """
+
+    bundled = DIALOGUES_DIR
 
     def __init__(
         self,
         tokenizer: str,
-        source: str,
-        name: str | None = None,
-        train_split: str | None = None,
-        validation_split: str | None = None,
-        test_split: str | None = None,
-        validation_fraction: float = 0.1,
+        source: str = "bundled",
+        *,
         limit: int | None = None,
-        max_length: int = 256,
         use_chat_template: bool = True,
+        max_length: int = 256,
         batch_size: int = 16,
-        eval_batch_size: int | None = None,
-        seed: int = 0,
-        tokenizer_revision: str | None = None,
-        token: str | None = None,
+        **options: Any,
     ):
-        super().__init__()
-        for setting, value in {"batch_size": batch_size, "max_length": max_length, "limit": limit}.items():
-            if value is not None and value < 1:
-                raise ConfigurationError(f"data.{setting}={value}: must be at least 1")
-        if not 0 < validation_fraction < 1:
-            raise ConfigurationError(f"data.validation_fraction={validation_fraction}: must be between 0 and 1")
-        self.tokenizer_name, self.tokenizer_revision, self.token = tokenizer, tokenizer_revision, token
-        self.source, self.name, self.limit = source, name, limit
-        named = {"train": train_split, "validation": validation_split, "test": test_split}
-        self.split_names = {split: given for split, given in named.items() if given is not None}
-        self.validation_fraction, self.seed = validation_fraction, seed
-        self.max_length, self.use_chat_template = max_length, use_chat_template
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self._splits: dict[str, EncodedDialogues] = {}
+        super().__init__(tokenizer, source, max_length=max_length, batch_size=batch_size, **options)
+        if limit is not None and limit < 1:
+            raise ConfigurationError(f"data.limit={limit}: must be at least 1, or null to take all")
+        self.limit, self.use_chat_template = limit, use_chat_template
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads, checks and tokenizes everything, once."""
-        # In-memory token ids need no worker processes, and those would be forked from a process full of threads.
-        warnings.filterwarnings("ignore", ".*does not have many workers")
-        if self._splits:
-            return
-        raw = load_splits(self.source, self.name, split_names=self.split_names)
-        if "validation" not in raw:
-            cut = raw["train"].train_test_split(self.validation_fraction, seed=self.seed)
-            raw["train"], raw["validation"] = cut["train"], cut["test"]
-            log.info("%s has no validation part: %d rows of train", self.source, len(raw["validation"]))
-        tokenizer = load_tokenizer(self.tokenizer_name, revision=self.tokenizer_revision, token=self.token)
-        self._collate = PadDialogues(tokenizer.pad_token_id)
+    def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, LabelledTokens]:
         form = DialogueFormat(tokenizer, use_chat_template=self.use_chat_template)
-        self._splits = {split: self._encoded(split, rows, form) for split, rows in raw.items()}
+        return {split: self._samples(split, rows, form) for split, rows in self.with_validation(raw).items()}
 
-    @property
-    def has_labelled_test(self) -> bool:
-        """Whether there is a test part."""
-        return "test" in self._splits
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Samples of each split."""
-        return {split: len(samples) for split, samples in self._splits.items()}
+    def collate(self, pad_token_id: int) -> PadLabelled:
+        return PadLabelled(pad_token_id)
 
     @property
     def description(self) -> str:
-        """What the samples are, for people."""
         return f"dialogues of up to {self.max_length} tokens"
 
-    def train_dataloader(self) -> ResumableDataLoader:
-        samples = self._splits["train"]
-        sampler = LengthGroupedSampler(samples.lengths, self.batch_size, self.seed)
-        return ResumableDataLoader(samples, sampler, self._collate, self._batches_done)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._by_length(self._splits["validation"])
-
-    def test_dataloader(self) -> DataLoader:
-        """The test part, or validation where there is none."""
-        return self._by_length(self._splits["test" if self.has_labelled_test else "validation"])
-
-    def _encoded(self, split: str, rows: datasets.Dataset, form: DialogueFormat) -> EncodedDialogues:
+    def _samples(self, split: str, rows: datasets.Dataset, form: DialogueFormat) -> LabelledTokens:
         rows = rows.select(range(min(len(rows), self.limit))) if self.limit is not None else rows
         samples = []
         for number, row in enumerate(rows):
@@ -237,19 +141,4 @@ class DialogueDataModule(pl.LightningDataModule):
                 f"{split} of {self.source}: the assistant says nothing in {len(rows)} dialogues (the second speaker is "
                 "the assistant where roles are not given)"
             )
-        return EncodedDialogues(samples)
-
-    def _by_length(self, samples: EncodedDialogues) -> DataLoader:
-        # Longest first: a batch that is too large for memory fails at once. Metrics do not depend on the order.
-        order = sorted(range(len(samples)), key=samples.lengths.__getitem__, reverse=True)
-        return DataLoader(
-            samples,
-            batch_sampler=BatchSampler(order, self.eval_batch_size, drop_last=False),
-            collate_fn=self._collate,
-            generator=torch.Generator(),
-        )
-
-    def _batches_done(self) -> int:
-        if self.trainer is None:  # used without Lightning
-            return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return LabelledTokens(samples)

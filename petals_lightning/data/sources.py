@@ -1,4 +1,4 @@
-"""Where labelled texts come from: the bundled sample, a dataset of the Hugging Face hub, a local file or folder."""
+"""Where texts come from: the bundled sample, a dataset of the Hugging Face hub, a local file or folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from petals_lightning.errors import DataError
+from petals_lightning.sample import REVIEWS_DIR
 
 BUNDLED = "bundled"
 SPLIT_NAMES = {
@@ -21,30 +22,33 @@ SPLIT_NAMES = {
 }
 """The names by which each split is known, the preferred one first."""
 
-_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
+_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet", ".txt")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
 def load_splits(
-    source: str, name: str | None = None, *, split_names: dict[str, str] | None = None
+    source: str,
+    name: str | None = None,
+    *,
+    split_names: dict[str, str] | None = None,
+    bundled: Path = REVIEWS_DIR,
 ) -> dict[str, datasets.Dataset]:
     """Reads a source's splits under the keys `train`, `validation` and `test`; those that it lacks are left out.
 
     Args:
-        source: `bundled`, a file (.jsonl, .tsv, .csv, .parquet), a folder of such files named after their split, or
-            the id of a dataset on the hub.
+        source: `bundled`, a file (.jsonl, .tsv, .csv, .parquet, .txt), a folder of such files named after their split,
+            or the id of a dataset on the hub.
         name: the configuration of a hub dataset, e.g. `sst2` of `nyu-mll/glue`.
         split_names: what a split is called where it has an unusual name, e.g. `{"validation": "validation_matched"}`.
+        bundled: the folder that `bundled` stands for.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it has no train split.
     """
     split_names = split_names or {}
     if source == BUNDLED:
-        from petals_lightning.sample import REVIEWS_DIR
-
-        return _load_folder(REVIEWS_DIR, split_names)
+        return _load_folder(bundled, split_names)
     path = Path(source).expanduser()
     if path.is_dir():
         return _load_folder(path, split_names)
@@ -66,7 +70,7 @@ def read_file(path: Path) -> datasets.Dataset:
     """
     try:
         table = _read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
     if table.num_rows == 0:
         raise DataError(f"{path}: holds no rows")
@@ -83,6 +87,8 @@ def _read_table(path: Path) -> pa.Table:
             return pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False))
         case ".parquet":
             return pa.parquet.read_table(path)
+        case ".txt":  # one text, line breaks and all
+            return pa.table({"text": [path.read_text(encoding="utf-8")]})
     raise DataError(f"{path}: unknown format; use one of {', '.join(_SUFFIXES)}")
 
 

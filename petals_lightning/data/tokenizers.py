@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from petals_lightning.errors import CheckpointError, DataError
 
+IGNORED = -100  # the label that losses leave out
+
 
 def load_tokenizer(
     name_or_path: str, *, revision: str | None = None, token: str | None = None
@@ -103,3 +105,37 @@ class PadRight:
         if "label" in samples[0]:
             batch["labels"] = torch.tensor([sample["label"] for sample in samples])
         return batch
+
+
+class LabelledTokens(torch.utils.data.Dataset):
+    """Samples of token ids and as many labels, in memory."""
+
+    def __init__(self, samples: list[tuple[list[int], list[int]]]):
+        self._samples = samples
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [len(ids) for ids, _ in self._samples]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        return self._samples[index]
+
+
+class PadLabelled:
+    """Collates samples into `input_ids`, `attention_mask` and `labels` [B, S], padded on the right."""
+
+    def __init__(self, pad_token_id: int):
+        self._pad_token_id = pad_token_id
+
+    def __call__(self, samples: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(ids) for ids, _ in samples]
+        labels = [torch.tensor(labels) for _, labels in samples]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(sample) for sample in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }

@@ -2,6 +2,7 @@
 
 from petals_lightning.hf.checkpoint import Checkpoint
 from petals_lightning.hf.loading import load_pruned
+from petals_lightning.hf.rotary import RotaryLimit, rotary_limit
 from petals_lightning.hf.skeleton import BlockLayout, Part, find_blocks
 
-__all__ = ["BlockLayout", "Checkpoint", "Part", "find_blocks", "load_pruned"]
+__all__ = ["BlockLayout", "Checkpoint", "Part", "RotaryLimit", "find_blocks", "load_pruned", "rotary_limit"]

@@ -8,6 +8,7 @@ from petals_lightning.models.auto import (
     remote_blocks,
 )
 from petals_lightning.models.prompt_files import PromptCard, export_peft, load_prompts, save_prompts
+from petals_lightning.models.prompt_hub import push_prompts_to_hub
 from petals_lightning.models.trainable import prompts_of, trainable_state_dict
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "export_peft",
     "load_prompts",
     "prompts_of",
+    "push_prompts_to_hub",
     "remote_blocks",
     "save_prompts",
     "trainable_state_dict",

@@ -18,7 +18,7 @@ from transformers import (
 
 from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit
 from petals_lightning.hf.loading import model_class
 from petals_lightning.hf.skeleton import BlockLayout, blocks_return_tuples, num_blocks
 from petals_lightning.models.bridge import DecoderBridge
@@ -158,7 +158,7 @@ class _AutoDistributed:
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
             AccessDeniedError: the servers let this peer not in.
         """
-        tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len)
+        tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
         config = client_config or ClientConfig(
             connect_timeout=connect_timeout,
             request_timeout=request_timeout,
@@ -172,7 +172,7 @@ class _AutoDistributed:
         checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
         model_config = _config_with_prefix(checkpoint, dht_prefix)
         if prompts is not None:
-            check_base_model(PromptCard.read(prompts), checkpoint, prompts)  # before anything is loaded
+            check_base_model(PromptCard.read(prompts, token=token), checkpoint, prompts)  # before anything is loaded
         family = model_class(cls.auto_class, checkpoint)
         with torch.random.fork_rng(devices=[]):  # loading must not move the generator that start values come from
             model, layout = load_pruned(
@@ -191,7 +191,7 @@ class _AutoDistributed:
         )
         _assemble(model, checkpoint, layout, layers, tuning_mode, pre_seq_len)
         if prompts is not None:
-            load_prompts(model, prompts)
+            load_prompts(model, prompts, token=token)
         return model
 
 
@@ -262,6 +262,7 @@ def _connect(
             client_mode=True,
             connect_timeout=max(config.connect_timeout, 5.0),
         ).start()
+    limit = rotary_limit(model.config)
     try:
         return RemoteSequential.connect(
             node,
@@ -272,6 +273,7 @@ def _connect(
             returns_tuple=blocks_return_tuples(model.config),
             config=config,
             owns_node=owns_node,
+            rotary_switch=limit.positions if limit is not None and limit.has_one_form_beyond else None,
         )
     except BaseException:
         if owns_node:

@@ -1,10 +1,14 @@
 """Hugging Face's own `generate`, with keys and values on servers.
 
 Shapes: B batch, T tokens of a conversation, S new tokens.
+
+A batch of conversations goes on together: where some samples end a turn earlier, padding stands behind their words and
+is masked out. Beams, and several return sequences of a sample, widen the batch while they are looked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,11 +21,12 @@ from petals_lightning.models.remote_cache import RemoteCache
 
 
 class GenerationSession:
-    """A conversation; `generate` calls inside its `with` go on where the last one ended.
+    """A conversation, or a batch of them; `generate` calls inside its `with` go on where the last one ended.
 
     Attributes:
-        tokens: [1, T] all tokens so far, given and generated; None before the first call.
-        attention_mask: [1, T] of them.
+        tokens: [B, T] all tokens so far, given and generated; None before the first call.
+        attention_mask: [B, T] of them, 0 where they are padding.
+        beams, eos_tokens: of the running call: their number, and what ends a turn, or None.
         cache: `past_key_values` for those who call the model themselves.
     """
 
@@ -30,6 +35,9 @@ class GenerationSession:
         self.cache = RemoteCache(session)
         self.tokens: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
+        self.beams = 1
+        self.eos_tokens: torch.Tensor | None = None
+        self._rows = 1  # of each sample in the running call's batch
 
     @property
     def max_length(self) -> int:
@@ -66,8 +74,9 @@ class GenerationSession:
         """All tokens with new ones [B, S] behind them, and their mask; at least one of them is not on servers yet.
 
         Raises:
-            UnsupportedInputError: there is nothing to go on from, or the conversation has several samples.
+            UnsupportedInputError: there is nothing to go on from, or new inputs are of another batch.
         """
+        self.beams = self._rows = 1
         if inputs is None and self.tokens is None:
             raise UnsupportedInputError("the first generate of a session needs input_ids")
         if self.tokens is None or self.attention_mask is None or self.tokens.shape[1] == 0:
@@ -75,16 +84,55 @@ class GenerationSession:
             tokens, mask = inputs, attention_mask if attention_mask is not None else torch.ones_like(inputs)
         else:
             new = inputs if inputs is not None else self.tokens[:, :0]
-            if len(self.tokens) != 1 or len(new) != 1:
+            if len(self.tokens) != len(new):
                 raise UnsupportedInputError(
-                    f"a conversation goes on with one sample: the session has {len(self.tokens)}, new inputs have "
-                    f"{len(new)}; open a session for each"
+                    f"the session has {len(self.tokens)} samples, new inputs have {len(new)}: give one for each, or "
+                    "keep some of the session's with session.select([0, …])"
                 )
             new_mask = attention_mask if attention_mask is not None else torch.ones_like(new)
             tokens = torch.cat([self.tokens.to(new.device), new], dim=1)
             mask = torch.cat([self.attention_mask.to(new.device), new_mask.to(new.dtype)], dim=1)
         self._session.position = min(self._session.position, tokens.shape[1] - 1)
         return tokens, mask
+
+    def select(self, samples: Sequence[int]) -> None:
+        """The conversation goes on with these of its samples, by number, e.g. with one of several return sequences.
+
+        Raises:
+            UnsupportedInputError: there is no such sample.
+        """
+        known = len(self.tokens) if self.tokens is not None else 0
+        if not samples or not all(0 <= sample < known for sample in samples):
+            raise UnsupportedInputError(f"samples {list(samples)}: this session has {known}, counted from 0")
+        assert self.tokens is not None
+        assert self.attention_mask is not None
+        rows = torch.tensor(samples)
+        self._session.select(rows)
+        self.tokens, self.attention_mask = self.tokens[rows], self.attention_mask[rows]
+
+    def widen(self, rows: int) -> None:
+        """Each sample stands `rows` times in the batch of the running call."""
+        self._rows = rows
+        if rows > 1 and self._session.position > 0:
+            assert self.tokens is not None
+            self._session.select(torch.arange(len(self.tokens)).repeat_interleave(rows))
+
+    def narrow(self, rows: int, samples: int, position: int) -> None:
+        """Goes back to a position before which the rows of a sample are the same, and to `rows` of each of them."""
+        self._session.position = min(position, self._session.position)
+        if self._session.position > 0 and rows != self._rows:
+            self._session.select((torch.arange(samples) * self._rows).repeat_interleave(rows))
+        self._rows = rows
+
+    def keep(self, sequences: torch.Tensor, mask: torch.Tensor) -> None:
+        """Takes the result [B, T + S] of a call into the conversation, whose tokens before it had this mask [b, T]."""
+        past, rows = mask.shape[1], len(sequences) // len(mask)
+        said = torch.ones_like(sequences[:, past:])
+        if self.eos_tokens is not None:
+            ended = torch.isin(sequences[:, past:], self.eos_tokens.to(sequences.device)).cumsum(1)
+            said[:, 1:] = ended[:, :-1] == 0  # padding stands behind the first end
+        self.tokens = sequences
+        self.attention_mask = torch.cat([mask.repeat_interleave(rows, 0), said.to(mask.dtype)], dim=1)
 
     def close(self) -> None:
         """Frees the servers' memory."""
@@ -120,8 +168,9 @@ class RemoteGeneration:
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Without a session around it, it opens one for its own length.
 
-        Inside `inference_session`, the conversation goes on: `inputs` [1, S] are the new tokens alone, and the returned
-        sequences begin with them. Beams and several return sequences need a call of their own, without a session.
+        Inside `inference_session`, the conversation goes on: `inputs` [B, S] are the new tokens alone (padded on the
+        left, with an `attention_mask` of them), and the returned sequences begin with them. With
+        `num_return_sequences` n it goes on as B·n conversations; `session.select` keeps some of them.
 
         Raises:
             UnsupportedInputError: what is asked for does not go together with a session.
@@ -142,15 +191,25 @@ class RemoteGeneration:
         try:
             output = super().generate(tokens, *args, attention_mask=mask, **kwargs)  # type: ignore[misc]
         except BaseException:
-            session.cache.session.position = min(before, session.position)  # tokens that nobody was told of
+            session.narrow(1, len(tokens), before)  # forget tokens that nobody was told of
             raise
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        session.tokens = sequences
-        session.attention_mask = torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
+        if session.beams > 1:  # what was found last is not what servers hold last
+            session.narrow(len(sequences) // len(tokens), len(tokens), tokens.shape[1])
+        session.keep(sequences, mask)
         if isinstance(output, torch.Tensor):
             return sequences[:, past:]
         output.sequences = sequences[:, past:]
         return output
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the family's own. Where it drops the cache (Phi-3, whose rotary factors change), servers do so too."""
+        cache = kwargs.get("past_key_values")
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(cache, RemoteCache) and inputs.get("past_key_values") is None:
+            cache.session.position = 0
+            inputs["past_key_values"] = cache
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
@@ -163,9 +222,6 @@ class RemoteGeneration:
         if session is None:
             model_kwargs["past_key_values"] = RemoteCache(self.bridge.own_session(generation_config.max_length))
             return
-        if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
-            raise UnsupportedInputError(
-                "a conversation has one continuation: num_beams and num_return_sequences above 1 need a generate call "
-                "outside of the inference session"
-            )
+        session.beams, session.eos_tokens = generation_config.num_beams, generation_config._eos_token_tensor
+        session.widen(max(generation_config.num_beams, generation_config.num_return_sequences))
         model_kwargs["past_key_values"] = session.cache

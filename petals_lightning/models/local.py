@@ -51,7 +51,7 @@ class _LocalModel:
         Raises:
             ConfigurationError, CheckpointError, UnsupportedModelError: as the distributed classes.
         """
-        tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len)
+        tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
         checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
         config = checkpoint.config
         for name, value in config_overrides.items():
@@ -71,7 +71,7 @@ class _LocalModel:
             concatenate_prompts(model, layout)
         model.checkpoint = checkpoint
         if prompts is not None:
-            load_prompts(model, prompts)
+            load_prompts(model, prompts, token=token)
         return model
 
 

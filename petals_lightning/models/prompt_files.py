@@ -26,7 +26,8 @@ from petals_lightning.hf import Checkpoint
 from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
 from petals_lightning.models.trainable import prompts_of
 
-_WEIGHTS, _CARD, _README = "prompts.safetensors", "prompts.json", "README.md"
+WEIGHTS, CARD, README = "prompts.safetensors", "prompts.json", "README.md"
+THIS_FOLDER = "THIS_FOLDER"  # in the README, until it has a home on the hub
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class PromptCard:
     version: str = __version__
 
     @classmethod
-    def read(cls, source: str | Path) -> PromptCard:
+    def read(cls, source: str | Path, *, token: str | bool | None = None) -> PromptCard:
         """The card of a folder, or of a repository on the hub.
 
         Raises:
             CheckpointError: there is none, or it is not one that this version can read.
         """
-        path = _find(source, _CARD)
+        path = _find(source, CARD, token)
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             card = cls(**{name: known[name] for name in cls.__dataclass_fields__ if name in known})
@@ -94,28 +95,33 @@ def save_prompts(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: value.detach().cpu().contiguous() for name, value in prompts.state_dict().items()}, folder / _WEIGHTS
+        {name: value.detach().cpu().contiguous() for name, value in prompts.state_dict().items()}, folder / WEIGHTS
     )
-    (folder / _CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
-    (folder / _README).write_text(_readme(card), encoding="utf-8")
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    (folder / README).write_text(_readme(card, checkpoint), encoding="utf-8")
     return card
 
 
-def load_prompts(model: nn.Module, source: str | Path) -> PromptCard:
+def load_prompts(model: nn.Module, source: str | Path, *, token: str | bool | None = None) -> PromptCard:
     """Loads prompts from a folder, or a repository on the hub, into a model that has prompts of the same kind.
+
+    Args:
+        model: loaded with prompts of the same mode and length.
+        source: folder or hub id.
+        token: for private repositories on the hub; None uses the login of this machine.
 
     Raises:
         CheckpointError: nothing is there, or it was made for another model.
         ConfigurationError: the model's prompts are of another mode or length.
     """
-    prompts, checkpoint, card = _prompts(model, source), _checkpoint(model), PromptCard.read(source)
+    prompts, checkpoint, card = _prompts(model, source), _checkpoint(model), PromptCard.read(source, token=token)
     check_base_model(card, checkpoint, source)
     if (card.tuning_mode, card.pre_seq_len) != (prompts.tuning_mode, prompts.pre_seq_len):
         raise ConfigurationError(
             f"prompts {str(source)!r} are {card.tuning_mode} with pre_seq_len={card.pre_seq_len}, the model has "
             f"{prompts.tuning_mode} with pre_seq_len={prompts.pre_seq_len}: load the model with prompts={str(source)!r}"
         )
-    path = _find(source, _WEIGHTS)
+    path = _find(source, WEIGHTS, token)
     try:
         prompts.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as e:
@@ -124,7 +130,11 @@ def load_prompts(model: nn.Module, source: str | Path) -> PromptCard:
 
 
 def tuning_of(
-    source: str | Path | None, tuning_mode: TuningMode | None, pre_seq_len: int | None
+    source: str | Path | None,
+    tuning_mode: TuningMode | None,
+    pre_seq_len: int | None,
+    *,
+    token: str | bool | None = None,
 ) -> tuple[TuningMode | None, int | None]:
     """Mode and P to load a model with: those of saved prompts, if any, which given ones must not contradict.
 
@@ -135,7 +145,7 @@ def tuning_of(
     if source is None:
         check_tuning(tuning_mode, pre_seq_len)
         return tuning_mode, pre_seq_len
-    card = PromptCard.read(source)
+    card = PromptCard.read(source, token=token)
     if tuning_mode not in (None, card.tuning_mode) or pre_seq_len not in (None, card.pre_seq_len):
         raise ConfigurationError(
             f"prompts {str(source)!r} are {card.tuning_mode} with pre_seq_len={card.pre_seq_len}, but "
@@ -201,27 +211,27 @@ def _checkpoint(model: nn.Module) -> Checkpoint:
     return checkpoint
 
 
-def _find(source: str | Path, name: str) -> Path:
+def _find(source: str | Path, name: str, token: str | bool | None) -> Path:
     path = Path(source) / name
     if path.is_file():
         return path
+    if Path(source).is_dir():
+        raise CheckpointError(f"folder {str(source)!r} has no {name}: give a folder written by save_prompts")
     try:
-        found = cached_file(str(source), name) if not Path(source).is_dir() else None
+        found = cached_file(str(source), name, token=token)
     except (OSError, ValueError) as e:
         raise CheckpointError(
-            f"no prompts at {str(source)!r}: neither a folder written by save_prompts nor such a repository on the hub"
+            f"no prompts at {str(source)!r}: neither a folder written by save_prompts nor such a repository on the hub "
+            f"that can be reached from here ({str(e).strip().splitlines()[0]})"
         ) from e
-    if found is None:
-        raise CheckpointError(f"folder {str(source)!r} has no {name}: give a folder written by save_prompts")
+    assert found is not None, "cached_file raises where there is none"
     return Path(found)
 
 
-def _readme(card: PromptCard) -> str:
-    metadata: dict[str, Any] = {
-        "base_model": card.base_model,
-        "library_name": "petals-lightning",
-        "tags": ["prompt-tuning"],
-    }
+def _readme(card: PromptCard, checkpoint: Checkpoint) -> str:
+    metadata: dict[str, Any] = {"library_name": "petals-lightning", "tags": ["prompt-tuning"]}
+    if not checkpoint.is_local:  # the hub refuses cards whose base model is none of its repositories
+        metadata["base_model"] = card.base_model
     rows = [f"| {name} | {value:g} |" for name, value in card.metrics.items()]
     table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
     command = ["", "Made by", "", f"    {card.command}"] if card.command else []
@@ -232,6 +242,6 @@ def _readme(card: PromptCard) -> str:
             "# Prompts", "",
             f"{card.tuning_mode} prompts, {card.pre_seq_len} virtual tokens, for `{card.base_model}`{revision}.",
             *table, *command, "", "Talk to the model with them:", "",
-            f"    petals-lightning chat {card.base_model} --prompts THIS_FOLDER --initial-peers …", "",
+            f"    petals-lightning chat {card.base_model} --prompts {THIS_FOLDER} --initial-peers …", "",
         ]
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Tuning a chatbot: prompts that make a frozen language model say what the assistant of the dialogues says.
+"""Tuning a language model: prompts that make a frozen one speak as the assistant of dialogues, or write as texts do.
 
-Shapes: B batch, S tokens, N tokens that the assistant says, V vocabulary.
+Shapes: B batch, S tokens, N labelled tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from petals_lightning.data.tokenizers import IGNORED
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models.token_logits import token_logits
 from petals_lightning.modules.tuning import TuningModule
-
-_IGNORED = -100
 
 
 class CausalLMModule(TuningModule):
@@ -27,15 +26,8 @@ class CausalLMModule(TuningModule):
 
     Args:
         model_name: hub id or folder of a causal language model.
-        tuning_mode: `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as many more per block).
-        pre_seq_len: virtual tokens, P.
-        lr: AdamW's peak learning rate.
-        weight_decay: AdamW's.
-        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0.
-        dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
-        revision: the model's revision on the hub.
-        dht_prefix: the name of the model's blocks in the swarm; None derives it from `model_name`.
-        token: for private models on the hub; None uses the login of this machine. Never saved.
+        tuning_mode: `ptune` or `deep_ptune`; there is no head to train alone.
+        options: as of `TuningModule`.
 
     Raises:
         ConfigurationError: a value out of range; the message names the setting.
@@ -43,33 +35,10 @@ class CausalLMModule(TuningModule):
 
     monitor, monitor_mode = "val/perplexity", "min"
 
-    def __init__(
-        self,
-        model_name: str,
-        tuning_mode: str = "deep_ptune",
-        pre_seq_len: int = 16,
-        lr: float = 1e-2,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.06,
-        dtype: str = "auto",
-        revision: str | None = None,
-        dht_prefix: str | None = None,
-        token: str | None = None,
-    ):
+    def __init__(self, model_name: str, *, tuning_mode: str | None = "deep_ptune", **options: Any):
         if tuning_mode is None:
             raise ConfigurationError("tuning.mode=null: a language model has no head to train; set ptune or deep_ptune")
-        super().__init__(
-            model_name,
-            tuning_mode=tuning_mode,
-            pre_seq_len=pre_seq_len,
-            lr=lr,
-            warmup_ratio=warmup_ratio,
-            dtype=dtype,
-            revision=revision,
-            dht_prefix=dht_prefix,
-            token=token,
-        )
-        self.save_hyperparameters(ignore=["token"])
+        super().__init__(model_name, tuning_mode=tuning_mode, **options)
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
     def auto_classes(self) -> tuple[Any, Any]:
@@ -81,7 +50,7 @@ class CausalLMModule(TuningModule):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         """Mean cross-entropy of the labelled tokens of a batch, and their number N."""
         following = labels[:, 1:]
-        sample, position = (following != _IGNORED).nonzero(as_tuple=True)  # each is predicted from the one before
+        sample, position = (following != IGNORED).nonzero(as_tuple=True)  # each is predicted from the one before
         rows = sample * input_ids.shape[1] + position
         logits = token_logits(self.model, input_ids, rows, attention_mask)  # [N, V]
         return torch.nn.functional.cross_entropy(logits.float(), following[sample, position]), len(rows)

@@ -16,7 +16,6 @@ from petals_lightning.modules.tuning import TuningModule
 class SequenceClassificationModule(TuningModule):
     """Trains prompts and a classification head; everything else is frozen.
 
-    Under `RemoteBlockStrategy` the blocks are in its swarm; under any other the whole model is in this process.
     Batches: `input_ids` and `attention_mask` [B, S], `labels` [B]. Logs `train/loss`, `train/lr`, `val/loss`,
     `val/accuracy`, `test/loss`, `test/accuracy`.
 
@@ -24,16 +23,7 @@ class SequenceClassificationModule(TuningModule):
         model_name: hub id or folder of a causal language model.
         num_labels: number of classes.
         class_names: their names, for reports; None: 0, 1, …
-        tuning_mode: None (head only), `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as many
-            more for every block).
-        pre_seq_len: virtual tokens, P.
-        lr: AdamW's peak learning rate.
-        weight_decay: AdamW's.
-        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0.
-        dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
-        revision: the model's revision on the hub.
-        dht_prefix: the name of the model's blocks in the swarm; None derives it from `model_name`.
-        token: for private models on the hub; None uses the login of this machine. Never saved.
+        options: as of `TuningModule`.
 
     Raises:
         ConfigurationError: a value out of range; the message names the setting.
@@ -41,33 +31,8 @@ class SequenceClassificationModule(TuningModule):
 
     monitor, monitor_mode = "val/accuracy", "max"
 
-    def __init__(
-        self,
-        model_name: str,
-        num_labels: int = 2,
-        class_names: list[str] | None = None,
-        tuning_mode: str | None = "deep_ptune",
-        pre_seq_len: int = 16,
-        lr: float = 1e-2,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.06,
-        dtype: str = "auto",
-        revision: str | None = None,
-        dht_prefix: str | None = None,
-        token: str | None = None,
-    ):
-        super().__init__(
-            model_name,
-            tuning_mode=tuning_mode,
-            pre_seq_len=pre_seq_len,
-            lr=lr,
-            warmup_ratio=warmup_ratio,
-            dtype=dtype,
-            revision=revision,
-            dht_prefix=dht_prefix,
-            token=token,
-        )
-        self.save_hyperparameters(ignore=["token"])
+    def __init__(self, model_name: str, *, num_labels: int = 2, class_names: list[str] | None = None, **options: Any):
+        super().__init__(model_name, **options)
         self.class_names = class_names or [str(label) for label in range(num_labels)]
         self.val_accuracy = MulticlassAccuracy(num_labels, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_labels, average="micro")

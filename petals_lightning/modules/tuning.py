@@ -23,15 +23,18 @@ class TuningModule(pl.LightningModule):
     """Trains prompts (and a head) of a frozen model. Subclasses give the task: their steps, and their model's class.
 
     Under `RemoteBlockStrategy` the blocks are in its swarm; under any other the whole model is in this process.
-    Subclasses call `save_hyperparameters(ignore=["token"])`, with arguments of the names below.
 
     Args:
         model_name: hub id or folder of a causal language model.
-        tuning_mode: None, `ptune` or `deep_ptune`.
+        tuning_mode: None (a head alone), `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as
+            many more for every block).
         pre_seq_len: virtual tokens, P.
         lr: AdamW's peak learning rate.
+        weight_decay: AdamW's.
         warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0.
-        dtype, revision, dht_prefix: of the model.
+        dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
+        revision: the model's revision on the hub.
+        dht_prefix: the name of the model's blocks in the swarm; None derives it from `model_name`.
         token: for private models on the hub; None uses the login of this machine. Never saved.
 
     Raises:
@@ -48,14 +51,15 @@ class TuningModule(pl.LightningModule):
         self,
         model_name: str,
         *,
-        tuning_mode: str | None,
-        pre_seq_len: int,
-        lr: float,
-        warmup_ratio: float,
-        dtype: str,
-        revision: str | None,
-        dht_prefix: str | None,
-        token: str | None,
+        tuning_mode: str | None = "deep_ptune",
+        pre_seq_len: int = 16,
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.06,
+        dtype: str = "auto",
+        revision: str | None = None,
+        dht_prefix: str | None = None,
+        token: str | None = None,
     ):
         super().__init__()
         if tuning_mode not in TUNING_MODES:
@@ -69,6 +73,7 @@ class TuningModule(pl.LightningModule):
             raise ConfigurationError(f"optim.lr={lr}: must be above 0")
         if not 0 <= warmup_ratio <= 1:
             raise ConfigurationError(f"optim.warmup_ratio={warmup_ratio}: must be between 0 and 1")
+        self.save_hyperparameters(ignore=["token"])  # with a subclass's own arguments
         self.served_model = ServedModel(model_name, dtype, revision, dht_prefix)
         self._token = token
         self._session: int | None = None

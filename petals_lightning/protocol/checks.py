@@ -21,6 +21,11 @@ def typed(fields: dict[str, Any], name: str, kind: Any) -> Any:
     return value
 
 
+def printable(text: str, limit: int) -> str:
+    """Words of a stranger, safe to show: one line of at most `limit` characters, none of which controls a terminal."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:limit]).split())
+
+
 def span_and_dtype(fields: dict[str, Any]) -> tuple[int, int, str]:
     """Fields `start`, `end` and `wire_dtype`; raises ProtocolError if they name no span or no wire dtype."""
     start, end = typed(fields, "start", int), typed(fields, "end", int)

@@ -13,8 +13,10 @@ from enum import IntEnum
 from typing import Any
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.checks import printable
 
 STREAM_VERSION = 1
+MAX_WORD_LENGTH = 64
 
 
 class ServerState(IntEnum):
@@ -29,12 +31,13 @@ class ServerRecord:
 
     Attributes:
         start, end: the span of blocks held, `end` exclusive; None in records that do not say it.
+        public_name, version, torch_dtype, fingerprint: those read are safe to show (`printable`) and of at most
+            `MAX_WORD_LENGTH` characters; None if not said. The fingerprint is a short digest of the served weights.
         throughput: requests a second, as Petals counts them; used to place and to compare servers.
         tokens_per_second: forward speed of one block, in tokens a second (Petals: `forward_rps`); None if not measured.
         stream_version: version of our stream method, None on servers that offer only Petals' methods.
         hidden_size: H of the served model; None if the server does not say.
         cache_tokens_left: positions of one block that keys and values can still be kept of; None if not said.
-        fingerprint: short digest of the served weights; None if the server does not say.
     """
 
     state: ServerState
@@ -101,13 +104,13 @@ class ServerRecord:
             throughput=throughput,
             start=start,
             end=end,
-            public_name=_typed(extra, "public_name", str),
-            version=_typed(extra, "version", str),
-            torch_dtype=_typed(extra, "torch_dtype", str),
+            public_name=_word(extra, "public_name"),
+            version=_word(extra, "version"),
+            torch_dtype=_word(extra, "torch_dtype"),
             tokens_per_second=float(speed) if speed is not None else None,
             stream_version=_typed(ours, "stream", int),
             hidden_size=_typed(ours, "hidden_size", int),
-            fingerprint=_typed(ours, "fingerprint", str),
+            fingerprint=_word(ours, "fingerprint"),
             cache_tokens_left=_typed(extra, "cache_tokens_left", int),
         )
 
@@ -115,3 +118,8 @@ class ServerRecord:
 def _typed(source: dict[Any, Any], key: str, kind: type | tuple[type, ...]) -> Any:
     value = source.get(key)
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def _word(source: dict[Any, Any], key: str) -> str | None:
+    value = _typed(source, key, str)
+    return (printable(value, MAX_WORD_LENGTH) or None) if value is not None else None

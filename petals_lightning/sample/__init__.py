@@ -1,8 +1,9 @@
-"""The bundled sample: a small causal LM and labelled reviews in SST-2's form, for first runs and tests.
+"""The bundled sample: a small causal LM, labelled reviews in SST-2's form, and dialogues, for first runs and tests.
 
-Both are synthetic: see :mod:`~petals_lightning.sample.grammar`. To make them anew::
+All are synthetic: see :mod:`~petals_lightning.sample.grammar`. To make them anew::
 
     python -m petals_lightning.sample.make_reviews
+    python -m petals_lightning.sample.make_dialogues
     python -m petals_lightning.sample.pretrain
 """
 
@@ -14,4 +15,7 @@ MODEL_DIR: Path = Path(__file__).parent / "model"
 REVIEWS_DIR: Path = Path(__file__).parent / "reviews"
 """``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` with the fields ``sentence`` and ``label``."""
 
-__all__ = ["MODEL_DIR", "REVIEWS_DIR"]
+DIALOGUES_DIR: Path = Path(__file__).parent / "dialogues"
+"""``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` with the field ``turns``, the user's first."""
+
+__all__ = ["DIALOGUES_DIR", "MODEL_DIR", "REVIEWS_DIR"]

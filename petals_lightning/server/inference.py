@@ -33,13 +33,14 @@ class SessionCache:
         self.num_bytes, self.last_used = num_bytes, time.monotonic()
         self._max_length = request.max_length
         self._prefix_length = len(request.prefix) if request.prefix is not None else 0
-        self._is_open = False
+        self._is_open, self._is_beyond = False, False
+        self._limit = span.rotary_limit
         layers = [GrowingLayer(self._prefix_length + self._max_length) for _ in span.blocks]
         self._layers = layers[self.start - span.start : self.end - span.start]
         self._cache = SpanCache(layers, self.start - span.start)
 
     def check(self, request: StepRequest) -> None:
-        """Raises ProtocolError if the step is of another shape than the session."""
+        """Raises ProtocolError if the step is of another shape than the session, or cannot go on with its keys."""
         if (request.start, request.end, len(request.hidden)) != (self.start, self.end, self.batch):
             raise ProtocolError(
                 f"a step of blocks {request.start}:{request.end} with batch {len(request.hidden)} in a session of "
@@ -47,12 +48,26 @@ class SessionCache:
             )
         if (end := request.position + request.hidden.shape[1]) > self._max_length:
             raise ProtocolError(f"position {end} is beyond the session's max_length {self._max_length}")
+        if self._is_beyond != self._turns_beyond(request) and request.position > 0:
+            assert self._limit is not None
+            raise ProtocolError(
+                f"position {end}: beyond {self._limit.positions} (virtual tokens counted) this model turns all "
+                "positions by other rotary factors: a session that comes there or back must start anew from position 0"
+            )
 
     def holds(self, request: StepRequest) -> bool:
         """Whether all positions before those of the step are here (and the prefix, once it was computed)."""
         if not self._is_open:
             return request.max_length is not None
         return all(layer.get_seq_length() >= self._prefix_length + request.position for layer in self._layers)
+
+    def _turns_beyond(self, request: StepRequest) -> bool:
+        if self._limit is None:
+            return False
+        end = request.position + request.hidden.shape[1]
+        if request.position_ids is not None:
+            end = int(request.position_ids.max()) + 1
+        return self._limit.is_beyond(self._prefix_length + end)
 
     @torch.inference_mode()  # a few percent faster than no_grad, which counts in steps this short
     def step(self, span: BlockSpan, request: StepRequest) -> dict[str, torch.Tensor]:
@@ -87,7 +102,7 @@ class SessionCache:
         out = span.step(
             self.start, self.end, hidden, self._cache, deep=deep, attention_mask=mask, position_ids=positions
         )
-        self._is_open = True
+        self._is_open, self._is_beyond = True, self._turns_beyond(request)
         outputs = {"hidden": out[:, -(request.keep or request.hidden.shape[1]) :]}
         if request.want_prefix and request.prefix is not None:
             outputs["prefix"] = out[0, :length]  # the same in every sample

@@ -66,15 +66,15 @@ class Backend:
     def graph_size(self, request: ForwardRequest) -> int:
         """Estimated bytes of the request's autograd graph."""
         batch, tokens, _ = request.hidden.shape
-        prefix, blocks = len(request.prefix) if request.prefix is not None else 0, request.end - request.start
-        if not self.span.share_prefix:
+        prefix, blocks = _length(request.prefix), request.end - request.start
+        if not self.span.shares_prefix(prefix, tokens):
             tokens += prefix
         return self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
 
     def cache_size(self, request: StepRequest) -> int:
         """Bytes that the session opened by a request may come to hold."""
         assert request.max_length is not None
-        positions = request.max_length + (len(request.prefix) if request.prefix is not None else 0)
+        positions = request.max_length + _length(request.prefix)
         blocks = request.end - request.start
         return int(len(request.hidden) * positions * blocks * self.cache_bytes_per_token)
 
@@ -111,6 +111,7 @@ class Backend:
                 f"{positions} tokens in one request, this server takes up to {self.limits.max_batch_tokens}: "
                 "use smaller batches or micro-batches"
             )
+        self.span.shares_prefix(len(prefix) if prefix is not None else 0, tokens)  # refuses impossible lengths
 
     def refusal(self, error: Exception, peer: str) -> Refusal:
         """What a client is told when its request ended in an error."""
@@ -382,6 +383,10 @@ class Session:
             await self._writer.send(call_id, message)
         except ConnectionError:
             logger.debug("client …%s left before its answer", self._peer[-6:])
+
+
+def _length(prefix: torch.Tensor | None) -> int:
+    return len(prefix) if prefix is not None else 0
 
 
 def _num_bytes(message: Message) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from petals_lightning.hf.rotary import rotary_limit
 from petals_lightning.hf.skeleton import BlockLayout, sliced_config
 from petals_lightning.server.kv_cache import SpanCache
 from petals_lightning.server.prefix_cache import prefix_cache
@@ -84,6 +85,7 @@ class BlockSpan:
         self.dtype, self.device = parameter.dtype, parameter.device
         self.hidden_size = model.config.get_text_config().hidden_size
         self._config = model.config
+        self.rotary_limit = rotary_limit(model.config)
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self.returns_tuple: bool | None = None  # as the family's blocks do; known after the first pass
         self._views: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
@@ -102,7 +104,7 @@ class BlockSpan:
         prefix_out = None
         if prefix is None:
             out = self._run(_Call(inputs.start, inputs.end, hidden, deep), None)
-        elif self.share_prefix:
+        elif self.shares_prefix(len(prefix), hidden.shape[1]):
             cache = prefix_cache(len(self.blocks), inputs.start - self.start)
             prefix = prefix.to(self.dtype)[None]
             prefix_out = self._run(_Call(inputs.start, inputs.end, prefix, deep), cache)[0]
@@ -116,6 +118,17 @@ class BlockSpan:
         if inputs.rows is not None:
             out = out.reshape(-1, out.shape[-1])[inputs.rows]
         return out, prefix_out
+
+    def shares_prefix(self, prefix: int, tokens: int) -> bool:
+        """Whether a prefix of so many positions runs once for samples of so many tokens.
+
+        Not if it would be turned by other rotary factors than the samples behind it.
+
+        Raises:
+            ProtocolError: the model cannot be served at this length.
+        """
+        limit = self.rotary_limit
+        return not (limit is not None and limit.is_beyond(prefix + tokens)) and self.share_prefix
 
     def forward_with_graph(self, inputs: SpanInputs, *, input_grad: bool) -> SpanGraph:
         """As `forward`, keeping what a backward needs; `input_grad` says whether `hidden` needs a gradient."""

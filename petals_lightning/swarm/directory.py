@@ -12,10 +12,13 @@ from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import get_dht_time
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.checks import printable
 from petals_lightning.protocol.records import ServerRecord
 from petals_lightning.protocol.uids import MODELS_KEY, block_uid
 
 logger = logging.getLogger(__name__)
+
+MAX_BLOCKS, MAX_NAME_LENGTH = 4096, 200  # of a model that a stranger lists; the largest have 126 blocks today
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,17 @@ class SwarmDirectory:
         return table
 
     async def models(self) -> list[ModelEntry]:
-        """The models that servers list publicly; malformed entries are left out."""
+        """The models that servers list publicly, with names that are safe to show; malformed entries are left out."""
         found = (await self._dht.get_many([MODELS_KEY], sufficient_expiration_time=math.inf))[MODELS_KEY]
         if found is None or not isinstance(found.value, dict):
             return []
         entries = []
         for prefix, item in found.value.items():
             value = getattr(item, "value", None)  # anybody may store anything
-            if isinstance(value, dict) and type(value.get("num_blocks")) is int:
-                repository = value.get("repository")
-                entries.append(
-                    ModelEntry(str(prefix), value["num_blocks"], repository if isinstance(repository, str) else None)
-                )
+            if not isinstance(value, dict) or printable(str(prefix), MAX_NAME_LENGTH) != prefix:
+                continue
+            count, repository = value.get("num_blocks"), value.get("repository")
+            if type(count) is int and 0 < count <= MAX_BLOCKS:
+                shown = printable(repository, MAX_NAME_LENGTH) if isinstance(repository, str) else None
+                entries.append(ModelEntry(prefix, count, shown))
         return sorted(entries, key=lambda entry: entry.dht_prefix)

@@ -11,15 +11,23 @@ from omegaconf import DictConfig
 from rich import get_console
 from rich.table import Table
 
-from petals_lightning.data import DialogueDataModule, TextClassificationDataModule
-
-_REAL_THING = (
-    "python train.py recipe=sst2_deep_ptune model=llama3_8b data=sst2 "
-    "swarm=private 'swarm.initial_peers=[/ip4/HOST/tcp/PORT/p2p/ID]'"
+from petals_lightning.data import (
+    DialogueDataModule,
+    PlainTextDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
 )
 
+_REAL_THING = "python train.py recipe={recipe} model=llama3_8b {data} swarm=private 'swarm.initial_peers=[{maddr}]'"
+_MADDR = "/ip4/HOST/tcp/PORT/p2p/ID"
+_SAMPLES: dict[type[TextDataModule], tuple[str, str]] = {  # what the sample is, and what to say for one's own
+    TextClassificationDataModule: ("reviews", "data=sst2"),
+    DialogueDataModule: ("dialogues", "data.source=PATH"),
+    PlainTextDataModule: ("reviews", "data=text data.source=PATH"),
+}
 
-def announce(cfg: DictConfig, recipe: str, data: DialogueDataModule | TextClassificationDataModule) -> None:
+
+def announce(cfg: DictConfig, recipe: str, data: TextDataModule) -> None:
     """Says what is about to run, and plainly so if it is only the bundled sample."""
     console = get_console()
     sizes = ", ".join(f"{count:,} {split}" for split, count in data.sizes.items())
@@ -31,11 +39,13 @@ def announce(cfg: DictConfig, recipe: str, data: DialogueDataModule | TextClassi
         markup=False,
     )
     if _is_sample(cfg):
+        kind, real_data = _SAMPLES[type(data)]
         console.print(
-            "\n[bold yellow]This is the bundled sample:[/bold yellow] a toy language model and synthetic reviews,\n"
+            f"\n[bold yellow]This is the bundled sample:[/bold yellow] a toy language model and synthetic {kind},\n"
             "to see that everything works. The real thing, with your own swarm:"
         )
-        console.print(f"    {_REAL_THING}\n", soft_wrap=True, highlight=False, markup=False)
+        command = _REAL_THING.format(recipe=recipe, data=real_data, maddr=_MADDR)
+        console.print(f"    {command}\n", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_results(summary: dict[str, Any], folder: Path) -> None:

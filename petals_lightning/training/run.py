@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
-from petals_lightning.data import DialogueDataModule, TextClassificationDataModule
+from petals_lightning.data import TextClassificationDataModule, TextDataModule
 from petals_lightning.errors import SwarmError
 from petals_lightning.models import save_prompts
 from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
@@ -28,8 +28,6 @@ from petals_lightning.strategies import RemoteBlockStrategy, SwarmSource, load_t
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
 from petals_lightning.training.errors import INTERRUPTED
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
-
-DataModule = DialogueDataModule | TextClassificationDataModule
 
 
 def run(cfg: DictConfig, recipe: str = "run") -> float | None:
@@ -40,7 +38,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
         recipe: the name that the run goes by.
 
     Returns:
-        The best validation score (accuracy; perplexity for dialogues), for sweepers; None if nothing was validated.
+        The best validation score (accuracy, or perplexity of a language model) for sweepers; None if there is none.
 
     Raises:
         PetalsLightningError: a setting is wrong, or the swarm fails. No process is left running.
@@ -74,8 +72,8 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     return summary.summary.get(module.monitor)
 
 
-def _build_data(cfg: DictConfig) -> DataModule:
-    data: DataModule = _partial(cfg.data)(
+def _build_data(cfg: DictConfig) -> TextDataModule:
+    data: TextDataModule = _partial(cfg.data)(
         tokenizer=cfg.model.name, tokenizer_revision=cfg.model.revision, seed=cfg.seed
     )
     data.setup()
@@ -97,7 +95,7 @@ def build_module(
         "revision": cfg.model.revision,
         "dht_prefix": cfg.model.dht_prefix,
     }
-    if get_class(cfg.data._target_) is DialogueDataModule:
+    if get_class(cfg.data._target_) is not TextClassificationDataModule:
         return CausalLMModule(**settings)
     assert num_labels is not None
     return SequenceClassificationModule(num_labels=num_labels, class_names=class_names, **settings)
@@ -141,7 +139,7 @@ def build_trainer(
 def _fit(
     trainer: pl.Trainer,
     module: TuningModule,
-    data: DataModule,
+    data: TextDataModule,
     checkpoint: Path | None,
 ) -> None:
     try:

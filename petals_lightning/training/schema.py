@@ -91,7 +91,7 @@ class AmpConfig:
 class DataConfig:
     _target_: str = MISSING
     source: str = MISSING
-    """A hub dataset id, or a file or folder in jsonl, tsv, csv or parquet; labelled texts: or `bundled`."""
+    """`bundled`, a hub dataset id, or a file or folder in jsonl, tsv, csv, txt or parquet."""
     name: str | None = None
     """The configuration of a hub dataset."""
     train_split: str | None = None
@@ -106,7 +106,7 @@ class DataConfig:
 
 
 @dataclass
-class TextDataConfig(DataConfig):
+class LabelledDataConfig(DataConfig):
     _target_: str = "petals_lightning.data.TextClassificationDataModule"
     text_column: str | None = None
     text_pair_column: str | None = None
@@ -124,6 +124,15 @@ class DialogueDataConfig(DataConfig):
     """Tokens a sample at most; longer dialogues become several samples."""
     use_chat_template: bool = True
     """False takes the simple form even if the tokenizer has a chat template."""
+    batch_size: int = 16
+
+
+@dataclass
+class PlainTextDataConfig(DataConfig):
+    _target_: str = "petals_lightning.data.PlainTextDataModule"
+    text_column: str | None = None
+    max_length: int = 256
+    """Tokens a sample."""
     batch_size: int = 16
 
 
@@ -217,8 +226,9 @@ def register_schema() -> None:
         "no_swarm": SwarmConfig,
         "tuning": TuningConfig,
         "amp": AmpConfig,
-        "data": TextDataConfig,
+        "data": LabelledDataConfig,
         "dialogue_data": DialogueDataConfig,
+        "plain_text_data": PlainTextDataConfig,
         "optim": OptimConfig,
         "trainer": TrainerConfig,
         "wandb": WandbConfig,

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
+import pty
+import re
+import select
 import subprocess
 import sys
+import termios
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from petals_lightning.cli.talking import Screen
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.hf.loading import quiet_transformers
-from tests.swarms import PREFIX
+from petals_lightning.server.access import AccessRules
+from tests.swarms import PREFIX, InProcessSwarm
 from tests.text_models import save_tiny_text_model
+
+
+def run_command(
+    command: str, folder: Path, swarm: InProcessSwarm, *arguments: str, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "petals_lightning.cli.main", command, str(folder), *arguments,
+         "--dht-prefix", PREFIX, "--initial-peers", swarm.initial_peers[0]],
+        input=stdin, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -22,11 +43,7 @@ def served(tmp_path, start_swarm):
     swarm = start_swarm(folder, [(0, 2), (2, 4)])
 
     def run(command: str, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "petals_lightning.cli.main", command, str(folder), *arguments,
-             "--dht-prefix", PREFIX, "--initial-peers", swarm.initial_peers[0]],
-            input=stdin, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        return run_command(command, folder, swarm, *arguments, stdin=stdin)
 
     with quiet_transformers():
         local = AutoModelForCausalLM.from_pretrained(str(folder))
@@ -47,6 +64,15 @@ def test_generate_prints_the_continuation(served):
     assert done.stdout == expected + "\n"
 
 
+def test_a_private_swarm_is_entered_with_its_token(tmp_path, start_swarm):
+    folder, token = save_tiny_text_model(tmp_path / "model"), tmp_path / "token"
+    token.write_text("x" * 40)
+    swarm = start_swarm(folder, [(0, 4)], rules=AccessRules(token="x" * 40))
+    done = run_command("generate", folder, swarm, "w1 w2", "--max-new-tokens", "2", "--token-file", str(token))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
 def test_a_piped_chat_answers_line_by_line(served):
     run, local, tokenizer, folder = served
     form, messages, answers = DialogueFormat(tokenizer), [], []
@@ -64,6 +90,92 @@ def test_a_piped_chat_answers_line_by_line(served):
     assert len(spoken) == 4
     assert json.loads(saved.read_text())["messages"] == messages
     assert "/undo  " in done.stderr, "an unknown command shows the help"
+
+
+class TerminalProcess:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *command: str):
+        self._master, terminal = pty.openpty()
+        self.process = subprocess.Popen(
+            command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(terminal)
+        self.shown = ""
+
+    def wait_for(self, text: str, timeout: float = 90.0) -> str:
+        """What was shown since the last call, up to `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in self.shown:
+            ready, _, _ = select.select([self._master], [], [], max(deadline - time.monotonic(), 0))
+            assert ready, f"{text!r} never came: {self.shown!r}"
+            self.shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.shown + os.read(self._master, 4096).decode())
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def type(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def test_a_chat_in_a_terminal(tmp_path, start_swarm):
+    """A lost server is one line and no lost conversation; Ctrl-D leaves, Ctrl-C at the prompt does not."""
+    folder = save_tiny_text_model(tmp_path / "model")
+    swarm = start_swarm(folder, [(0, 2), (2, 4), (2, 4)])
+    terminal = TerminalProcess(
+        sys.executable, "-m", "petals_lightning.cli.main", "chat", str(folder), "--dht-prefix", PREFIX,
+        "--initial-peers", swarm.initial_peers[0], "--temperature", "0", "--max-new-tokens", "5",
+    )  # fmt: skip
+    try:
+        assert "4 blocks on 2 servers; /help lists commands" in terminal.wait_for("> ")
+        terminal.type("w1 w2\n")
+        first = terminal.wait_for("> ")
+        assert "tokens/s" in first
+        terminal.type("\x03")
+        assert "/exit or Ctrl-D leaves" in terminal.wait_for("> ")
+        caches = [(server, server._backend.caches) for server in swarm.servers[1:]]
+        used = [server for server, cache in caches if cache.free_bytes < cache.max_bytes]
+        assert len(used) == 1
+        used[0].stop(timeout=0.1)
+        swarm.servers.remove(used[0])
+        terminal.type("/reset\nw1 w2\n")
+        again = terminal.wait_for("tokens/s")
+        assert said(again) == said(first)
+        assert again.count(f"(server …{used[0].node.peer_id.to_base58()[-6:]}") == 1
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.close()
+
+
+def said(shown: str) -> str:
+    """The answer among what was shown: the line above the count of tokens."""
+    lines = [line.strip() for line in shown.splitlines()]
+    return lines[next(number for number, line in enumerate(lines) if " tokens" in line) - 1]
+
+
+def test_notes_are_short_and_wait_for_who_is_typing(monkeypatch, capsys):
+    screen = Screen()
+    peer = "12D3KooWBt1TEMmu9KCXFis1PMoWUQyx2oBxPu4zmEwqWtxk9zEx"
+    record = logging.LogRecord("x", logging.WARNING, "", 0, f"server {peer}: lost\n" + "why " * 50, None, None)
+
+    def typing(prompt: str) -> str:
+        screen.emit(record)
+        assert capsys.readouterr().err == ""
+        return "hello"
+
+    monkeypatch.setattr("builtins.input", typing)
+    assert screen.read_line("> ") == "hello"
+    (noted,) = capsys.readouterr().err.splitlines()
+    assert noted.startswith("(server …xk9zEx: lost why why")
+    assert noted.endswith("…)")
+    assert len(noted) <= 92
 
 
 def test_mistakes_are_one_line(served):

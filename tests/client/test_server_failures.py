@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,23 +27,6 @@ def checkpoint(tmp_path_factory):
         max_position_embeddings=128, pad_token_id=0,
     )  # fmt: skip
     return save_tiny_checkpoint(config, tmp_path_factory.mktemp("heavier"))
-
-
-@pytest.fixture
-def start_servers(checkpoint) -> Iterator[Callable[..., dict[str, ServerProcess]]]:
-    started: list[ServerProcess] = []
-
-    def start(spans):
-        started.append(ServerProcess(checkpoint, spans[0]).wait_ready())
-        others = [ServerProcess(checkpoint, span, [started[0].maddr]) for span in spans[1:]]
-        started.extend(others)
-        for server in others:
-            server.wait_ready()
-        return {server.peer_id: server for server in started}
-
-    yield start
-    for server in started:
-        server.stop()
 
 
 def load_pair(checkpoint, servers):
@@ -84,7 +67,7 @@ def when_asked(model: torch.nn.Module, action: Callable[[], None]) -> threading.
 @pytest.mark.parametrize("phase", ["connect", "forward", "between", "backward"])
 @pytest.mark.parametrize("spans", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, checkpoint, start_servers):
-    servers = start_servers(spans)
+    servers = start_servers(checkpoint, spans)
     remote, local = load_pair(checkpoint, servers)
     try:
         warm = remote(**batch()).loss  # streams open, speeds measured
@@ -129,7 +112,7 @@ def holder_of_the_graph(loss: torch.Tensor, servers: dict[str, ServerProcess]) -
 
 
 def test_a_hung_server_costs_seconds(checkpoint, start_servers):
-    servers = start_servers([(0, 6), (0, 6)])
+    servers = start_servers(checkpoint, [(0, 6), (0, 6)])
     remote, local = load_pair(checkpoint, servers)
     try:
         loss = remote(**batch()).loss

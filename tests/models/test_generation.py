@@ -69,17 +69,50 @@ def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, star
     assert_steps_equal_one_forward(remote_blocks(remote))
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3", "gpt2"])
-def test_prompts_act_as_in_training(family, tiny_checkpoint, start_swarm):
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "mixtral", "qwen3", "gemma3", "gpt_neox", "gpt2"])
+def test_prompts_act_as_in_training(family, tiny_checkpoint, start_swarm, assistant):
     """The other side runs the whole sequence anew for every token, with the prompts in front: no cache to go wrong."""
     checkpoint = tiny_checkpoint(family)
     swarm = start_swarm(checkpoint, THREE)
     one = {"input_ids": token_ids(1, 5), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
     for mode in ("ptune", "deep_ptune"):
         remote, local = prompted_pair(checkpoint, swarm, {"tuning_mode": mode, "pre_seq_len": P})
-        for way in (one, left_padded(), one | {"num_beams": 2}):
-            options = way | {"max_new_tokens": 8, "pad_token_id": 0}
-            assert torch.equal(remote.generate(**options), local.generate(**options, use_cache=False)), mode
+        sampling = {"do_sample": True, "temperature": 1.3}
+        for way in (one, left_padded(), one | {"num_beams": 2}, one | sampling):
+            options, sequences = way | {"max_new_tokens": 8, "pad_token_id": 0}, []
+            for model, cached in ((remote, {}), (local, {"use_cache": False})):
+                torch.manual_seed(0)
+                sequences.append(model.generate(**options, **cached))
+            assert torch.equal(*sequences), mode
+        options = one | {"max_new_tokens": 8, "pad_token_id": 0}
+        greedy = local.generate(**options, use_cache=False)
+        assert torch.equal(remote.generate(**options, assistant_model=assistant), greedy), "no cache, no assistant"
+
+
+@pytest.mark.parametrize("family", ["falcon", "mixtral", "gemma3"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_server_lost_in_a_generation_with_prompts_changes_no_token(beams, family, tiny_checkpoint, start_swarm):
+    """A batch with padding and prompts; what takes the server's place is cut elsewhere."""
+    checkpoint = tiny_checkpoint(family)
+    swarm = start_swarm(checkpoint, [(0, 2), (2, 4), (0, 1), (1, 3), (3, 4)])
+    remote, local = prompted_pair(checkpoint, swarm, {"tuning_mode": "deep_ptune", "pre_seq_len": P})
+    options = left_padded() | {"max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": None, "num_beams": beams}
+    calls = 0
+
+    def stop_a_server(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            peer = remote.bridge.session.peers[0]
+            lost = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+            lost.stop(timeout=0.1)
+            swarm.servers.remove(lost)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with remote.inference_session(max_length=20):
+        got = remote.generate(**options, stopping_criteria=StoppingCriteriaList([stop_a_server]))
+    assert torch.equal(got, local.generate(**options, use_cache=False))
+    assert remote_blocks(remote).stats.retries == 1
 
 
 def prompted_pair(checkpoint, swarm, options: dict) -> list:
@@ -125,6 +158,71 @@ def test_a_conversation_goes_on_without_sending_the_past_again(llama):
         assert torch.equal(session.tokens, conversation)
     activations = tokens * 2 * 32 * 4  # two servers, hidden size 32, float32
     assert activations < stats.bytes_sent - before < activations + 220 * requests
+
+
+def conversation_turn(local, remote, tokens, mask, new, new_mask, options) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same turn inside the session and by local Hugging Face, which reads all of it anew."""
+    given, given_mask = torch.cat([tokens, new], dim=1), torch.cat([mask, new_mask], dim=1)
+    sequences = []
+    for model, inputs, seen in ((local, given, given_mask), (remote, new, new_mask)):
+        torch.manual_seed(0)
+        sequences.append(model.generate(inputs, attention_mask=seen, **options))
+    expected, got = sequences
+    assert torch.equal(got, expected[:, tokens.shape[1] :])
+    rows = len(expected) // len(given)
+    said = expected[:, given.shape[1] :]
+    ended = torch.isin(said, torch.tensor(EOS)).cumsum(1) - torch.isin(said, torch.tensor(EOS)).long()
+    return expected, torch.cat([given_mask.repeat_interleave(rows, 0), (ended == 0).long()], dim=1)
+
+
+EOS = list(range(0, VOCAB, 6))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "gemma3"])
+def test_batches_and_beams_go_on_in_a_session(family, tiny_checkpoint, start_swarm):
+    """Samples of a batch end their turns at different times; beams and return sequences widen and narrow it."""
+    checkpoint = tiny_checkpoint(family)
+    remote = start_swarm(checkpoint, THREE).load(AutoDistributedModelForCausalLM)
+    local, start = local_model(checkpoint), left_padded()
+    options = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": EOS}
+    empty = torch.empty(3, 0, dtype=torch.long)
+    ways = [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 2}]
+    with remote.inference_session(max_length=64) as session:
+        tokens, mask, padding = empty, empty, 0
+        for turn, way in enumerate(ways):
+            count = len(tokens)
+            new, new_mask = (start["input_ids"], start["attention_mask"]) if not turn else (
+                token_ids(count, 3, seed=turn), torch.ones(count, 3, dtype=torch.long)
+            )  # fmt: skip
+            tokens, mask = conversation_turn(local, remote, tokens, mask, new, new_mask, options | way)
+            assert torch.equal(session.tokens, tokens)
+            assert torch.equal(session.attention_mask, mask)
+            padding += int((mask[:, -5:] == 0).sum())
+        assert padding, "the test is blind: all samples ended together"
+        assert len(tokens) == 6
+        session.select([4, 1])
+        tokens, mask = tokens[[4, 1]], mask[[4, 1]]
+        two = token_ids(2, 2, seed=9), torch.ones(2, 2, dtype=torch.long)
+        conversation_turn(local, remote, tokens, mask, *two, options | {"num_beams": 3, "num_return_sequences": 3})
+    assert remote_blocks(remote).stats.retries == 0
+
+
+def test_a_failed_turn_leaves_a_batch_as_it_was(llama):
+    remote, local, _ = llama
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    ones = torch.ones(2, 4, dtype=torch.long)
+
+    def stop(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        raise RuntimeError("no more")
+
+    with remote.inference_session(max_length=40) as session:
+        before = remote.generate(token_ids(2, 4), attention_mask=ones, **options)
+        for way in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
+            with pytest.raises(RuntimeError, match="no more"):
+                remote.generate(token_ids(2, 4), stopping_criteria=StoppingCriteriaList([stop]), **options | way)
+            assert torch.equal(session.tokens, before)
+        mask = torch.ones_like(before)
+        conversation_turn(local, remote, before, mask, token_ids(2, 4, seed=3), ones, options)
 
 
 def test_a_conversation_can_go_back(llama):
@@ -175,16 +273,16 @@ def test_the_models_generation_config_is_used(tiny_checkpoint, start_swarm, tmp_
 def test_what_a_session_cannot_do_is_refused(llama):
     remote, _, _ = llama
     ids = token_ids(2, 4)
-    with remote.inference_session(max_length=30):
+    with remote.inference_session(max_length=30) as session:
         with pytest.raises(UnsupportedInputError, match="needs input_ids"):
             remote.generate(max_new_tokens=2)
-        with pytest.raises(UnsupportedInputError, match="outside of the inference session"):
-            remote.generate(ids, num_beams=2, max_new_tokens=2)
         with pytest.raises(UnsupportedInputError, match="inside another"), remote.inference_session(max_length=3):
             pass
         remote.generate(ids, max_new_tokens=2, pad_token_id=0)
-        with pytest.raises(UnsupportedInputError, match="goes on with one sample"):
-            remote.generate(ids, max_new_tokens=2)
+        with pytest.raises(UnsupportedInputError, match="has 2 samples, new inputs have 1"):
+            remote.generate(ids[:1], max_new_tokens=2)
+        with pytest.raises(UnsupportedInputError, match=r"samples \[2\]: this session has 2"):
+            session.select([2])
     with (
         remote.inference_session(max_length=5),
         pytest.raises(UnsupportedInputError, match="exceed the session's max_length=5"),

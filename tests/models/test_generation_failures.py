@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 from tests.families import save_tiny_checkpoint
-from tests.swarms import PREFIX, ServerProcess
+from tests.swarms import PREFIX
 
 OPTIONS = {"max_new_tokens": 16, "pad_token_id": 0, "do_sample": False, "eos_token_id": None}
 
@@ -26,17 +26,6 @@ def checkpoint(tmp_path_factory):
         max_position_embeddings=128, pad_token_id=0,
     )  # fmt: skip
     return save_tiny_checkpoint(config, tmp_path_factory.mktemp("conversation"))
-
-
-@pytest.fixture
-def servers(checkpoint):
-    started = [ServerProcess(checkpoint, (0, 4)).wait_ready()]
-    started += [ServerProcess(checkpoint, (0, 4), [started[0].maddr]) for _ in range(3)]
-    for server in started[1:]:
-        server.wait_ready()
-    yield {server.peer_id: server for server in started}
-    for server in started:
-        server.stop()
 
 
 class SignalAfter(BaseStreamer):
@@ -56,8 +45,9 @@ class SignalAfter(BaseStreamer):
         self.put(torch.empty(0))
 
 
-def test_lost_servers_change_no_token(checkpoint, servers):
+def test_lost_servers_change_no_token(checkpoint, start_servers):
     """One conversation: a server is killed in the first turn, one before the second, and one hangs in the third."""
+    servers = start_servers(checkpoint, [(0, 4)] * 4)
     with quiet_transformers():
         local = AutoModelForCausalLM.from_pretrained(str(checkpoint))
     remote = AutoDistributedModelForCausalLM.from_pretrained(

@@ -7,11 +7,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from petals_lightning.data import DialogueDataModule
+from petals_lightning.data import DialogueDataModule, PlainTextDataModule, TextDataModule
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.models.token_logits import token_logits
 from petals_lightning.modules import CausalLMModule
+from petals_lightning.sample import MODEL_DIR
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
 from tests.families import VOCAB
 from tests.swarms import PREFIX
@@ -55,7 +56,7 @@ def test_chosen_logits_and_gradients_are_those_of_the_full_computation(family, t
     assert models[0](input_ids=ids).logits.shape == (3, 8, VOCAB), "the model is as it was"
 
 
-def fit(model: str, data: DialogueDataModule, folder, strategy, epochs: int, **settings) -> Trace:
+def fit(model: str, data: TextDataModule, folder, strategy, epochs: int, **settings) -> Trace:
     torch.manual_seed(0)
     trace = Trace()
     trainer = pl.Trainer(
@@ -76,10 +77,29 @@ def test_tuning_on_real_dialogues_lowers_perplexity_as_a_local_run_does(shared_d
             model, str(shared_data / "dialogue" / "self_dialogue"), limit=24, max_length=64, batch_size=8
         )
         traces.append(fit(model, data, tmp_path, strategy, 1, tuning_mode="deep_ptune", pre_seq_len=8, lr=1e-2))
-    remote, local = traces
+    before, after = assert_same_course(*traces)
+    assert after < 0.8 * before
+
+
+def assert_same_course(remote: Trace, local: Trace) -> tuple[float, float]:
+    """The validation perplexities before and after training."""
     assert len(remote.losses) > 20
     assert remote.losses == pytest.approx(local.losses, rel=1e-4)
     assert remote.perplexities == pytest.approx(local.perplexities, rel=1e-3)
     before, after = remote.perplexities[0], remote.perplexities[-1]
     print(f"validation perplexity {before:.1f} → {after:.1f} in {len(remote.losses)} steps")
-    assert after < 0.8 * before
+    return before, after
+
+
+@pytest.mark.parametrize("kind", [DialogueDataModule, PlainTextDataModule])
+def test_tuning_on_the_bundled_sample_lowers_perplexity_as_a_local_run_does(kind, start_swarm, tmp_path):
+    swarm = start_swarm(MODEL_DIR, [(0, 2), (2, 4)])
+    traces = []
+    for strategy in (RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)), "auto"):
+        data = kind(str(MODEL_DIR), max_length=64)
+        data.setup()
+        for split, samples in data._splits.items():  # a part of it is enough
+            data._splits[split] = type(samples)(samples._samples[: 400 if split == "train" else 60])
+        traces.append(fit(str(MODEL_DIR), data, tmp_path, strategy, 1, pre_seq_len=8, lr=3e-2))
+    before, after = assert_same_course(*traces)
+    assert after < (0.7 if kind is DialogueDataModule else 0.9) * before

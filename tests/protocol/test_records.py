@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.records import ServerRecord, ServerState
+from petals_lightning.protocol.records import MAX_WORD_LENGTH, ServerRecord, ServerState
 
 FULL = ServerRecord(
     ServerState.ONLINE, 12.5, 3, 9, public_name="ours", version="0.1", torch_dtype="bfloat16",
@@ -67,6 +67,23 @@ def test_keys_of_a_wrong_type_are_dropped_alone():
     assert got == ServerRecord(
         ServerState.ONLINE, 12.5, torch_dtype="bfloat16", stream_version=1, fingerprint="abc"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("\x1b[31mred\x1b[0m\x07", "[31mred [0m"),
+        ("two\r\nlines\x9b2J", "two lines 2J"),
+        ("\u202egnp.exe", "gnp.exe"),
+        ("n" * 10_000, "n" * MAX_WORD_LENGTH),
+        ("\x1b\n ", None),
+        ("Zoë's 漢", "Zoë's 漢"),
+    ],
+)
+def test_names_cannot_control_a_terminal(said, shown):
+    extra = dict.fromkeys(("public_name", "version", "torch_dtype"), said) | {"lightning": {"fingerprint": said}}
+    record = ServerRecord.from_value((2, 1.0, extra))
+    assert [record.public_name, record.version, record.torch_dtype, record.fingerprint] == [shown] * 4
 
 
 @pytest.mark.parametrize("span", [(5, 5), (5, 2), (-1, 2), (0, None)])

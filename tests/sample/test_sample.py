@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_lightning.sample import MODEL_DIR, REVIEWS_DIR
+from petals_lightning.sample import DIALOGUES_DIR, MODEL_DIR, REVIEWS_DIR, make_dialogues
 from petals_lightning.sample.grammar import (
     ALL_WORDS,
     LABELS,
@@ -48,6 +48,35 @@ def test_bundled_reviews_are_what_the_generator_makes(tmp_path):
     for name in SIZES:
         made, bundled = (folder / f"{name}.jsonl" for folder in (tmp_path, REVIEWS_DIR))
         assert made.read_bytes() == bundled.read_bytes(), PARITY_WITH_THE_GRAMMAR
+
+
+def read_dialogues(name: str) -> list[list[str]]:
+    lines = (DIALOGUES_DIR / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line)["turns"] for line in lines]
+
+
+def test_bundled_dialogues_are_what_the_generator_makes(tmp_path):
+    make_dialogues.write_splits(tmp_path)
+    for name, size in make_dialogues.SIZES.items():
+        made, bundled = (folder / f"{name}.jsonl" for folder in (tmp_path, DIALOGUES_DIR))
+        assert made.read_bytes() == bundled.read_bytes(), "run `python -m petals_lightning.sample.make_dialogues`"
+        assert len(read_dialogues(name)) == size
+
+
+def test_answers_follow_from_the_conversation(tokenizer):
+    """The last review tells the side, the question the form; opinion words are split as those of the reviews are."""
+    for name in make_dialogues.SIZES:
+        own = words_of(TRAIN_WORDS if name == "train" else OTHER_WORDS)
+        for turns in read_dialogues(name):
+            label = None
+            for said, answer in zip(turns[::2], turns[1::2], strict=True):
+                ((question, *answers),) = (row for row in make_dialogues.QUESTIONS if said.endswith(row[0]))
+                telling = set(said.removesuffix(question).split())
+                if telling:
+                    assert telling & words_of(ALL_WORDS) <= own
+                    (label,) = (side for side in LABELS if telling & words_of(ALL_WORDS, side))
+                assert answer == answers[label]
+                assert tokenizer.unk_token_id not in tokenizer(f"{said} {answer}")["input_ids"]
 
 
 @pytest.mark.parametrize("name", SIZES)

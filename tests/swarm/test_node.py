@@ -133,9 +133,16 @@ def test_whatever_else_peers_store_is_passed_over(start_node):
     store("m.1", None, {"a": 1})
     store("m.2", None, RECORD.to_value())
     assert read(node) == [{node.peer_id.to_base58(): RECORD}, {}, {}]
-    for subkey, value in [("a", 3), ("b", {"num_blocks": "4"}), ("c", {"num_blocks": 4, "repository": 5})]:
+    for subkey, value in [
+        ("a", 3),
+        ("b", {"num_blocks": "4"}),
+        ("c", {"num_blocks": 4, "repository": 5}),
+        ("d", {"num_blocks": 10**9}),
+        ("e\x1b[2J", {"num_blocks": 4}),
+        ("f", {"num_blocks": 4, "repository": "\x1b]0;title\x07org/f"}),
+    ]:
         store(MODELS_KEY, subkey, value)
-    assert node.run(directory.models()) == [ModelEntry("c", 4, None)]
+    assert node.run(directory.models()) == [ModelEntry("c", 4, None), ModelEntry("f", 4, "]0;title org/f")]
 
 
 def test_a_list_of_models_of_another_kind_is_passed_over(start_node):

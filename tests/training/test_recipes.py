@@ -21,7 +21,6 @@ GROUPS = ("model", "swarm", "tuning", "amp", "data", "optim", "trainer", "logger
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 NEEDED = {
     ("data", "local"): ["data.source=some/folder"],
-    ("data", "dialogue"): ["data.source=some/folder"],
     ("swarm", "private"): ["swarm.initial_peers=[/ip4/127.0.0.1/tcp/31337/p2p/12D3Koo]"],
 }
 

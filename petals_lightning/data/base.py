@@ -1,0 +1,175 @@
+"""What all DataModules share: where their texts come from, and batches of similar length."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from petals_lightning.data.loader import LengthGroupedSampler, ResumableDataLoader
+from petals_lightning.data.sources import BUNDLED, load_splits
+from petals_lightning.data.tokenizers import load_tokenizer
+from petals_lightning.errors import ConfigurationError, DataError
+from petals_lightning.sample import REVIEWS_DIR
+
+log = logging.getLogger(__name__)
+
+Splits = dict[str, datasets.Dataset]
+
+
+class Samples(Protocol):
+    """Samples in memory whose lengths in tokens are known."""
+
+    @property
+    def lengths(self) -> list[int]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Batches of texts; subclasses say how rows become samples (`encoded`) and samples a batch (`collate`).
+
+    S is the longest sample of a batch; padding is on the right. Training batches group samples of similar length, in
+    another order each epoch, fixed by the seed; a resumed run continues in the middle of an epoch. A validation part
+    that is missing is cut from the training part. Nothing is written to disk except what `datasets` caches of the hub.
+
+    Args:
+        tokenizer: the model's hub id or folder.
+        source: `bundled` (the sample in this package), a hub dataset id, or a file or folder in jsonl, tsv, csv, txt or
+            parquet.
+        name: the configuration of a hub dataset, e.g. `sst2` of `nyu-mll/glue`.
+        train_split, validation_split, test_split: names of splits or files (without suffix) where they are unusual.
+        validation_fraction: share of the training part that becomes validation where there is none.
+        max_length: tokens a sample at most.
+        batch_size: samples a training batch.
+        eval_batch_size: samples a validation, test or prediction batch; None takes `batch_size`.
+        seed: fixes the order of training batches and the cut of a missing validation part.
+        tokenizer_revision: the model's revision on the hub.
+        token: for private models on the hub; None uses the login of this machine.
+
+    Raises:
+        ConfigurationError: a value out of range; the message names the setting.
+        DataError (in `setup`): nothing is there, or it is not what the module reads.
+        CheckpointError (in `setup`): the model has no usable tokenizer.
+    """
+
+    bundled: Path = REVIEWS_DIR
+    """The folder that the source `bundled` stands for."""
+
+    def __init__(
+        self,
+        tokenizer: str,
+        source: str = BUNDLED,
+        *,
+        name: str | None = None,
+        train_split: str | None = None,
+        validation_split: str | None = None,
+        test_split: str | None = None,
+        validation_fraction: float = 0.1,
+        max_length: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        seed: int = 0,
+        tokenizer_revision: str | None = None,
+        token: str | None = None,
+    ):
+        super().__init__()
+        for setting, value in {"batch_size": batch_size, "max_length": max_length}.items():
+            if value < 1:
+                raise ConfigurationError(f"data.{setting}={value}: must be at least 1")
+        if not 0 < validation_fraction < 1:
+            raise ConfigurationError(f"data.validation_fraction={validation_fraction}: must be between 0 and 1")
+        self.tokenizer_name, self.tokenizer_revision, self.token = tokenizer, tokenizer_revision, token
+        self.source, self.name = source, name
+        named = {"train": train_split, "validation": validation_split, "test": test_split}
+        self.split_names = {split: given for split, given in named.items() if given is not None}
+        self.validation_fraction, self.seed = validation_fraction, seed
+        self.max_length, self.batch_size = max_length, batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self._splits: dict[str, Any] = {}
+        self._collate: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, checks and tokenizes everything, once."""
+        # In-memory token ids need no worker processes, and those would be forked from a process full of threads.
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        if self._splits:
+            return
+        raw = load_splits(self.source, self.name, split_names=self.split_names, bundled=self.bundled)
+        tokenizer = load_tokenizer(self.tokenizer_name, revision=self.tokenizer_revision, token=self.token)
+        self._collate = self.collate(tokenizer.pad_token_id)
+        self._splits = dict(self.encoded(raw, tokenizer))
+
+    def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """`Samples` of each split, `validation` among them."""
+        raise NotImplementedError
+
+    def collate(self, pad_token_id: int) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
+        """What makes a batch of samples."""
+        raise NotImplementedError
+
+    @property
+    def has_labelled_test(self) -> bool:
+        """Whether there is a test part that tells how good a model is."""
+        return "test" in self._splits
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Samples of each split."""
+        return {split: len(samples) for split, samples in self._splits.items()}
+
+    @property
+    def description(self) -> str:
+        """What the samples are, for people."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        samples, collate = self._splits["train"], self._collate
+        assert collate is not None
+        sampler = LengthGroupedSampler(samples.lengths, self.batch_size, self.seed)
+        return ResumableDataLoader(samples, sampler, collate, self._batches_done)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._by_length(self._splits["validation"])
+
+    def test_dataloader(self) -> DataLoader:
+        """The test part; where it has no labels, or there is none, validation stands in for it."""
+        if not self.has_labelled_test:
+            log.warning("%s has no labelled test part: testing on validation", self.source)
+            return self.val_dataloader()
+        return self._by_length(self._splits["test"])
+
+    def with_validation(self, raw: Splits) -> Splits:
+        """The splits with `validation` cut from the rows of `train` if it was missing."""
+        if "validation" in raw:
+            return raw
+        if len(raw["train"]) < 2:
+            raise DataError(f"{self.source} has one row and no validation part: give more rows, or a validation file")
+        cut = raw["train"].train_test_split(self.validation_fraction, seed=self.seed)
+        log.info("%s has no validation part: %d rows of train", self.source, len(cut["test"]))
+        return {**raw, "train": cut["train"], "validation": cut["test"]}
+
+    def _by_length(self, samples: Any) -> DataLoader:
+        # Longest first: a batch that is too large for memory fails at once. Metrics do not depend on the order.
+        order = sorted(range(len(samples)), key=samples.lengths.__getitem__, reverse=True)
+        return DataLoader(
+            samples,
+            batch_sampler=BatchSampler(order, self.eval_batch_size, drop_last=False),
+            collate_fn=self._collate,
+            generator=torch.Generator(),
+        )
+
+    def _batches_done(self) -> int:
+        if self.trainer is None:  # used without Lightning
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]

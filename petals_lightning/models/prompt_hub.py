@@ -1,0 +1,75 @@
+"""Saved prompts to the Hugging Face hub, from where `prompts="org/name"` loads them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import HFValidationError, get_token
+
+from petals_lightning.errors import CheckpointError, ConfigurationError, HubError
+from petals_lightning.models.prompt_files import CARD, README, THIS_FOLDER, WEIGHTS, PromptCard
+
+
+def push_prompts_to_hub(
+    folder: str | Path, repo_id: str, *, token: str | None = None, private: bool | None = None
+) -> str:
+    """Uploads prompts that `save_prompts` wrote to the hub's model repository `repo_id`, which is made if missing.
+
+    Args:
+        folder: theirs.
+        repo_id: "org/name".
+        token: with the right to write; None takes HF_TOKEN or the login of this machine.
+        private: whether a repository that is made is private; None: as the organisation's default says.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: the folder holds no prompts.
+        ConfigurationError: `repo_id` is none, or there is no token.
+        HubError: the hub cannot be reached, or refuses.
+    """
+    api = HfApi(token=token)
+    with TemporaryDirectory() as staged:
+        stage(folder, repo_id, Path(staged))
+        if token is None and get_token() is None:
+            raise ConfigurationError(
+                "there is no token for the hub: give token=…, set HF_TOKEN, or run `hf auth login`, with a token that "
+                "may write (https://huggingface.co/settings/tokens)"
+            )
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message="Upload prompts")
+        except HFValidationError as e:
+            raise ConfigurationError(f"repo_id={repo_id!r}: it must be ORG/NAME ({e})") from e
+        except LocalTokenNotFoundError as e:
+            raise ConfigurationError(f"the hub wants a token that may write: {e}") from e
+        except (HTTPError, OSError) as e:
+            raise HubError(
+                f"{folder} was not pushed to {repo_id!r}: {_first_line(e)}. Check the network, that the token may "
+                "write, and that the organisation is yours"
+            ) from e
+    return str(commit.commit_url)
+
+
+def stage(folder: str | Path, repo_id: str, target: Path) -> None:
+    """Copies what is uploaded, and nothing else that may lie in `folder`, to `target`; the card names the repository.
+
+    Raises:
+        CheckpointError: a part is missing, or the card cannot be read.
+    """
+    PromptCard.read(folder)
+    for name in (WEIGHTS, CARD, README):
+        if not (Path(folder) / name).is_file():
+            raise CheckpointError(f"folder {str(folder)!r} has no {name}: give a folder written by save_prompts")
+        shutil.copy(Path(folder) / name, target / name)
+    readme = target / README
+    readme.write_text(readme.read_text(encoding="utf-8").replace(THIS_FOLDER, repo_id), encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,113 @@
+"""Prompts to and from the hub: what is uploaded, what is loaded from its cache, and what failures say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from petals_lightning.errors import CheckpointError, ConfigurationError
+from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, push_prompts_to_hub, save_prompts
+from petals_lightning.models.local import LocalModelForCausalLM
+from petals_lightning.models.prompt_hub import stage
+from tests.families import VOCAB
+
+REPO, COMMIT = "someone/tuned-prompts", "0123456789abcdef0123456789abcdef01234567"
+LOAD = """
+import sys, torch
+from petals_lightning.models.local import LocalModelForCausalLM
+model = LocalModelForCausalLM.from_pretrained(sys.argv[1], prompts=sys.argv[2])
+torch.save(model(torch.load(sys.argv[3])).logits.detach(), sys.argv[4])
+"""
+PUSH = """
+import sys
+from petals_lightning.errors import PetalsLightningError
+from petals_lightning.models import push_prompts_to_hub
+try:
+    push_prompts_to_hub(sys.argv[1], sys.argv[2])
+except PetalsLightningError as e:
+    print(type(e).__name__, e)
+"""
+
+
+@pytest.fixture
+def saved(tiny_checkpoint, tmp_path):
+    """A folder of prompts beside which other files lie, and the model that has them."""
+    model = LocalModelForCausalLM.from_pretrained(
+        str(tiny_checkpoint("llama")), tuning_mode="deep_ptune", pre_seq_len=3
+    )
+    with torch.no_grad():
+        for parameter in prompts_of(model).parameters():
+            parameter.normal_(0, 0.3)
+    folder = tmp_path / "prompts"
+    save_prompts(model, folder, command="python train.py recipe=x")
+    (folder / "secret.txt").write_text("not for the hub")
+    return model, folder
+
+
+def python(script: str, *arguments: object, home: Path, **environment: str) -> str:
+    """The output of a process that has no token and its hub cache below `home`."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=known | {"HF_HOME": str(home), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"} | environment,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_three_files_are_uploaded_and_the_card_names_the_repository(saved, tmp_path):
+    _, folder = saved
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    stage(folder, REPO, staged)
+    assert {path.name for path in staged.iterdir()} == {"README.md", "prompts.json", "prompts.safetensors"}
+    for name in ("prompts.json", "prompts.safetensors"):
+        assert (staged / name).read_bytes() == (folder / name).read_bytes()
+    readme = (staged / "README.md").read_text()
+    assert f"--prompts {REPO} --initial-peers" in readme
+    assert "base_model:" not in readme, "a folder of this machine is no repository"
+
+
+def test_prompts_are_loaded_by_hub_id(saved, tiny_checkpoint, tmp_path):
+    """The hub's cache as its library lays it out, and no network."""
+    model, folder = saved
+    cached = tmp_path / "home" / "hub" / f"models--{REPO.replace('/', '--')}"
+    (cached / "snapshots" / COMMIT).mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    stage(folder, REPO, cached / "snapshots" / COMMIT)
+    ids, logits = torch.randint(1, VOCAB, (2, 7)), tmp_path / "logits.pt"
+    torch.save(ids, tmp_path / "ids.pt")
+    checkpoint = tiny_checkpoint("llama")
+    python(LOAD, checkpoint, REPO, tmp_path / "ids.pt", logits, home=tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert torch.equal(torch.load(logits), model(ids).logits)
+
+
+def test_what_is_not_on_the_hub_says_so(tiny_checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"no prompts at 'someone/nothing': neither a folder .* nor"):
+        AutoDistributedModelForCausalLM.from_pretrained(
+            str(tiny_checkpoint("llama")), prompts="someone/nothing", dht_prefix="x", initial_peers=["x"]
+        )
+
+
+def test_pushing_fails_in_one_clear_line(saved, tmp_path):
+    _, folder = saved
+    for environment, words in (
+        ({}, "ConfigurationError there is no token for the hub"),
+        ({"HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.1:9"}, f"HubError {folder} was not pushed to '{REPO}': "),
+    ):
+        said = python(PUSH, folder, REPO, home=tmp_path / "empty", **environment)
+        assert said.startswith(words)
+        assert said.count("\n") == 1
+    with pytest.raises(ConfigurationError, match=r"repo_id='a/b/c': it must be ORG/NAME"):
+        push_prompts_to_hub(folder, "a/b/c", token="hf_x")
+    with pytest.raises(CheckpointError, match=r"has no prompts\.json"):
+        push_prompts_to_hub(tmp_path, REPO, token="hf_x")
