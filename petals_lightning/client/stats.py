@@ -13,6 +13,7 @@ class TransferStats:
     requests: forward and backward requests answered.
     hedges: requests that were late and were answered by a second server first.
     audits: requests that were computed again elsewhere and compared.
+    handovers: requests that servers handed over to each other, from the first to the last.
     """
 
     bytes_sent: int = 0
@@ -21,3 +22,4 @@ class TransferStats:
     requests: int = 0
     hedges: int = 0
     audits: int = 0
+    handovers: int = 0
