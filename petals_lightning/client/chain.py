@@ -20,6 +20,7 @@ import torch
 
 from petals_lightning.client.audit import Auditor
 from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
+from petals_lightning.client.handover_chain import HandoverChain
 from petals_lightning.client.hedging import race
 from petals_lightning.client.legs import Attempts, ChainGrads, ChainResult, Leg, MicroBatch
 from petals_lightning.client.routing import RouteSpan
@@ -39,6 +40,7 @@ class BlockChain:
     def __init__(self, view: SwarmView, stats: TransferStats):
         self._view, self._stats = view, stats
         self._auditor = Auditor(view, stats, view.config.audit_rate)
+        self._handover = HandoverChain(view, stats)
 
     async def forward(self, batch: MicroBatch, end: int, *, want_prefix: bool) -> ChainResult:
         """Runs blocks [batch.start, end).
@@ -47,15 +49,49 @@ class BlockChain:
             RetriesExhaustedError, NoServersError, RemoteRequestError: see `errors`.
         """
         attempts = Attempts(self._view.config.max_retries, self._stats)
-        return await self._forward(batch, end, want_prefix, attempts)
+        if not (legs := await self._handover.plan(batch, end)):
+            return await self._forward(batch, end, want_prefix, attempts)
+        return await self._handover.run(
+            batch,
+            legs,
+            lambda: self._handover.forward(batch, legs, want_prefix),
+            lambda: self._forward(batch, end, want_prefix, attempts),
+            attempts,
+        )
 
     async def backward(
         self, batch: MicroBatch, result: ChainResult, grad: torch.Tensor, grad_prefix: torch.Tensor | None
     ) -> ChainGrads:
         """Gradients of the inputs of `forward`, whose `result` must be of this batch. Raises as `forward`."""
-        attempts = Attempts(self._view.config.max_retries, self._stats)
+        attempts, legs = Attempts(self._view.config.max_retries, self._stats), list(result.legs)
+
+        async def again() -> ChainGrads:
+            whole = Leg(batch.start, legs[-1].end, batch.hidden, batch.prefix, batch.rows, legs[0].peer)
+            rebuilt = await self._rebuild(batch, whole, attempts)
+            return await self._backward(batch, rebuilt, grad, grad_prefix, attempts)
+
+        if not result.handed_over:
+            return await self._backward(batch, legs, grad, grad_prefix, attempts)
+        if not self._handover.can_go_back(legs):
+            return await again()
+        return await self._handover.run(
+            batch,
+            legs,
+            lambda: self._handover.backward(batch, legs, grad, grad_prefix),
+            again,
+            attempts,
+            cost=BACKWARD_COST,
+        )
+
+    async def _backward(
+        self,
+        batch: MicroBatch,
+        legs: list[Leg],
+        grad: torch.Tensor,
+        grad_prefix: torch.Tensor | None,
+        attempts: Attempts,
+    ) -> ChainGrads:
         deep = torch.zeros(batch.prompts.deep.shape) if batch.prompts is not None else None
-        legs = list(result.legs)
         grad_hidden: torch.Tensor | None = grad
         while legs:
             leg = legs.pop()
@@ -285,9 +321,7 @@ class BlockChain:
         raise failure
 
     def _deep(self, batch: MicroBatch, leg: Leg) -> torch.Tensor | None:
-        if batch.prompts is None:
-            return None
-        return batch.prompts.deep[leg.start - batch.prompts.start : leg.end - batch.prompts.start]
+        return batch.prompts.between(leg.start, leg.end) if batch.prompts is not None else None
 
     def _request(self, leg: Leg, *, want_prefix: bool, input_grad: bool) -> ForwardRequest:
         wire = self._view.wire_dtype(leg.peer)

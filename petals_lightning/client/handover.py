@@ -31,6 +31,7 @@ class Stage:
         answered: told of its answer, which may come after the last server's.
         deadline, clock: as of any call; the clock starts when the server before has handed over.
         call_id: of the request on this stream.
+        is_answered: whether the answer is here.
     """
 
     connection: PeerConnection
@@ -39,6 +40,7 @@ class Stage:
     deadline: float | None = None
     clock: ServiceClock = field(default_factory=ServiceClock)
     call_id: int = 0
+    is_answered: bool = False
 
     def __post_init__(self) -> None:
         self.call_id = self.connection.next_id()
@@ -96,9 +98,13 @@ class Handover:
     def _note(self, number: int, call: asyncio.Task[Message]) -> None:
         if call.cancelled() or call.exception() is not None:
             return  # who waits for it is told; if nobody does any more, the result is there without it
-        if number + 1 < len(self._stages) and self._stages[number + 1].clock.is_held:
-            self._stages[number + 1].clock.restart()
-        self._stages[number].answered(call.result())
+        stage, following = self._stages[number], self._stages[number + 1 : number + 2]
+        stage.clock.hold()
+        for other in following:
+            if other.clock.is_held and not other.is_answered:
+                other.clock.restart()
+        stage.is_answered = True
+        stage.answered(call.result())
 
 
 class HandoverPolicy:
