@@ -173,7 +173,7 @@ class HandoverChain:
             check_backward(leg.peer, asked, own_deep, sent, reply, may_overflow="float16" in dtypes)
             if deep is not None and batch.prompts is not None:
                 deep[leg.start - batch.prompts.start : leg.end - batch.prompts.start] = reply.tensors["deep"].float()
-            leg.graph = None  # the backward has consumed it
+            leg.connection = leg.graph = None  # consumed: who goes back once more starts from the first inputs
         return ChainGrads(replies[-1].tensors.get("hidden"), replies[-1].tensors.get("prefix"), deep)
 
     def _stage(self, batch: MicroBatch, leg: Leg, request: Message, cost: float = 1.0) -> Stage:
