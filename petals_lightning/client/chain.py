@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import TypeVar
 
@@ -55,7 +55,7 @@ class BlockChain:
             batch,
             legs,
             lambda: self._handover.forward(batch, legs, want_prefix),
-            lambda: self._forward(batch, end, want_prefix, attempts),
+            lambda avoid: self._forward(batch, end, want_prefix, attempts, avoid),
             attempts,
         )
 
@@ -65,9 +65,9 @@ class BlockChain:
         """Gradients of the inputs of `forward`, whose `result` must be of this batch. Raises as `forward`."""
         attempts, legs = Attempts(self._view.config.max_retries, self._stats), list(result.legs)
 
-        async def again() -> ChainGrads:
+        async def again(avoid: Collection[str] = ()) -> ChainGrads:
             whole = Leg(batch.start, legs[-1].end, batch.hidden, batch.prefix, batch.rows, legs[0].peer)
-            rebuilt = await self._rebuild(batch, whole, attempts)
+            rebuilt = await self._rebuild(batch, whole, attempts, avoid)
             return await self._backward(batch, rebuilt, grad, grad_prefix, attempts)
 
         if not result.handed_over:
@@ -110,10 +110,17 @@ class BlockChain:
                 deep[leg.start - batch.prompts.start : leg.end - batch.prompts.start] = grads["deep"].float()
         return ChainGrads(grad_hidden, grad_prefix, deep)
 
-    async def _forward(self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts) -> ChainResult:
+    async def _route(self, batch: MicroBatch, start: int, end: int, avoid: Collection[str]) -> list[RouteSpan]:
+        """A route through blocks [start, end), without the peers to avoid if that is possible."""
+        other = self._view.other_route(start, end, tokens=batch.tokens, avoid=avoid) if avoid else None
+        return other or await self._view.route(start, end, tokens=batch.tokens)
+
+    async def _forward(
+        self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts, avoid: Collection[str] = ()
+    ) -> ChainResult:
         legs: list[Leg] = []
         hidden, prefix = batch.hidden, batch.prefix
-        route = await self._view.route(batch.start, end, tokens=batch.tokens)
+        route = await self._route(batch, batch.start, end, avoid)
         while route:
             planned = route.pop(0)
             is_last = planned.end == end
@@ -219,16 +226,16 @@ class BlockChain:
         expected, is_measured = self._view.expected_seconds(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start)
         return patience(expected * cost, is_measured, self._view.config)
 
-    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: Attempts) -> list[Leg]:
+    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: Attempts, avoid: Collection[str] = ()) -> list[Leg]:
         """Legs that take the place of one whose server is lost.
 
         All but the last are run; the last runs with its backward, in one request.
         """
-        *before, last = await self._view.route(leg.start, leg.end, tokens=batch.tokens)
+        *before, last = await self._route(batch, leg.start, leg.end, avoid)
         hidden, prefix, legs = leg.hidden, leg.prefix, []
         if before:
             inner = replace(batch, start=leg.start, hidden=hidden, prefix=prefix, rows=None, input_grad=True)
-            run = await self._forward(inner, last.start, True, attempts)
+            run = await self._forward(inner, last.start, True, attempts, avoid)
             hidden, prefix, legs = run.hidden, run.prefix, run.legs
         return [*legs, Leg(last.start, last.end, hidden, prefix, leg.rows, last.peer_id)]
 

@@ -9,7 +9,7 @@ Shapes: B batch, S tokens, P virtual tokens, H hidden size, N rows that are read
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -73,7 +73,7 @@ class HandoverChain:
         batch: MicroBatch,
         legs: list[Leg],
         handed_over: Callable[[], Awaitable[T]],
-        directly: Callable[[], Awaitable[T]],
+        directly: Callable[[Collection[str]], Awaitable[T]],
         attempts: Attempts,
         *,
         cost: float = 1.0,
@@ -82,6 +82,7 @@ class HandoverChain:
         place of, both.
 
         Args:
+            directly: takes peers to do without, if that is possible.
             cost: how long it should take, in forwards.
 
         Raises:
@@ -99,7 +100,7 @@ class HandoverChain:
                 return None
             elapsed = late.clock.seconds / cost
             self._view.report_slow(late.peer, tokens=batch.tokens, blocks=late.end - late.start, elapsed=elapsed)
-            return _Way(ServiceClock(), directly)
+            return _Way(ServiceClock(), lambda: directly([late.peer]))
 
         hedges = [self._patience(batch, leg, cost).hedge for leg in legs]
         after = max((hedge for hedge in hedges if hedge is not None), default=None)
@@ -108,7 +109,7 @@ class HandoverChain:
             winner, result = await race(first, lambda way: way.run(), after=after, second=second, on_failure=note)
         except (PeerFailure, RemoteRequestError) as e:
             note(e)
-            return await directly()
+            return await directly(())
         if winner is first:
             self._stats.handovers += 1
         else:

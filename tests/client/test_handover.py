@@ -124,7 +124,9 @@ def test_a_server_lost_in_the_middle_changes_nothing(fault, victim, tiny_checkpo
 
 
 @pytest.mark.parametrize("method", ["forward", "backward"])
-def test_a_late_server_in_the_chain_is_not_waited_for(method, tiny_checkpoint, start_swarm):
+def test_a_late_server_in_the_chain_is_not_waited_for(method, tiny_checkpoint, start_swarm, monkeypatch):
+    # On a busy machine the route would change by itself, and who is not used cannot be late.
+    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, (1, 3)])
     remote, local = load_pair(checkpoint, swarm)
