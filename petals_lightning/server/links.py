@@ -13,7 +13,7 @@ from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, STREAM_METHOD, Message, Method
 from petals_lightning.swarm.streams import open_stream
 
-_CONNECT_TIMEOUT = 8.0
+_CONNECT_TIMEOUT = 5.0  # the client waits for it before it goes the direct way
 _MAX_LINKS = 64
 _PATIENCE, _SLOWEST = 10.0, 1 << 17  # seconds for the other server to take a request, and bytes a second on the way
 _LARGE_AT_ONCE = 2  # the other side bounds what is under way on one stream

@@ -170,7 +170,8 @@ class Session:
             case Method.END_SESSION:
                 self._backend.caches.pop((self._number, typed(message.fields, "session", int)))
             case Method.PROMPTS:
-                self._register(typed(message.fields, "key", int), floating(message.tensors, "deep", 3))
+                if not message.dropped:  # else those who wait for them will say that they are lost
+                    self._register(typed(message.fields, "key", int), floating(message.tensors, "deep", 3))
             case Method.FORWARD | Method.BACKWARD | Method.STEP:
                 self._begin(call_id, message)
                 return
