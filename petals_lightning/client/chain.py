@@ -1,7 +1,8 @@
 """Runs a micro-batch through a chain of servers, forward and backward, and around servers that fail.
 
-The client keeps what it sent into every leg until the step is done, so any leg can be run again anywhere: a server
-that dies costs its own leg, not the step. Only failures of peers are retried, within `max_retries`; a request that a
+Where servers may hand over to each other, that is tried first (`handover_chain`); what follows is the direct way. There
+the client keeps what it sent into every leg until the step is done, so any leg can be run again anywhere: a server that
+dies costs its own leg, not the step. Only failures of peers are retried, within `max_retries`; a request that a
 server calls wrong surfaces at once. A leg that is late is tried on a second server too, answers that cannot be right
 count as failures, and a share of answers is audited.
 

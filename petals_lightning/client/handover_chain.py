@@ -114,6 +114,7 @@ class HandoverChain:
             self._stats.handovers += 1
         else:
             self._stats.hedges += 1
+            self._view.handover.avoid([leg.peer for leg in legs], "the direct way was quicker")
         return result
 
     async def forward(self, batch: MicroBatch, legs: list[Leg], want_prefix: bool) -> ChainResult:
@@ -137,7 +138,10 @@ class HandoverChain:
             keys = await asyncio.gather(*(self._prompts_key(batch, leg) for leg in legs))
             for request, key in zip(requests, keys, strict=True):
                 request.prompts_key = key
-        stages = [self._stage(batch, leg, request.to_message()) for leg, request in zip(legs, requests, strict=True)]
+        stages = [
+            self._stage(batch, leg, request.to_message(), 1.0, is_last=leg is legs[-1])
+            for leg, request in zip(legs, requests, strict=True)
+        ]
         for leg, stage in zip(legs, stages, strict=True):
             leg.graph = stage.call_id if batch.keep else None  # until it says otherwise
             stage.answered = self._learns(batch, leg)
@@ -156,7 +160,7 @@ class HandoverChain:
         for leg in legs:
             own_wire = self._view.wire_dtype(leg.peer)
             request = BackwardRequest(sent[0], sent[1] if len(sent) > 1 else None, leg.graph, None, own_wire)
-            stages.append(self._stage(batch, leg, request.to_message(), BACKWARD_COST))
+            stages.append(self._stage(batch, leg, request.to_message(), BACKWARD_COST, is_last=leg is legs[-1]))
         replies = await Handover(stages).all()
         peers = [leg.peer for leg in legs]
         dtypes = [*map(self._view.wire_dtype, peers), *map(self._view.compute_dtype, peers)]
@@ -177,11 +181,12 @@ class HandoverChain:
             leg.connection = leg.graph = None  # consumed: who goes back once more starts from the first inputs
         return ChainGrads(replies[-1].tensors.get("hidden"), replies[-1].tensors.get("prefix"), deep)
 
-    def _stage(self, batch: MicroBatch, leg: Leg, request: Message, cost: float = 1.0) -> Stage:
+    def _stage(self, batch: MicroBatch, leg: Leg, request: Message, cost: float, *, is_last: bool) -> Stage:
         assert leg.connection is not None
         leg.clock = ServiceClock()
         leg.clock.hold()
-        deadline = self._patience(batch, leg, cost).deadline
+        # Before the last one, a server's time includes the way to the next, which is not known here.
+        deadline = self._patience(batch, leg, cost).deadline if is_last else None
         return Stage(leg.connection, request, deadline=deadline, clock=leg.clock)
 
     def _patience(self, batch: MicroBatch, leg: Leg, cost: float) -> Patience:
