@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import psutil
 import pytest
 import torch
 
@@ -81,6 +83,10 @@ def signal_daemon(server: Server, number: signal.Signals) -> None:
     process = server.node._daemon._process
     assert process is not None
     process.send_signal(number)
+    if number is signal.SIGKILL:
+        process.wait(10)
+    while number is signal.SIGSTOP and psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)  # on a busy machine a stopped process's threads go on for a moment, and would answer
 
 
 def strike(server: Server, method: str, number: signal.Signals, struck_in: list[str]) -> None:
