@@ -1,7 +1,8 @@
 """Runs a micro-batch through a chain of servers, forward and backward, and around servers that fail.
 
-The client keeps what it sent into every leg until the step is done, so any leg can be run again anywhere: a server
-that dies costs its own leg, not the step. Only failures of peers are retried, within `max_retries`; a request that a
+Where servers may hand over to each other, that is tried first (`handover_chain`); what follows is the direct way. There
+the client keeps what it sent into every leg until the step is done, so any leg can be run again anywhere: a server that
+dies costs its own leg, not the step. Only failures of peers are retried, within `max_retries`; a request that a
 server calls wrong surfaces at once. A leg that is late is tried on a second server too, answers that cannot be right
 count as failures, and a share of answers is audited.
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ import torch
 
 from petals_lightning.client.audit import Auditor
 from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
+from petals_lightning.client.handover_chain import HandoverChain
 from petals_lightning.client.hedging import race
 from petals_lightning.client.legs import Attempts, ChainGrads, ChainResult, Leg, MicroBatch
 from petals_lightning.client.routing import RouteSpan
@@ -39,6 +41,7 @@ class BlockChain:
     def __init__(self, view: SwarmView, stats: TransferStats):
         self._view, self._stats = view, stats
         self._auditor = Auditor(view, stats, view.config.audit_rate)
+        self._handover = HandoverChain(view, stats)
 
     async def forward(self, batch: MicroBatch, end: int, *, want_prefix: bool) -> ChainResult:
         """Runs blocks [batch.start, end).
@@ -47,15 +50,49 @@ class BlockChain:
             RetriesExhaustedError, NoServersError, RemoteRequestError: see `errors`.
         """
         attempts = Attempts(self._view.config.max_retries, self._stats)
-        return await self._forward(batch, end, want_prefix, attempts)
+        if not (legs := await self._handover.plan(batch, end)):
+            return await self._forward(batch, end, want_prefix, attempts)
+        return await self._handover.run(
+            batch,
+            legs,
+            lambda: self._handover.forward(batch, legs, want_prefix),
+            lambda avoid: self._forward(batch, end, want_prefix, attempts, avoid),
+            attempts,
+        )
 
     async def backward(
         self, batch: MicroBatch, result: ChainResult, grad: torch.Tensor, grad_prefix: torch.Tensor | None
     ) -> ChainGrads:
         """Gradients of the inputs of `forward`, whose `result` must be of this batch. Raises as `forward`."""
-        attempts = Attempts(self._view.config.max_retries, self._stats)
+        attempts, legs = Attempts(self._view.config.max_retries, self._stats), list(result.legs)
+
+        async def again(avoid: Collection[str] = ()) -> ChainGrads:
+            whole = Leg(batch.start, legs[-1].end, batch.hidden, batch.prefix, batch.rows, legs[0].peer)
+            rebuilt = await self._rebuild(batch, whole, attempts, avoid)
+            return await self._backward(batch, rebuilt, grad, grad_prefix, attempts)
+
+        if not result.handed_over:
+            return await self._backward(batch, legs, grad, grad_prefix, attempts)
+        if not self._handover.can_go_back(legs):
+            return await again()
+        return await self._handover.run(
+            batch,
+            legs,
+            lambda: self._handover.backward(batch, legs, grad, grad_prefix),
+            again,
+            attempts,
+            cost=BACKWARD_COST,
+        )
+
+    async def _backward(
+        self,
+        batch: MicroBatch,
+        legs: list[Leg],
+        grad: torch.Tensor,
+        grad_prefix: torch.Tensor | None,
+        attempts: Attempts,
+    ) -> ChainGrads:
         deep = torch.zeros(batch.prompts.deep.shape) if batch.prompts is not None else None
-        legs = list(result.legs)
         grad_hidden: torch.Tensor | None = grad
         while legs:
             leg = legs.pop()
@@ -74,10 +111,17 @@ class BlockChain:
                 deep[leg.start - batch.prompts.start : leg.end - batch.prompts.start] = grads["deep"].float()
         return ChainGrads(grad_hidden, grad_prefix, deep)
 
-    async def _forward(self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts) -> ChainResult:
+    async def _route(self, batch: MicroBatch, start: int, end: int, avoid: Collection[str]) -> list[RouteSpan]:
+        """A route through blocks [start, end), without the peers to avoid if that is possible."""
+        other = self._view.other_route(start, end, tokens=batch.tokens, avoid=avoid) if avoid else None
+        return other or await self._view.route(start, end, tokens=batch.tokens)
+
+    async def _forward(
+        self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts, avoid: Collection[str] = ()
+    ) -> ChainResult:
         legs: list[Leg] = []
         hidden, prefix = batch.hidden, batch.prefix
-        route = await self._view.route(batch.start, end, tokens=batch.tokens)
+        route = await self._route(batch, batch.start, end, avoid)
         while route:
             planned = route.pop(0)
             is_last = planned.end == end
@@ -183,16 +227,16 @@ class BlockChain:
         expected, is_measured = self._view.expected_seconds(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start)
         return patience(expected * cost, is_measured, self._view.config)
 
-    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: Attempts) -> list[Leg]:
+    async def _rebuild(self, batch: MicroBatch, leg: Leg, attempts: Attempts, avoid: Collection[str] = ()) -> list[Leg]:
         """Legs that take the place of one whose server is lost.
 
         All but the last are run; the last runs with its backward, in one request.
         """
-        *before, last = await self._view.route(leg.start, leg.end, tokens=batch.tokens)
+        *before, last = await self._route(batch, leg.start, leg.end, avoid)
         hidden, prefix, legs = leg.hidden, leg.prefix, []
         if before:
             inner = replace(batch, start=leg.start, hidden=hidden, prefix=prefix, rows=None, input_grad=True)
-            run = await self._forward(inner, last.start, True, attempts)
+            run = await self._forward(inner, last.start, True, attempts, avoid)
             hidden, prefix, legs = run.hidden, run.prefix, run.legs
         return [*legs, Leg(last.start, last.end, hidden, prefix, leg.rows, last.peer_id)]
 
@@ -285,9 +329,7 @@ class BlockChain:
         raise failure
 
     def _deep(self, batch: MicroBatch, leg: Leg) -> torch.Tensor | None:
-        if batch.prompts is None:
-            return None
-        return batch.prompts.deep[leg.start - batch.prompts.start : leg.end - batch.prompts.start]
+        return batch.prompts.between(leg.start, leg.end) if batch.prompts is not None else None
 
     def _request(self, leg: Leg, *, want_prefix: bool, input_grad: bool) -> ForwardRequest:
         wire = self._view.wire_dtype(leg.peer)

@@ -20,6 +20,8 @@ class ClientConfig:
     hedge_factor: a request that takes this many times its expected time is tried elsewhere too, and the first answer
         is taken; None never does so.
     audit_rate: share of requests, from 0 to 1, that are computed again on another server and compared.
+    server_to_server: servers of a chain hand activations and gradients over to each other, instead of sending them back
+        here in between. Not with `audit_rate`, which needs what enters every server.
     heartbeat_period: seconds of silence after which a server that owes an answer is asked whether it lives.
     heartbeat_timeout: seconds of silence after which it counts as hung.
     max_retries: how often a part of a step may fail before the step does.
@@ -40,6 +42,7 @@ class ClientConfig:
     deadline_factor: float = 20.0
     hedge_factor: float | None = 4.0
     audit_rate: float = 0.0
+    server_to_server: bool = True
     heartbeat_period: float = 1.0
     heartbeat_timeout: float = 6.0
     max_retries: int = 8

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
@@ -171,11 +172,30 @@ class PeerConnection:
         finally:
             if sent is not None and not sent.done():
                 sent.cancel()
-            if self._pending.pop(call_id, None) is not None and (not answer.done() or answer.cancelled()):
-                self.tell(Message(Method.CANCEL), call_id)
-            if answer.done() and not answer.cancelled():
-                answer.exception()  # seen: whoever asked is told by what was raised here
+            self._forget(call_id, answer)
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
+        if reply.method is Method.ERROR:
+            raise self._error(reply)
+        return reply
+
+    async def expect(
+        self, call_id: int, *, deadline: float | None = None, clock: ServiceClock | None = None
+    ) -> Message:
+        """Waits for the answer to a request that another server hands over to this one. Raises as `call`.
+
+        Args:
+            call_id: from `next_id`.
+            deadline, clock: as in `call`; the clock stands until the caller knows that the request is there.
+        """
+        if self._failure is not None:
+            raise self._failure
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        call = self._pending[call_id] = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout)
+        call.clock.hold()
+        try:
+            reply = await answer
+        finally:
+            self._forget(call_id, answer)
         if reply.method is Method.ERROR:
             raise self._error(reply)
         return reply
@@ -207,6 +227,29 @@ class PeerConnection:
             self._prompts.popitem(last=False)
         return key, sent
 
+    async def give_prompts(self, key: int, deep: torch.Tensor, sent: asyncio.Future[None]) -> None:
+        """Registers deep prompts by themselves, for requests that do not come from here.
+
+        Args:
+            key, sent: from `prompts_key`.
+
+        Raises:
+            PeerFailure: the stream has failed.
+        """
+        try:
+            if self._failure is not None:
+                raise self._failure
+            message = Message(Method.PROMPTS, {"key": key}, {"deep": deep})
+            self._stats.bytes_sent += await self._writer.send(self.next_id(), message)
+            sent.set_result(None)
+        except ConnectionError as e:
+            self._fail(PeerFailure(self.peer, f"the stream broke ({e})"))
+            assert self._failure is not None
+            raise self._failure from None
+        finally:
+            if not sent.done():
+                sent.cancel()
+
     def forget_prompts(self) -> None:
         """The server has dropped registered prompts: they are sent again when next needed."""
         self._prompts.clear()
@@ -220,6 +263,12 @@ class PeerConnection:
     def close(self) -> None:
         self._on_failure = lambda failure: None
         self._fail(PeerFailure(self.peer, "the connection was closed"))
+
+    def _forget(self, call_id: int, answer: asyncio.Future[Message]) -> None:
+        if self._pending.pop(call_id, None) is not None and (not answer.done() or answer.cancelled()):
+            self.tell(Message(Method.CANCEL), call_id)
+        if answer.done() and not answer.cancelled():
+            answer.exception()  # seen: whoever asked is told by what was raised to them
 
     def _error(self, reply: Message) -> Exception:
         code, words = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), 500)

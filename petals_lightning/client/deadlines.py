@@ -27,6 +27,10 @@ class ServiceClock:
         self._since = None
 
     @property
+    def is_held(self) -> bool:
+        return self._since is None
+
+    @property
     def seconds(self) -> float:
         return time.monotonic() - self._since if self._since is not None else 0.0
 

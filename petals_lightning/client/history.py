@@ -11,10 +11,24 @@ import torch
 
 
 @dataclass
+class LateInputs:
+    """Inputs of `length` positions that are still on their way here: `hidden` [B, length, H], when they have come."""
+
+    length: int
+    hidden: torch.Tensor | None = None
+
+
+@dataclass
 class _Inputs:
-    hidden: torch.Tensor  # [B, n, H]
+    source: LateInputs
     position_ids: torch.Tensor | None  # [B, n]; None: they count on from the positions before
     first: int
+    length: int
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        assert self.source.hidden is not None, "inputs that have not come"
+        return self.source.hidden[:, : self.length]
 
 
 class InputHistory:
@@ -24,10 +38,11 @@ class InputHistory:
         self._events: list[_Inputs | torch.Tensor] = []  # a tensor [B] is a reordering of all inputs before it
         self.length = 0
 
-    def append(self, hidden: torch.Tensor, position_ids: torch.Tensor | None = None) -> None:
+    def append(self, hidden: torch.Tensor | LateInputs, position_ids: torch.Tensor | None = None) -> None:
         """Adds the inputs [B, n, H] of the next n positions, with their position_ids [B, n] if they are unusual."""
-        self._events.append(_Inputs(hidden, position_ids, self.length))
-        self.length += hidden.shape[1]
+        source = hidden if isinstance(hidden, LateInputs) else LateInputs(hidden.shape[1], hidden)
+        self._events.append(_Inputs(source, position_ids, self.length, source.length))
+        self.length += source.length
 
     def reorder(self, hypo_ids: torch.Tensor) -> None:
         """From now on sample i has the past of what was sample hypo_ids[i]."""
@@ -44,26 +59,32 @@ class InputHistory:
                     continue
                 size = length - event.first
                 ids = event.position_ids[:, :size] if event.position_ids is not None else None
-                event = _Inputs(event.hidden[:, :size], ids, event.first)
+                event = _Inputs(event.source, ids, event.first, min(size, event.length))
             kept.append(event)
         self._events, self.length = kept, length
+
+    def drop_missing(self) -> None:
+        """Forgets positions from the first one on whose inputs have not come."""
+        missing = (event for event in self._events if isinstance(event, _Inputs) and event.source.hidden is None)
+        if (first := next(missing, None)) is not None:
+            self.crop(first.first)
 
     def read(self, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Inputs [B, T - start, H] of positions from `start` on, and their position_ids if some are unusual."""
         order: torch.Tensor | None = None
-        pieces: list[_Inputs] = []
+        pieces: list[_Piece] = []
         for event in reversed(self._events):
             if not isinstance(event, _Inputs):
                 order = event if order is None else event[order]
                 continue
-            if event.first + event.hidden.shape[1] <= start:
+            if event.first + event.length <= start:
                 break
             skip = max(start - event.first, 0)
             hidden, ids = event.hidden[:, skip:], event.position_ids
             ids = ids[:, skip:] if ids is not None else None
             if order is not None:
                 hidden, ids = hidden[order], ids[order] if ids is not None else None
-            pieces.append(_Inputs(hidden, ids, event.first + skip))
+            pieces.append(_Piece(hidden, ids, event.first + skip))
         if len(pieces) == 1:
             return pieces[0].hidden, pieces[0].position_ids
         pieces.reverse()
@@ -73,7 +94,14 @@ class InputHistory:
         return torch.cat([piece.hidden for piece in pieces], dim=1), positions
 
 
-def _numbered(piece: _Inputs) -> torch.Tensor:
+@dataclass
+class _Piece:
+    hidden: torch.Tensor
+    position_ids: torch.Tensor | None
+    first: int
+
+
+def _numbered(piece: _Piece) -> torch.Tensor:
     if piece.position_ids is not None:
         return piece.position_ids
     batch, count, _ = piece.hidden.shape

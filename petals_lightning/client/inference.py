@@ -9,62 +9,30 @@ Shapes: B batch, n new positions, T positions before and with them, P virtual to
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from petals_lightning.client.chain import Attempts
-from petals_lightning.client.history import InputHistory
-from petals_lightning.client.server_connection import ServerConnection
+from petals_lightning.client.handover_step import hand_over_step, may_hand_over
+from petals_lightning.client.session_leg import SessionLeg
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.view import SwarmView
-from petals_lightning.errors import NoCacheRoomError, NoServersError, PeerFailure, UnsupportedInputError
-from petals_lightning.protocol.messages import ErrorCode, Message, Method
+from petals_lightning.errors import (
+    NoCacheRoomError,
+    NoServersError,
+    PeerFailure,
+    RemoteRequestError,
+    UnsupportedInputError,
+    WrongResult,
+)
+from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.requests import to_wire
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.swarm import SwarmNode
 
 _numbers = itertools.count(1)
-
-
-@dataclass
-class SessionLeg:
-    """Blocks [start, end) of a session on one server.
-
-    Attributes:
-        history: inputs of all positions.
-        prefix: [P, H] that enters the leg, if there are prompts; None until the leg before has run.
-        number: of the session on the server, None while it has none there.
-        held: positions that the server has.
-        reordering: of the batch, of which the server has not been told; None: none.
-    """
-
-    start: int
-    end: int
-    peer: str
-    history: InputHistory = field(default_factory=InputHistory)
-    prefix: torch.Tensor | None = None
-    connection: ServerConnection | None = None
-    number: int | None = None
-    held: int = 0
-    reordering: torch.Tensor | None = None
-
-    def rewind(self, position: int) -> None:
-        """Forgets positions from `position` on; the server does so with the next step."""
-        self.history.crop(position)
-        self.held = min(self.held, position)
-
-    def reorder(self, hypo_ids: torch.Tensor) -> None:
-        self.history.reorder(hypo_ids)
-        self.reordering = hypo_ids if self.reordering is None else self.reordering[hypo_ids]
-
-    def leave(self) -> None:
-        """Gives up what the server has: the next step starts from the inputs kept here."""
-        if self.number is not None and self.connection is not None:
-            self.connection.tell(Message(Method.END_SESSION, {"session": self.number}))
-        self.number, self.held, self.reordering = None, 0, None
 
 
 class InferenceSession:
@@ -230,6 +198,18 @@ class InferenceSession:
         if self._comes_to_switch(position_ids):
             await self._start_anew()
         attempts = Attempts(self._view.config.max_retries, self._stats)
+        if may_hand_over(self._view, self._legs, hidden, self._position):
+            try:
+                out = await hand_over_step(
+                    self._view, self._legs, hidden, self._position, mask=mask, position_ids=position_ids, keep=keep
+                )
+                self._position += hidden.shape[1]
+                self._stats.handovers += 1
+                return out
+            except (PeerFailure, RemoteRequestError) as e:
+                await self._after_handover(e, attempts)
+        for leg in self._legs:
+            leg.settle()
         index, out = 0, hidden
         while index < len(self._legs):
             leg, following = self._legs[index], self._legs[index + 1] if index + 1 < len(self._legs) else None
@@ -259,6 +239,19 @@ class InferenceSession:
         await _leave(self._legs)
         for leg in self._legs[1:]:
             leg.history.crop(0)
+
+    async def _after_handover(self, failure: PeerFailure | RemoteRequestError, attempts: Attempts) -> None:
+        """Whatever failed: the step is run again directly, by others where a server is lost."""
+        # What one server says may be the fault of the one before it: sent directly, that shows.
+        if not isinstance(failure, PeerFailure) or isinstance(failure, WrongResult) or _is_refused(failure):
+            self._view.handover.avoid(self.peers, failure)
+            return
+        attempts.count(failure)
+        index = next(number for number, leg in enumerate(self._legs) if leg.peer == failure.peer)
+        if failure.code == ErrorCode.CACHE_LOST.value:
+            self._legs[index].leave()
+        else:
+            self._legs[index : index + 1] = await self._replace(self._legs[index], failure)
 
     async def _plan(self, start: int, end: int) -> list[SessionLeg]:
         try:
@@ -359,3 +352,7 @@ class InferenceSession:
 async def _leave(legs: list[SessionLeg]) -> None:
     for leg in legs:
         leg.leave()
+
+
+def _is_refused(failure: PeerFailure) -> bool:
+    return failure.code == ErrorCode.NOT_HANDED_OVER.value

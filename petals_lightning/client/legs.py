@@ -29,6 +29,10 @@ class StepPrompts:
     start: int
     version: int
 
+    def between(self, start: int, end: int) -> torch.Tensor:
+        """Those of blocks [start, end)."""
+        return self.deep[start - self.start : end - self.start]
+
 
 @dataclass
 class MicroBatch:
@@ -67,11 +71,15 @@ class Leg:
 
 @dataclass
 class ChainResult:
-    """Output of a micro-batch: hidden [B, S, H] or [N, H], prefix [P, H] or None, and the legs that led there."""
+    """Output of a micro-batch: hidden [B, S, H] or [N, H], prefix [P, H] or None, and the legs that led there.
+
+    `handed_over`: only the first leg has its inputs.
+    """
 
     hidden: torch.Tensor
     prefix: torch.Tensor | None
     legs: list[Leg]
+    handed_over: bool = False
 
 
 @dataclass

@@ -10,9 +10,10 @@ class TransferStats:
     """Attributes:
     bytes_sent, bytes_received: on all streams, headers included.
     retries: parts of steps that were sent again after a failure.
-    requests: forward and backward requests answered.
+    requests: forward and backward requests sent from here and answered.
     hedges: requests that were late and were answered by a second server first.
     audits: requests that were computed again elsewhere and compared.
+    handovers: requests that servers handed over to each other, from the first to the last.
     """
 
     bytes_sent: int = 0
@@ -21,3 +22,4 @@ class TransferStats:
     requests: int = 0
     hedges: int = 0
     audits: int = 0
+    handovers: int = 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
+from petals_lightning.client.handover import HandoverPolicy
 from petals_lightning.client.petals_connection import PetalsConnection
 from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, route_seconds, uncovered
 from petals_lightning.client.server_connection import ServerConnection
@@ -86,6 +87,7 @@ class SwarmView:
         stats: TransferStats,
     ):
         self.node, self.dht_prefix, self.num_blocks, self.config = node, dht_prefix, num_blocks, config
+        self.handover = HandoverPolicy(config)
         self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
         self._returns_tuple = returns_tuple
         self._directory = SwarmDirectory(node.dht)

@@ -120,6 +120,7 @@ class _AutoDistributed:
         max_retries: int = ClientConfig.max_retries,
         recovery_timeout: float = ClientConfig.recovery_timeout,
         audit_rate: float = ClientConfig.audit_rate,
+        server_to_server: bool = ClientConfig.server_to_server,
         swarm_token: str | None = None,
         identity_path: str | None = None,
         allowed_servers: Sequence[str] | None = None,
@@ -141,6 +142,7 @@ class _AutoDistributed:
             connect_timeout, request_timeout: seconds; max_retries: failures that a part of a step survives.
             recovery_timeout: seconds to wait for a block whose every holder has failed.
             audit_rate: share of requests that are computed again on another server and compared.
+            server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
             swarm_token: secret of a private swarm whose servers were started with --token-file.
             identity_path: file of this client's private key, made if missing; its peer id follows from it, by which
                 servers with --allow-peers know it.
@@ -165,6 +167,7 @@ class _AutoDistributed:
             max_retries=max_retries,
             recovery_timeout=recovery_timeout,
             audit_rate=audit_rate,
+            server_to_server=server_to_server,
             swarm_token=swarm_token,
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers or ()),

@@ -40,9 +40,9 @@ class MessageReader:
         max_message_bytes: the largest body accepted, and the bound on the sum of bodies that are under way; memory is
             allocated only within it.
         max_open: how many messages may be under way at once.
-        reserve: asked before memory for a body of so many bytes is allocated; if it says no, the message comes
-            `dropped`, without its tensors. Who gives the bytes back is the caller's affair, but for those of messages
-            that were cancelled under way, which go to `release`.
+        reserve: asked, with the message's method and fields, before memory for a body of so many bytes is allocated;
+            if it says no, the message comes `dropped`, without its tensors. Who gives the bytes back is the caller's
+            affair, but for those of messages that never became complete, which go to `release`.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class MessageReader:
         *,
         max_message_bytes: int,
         max_open: int,
-        reserve: Callable[[int], bool] = lambda num_bytes: True,
-        release: Callable[[int], None] = lambda num_bytes: None,
+        reserve: Callable[[int, Method, dict[str, Any]], bool] = lambda num_bytes, method, fields: True,
+        release: Callable[[int, Method, dict[str, Any]], None] = lambda num_bytes, method, fields: None,
     ):
         self._reader = reader
         self._max_bytes, self._max_open = max_message_bytes, max_open
@@ -92,7 +92,7 @@ class MessageReader:
             under_way = sum(partial.size for partial in self._partial.values() if partial.body is not None)
             if len(self._partial) >= self._max_open or under_way + size > self._max_bytes:
                 raise ProtocolError(f"a message of {size} bytes is over this peer's limit of {self._max_bytes} bytes")
-            body = bytearray(size) if self._reserve(size) else None
+            body = bytearray(size) if self._reserve(size, method, fields) else None
             partial = self._partial[call_id] = _Partial(method, fields, description, size, body)
         elif kind == FrameKind.MORE and call_id in self._partial and not header:
             partial = self._partial[call_id]
@@ -113,10 +113,15 @@ class MessageReader:
         message = Message(partial.method, partial.fields, unpack_tensors(partial.description, partial.body))
         return message, partial.wire_bytes
 
+    def abandon(self) -> None:
+        """Forgets messages that are under way: the stream has ended."""
+        for call_id in list(self._partial):
+            self._forget(call_id)
+
     def _forget(self, call_id: int) -> None:
         partial = self._partial.pop(call_id)
         if partial.body is not None:
-            self._release(partial.size)
+            self._release(partial.size, partial.method, partial.fields)
 
 
 class MessageWriter:

@@ -11,8 +11,10 @@ The client numbers its calls from 1; the server's reply carries the call's numbe
 client's open calls stand: `calls`, a list of [call id, requests that will run before it]; 0 means that it runs or is
 done. A long queue is no hang, an unanswered ping is. `forward` with `keep` leaves its autograd graph on the server
 under the call's number; `backward` names it and sends gradients only. `step` runs new positions behind those whose keys
-and values the server keeps under a session's number, until `end_session`. Graphs, registered prompts and sessions
-belong to their stream and are freed when it ends.
+and values the server keeps under a session's number, until `end_session`. `prompts` registers deep prompts for later
+requests. Graphs, registered prompts and sessions belong to their stream and are freed when it ends.
+
+Servers open such streams to each other for `handover` (see `handover`), which is answered as soon as it is taken.
 
 Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the span, N rows that are read.
 """
@@ -50,6 +52,8 @@ class Method(StrEnum):
     BACKWARD = "backward"
     STEP = "step"
     END_SESSION = "end_session"
+    PROMPTS = "prompts"
+    HANDOVER = "handover"
     CANCEL = "cancel"
     OK = "ok"
     ERROR = "error"
@@ -59,8 +63,8 @@ class ErrorCode(StrEnum):
     """Why a server did not do what it was asked.
 
     BAD_REQUEST and INTERNAL would fail elsewhere too and surface to the user; the others are answered by sending the
-    request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING, NOT_ALLOWED), or here with more (GRAPH_LOST,
-    PROMPTS_LOST, CACHE_LOST).
+    request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING, NOT_ALLOWED), here with more (GRAPH_LOST, PROMPTS_LOST,
+    CACHE_LOST), or without a route (NOT_HANDED_OVER: the next server cannot be reached from here).
     """
 
     BAD_REQUEST = "bad_request"
@@ -72,6 +76,7 @@ class ErrorCode(StrEnum):
     GRAPH_LOST = "graph_lost"
     PROMPTS_LOST = "prompts_lost"
     CACHE_LOST = "cache_lost"
+    NOT_HANDED_OVER = "not_handed_over"
 
 
 @dataclass

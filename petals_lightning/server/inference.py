@@ -32,6 +32,7 @@ class SessionCache:
         self.start, self.end, self.batch = request.start, request.end, len(request.hidden)
         self.num_bytes, self.last_used = num_bytes, time.monotonic()
         self._max_length = request.max_length
+        self.last_call = 0  # id of the newest step
         self._prefix_length = len(request.prefix) if request.prefix is not None else 0
         self._is_open, self._is_beyond = False, False
         self._limit = span.rotary_limit

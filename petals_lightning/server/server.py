@@ -30,6 +30,7 @@ from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.inference import measure_cache_bytes
 from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.links import Links
 from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Backend, Session
@@ -126,7 +127,13 @@ class Server:
             span = self._load(start, end)
             self._compute = ComputeThread()
             self._backend = Backend(
-                span, self._compute, self._limits, info={}, rules=self._rules, peer_id=self.node.peer_id.to_base58()
+                span,
+                self._compute,
+                self._limits,
+                info={},
+                rules=self._rules,
+                peer_id=self.node.peer_id.to_base58(),
+                links=Links(self.node.p2p),
             )
             self._backend.graph_cost = measure_graph_cost(span)
             self._backend.cache_bytes_per_token = measure_cache_bytes(span)
@@ -274,6 +281,8 @@ class Server:
             await asyncio.sleep(0.02)
         for session in list(self._sessions):
             session.cancel()
+        assert self._backend.links is not None
+        self._backend.links.close()
 
     async def _serve_session(
         self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

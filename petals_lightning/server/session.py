@@ -1,19 +1,25 @@
-"""One client's stream: reads its messages, has them computed, answers."""
+"""One client's stream: reads its messages, has them computed, answers.
+
+Another server's stream is read here too: what it hands over goes to the session of the client that permits it, and is
+that client's request from its first byte.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.checks import typed
+from petals_lightning.protocol.checks import floating, typed
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
+from petals_lightning.protocol.handover import Envelope, Hop, carried_tensors, new_stream_key, read_route, split_reply
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
 from petals_lightning.protocol.steps import StepRequest
@@ -23,13 +29,18 @@ from petals_lightning.server.compute import ComputeThread, Priority
 from petals_lightning.server.graphs import GraphCost, GraphStore
 from petals_lightning.server.inference import CacheStore, SessionCache, SessionKey
 from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.links import Links
 from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
 
 logger = logging.getLogger(__name__)
 
 _MAX_PROMPTS = 8  # sets of deep prompts that one stream may have registered; a client needs one or two at a time
+_PROMPTS_PATIENCE = 10.0  # seconds that a request handed over waits for prompts that come from the client itself
+_MAX_GIVEN_UP = 256  # cancelled calls that are remembered, for those that are still on their way through other servers
 stream_numbers = itertools.count()
 """Names what a stream leaves on the server: graphs, caches."""
+
+Handler = Callable[[], Coroutine[Any, Any, Message]]
 
 
 class Refusal(Exception):
@@ -52,9 +63,11 @@ class Backend:
         *,
         rules: AccessRules | None = None,
         peer_id: str = "",
+        links: Links | None = None,
     ):
         self.span, self.compute, self.limits, self.info = span, compute, limits, info
-        self.rules, self.peer_id = rules or AccessRules(), peer_id
+        self.rules, self.peer_id, self.links = rules or AccessRules(), peer_id, links
+        self.sessions: dict[int, Session] = {}
         self.accounts = Accounts(limits)
         self.graphs = GraphStore(limits.graph_bytes, limits.graph_lifetime)
         self.graph_cost = GraphCost(0.0, 0.0)
@@ -138,17 +151,20 @@ class Session:
         limits = backend.limits
         self._gate = Gate(backend.rules, peer, backend.peer_id)
         self._account, self._reserved = Account(), 0
+        self._key, self._has_ended = new_stream_key(), False
         self._reader = MessageReader(
             reader,
             max_message_bytes=limits.max_message_bytes,
             max_open=limits.max_open_requests,
             reserve=self._reserve,
-            release=self._release,
+            release=self._release_partial,
         )
         self._writer = MessageWriter(writer)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._sizes: dict[asyncio.Task[None], int] = {}
         self._prompts: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._prompts_came = asyncio.Event()
+        self._given_up: deque[int] = deque(maxlen=_MAX_GIVEN_UP)
 
     async def serve(self) -> None:
         account = self._backend.accounts.open_stream(self._peer)
@@ -158,6 +174,7 @@ class Session:
             self._writer.close()
             return
         self._account = account
+        self._backend.sessions[self._number] = self
         try:
             while (item := await self._reader.next()) is not None:
                 await self._dispatch(item[0], item[1])
@@ -165,6 +182,7 @@ class Session:
             logger.warning("client …%s breaks the protocol: %s", self._peer[-6:], e)
             await self._reply(0, Message(Method.ERROR, {"code": ErrorCode.BAD_REQUEST.value, "message": str(e)}))
         finally:
+            del self._backend.sessions[self._number]
             tasks = list(self._tasks.values())
             for task in tasks:
                 task.cancel()
@@ -172,13 +190,18 @@ class Session:
             self._backend.caches.drop_stream(self._number)
             self._writer.close()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._reader.abandon()
             self._release(self._reserved)  # also of a message that broke the protocol
+            self._has_ended = True
             self._backend.accounts.close_stream(self._peer)
 
     async def _dispatch(self, call_id: int, message: Message) -> None:
         if message.method is Method.AUTH:
             await self._reply(call_id, self._gate.answer(message.fields))
             self._release(_num_bytes(message))
+            return
+        if message.method is Method.HANDOVER:  # the client's permit stands for this server's own rules
+            await self._reply(call_id, self._take_over(message))
             return
         if not self._gate.is_open:
             await self._reply(call_id, self._gate.refusal())
@@ -187,27 +210,57 @@ class Session:
             case Method.PING:
                 await self._reply(call_id, Message(Method.OK, {"calls": self._standings()}))
             case Method.INFO:
-                await self._reply(call_id, Message(Method.OK, self._backend.info))
+                own = {"stream": self._number, "stream_key": self._key}
+                await self._reply(call_id, Message(Method.OK, self._backend.info | own))
             case Method.CANCEL:
                 if (task := self._tasks.get(call_id)) is not None:
                     task.cancel()
                     self._settle(call_id, task)  # now: the next request may be read before the task can end
+                else:
+                    self._given_up.append(call_id)
             case Method.END_SESSION:
                 self._backend.caches.pop((self._number, typed(message.fields, "session", int)))
+            case Method.PROMPTS:
+                if not message.dropped:  # else those who wait for them will say that they are lost
+                    self._register(typed(message.fields, "key", int), floating(message.tensors, "deep", 3))
             case Method.FORWARD | Method.BACKWARD | Method.STEP:
-                if call_id in self._tasks:
-                    raise ProtocolError(f"call id {call_id} is used twice")
-                # Parsed here and not in the task: registered prompts must be seen in the order they were sent.
-                handler = self._prepare(call_id, message)
-                self._account.requests += 1
-                task = asyncio.create_task(self._answer(call_id, handler))
-                self._tasks[call_id] = task
-                self._sizes[task] = _num_bytes(message)
-                task.add_done_callback(lambda done: self._settle(call_id, done))
+                self._begin(call_id, message)
                 return
             case _:
                 raise ProtocolError(f"a client may not send {message.method.value!r}")
         self._release(_num_bytes(message))
+
+    def _begin(self, call_id: int, message: Message, *, handed_over: bool = False) -> None:
+        if call_id in self._tasks:
+            raise ProtocolError(f"call id {call_id} is used twice")
+        # Parsed here and not in the task: registered prompts must be seen in the order they were sent.
+        handler = self._prepare(call_id, message, handed_over)
+        self._account.requests += 1
+        task = asyncio.create_task(self._answer(call_id, handler))
+        self._tasks[call_id] = task
+        self._sizes[task] = _num_bytes(message)
+        task.add_done_callback(lambda done: self._settle(call_id, done))
+
+    def _take_over(self, message: Message) -> Message:
+        """Begins a request that the server at the other end hands over for one of our clients; says whether."""
+        envelope = Envelope.from_fields(message.fields)
+        client = self._payer(Method.HANDOVER, message.fields)
+        if client is None:
+            words = "no client's stream here permits this (or it has ended)"
+            return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
+        if envelope.call in client._given_up or envelope.call in client._tasks:
+            client._release(_num_bytes(message))
+        else:
+            client._begin(envelope.call, envelope.open(message), handed_over=True)
+        return Message(Method.OK)
+
+    def _payer(self, method: Method, fields: dict[str, Any]) -> Session | None:
+        """Whose share a message of this stream counts on: the client's that has it handed over; None: nobody's."""
+        if method is not Method.HANDOVER:
+            return self if self._gate.is_open else None
+        envelope = Envelope.from_fields(fields)
+        client = self._backend.sessions.get(envelope.stream)
+        return client if client is not None and envelope.is_permitted(client._key, self._peer) else None
 
     def _settle(self, call_id: int, task: asyncio.Task[None]) -> None:
         """A request is answered or given up: what it was charged with is given back, once."""
@@ -216,13 +269,20 @@ class Session:
             self._account.requests -= 1
             self._release(num_bytes)
 
-    def _reserve(self, num_bytes: int) -> bool:
-        if not self._gate.is_open or not self._backend.accounts.reserve(self._account, num_bytes):
+    def _reserve(self, num_bytes: int, method: Method, fields: dict[str, Any]) -> bool:
+        payer = self._payer(method, fields)
+        if payer is None or not self._backend.accounts.reserve(payer._account, num_bytes):
             return False
-        self._reserved += num_bytes
+        payer._reserved += num_bytes
         return True
 
+    def _release_partial(self, num_bytes: int, method: Method, fields: dict[str, Any]) -> None:
+        if (payer := self._payer(method, fields)) is not None:  # else it has ended, and all was given back then
+            payer._release(num_bytes)
+
     def _release(self, num_bytes: int) -> None:
+        if self._has_ended:
+            return
         self._reserved -= num_bytes
         self._backend.accounts.release(self._account, num_bytes)
 
@@ -230,7 +290,7 @@ class Session:
         """For each open call, about how many requests run before it."""
         return [[call_id, self._backend.compute.ahead((self._number, call_id))] for call_id in self._tasks]
 
-    def _prepare(self, call_id: int, message: Message) -> Callable[[], Any]:
+    def _prepare(self, call_id: int, message: Message, handed_over: bool) -> Handler:
         try:
             limits = self._backend.limits
             if self._backend.leaving:
@@ -241,32 +301,40 @@ class Session:
             if message.dropped:
                 words = f"no room: one client may have {limits.max_client_bytes >> 20} MiB of requests open"
                 raise Refusal(ErrorCode.OVERLOADED, words)
-            if message.method is Method.FORWARD:
-                forward = ForwardRequest.from_message(message.fields, message.tensors)
-                self._admit(forward)
-                return lambda: self._forward(call_id, forward)
-            if message.method is Method.STEP:
-                step = StepRequest.from_message(message.fields, message.tensors)
-                self._backend.check_size(step.start, step.end, step.hidden, step.prefix)
-                cache = self._session_cache(step)
-                return lambda: self._step(call_id, step, cache)
-            backward = BackwardRequest.from_message(message.fields, message.tensors)
-            if backward.forward is not None:
-                self._admit(backward.forward)
-            return lambda: self._backward(call_id, backward)
+            route = read_route(message.fields)
+            handler = self._handler(call_id, message, is_last=not route, handed_over=handed_over)
         except ProtocolError as e:
             return _failing(Refusal(ErrorCode.BAD_REQUEST, str(e)))
         except Refusal as e:
             return _failing(e)
+        return (lambda: self._hand_over(handler, message, route)) if route else handler
+
+    def _handler(self, call_id: int, message: Message, *, is_last: bool, handed_over: bool) -> Handler:
+        """Parses and admits a request; what it gives runs it."""
+        if message.method is Method.FORWARD:
+            forward = ForwardRequest.from_message(message.fields, message.tensors)
+            if not is_last:
+                forward.rows = None  # they are the last server's
+            if handed_over and forward.prompts_key is not None and forward.prompts_key not in self._prompts:
+                return lambda: self._forward_with_prompts(call_id, forward)
+            self._admit(forward)
+            return lambda: self._forward(call_id, forward)
+        if message.method is Method.STEP:
+            step = StepRequest.from_message(message.fields, message.tensors)
+            self._backend.check_size(step.start, step.end, step.hidden, step.prefix)
+            cache = self._session_cache(call_id, step)
+            return lambda: self._step(call_id, step, cache)
+        backward = BackwardRequest.from_message(message.fields, message.tensors)
+        if backward.forward is not None:
+            self._admit(backward.forward)
+        return lambda: self._backward(call_id, backward)
 
     def _admit(self, request: ForwardRequest) -> None:
         """Checks a request, and resolves its registered prompts."""
         self._backend.check_size(request.start, request.end, request.hidden, request.prefix)
         if request.prompts_key is not None:
             if request.deep is not None:
-                self._prompts[request.prompts_key] = request.deep
-                while len(self._prompts) > _MAX_PROMPTS:
-                    self._prompts.popitem(last=False)
+                self._register(request.prompts_key, request.deep)
             elif (deep := self._prompts.get(request.prompts_key)) is not None:
                 assert request.prefix is not None
                 if list(deep.shape) != [request.end - request.start, *request.prefix.shape]:
@@ -275,7 +343,25 @@ class Session:
             else:
                 raise Refusal(ErrorCode.PROMPTS_LOST, "these prompts are not registered here any more")
 
-    def _session_cache(self, request: StepRequest) -> SessionCache:
+    def _register(self, key: int, deep: torch.Tensor | None) -> None:
+        if deep is None:
+            raise ProtocolError("the tensor `deep` is missing")
+        self._prompts[key] = deep
+        while len(self._prompts) > _MAX_PROMPTS:
+            self._prompts.popitem(last=False)
+        self._prompts_came.set()
+
+    async def _forward_with_prompts(self, call_id: int, request: ForwardRequest) -> Message:
+        """A forward that came by other servers, before its prompts which come straight from the client."""
+        with suppress(TimeoutError):  # then they are lost, as `_admit` will say
+            async with asyncio.timeout(_PROMPTS_PATIENCE):
+                while request.prompts_key not in self._prompts:
+                    self._prompts_came.clear()
+                    await self._prompts_came.wait()
+        self._admit(request)
+        return await self._forward(call_id, request)
+
+    def _session_cache(self, call_id: int, request: StepRequest) -> SessionCache:
         """The cache that a step goes on with, opened here if the step says so."""
         key = (self._number, request.session)
         if request.max_length is not None:
@@ -284,21 +370,36 @@ class Session:
         if cache is None:
             raise Refusal(ErrorCode.CACHE_LOST, "this session is not held here any more")
         cache.check(request)
+        if call_id <= cache.last_call:  # it was given up, and is late on its way through other servers
+            raise ProtocolError("a newer step of this session was here before this one")
+        cache.last_call = call_id
         return cache
 
-    async def _answer(self, call_id: int, handler: Callable[[], Any]) -> None:
+    async def _answer(self, call_id: int, handler: Handler) -> None:
         self._backend.under_way += 1
         try:
             await self._reply(call_id, await self._result(handler))
         finally:  # not before it is written: a client that does not read its answers must not get more of them made
             self._backend.under_way -= 1
 
-    async def _result(self, handler: Callable[[], Any]) -> Message:
+    async def _result(self, handler: Handler) -> Message:
         try:
             return await handler()
         except Exception as e:
             refusal = self._backend.refusal(e, self._peer)
             return Message(Method.ERROR, {"code": refusal.code.value, "message": str(refusal)})
+
+    async def _hand_over(self, handler: Handler, request: Message, route: list[Hop]) -> Message:
+        """Runs a request and sends the next server what it needs; returns what is left for the client."""
+        onward, home = split_reply(request.method, await handler(), carried_tensors(request), route)
+        links, following = self._backend.links, route[0].peer
+        if links is None:
+            raise Refusal(ErrorCode.NOT_HANDED_OVER, "this server hands nothing over")
+        try:
+            await links.send(following, onward)
+        except ConnectionError as e:
+            raise Refusal(ErrorCode.NOT_HANDED_OVER, f"cannot hand over to server …{following[-6:]}: {e}") from e
+        return home
 
     async def _forward(self, call_id: int, request: ForwardRequest) -> Message:
         backend = self._backend
@@ -393,7 +494,7 @@ def _num_bytes(message: Message) -> int:
     return sum(tensor.nbytes for tensor in message.tensors.values())
 
 
-def _failing(error: Refusal) -> Callable[[], Any]:
+def _failing(error: Refusal) -> Handler:
     async def fail() -> Message:
         raise error
 

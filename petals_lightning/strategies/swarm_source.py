@@ -41,6 +41,7 @@ class SwarmSource(ABC):
         allowed_servers: peer ids to use; None: all.
         blocked_servers: peer ids never to use.
         audit_rate: share of requests that are computed again on another server and compared.
+        server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
         identity_path: file of this client's private key, by which servers with --allow-peers know it; made if missing.
         token_file: file of the secret that a private swarm's servers were given with --token-file.
     """
@@ -54,6 +55,7 @@ class SwarmSource(ABC):
         allowed_servers: list[str] | None = None,
         blocked_servers: list[str] | None = None,
         audit_rate: float | None = None,
+        server_to_server: bool | None = None,
         identity_path: str | None = None,
         token_file: str | None = None,
     ):
@@ -65,6 +67,7 @@ class SwarmSource(ABC):
             "allowed_servers": allowed_servers,
             "blocked_servers": blocked_servers,
             "audit_rate": audit_rate,
+            "server_to_server": server_to_server,
             "identity_path": identity_path,
             "swarm_token": read_token(token_file) if token_file is not None else None,
         }

@@ -42,6 +42,8 @@ class ConnectedSwarmConfig(SwarmConfig):
     blocked_servers: list[str] | None = None
     audit_rate: float | None = None
     """Share of requests, 0 to 1, that are computed again on another server and compared."""
+    server_to_server: bool | None = None
+    """Servers of a chain hand activations over to each other (the default); false: they all come by here."""
     identity_path: str | None = None
     """File of this client's private key, by which servers with --allow-peers know it; made if missing."""
     token_file: str | None = None

@@ -60,7 +60,9 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tiny_checkpoint, st
     batch = right_padded_batch(batch=7)
     assert step(remote, batch) == pytest.approx(step(local, batch), rel=1e-5)
     assert_same_gradients(remote, local, 1e-5)
-    assert remote_blocks(remote).stats.requests == 2 * 2 * 4  # forward and backward, two servers, four micro-batches
+    assert (
+        remote_blocks(remote).stats.handovers == 2 * 4
+    )  # forward and backward, through both servers, four micro-batches
 
 
 def test_a_batch_beyond_the_servers_limits_is_cut_and_queued_to_fit(tiny_checkpoint, start_swarm):

@@ -97,7 +97,7 @@ class Mutator:
             want_prefix=choose([True, False]), wire_dtype=choose(["float32", "float16", "bfloat16"]),
         )  # fmt: skip
         grad = torch.randn(1, HIDDEN) if rows is not None else torch.randn_like(hidden)
-        match self._random.randrange(8):
+        match self._random.randrange(10):
             case 0 | 1 | 2:
                 return forward.to_message()
             case 3 | 4:
@@ -105,6 +105,16 @@ class Mutator:
                 return BackwardRequest(grad, forward=forward).to_message()
             case 5:
                 return BackwardRequest(grad, graph=self._random.randrange(50)).to_message()
+            case 8:
+                fields = {"stream": choose(INTS), "call": choose(INTS), "permit": self._random.randbytes(32)}
+                inner = forward.to_message()
+                fields |= {"method": choose(["forward", "step", "info"]), "fields": inner.fields}
+                return Message(Method.HANDOVER, fields, inner.tensors)
+            case 9:
+                message = forward.to_message() if choose([True, False]) else Message(Method.PROMPTS, {"key": 1})
+                hop = {"peer": "Qm", "stream": choose(INTS), "call": choose(INTS), "permit": b"", "fields": {}}
+                message.fields["route"] = choose([[hop], [hop | {"fields": message.fields.copy()}], hop, []])
+                return message
             case 6:
                 return Message(choose([Method.CANCEL, Method.PING, Method.INFO]))
             case _:

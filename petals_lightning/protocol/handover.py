@@ -1,0 +1,161 @@
+"""Handover: a server sends what it computed straight on to the next one, by a route that the client names.
+
+A request may carry a `route`: a list of hops, one for each server behind. Its server runs its own part, answers the
+client without what goes on, and sends the next server a `handover`: the request that the client would have sent, with
+the rest of the route. There it counts as if it had come on the client's own stream, and is answered on that.
+
+The client proves to the next server that it wants this: with each hop goes a permit, made with a key that only the
+client and the next server know, for one call by one peer.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.checks import WIRE_DTYPES, typed
+from petals_lightning.protocol.messages import Message, Method
+from petals_lightning.protocol.tensors import DTYPES
+
+STREAM_KEY_BYTES = 32
+MAX_HOPS = 256
+_METHODS = {Method.FORWARD, Method.BACKWARD, Method.STEP}
+# What the next server needs besides outputs: `rows` are the last server's, the others are the same for all.
+_CARRIED = {"rows", "hypo_ids", "attention_mask", "position_ids"}
+
+
+def new_stream_key() -> bytes:
+    return secrets.token_bytes(STREAM_KEY_BYTES)
+
+
+def make_permit(stream_key: bytes, bearer: str, call: int) -> bytes:
+    """Lets the peer `bearer` hand over the request under the id `call`, to the server that made the key."""
+    return hmac.digest(
+        stream_key, b"petals_lightning.handover.v1" + call.to_bytes(8, "big") + bearer.encode(), "sha256"
+    )
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One server of a route.
+
+    Attributes:
+        peer: its base58 id.
+        stream: the number of the client's stream there.
+        call: the id under which it answers the client.
+        permit: for who comes before it.
+        fields: of the request for it.
+    """
+
+    peer: str
+    stream: int
+    call: int
+    permit: bytes
+    fields: dict[str, Any]
+
+    def to_value(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_value(cls, value: Any) -> Hop:
+        """Raises ProtocolError if a part is missing or has the wrong type."""
+        if not isinstance(value, dict):
+            raise ProtocolError(f"a hop of a route is {value!r:.60}")
+        hop = cls(
+            typed(value, "peer", str), typed(value, "stream", int), typed(value, "call", int),
+            typed(value, "permit", bytes), typed(value, "fields", dict),
+        )  # fmt: skip
+        if not 0 < hop.call < 1 << 64:
+            raise ProtocolError(f"a hop's call id is {hop.call}")
+        if hop.fields.get("wire_dtype") not in WIRE_DTYPES:
+            raise ProtocolError(f"wire_dtype {hop.fields.get('wire_dtype')!r:.40} is none of {sorted(WIRE_DTYPES)}")
+        return hop
+
+
+def read_route(fields: dict[str, Any]) -> list[Hop]:
+    """The servers behind the one that got a request; empty where there are none.
+
+    Raises:
+        ProtocolError: the route is malformed.
+    """
+    route = fields.get("route", [])
+    if not isinstance(route, list) or len(route) > MAX_HOPS:
+        raise ProtocolError(f"a route is a list of up to {MAX_HOPS} hops, got {route!r:.60}")
+    return [Hop.from_value(value) for value in route]
+
+
+def carried_tensors(request: Message) -> dict[str, torch.Tensor]:
+    """What of a request is for the servers behind too."""
+    return {name: tensor for name, tensor in request.tensors.items() if name in _CARRIED}
+
+
+def split_reply(
+    method: Method, reply: Message, carried: dict[str, torch.Tensor], route: list[Hop]
+) -> tuple[Message, Message]:
+    """What a server sends the next one, and what it answers the client.
+
+    Args:
+        method: of the request.
+        reply: as the client would have got it without a route.
+        carried: from `carried_tensors`.
+        route: at least one hop.
+
+    Raises:
+        ProtocolError: the request did not ask for what the next server needs.
+    """
+    hop, rest = route[0], route[1:]
+    home = dict(reply.tensors)
+    if "hidden" not in home:
+        raise ProtocolError("a route needs input_grad on every server but the first one")
+    if method is Method.STEP:  # its output goes home too: it is the history from which a lost server is rebuilt
+        onward = {"hidden": home["hidden"]}
+    else:
+        names = ("grad", "grad_prefix") if method is Method.BACKWARD else ("hidden", "prefix")
+        onward = {new: home.pop(old) for new, old in zip(names, ("hidden", "prefix"), strict=True) if old in home}
+    onward = {name: tensor.to(DTYPES[hop.fields["wire_dtype"]]) for name, tensor in onward.items()}
+    fields = {
+        "stream": hop.stream,
+        "call": hop.call,
+        "permit": hop.permit,
+        "method": method.value,
+        "fields": hop.fields | {"route": [following.to_value() for following in rest]},
+    }
+    return Message(Method.HANDOVER, fields, onward | carried), Message(reply.method, reply.fields, home)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The fields of a `handover`: which request it is, on which of the server's streams, under which call id."""
+
+    stream: int
+    call: int
+    permit: bytes
+    method: Method
+    fields: dict[str, Any]
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Envelope:
+        """Raises ProtocolError if one is missing or has the wrong type, or the method cannot be handed over."""
+        method = typed(fields, "method", str)
+        if method not in _METHODS:
+            raise ProtocolError(f"{method!r:.40} cannot be handed over")
+        envelope = cls(
+            typed(fields, "stream", int), typed(fields, "call", int), typed(fields, "permit", bytes), Method(method),
+            typed(fields, "fields", dict),
+        )  # fmt: skip
+        if not 0 < envelope.call < 1 << 64:
+            raise ProtocolError(f"a call id is {envelope.call}")
+        return envelope
+
+    def is_permitted(self, stream_key: bytes, bearer: str) -> bool:
+        """Whether the client that knows the key lets the peer `bearer` hand this over."""
+        return hmac.compare_digest(self.permit, make_permit(stream_key, bearer, self.call))
+
+    def open(self, message: Message) -> Message:
+        """The request inside."""
+        return Message(self.method, self.fields, message.tensors, message.dropped)

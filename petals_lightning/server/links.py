@@ -1,0 +1,141 @@
+"""Streams to other servers, on which requests are handed over. All clients share them; each request pays for itself."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import OrderedDict
+
+from hivemind.p2p import P2P
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.framing import MessageReader, MessageWriter
+from petals_lightning.protocol.messages import CHUNK_BYTES, STREAM_METHOD, Message, Method
+from petals_lightning.swarm.streams import open_stream
+
+_CONNECT_TIMEOUT = 5.0  # the client waits for it before it goes the direct way
+_MAX_LINKS = 64
+_PATIENCE, _SLOWEST = 10.0, 1 << 17  # seconds for the other server to take a request, and bytes a second on the way
+_LARGE_AT_ONCE = 2  # the other side bounds what is under way on one stream
+_MAX_ANSWER_BYTES, _MAX_ANSWERS = 1 << 16, 1 << 10
+
+
+class Links:
+    """Opens a stream to each server that something is handed over to, and keeps it. For the event loop only."""
+
+    def __init__(self, p2p: P2P):
+        self._p2p = p2p
+        self._links: OrderedDict[str, asyncio.Task[_Link]] = OrderedDict()
+
+    async def send(self, peer: str, message: Message) -> None:
+        """Returns when the server has taken the request over.
+
+        Raises:
+            ConnectionError: it cannot be reached, or does not take it.
+        """
+        task = self._links.get(peer)
+        if task is None or (task.done() and not _is_open(task)):
+            task = self._links[peer] = asyncio.create_task(self._open(peer))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever waits is told
+        self._links.move_to_end(peer)
+        while len(self._links) > _MAX_LINKS:
+            _end(self._links.popitem(last=False)[1])
+        await (await asyncio.shield(task)).send(message)
+
+    def close(self) -> None:
+        while self._links:
+            _end(self._links.popitem()[1])
+
+    async def _open(self, peer: str) -> _Link:
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT):
+                return _Link(*await open_stream(self._p2p, peer, STREAM_METHOD))
+        except (TimeoutError, ValueError) as e:  # ValueError: what the client named is no peer id
+            raise ConnectionError(f"no stream to it: {str(e) or type(e).__name__}") from e
+
+
+class _Link:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._reader = MessageReader(reader, max_message_bytes=_MAX_ANSWER_BYTES, max_open=_MAX_ANSWERS)
+        self._writer = MessageWriter(writer)
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[Message]] = {}
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        self._cancels: set[asyncio.Task[int]] = set()
+        self.is_open = True
+        self._reading = asyncio.create_task(self._read())
+
+    async def send(self, message: Message) -> None:
+        size = sum(tensor.nbytes for tensor in message.tensors.values())
+        if size <= CHUNK_BYTES:  # one frame: never waits for the large ones
+            await self._send(message, size)
+            return
+        async with self._large:
+            await self._send(message, size)
+
+    async def _send(self, message: Message, size: int) -> None:
+        if not self.is_open:
+            raise ConnectionError("the stream to it ended")
+        number = next(self._numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        is_sent = False
+        try:
+            async with asyncio.timeout(_PATIENCE + size / _SLOWEST):
+                await self._writer.send(number, message)
+                is_sent = True
+                reply = await answer
+        except TimeoutError:
+            self.close("it does not take what is handed over")
+            raise ConnectionError("it does not take what is handed over") from None
+        except asyncio.CancelledError:
+            if not is_sent and self.is_open:  # or the other side would wait for the rest
+                task = asyncio.create_task(self._writer.send(number, Message(Method.CANCEL)))
+                self._cancels.add(task)
+                task.add_done_callback(self._cancels.discard)
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
+        finally:
+            del self._answers[number]
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # seen: whoever asked is told by what was raised here
+        if reply.method is not Method.OK:
+            raise ConnectionError(f"it says: {str(reply.fields.get('message'))[:300]}")
+
+    def close(self, reason: str) -> None:
+        self.is_open = False
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(ConnectionError(reason))
+        if asyncio.current_task() is not self._reading:
+            self._reading.cancel()
+        self._writer.close()
+
+    async def _read(self) -> None:
+        try:
+            while (item := await self._reader.next()) is not None:
+                number, reply, _ = item
+                answer = self._answers.get(number)
+                if answer is not None and not answer.done():
+                    answer.set_result(reply)
+                elif number == 0:
+                    break  # it ends the stream, and says why to nobody in particular
+            self.close("the stream to it ended")
+        except ProtocolError as e:
+            self.close(f"it breaks the protocol: {e}")
+
+
+def _is_open(task: asyncio.Task[_Link]) -> bool:
+    return not task.cancelled() and task.exception() is None and task.result().is_open
+
+
+def _end(task: asyncio.Task[_Link]) -> None:
+    """Closes a link, also one that is still being opened."""
+
+    def close(done: asyncio.Task[_Link]) -> None:
+        if _is_open(done):
+            done.result().close("the stream to it was closed")
+
+    if task.done():
+        close(task)
+    else:
+        task.add_done_callback(close)
