@@ -40,14 +40,23 @@ def start_swarm() -> Iterator[Callable[..., InProcessSwarm]]:
 
 @pytest.fixture
 def start_servers() -> Iterator[Callable[..., dict[str, ServerProcess]]]:
-    """`start_servers(checkpoint, [(0, 2), (2, 4)])` are servers as processes, by peer id; they end with the test."""
+    """`start_servers(checkpoint, [(0, 2), (2, 4)])` are servers as processes, by peer id; they end with the test.
+
+    The numbers in `petals_only` are of those that offer Petals' methods alone.
+    """
     started: list[ServerProcess] = []
 
-    def start(checkpoint: Path, spans: Sequence[tuple[int, int]]) -> dict[str, ServerProcess]:
-        first = ServerProcess(checkpoint, spans[0])
+    def start(
+        checkpoint: Path, spans: Sequence[tuple[int, int]], petals_only: Sequence[int] = ()
+    ) -> dict[str, ServerProcess]:
+        extra = [("--petals-only",) if number in petals_only else () for number in range(len(spans))]
+        first = ServerProcess(checkpoint, spans[0], (), *extra[0])
         started.append(first)
         first.wait_ready()
-        others = [ServerProcess(checkpoint, span, [first.maddr]) for span in spans[1:]]
+        others = [
+            ServerProcess(checkpoint, span, [first.maddr], *options)
+            for span, options in zip(spans[1:], extra[1:], strict=True)
+        ]
         started.extend(others)
         return {server.peer_id: server for server in [first, *(server.wait_ready() for server in others)]}
 

@@ -121,7 +121,10 @@ def test_a_hung_server_costs_seconds(checkpoint, start_servers):
         loss.backward()
         print(f"stall by a hung server: {time.monotonic() - began:.1f} s")
         assert time.monotonic() - began < 20, "the promise is 10 s; this bound leaves room for a busy machine"
-        assert 1 <= remote_blocks(remote).stats.retries + remote_blocks(remote).stats.hedges <= micro_batches(loss)
+        stats, most = remote_blocks(remote).stats, micro_batches(loss)
+        assert stats.retries + stats.hedges >= 1
+        assert stats.retries <= most, "a lost server costs one retry of what it had, once"
+        assert stats.hedges <= most
         local(**batch()).loss.backward()
         got, wanted = prompts_of(remote).deep.grad, prompts_of(local).deep.grad
         assert ((got - wanted).norm() / wanted.norm()).item() < 1e-5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
@@ -17,40 +18,24 @@ conversation_checkpoint = pytest.fixture(scope="module", name="conversation_chec
 ONLY_PETALS, MIXED = (0, 1, 2, 3), (0, 2)
 
 
-@pytest.fixture
-def start_processes() -> Iterator[Callable[..., dict[str, ServerProcess]]]:
-    started: list[ServerProcess] = []
-
-    def start(checkpoint, spans, petals_only):
-        extra = [("--petals-only",) if number in petals_only else () for number in range(len(spans))]
-        started.append(ServerProcess(checkpoint, spans[0], (), *extra[0]).wait_ready())
-        peers = [started[0].maddr]
-        others = [ServerProcess(checkpoint, s, peers, *e) for s, e in zip(spans[1:], extra[1:], strict=True)]
-        started.extend(others)
-        for server in others:
-            server.wait_ready()
-        return {server.peer_id: server for server in started}
-
-    yield start
-    for server in started:
-        server.stop()
+def with_petals(start_servers: Callable, petals_only: Sequence[int]) -> Callable[..., dict[str, ServerProcess]]:
+    return partial(start_servers, petals_only=petals_only)
 
 
 @pytest.mark.parametrize(
     ("phase", "layout", "petals_only"),
     [("between", "same span", ONLY_PETALS), ("backward", "cut elsewhere", MIXED)],
 )
-def test_a_killed_server_changes_no_loss_and_no_gradient(phase, layout, petals_only, checkpoint, start_processes):
+def test_a_killed_server_changes_no_loss_and_no_gradient(phase, layout, petals_only, checkpoint, start_servers):
     steps.test_a_killed_server_changes_no_loss_and_no_gradient(
-        phase, steps.LAYOUTS[layout], checkpoint, lambda spans: start_processes(checkpoint, spans, petals_only)
+        phase, steps.LAYOUTS[layout], checkpoint, with_petals(start_servers, petals_only)
     )
 
 
-def test_a_hung_server_costs_seconds(checkpoint, start_processes):
-    steps.test_a_hung_server_costs_seconds(checkpoint, lambda spans: start_processes(checkpoint, spans, ONLY_PETALS))
+def test_a_hung_server_costs_seconds(checkpoint, start_servers):
+    steps.test_a_hung_server_costs_seconds(checkpoint, with_petals(start_servers, ONLY_PETALS))
 
 
 @pytest.mark.parametrize("petals_only", [ONLY_PETALS, MIXED], ids=["only petals", "mixed"])
-def test_lost_servers_change_no_token(petals_only, conversation_checkpoint, start_processes):
-    servers = start_processes(conversation_checkpoint, [(0, 4)] * 4, petals_only)
-    conversations.test_lost_servers_change_no_token(conversation_checkpoint, servers)
+def test_lost_servers_change_no_token(petals_only, conversation_checkpoint, start_servers):
+    conversations.test_lost_servers_change_no_token(conversation_checkpoint, with_petals(start_servers, petals_only))
