@@ -1,9 +1,9 @@
-"""Autograd graphs that wait for their backward, within a byte budget: oldest out first, and none lives long."""
+"""Autograd graphs that wait for their backward, within a byte budget: who has most loses the oldest."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,13 @@ import torch
 from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
 
 GraphKey = tuple[int, int]  # stream, call id
+
+
+@dataclass(frozen=True)
+class _Kept:
+    graph: SpanGraph
+    client: str
+    until: float  # time.monotonic()
 
 
 class GraphStore:
@@ -23,31 +30,41 @@ class GraphStore:
 
     def __init__(self, max_bytes: int, lifetime: float):
         self.max_bytes, self._lifetime = max_bytes, lifetime
-        self._graphs: OrderedDict[GraphKey, tuple[SpanGraph, float]] = OrderedDict()
-        self.num_bytes = 0
+        self._graphs: OrderedDict[GraphKey, _Kept] = OrderedDict()
+        self._bytes_of: Counter[str] = Counter()
 
-    def put(self, key: GraphKey, graph: SpanGraph) -> None:
-        """Keeps a graph, in place of one under the same key, and drops the oldest beyond the budget."""
+    @property
+    def num_bytes(self) -> int:
+        return self._bytes_of.total()
+
+    def put(self, key: GraphKey, graph: SpanGraph, client: str = "") -> None:
+        """Keeps a graph, in place of one under the same key, and drops others beyond the budget."""
         self.pop(key)
-        self._graphs[key] = graph, time.monotonic() + self._lifetime
-        self.num_bytes += graph.num_bytes
+        self._graphs[key] = _Kept(graph, client, time.monotonic() + self._lifetime)
+        self._bytes_of[client] += graph.num_bytes
         self.expire()
         self.make_room(0)  # other forwards may have been admitted into the same room meanwhile
 
     def make_room(self, num_bytes: int) -> bool:
-        """Drops the oldest graphs until `num_bytes` fit; False if they never will."""
+        """Drops graphs until `num_bytes` fit; False if they never will.
+
+        Of the client that has most the oldest goes first, so that a greedy one does not cost others theirs.
+        """
         if num_bytes > self.max_bytes:
             return False
         while self._graphs and self.num_bytes + num_bytes > self.max_bytes:
-            self.pop(next(iter(self._graphs)))
+            greediest = max(self._bytes_of, key=self._bytes_of.__getitem__)
+            self.pop(next(key for key, kept in self._graphs.items() if kept.client == greediest))
         return True
 
     def pop(self, key: GraphKey) -> SpanGraph | None:
         if key not in self._graphs:
             return None
-        graph, _ = self._graphs.pop(key)
-        self.num_bytes -= graph.num_bytes
-        return graph
+        kept = self._graphs.pop(key)
+        self._bytes_of[kept.client] -= kept.graph.num_bytes
+        if not self._bytes_of[kept.client]:
+            del self._bytes_of[kept.client]
+        return kept.graph
 
     def drop_stream(self, stream: int) -> None:
         """Frees the graphs of a stream that has ended."""
@@ -56,12 +73,12 @@ class GraphStore:
 
     def clear(self) -> None:
         self._graphs.clear()
-        self.num_bytes = 0
+        self._bytes_of.clear()
 
     def expire(self) -> None:
         """Drops graphs that have outlived their time."""
         now = time.monotonic()
-        for key in [key for key, (_, until) in self._graphs.items() if until < now]:
+        for key in [key for key, kept in self._graphs.items() if kept.until < now]:
             self.pop(key)
 
 

@@ -26,6 +26,7 @@ from petals_lightning.protocol.messages import STREAM_METHOD
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.access import AccessRules
+from petals_lightning.server.backend import Backend
 from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.inference import measure_cache_bytes
@@ -33,7 +34,7 @@ from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.links import Links
 from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
-from petals_lightning.server.session import Backend, Session
+from petals_lightning.server.session import Session
 from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry

@@ -34,6 +34,16 @@ def test_room_is_made_by_dropping_the_oldest():
     assert [store.pop((1, call)) is not None for call in (1, 2, 3)] == [False, False, True]
 
 
+def test_a_client_that_has_most_loses_first():
+    store = GraphStore(40, 60)
+    store.put((1, 1), graph(), "modest")
+    for call in range(10):
+        store.put((2, call), graph(), "greedy")
+    assert store.pop((1, 1)) is not None
+    assert [call for call in range(10) if store.pop((2, call))] == [7, 8, 9]
+    assert store.num_bytes == 0
+
+
 def test_what_never_fits_drops_nothing():
     store = GraphStore(30, 60)
     store.put((1, 1), graph())

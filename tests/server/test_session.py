@@ -14,10 +14,11 @@ from petals_lightning.hf.loading import model_class
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
+from petals_lightning.server.backend import Backend
 from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import GraphCost
 from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.session import Backend, Session
+from petals_lightning.server.session import Session
 from petals_lightning.server.span import BlockSpan
 from tests.families import HIDDEN
 

@@ -15,9 +15,10 @@ from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server import links
 from petals_lightning.server.access import AccessRules
+from petals_lightning.server.backend import Backend
 from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import GraphCost
-from petals_lightning.server.session import Backend, Session
+from petals_lightning.server.session import Session
 from petals_lightning.server.span import BlockSpan
 from tests.families import HIDDEN
 from tests.server.test_session import LIMITS, Client, forward, span  # noqa: F401 (a fixture)

@@ -37,11 +37,11 @@ from petals_lightning.protocol.petals.methods import (
 from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.uids import parse_chain
 from petals_lightning.server.access import Gate
+from petals_lightning.server.backend import Backend, Refusal
 from petals_lightning.server.compute import Priority
 from petals_lightning.server.petals.reachability import CALL_ERRORS, Reachability
 from petals_lightning.server.petals.session import PetalsSession
 from petals_lightning.server.petals.stream import Arrival, CallStream, Charge, end_with_error
-from petals_lightning.server.session import Backend, Refusal
 from petals_lightning.server.span import SpanInputs
 
 logger = logging.getLogger(__name__)

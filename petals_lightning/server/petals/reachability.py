@@ -9,7 +9,7 @@ from hivemind.proto import dht_pb2
 
 from petals_lightning.protocol.petals.methods import ReachabilityProtocol
 from petals_lightning.server.access import Gate
-from petals_lightning.server.session import Backend
+from petals_lightning.server.backend import Backend
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import RequestJoiner, to_response
 from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.server.backend import Backend, Refusal, stream_numbers
 from petals_lightning.server.compute import Priority
 from petals_lightning.server.petals.stream import Arrival, CallStream
-from petals_lightning.server.session import Backend, Refusal, stream_numbers
 
 logger = logging.getLogger(__name__)
 

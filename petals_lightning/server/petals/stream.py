@@ -22,7 +22,7 @@ from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
 from petals_lightning.server.admission import Accounts
-from petals_lightning.server.session import Refusal
+from petals_lightning.server.backend import Refusal
 
 _READ_AHEAD = 2  # messages
 _FAREWELL = 2.0  # seconds that a client has to read the error that ends its stream
