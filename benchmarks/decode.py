@@ -121,9 +121,18 @@ def main(
                 remote = AutoDistributedModelForCausalLM.from_pretrained(
                     folder, initial_peers=[maddr], dht_prefix=PREFIX
                 )
-                models = {"swarm": remote, "local": local}
+                models: dict[str, torch.nn.Module] = {"swarm": remote, "local": local}
+                if len(spans) > 1:
+                    models["direct"] = AutoDistributedModelForCausalLM.from_pretrained(
+                        folder, initial_peers=[maddr], dht_prefix=PREFIX, server_to_server=False
+                    )
                 seconds = alternate(models, prompt, new_tokens, repeats)
-                rows.append((f"decode, {name}, tokens/s", *(new_tokens / seconds[side] for side in models)))
+                speeds = {side: new_tokens / elapsed for side, elapsed in seconds.items()}
+                rows.append((f"decode, {name}, tokens/s", speeds["swarm"], speeds["local"]))
+                if "direct" in models:
+                    row = f"decode, {name} that do not hand over, tokens/s", speeds["direct"], speeds["local"]
+                    rows.append(row)
+                    remote_blocks(models["direct"]).close()  # type: ignore[union-attr]
                 if len(spans) == 1:
                     seconds = alternate(models, long_prompt, 1, repeats)
                     rows.append((f"prefill of {prefill} tokens, ms", *(seconds[side] * 1e3 for side in models)))

@@ -61,12 +61,14 @@ def test_slices(tiny_checkpoint, start_kind):
 
 @kinds((ONLY_PETALS, "llama"), (ALTERNATING, "bloom"))
 def test_tokens_and_steps(family, tiny_checkpoint, start_kind, assistant):
-    generation.test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, start_kind, assistant)
+    generation.test_tokens_and_steps_equal_local_hugging_face(
+        family, tiny_checkpoint, start_kind, assistant, hands_over=False
+    )
 
 
 @kinds((ONLY_PETALS, "bloom"), (ALTERNATING, "llama"))
-def test_prompts_in_generation(family, tiny_checkpoint, start_kind):
-    generation.test_prompts_act_as_in_training(family, tiny_checkpoint, start_kind)
+def test_prompts_in_generation(family, tiny_checkpoint, start_kind, assistant):
+    generation.test_prompts_act_as_in_training(family, tiny_checkpoint, start_kind, assistant)
 
 
 @kinds((ALTERNATING,))

@@ -81,7 +81,9 @@ def test_keys_of_a_wrong_type_are_dropped_alone():
     ],
 )
 def test_names_cannot_control_a_terminal(said, shown):
-    extra = dict.fromkeys(("public_name", "version", "torch_dtype"), said) | {"lightning": {"fingerprint": said}}
+    extra = dict.fromkeys(("public_name", "version", "torch_dtype"), said) | {
+        "lightning": {"stream": 1, "fingerprint": said}
+    }
     record = ServerRecord.from_value((2, 1.0, extra))
     assert [record.public_name, record.version, record.torch_dtype, record.fingerprint] == [shown] * 4
 
