@@ -54,8 +54,11 @@ def ways_to_generate(assistant) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("family", sorted(GENERATING))
-def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, start_swarm, assistant, hands_over=True):
-    checkpoint = tiny_checkpoint(family)
+def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, start_swarm, assistant):
+    assert_tokens_and_steps(tiny_checkpoint(family), start_swarm, assistant, hands_over=True)
+
+
+def assert_tokens_and_steps(checkpoint, start_swarm, assistant, *, hands_over):
     local = local_model(checkpoint)
     remote = start_swarm(checkpoint, THREE).load(AutoDistributedModelForCausalLM)
     for name, options in ways_to_generate(assistant).items():

@@ -61,9 +61,7 @@ def test_slices(tiny_checkpoint, start_kind):
 
 @kinds((ONLY_PETALS, "llama"), (ALTERNATING, "bloom"))
 def test_tokens_and_steps(family, tiny_checkpoint, start_kind, assistant):
-    generation.test_tokens_and_steps_equal_local_hugging_face(
-        family, tiny_checkpoint, start_kind, assistant, hands_over=False
-    )
+    generation.assert_tokens_and_steps(tiny_checkpoint(family), start_kind, assistant, hands_over=False)
 
 
 @kinds((ONLY_PETALS, "bloom"), (ALTERNATING, "llama"))
