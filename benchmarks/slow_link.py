@@ -140,10 +140,10 @@ def main(
                 for name, way in ways.items()
             }
             decoding = {n: lambda m=m: generate(m, prompt, new_tokens) / new_tokens for n, m in talkers.items()}
-            seconds = alternate(decoding, max(repeats // 2, 2))  # type: ignore[arg-type]
+            seconds = alternate(decoding, max(repeats // 2, 2))
             rows.append((f"decoded token, {servers} servers: handed over, direct", seconds["ours"], seconds["other"]))
             for model in [*models.values(), *talkers.values()]:
-                remote_blocks(model).close()  # type: ignore[arg-type]
+                remote_blocks(model).close()
     table = Table(title=f"{mbits:g} Mbit/s, {round_trip * 1e3:g} ms round trip, Llama 512 × {blocks}, float32, {case}")
     for column in ("case", "first ms", "second ms", "second / first"):
         table.add_column(column, justify="left" if column == "case" else "right")
