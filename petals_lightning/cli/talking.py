@@ -32,6 +32,7 @@ class ModelOptions:
 
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model whose blocks the swarm serves.")]
     initial_peers: InitialPeers = None
+    public: Annotated[bool, typer.Option("--public", help="Use the public Petals network.")] = False
     dht_prefix: Annotated[
         str | None, typer.Option(help="Name of the model in the swarm; needed for a local folder.")
     ] = None
@@ -111,12 +112,17 @@ def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
     Raises:
         PetalsLightningError: an option is wrong, or the swarm cannot be used.
     """
-    if not options.initial_peers:
+    if bool(options.initial_peers) == options.public:
         raise ConfigurationError(
-            "give --initial-peers MADDR: the address that `petals-lightning serve` or `bootstrap` printed"
+            "give --initial-peers MADDR, the address that `petals-lightning serve` or `bootstrap` printed; "
+            "or --public for the public Petals network"
         )
     logging.basicConfig(handlers=[screen], force=True)
 
+    from petals_lightning.swarm.public import PUBLIC_NOTICE
+
+    if options.public:
+        print(f"this is {PUBLIC_NOTICE}", file=sys.stderr)  # a note on the screen would be cut
     from petals_lightning.data.tokenizers import load_tokenizer
     from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
     from petals_lightning.protocol.auth import read_token

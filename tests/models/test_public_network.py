@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
-from petals_lightning.errors import NoServersError, SwarmConnectionError
+from petals_lightning.cli.talking import ModelOptions, Screen, loaded
+from petals_lightning.errors import ConfigurationError, NoServersError, SwarmConnectionError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.strategies import PublicSwarm, ServedModel
 from petals_lightning.swarm import public
 from tests.swarms import PREFIX
+from tests.text_models import save_tiny_text_model
 
 
 @pytest.fixture
@@ -39,6 +42,22 @@ def test_a_model_without_peers_is_on_the_public_network_and_says_so(tiny_checkpo
     assert notice.levelno == logging.WARNING
     with pytest.raises(NoServersError, match=rf"nobody serves .*'other'.*models listed in this swarm: {PREFIX}"):
         AutoDistributedModel.from_pretrained(str(checkpoint), dht_prefix="other")
+
+
+def test_a_talk_on_the_public_network_must_be_asked_for(tmp_path, start_swarm, bootstrap, capsys):
+    model = save_tiny_text_model(tmp_path)
+    swarm = start_swarm(model, [(0, 2)], petals_only=True)
+    bootstrap(swarm.initial_peers)
+    options = ModelOptions(str(model), dht_prefix=PREFIX, public=True)
+    with loaded(options, Screen()) as (network, _):
+        assert network.generate(torch.tensor([[5, 6]]), max_new_tokens=2, pad_token_id=0).shape[1] > 2
+    assert "machines of strangers" in capsys.readouterr().err
+    for wrong in (replace(options, public=False), replace(options, initial_peers=swarm.initial_peers)):
+        with (
+            pytest.raises(ConfigurationError, match="give --initial-peers MADDR, .*; or --public"),
+            loaded(wrong, Screen()),
+        ):
+            pass
 
 
 def test_a_run_on_the_public_network_says_so_once(tmp_path, tiny_checkpoint, start_swarm, bootstrap, caplog):
