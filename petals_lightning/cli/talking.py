@@ -119,7 +119,7 @@ def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
         )
     logging.basicConfig(handlers=[screen], force=True)
 
-    from petals_lightning.swarm.public import PUBLIC_NOTICE
+    from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
 
     if options.public:
         print(f"this is {PUBLIC_NOTICE}", file=sys.stderr)  # a note on the screen would be cut
@@ -131,7 +131,7 @@ def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
     tokenizer = load_tokenizer(options.model, **hub)
     model = AutoDistributedModelForCausalLM.from_pretrained(
         options.model,
-        initial_peers=options.initial_peers,
+        initial_peers=options.initial_peers or PUBLIC_INITIAL_PEERS,
         dht_prefix=options.dht_prefix,
         prompts=options.prompts,
         swarm_token=read_token(options.token_file) if options.token_file is not None else None,

@@ -46,7 +46,7 @@ def test_a_model_without_peers_is_on_the_public_network_and_says_so(tiny_checkpo
 
 def test_a_talk_on_the_public_network_must_be_asked_for(tmp_path, start_swarm, bootstrap, capsys):
     model = save_tiny_text_model(tmp_path)
-    swarm = start_swarm(model, [(0, 2)], petals_only=True)
+    swarm = start_swarm(model, [(0, 4)], petals_only=True)
     bootstrap(swarm.initial_peers)
     options = ModelOptions(str(model), dht_prefix=PREFIX, public=True)
     with loaded(options, Screen()) as (network, _):
@@ -54,7 +54,7 @@ def test_a_talk_on_the_public_network_must_be_asked_for(tmp_path, start_swarm, b
     assert "machines of strangers" in capsys.readouterr().err
     for wrong in (replace(options, public=False), replace(options, initial_peers=swarm.initial_peers)):
         with (
-            pytest.raises(ConfigurationError, match="give --initial-peers MADDR, .*; or --public"),
+            pytest.raises(ConfigurationError, match="or --public for"),
             loaded(wrong, Screen()),
         ):
             pass
