@@ -155,6 +155,12 @@ def peer_with_the_graph(loss: torch.Tensor) -> str:
     return _parts(loss)[0].result.legs[-1].peer
 
 
+def peers_at_work(blocks: Any) -> list[str]:
+    """Ids of the servers that owe `blocks`, a RemoteSequential, an answer now."""
+    connections = list(blocks._swarm.view._connections.items())
+    return [peer for peer, each in connections if getattr(each, "_pending", None) or getattr(each, "_under_way", 0)]
+
+
 def micro_batches(loss: torch.Tensor) -> int:
     """How many requests the backward of `loss` begins with."""
     return len(_parts(loss))

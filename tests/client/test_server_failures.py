@@ -14,7 +14,7 @@ import transformers
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from tests.families import save_tiny_checkpoint
-from tests.swarms import PREFIX, ServerProcess, micro_batches, peer_with_the_graph
+from tests.swarms import PREFIX, ServerProcess, micro_batches, peer_with_the_graph, peers_at_work
 
 LAYOUTS = {"same span": [(0, 6), (0, 6)], "cut elsewhere": [(0, 6), (0, 2), (2, 6)]}
 
@@ -48,16 +48,14 @@ def batch():
     return {"input_ids": input_ids, "labels": torch.randint(0, 2, (32,), generator=generator)}
 
 
-def when_asked(model: torch.nn.Module, action: Callable[[], None]) -> threading.Thread:
-    """Does `action` shortly after the next request has been sent: while it is computed."""
-    stats = remote_blocks(model).stats
-    sent = stats.bytes_sent
+def when_asked(model: torch.nn.Module, action: Callable[[str], None]) -> threading.Thread:
+    """Tells `action` a server that owes an answer, shortly after it has been asked: while it computes."""
 
     def wait() -> None:
-        while stats.bytes_sent < sent + 5_000:  # more than heartbeats
+        while not (peers := peers_at_work(remote_blocks(model))):
             time.sleep(0.001)
         time.sleep(0.03)
-        action()
+        action(peers[0])
 
     thread = threading.Thread(target=wait)
     thread.start()
@@ -75,17 +73,18 @@ def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, checkpoin
         remote.zero_grad()
         victim = holder_of_the_graph(warm, servers)
 
-        def kill() -> None:
+        def kill(peer: str) -> None:
+            nonlocal victim
+            victim = servers[peer]
             victim.signal(signal.SIGKILL)
 
         if phase == "connect":
-            kill()
+            kill(victim.peer_id)
         killer = when_asked(remote, kill) if phase == "forward" else None
         loss = remote(**batch()).loss
-        if phase in ("between", "backward"):
-            victim = holder_of_the_graph(loss, servers)
         if phase == "between":
-            kill()
+            victim = holder_of_the_graph(loss, servers)
+            kill(victim.peer_id)
             victim.process.wait()
         if phase == "backward":
             killer = when_asked(remote, kill)
