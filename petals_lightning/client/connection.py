@@ -137,19 +137,7 @@ class PeerConnection:
         deadline: float | None = None,
         clock: ServiceClock | None = None,
     ) -> Message:
-        """Sends a request and waits for its reply.
-
-        Args:
-            message: the request.
-            call_id: from `next_id`, if the caller refers to the call later.
-            sent: resolved when the request is on its way.
-            deadline: seconds for which the server may work on it; None takes `request_timeout`.
-            clock: where to count them, for a caller that looks at it too.
-
-        Raises:
-            PeerFailure: the stream or the server failed, or it refused for a reason that others may not have.
-            RemoteRequestError: the server says that the request is wrong or that it fails on it.
-        """
+        """As `ServerConnection.call`; the stream carries it under `call_id`."""
         call_id = call_id if call_id is not None else self.next_id()
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout)

@@ -11,13 +11,11 @@ opinion words: what a tuned model gets right there of what the user liked, it ha
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from random import Random
 
 from petals_lightning.sample import DIALOGUES_DIR
 from petals_lightning.sample.grammar import LABELS, OTHER_WORDS, TRAIN_WORDS, Lexicon, review
+from petals_lightning.sample.splits import write_from_command_line
 
 SEED = 2024
 SIZES = {"train": 1200, "validation": 150, "test": 150}
@@ -56,21 +54,5 @@ def make_splits(seed: int = SEED) -> dict[str, list[dict[str, list[str]]]]:
     return splits
 
 
-def write_splits(output_dir: Path, seed: int = SEED) -> None:
-    """Write ``<split>.jsonl`` files, one ``{"turns": [...]}`` a line, to ``output_dir``."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name, rows in make_splits(seed).items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (output_dir / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=DIALOGUES_DIR)
-    parser.add_argument("--seed", type=int, default=SEED)
-    args = parser.parse_args()
-    write_splits(args.output_dir, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    write_from_command_line(__doc__ or "", make_splits, DIALOGUES_DIR, SEED)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
 from petals_lightning.sample import REVIEWS_DIR
 from petals_lightning.sample.grammar import OTHER_WORDS, TRAIN_WORDS, labelled_reviews
+from petals_lightning.sample.splits import write_from_command_line
 
 SEED = 2023
 SIZES = {"train": 2000, "validation": 600, "test": 600}
@@ -23,21 +20,5 @@ def make_splits(seed: int = SEED) -> dict[str, list[dict]]:
     return splits
 
 
-def write_splits(output_dir: Path, seed: int = SEED) -> None:
-    """Write ``<split>.jsonl`` files, one ``{"sentence": ..., "label": ...}`` a line, to ``output_dir``."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name, rows in make_splits(seed).items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (output_dir / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output-dir", type=Path, default=REVIEWS_DIR)
-    parser.add_argument("--seed", type=int, default=SEED)
-    args = parser.parse_args()
-    write_splits(args.output_dir, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    write_from_command_line(__doc__ or "", make_splits, REVIEWS_DIR, SEED)

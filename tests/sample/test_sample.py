@@ -18,8 +18,9 @@ from petals_lightning.sample.grammar import (
     corpus,
     words_of,
 )
-from petals_lightning.sample.make_reviews import SIZES, write_splits
+from petals_lightning.sample.make_reviews import SIZES, make_splits
 from petals_lightning.sample.pretrain import build_tokenizer
+from petals_lightning.sample.splits import write_splits
 
 PARITY_WITH_THE_GRAMMAR = "run `python -m petals_lightning.sample.make_reviews` and pretrain again"
 
@@ -44,7 +45,7 @@ def test_grammar_gives_the_same_text_for_the_same_seed():
 
 
 def test_bundled_reviews_are_what_the_generator_makes(tmp_path):
-    write_splits(tmp_path)
+    write_splits(make_splits(), tmp_path)
     for name in SIZES:
         made, bundled = (folder / f"{name}.jsonl" for folder in (tmp_path, REVIEWS_DIR))
         assert made.read_bytes() == bundled.read_bytes(), PARITY_WITH_THE_GRAMMAR
@@ -56,7 +57,7 @@ def read_dialogues(name: str) -> list[list[str]]:
 
 
 def test_bundled_dialogues_are_what_the_generator_makes(tmp_path):
-    make_dialogues.write_splits(tmp_path)
+    write_splits(make_dialogues.make_splits(), tmp_path)
     for name, size in make_dialogues.SIZES.items():
         made, bundled = (folder / f"{name}.jsonl" for folder in (tmp_path, DIALOGUES_DIR))
         assert made.read_bytes() == bundled.read_bytes(), "run `python -m petals_lightning.sample.make_dialogues`"
