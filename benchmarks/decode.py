@@ -11,13 +11,14 @@ the local side; in a chain only one of them computes at a time.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
 import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +26,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from benchmarks.rounds import alternate, print_table, save_rows
 from benchmarks.training_step import PREFIX, save_random_llama, start_server
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
@@ -55,17 +55,10 @@ def generate(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> f
     return time.perf_counter() - began
 
 
-def alternate(
-    models: dict[str, torch.nn.Module], prompt: torch.Tensor, new_tokens: int, repeats: int
-) -> dict[str, float]:
-    """Median seconds of each model."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(repeats + 1):
-        for name, model in models.items():
-            elapsed = generate(model, prompt, new_tokens)
-            if repeat:
-                seconds[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def rounds_of(
+    models: dict[str, torch.nn.Module], prompt: torch.Tensor, new_tokens: int
+) -> dict[str, Callable[[], float]]:
+    return {name: partial(generate, model, prompt, new_tokens) for name, model in models.items()}
 
 
 def generate_together(
@@ -126,7 +119,7 @@ def main(
                     models["direct"] = AutoDistributedModelForCausalLM.from_pretrained(
                         folder, initial_peers=[maddr], dht_prefix=PREFIX, server_to_server=False
                     )
-                seconds = alternate(models, prompt, new_tokens, repeats)
+                seconds = alternate(rounds_of(models, prompt, new_tokens), repeats)
                 speeds = {side: new_tokens / elapsed for side, elapsed in seconds.items()}
                 rows.append((f"decode, {name}, tokens/s", speeds["swarm"], speeds["local"]))
                 if "direct" in models:
@@ -134,7 +127,7 @@ def main(
                     rows.append(row)
                     remote_blocks(models["direct"]).close()  # type: ignore[union-attr]
                 if len(spans) == 1:
-                    seconds = alternate(models, long_prompt, 1, repeats)
+                    seconds = alternate(rounds_of(models, long_prompt, 1), repeats)
                     rows.append((f"prefill of {prefill} tokens, ms", *(seconds[side] * 1e3 for side in models)))
                     together, evenness = generate_together(folder, maddr, sessions, prompt, new_tokens)
                     rows.append((f"{sessions} sessions at once, tokens/s (against one)", together, rows[0][1]))
@@ -145,14 +138,9 @@ def main(
                     server.terminate()
                 for server in servers:
                     server.wait()
-    table = Table(title=f"Llama {hidden} × {blocks}, {dtype}, {threads} threads, batch 1, {new_tokens} new tokens")
-    for column in ("case", "swarm", "reference", "swarm / reference"):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    for case, value, reference in rows:
-        table.add_row(case, f"{value:.1f}", f"{reference:.1f}", f"{value / reference:.2f}")
-    Console().print(table)
-    if output is not None:
-        output.write_text(json.dumps(rows, indent=2) + "\n")
+    title = f"Llama {hidden} × {blocks}, {dtype}, {threads} threads, batch 1, {new_tokens} new tokens"
+    print_table(title, ("swarm", "reference", "swarm / reference"), rows)
+    save_rows(rows, output)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ hidden 512 and 8 blocks, float32):
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -29,10 +27,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.decode import generate
+from benchmarks.rounds import alternate, print_table, save_rows
 from benchmarks.training_step import PREFIX, batch_of, run_step, save_random_llama, start_server
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
@@ -69,17 +66,6 @@ class Link:
 def _end(process: subprocess.Popen[str]) -> None:
     process.terminate()
     process.wait()
-
-
-def alternate(rounds: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median seconds of each round; two of each are left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in rounds}
-    for repeat in range(repeats + 2):
-        for name, run in rounds.items():
-            elapsed = run()
-            if repeat >= 2:
-                seconds[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def training(models: dict[str, Any], batch: dict[str, torch.Tensor]) -> dict[str, Callable[[], float]]:
@@ -144,14 +130,13 @@ def main(
             rows.append((f"decoded token, {servers} servers: handed over, direct", seconds["ours"], seconds["other"]))
             for model in [*models.values(), *talkers.values()]:
                 remote_blocks(model).close()
-    table = Table(title=f"{mbits:g} Mbit/s, {round_trip * 1e3:g} ms round trip, Llama 512 × {blocks}, float32, {case}")
-    for column in ("case", "first ms", "second ms", "second / first"):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    for name, ours, other in rows:
-        table.add_row(name, f"{ours * 1e3:.0f}", f"{other * 1e3:.0f}", f"{other / ours:.2f}")
-    Console().print(table)
-    if output is not None:
-        output.write_text(json.dumps(rows, indent=2) + "\n")
+    print_table(
+        f"{mbits:g} Mbit/s, {round_trip * 1e3:g} ms round trip, Llama 512 × {blocks}, float32, {case}",
+        ("first ms", "second ms", "second / first"),
+        [(name, ours * 1e3, other * 1e3) for name, ours, other in rows],
+        second_by_first=True,
+    )
+    save_rows(rows, output)
 
 
 if __name__ == "__main__":

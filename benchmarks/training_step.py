@@ -10,7 +10,6 @@ prefix to every sample. The server is a process of its own with as many threads 
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.rounds import save_rows
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
@@ -142,8 +142,7 @@ def main(
             f"{row['ratio']:.2f}", f"{sent:.2f}", f"{received:.2f}", f"{sent + received:.2f}",
         )  # fmt: skip
     Console().print(table)
-    if output is not None:
-        output.write_text(json.dumps(rows, indent=2) + "\n")
+    save_rows(rows, output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""What benchmarks share: rounds of several sides that alternate in one run, and the table of what came of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+_WARM_UP = 2
+
+
+def alternate(rounds: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median seconds of each side's round, of those after the warm-up: the machine may be noisy."""
+    seconds: dict[str, list[float]] = {name: [] for name in rounds}
+    for repeat in range(repeats + _WARM_UP):
+        for name, run in rounds.items():
+            elapsed = run()
+            if repeat >= _WARM_UP:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[tuple[str, float, float]], *, second_by_first: bool = False
+) -> None:
+    """A line for each (case, first, second), and their ratio: first / second unless said otherwise."""
+    table = Table(title=title)
+    for number, column in enumerate(("case", *columns)):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for case, first, second in rows:
+        ratio = second / first if second_by_first else first / second
+        table.add_row(case, f"{first:.1f}", f"{second:.1f}", f"{ratio:.2f}")
+    Console().print(table)
+
+
+def save_rows(rows: Sequence[object], output: Path | None) -> None:
+    """Writes rows as JSON, if a file is given."""
+    if output is not None:
+        output.write_text(json.dumps(rows, indent=2) + "\n")
