@@ -36,6 +36,7 @@ from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Session
 from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
+from petals_lightning.server.weight_layout import order_weights_for_decoding
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 
@@ -192,7 +193,8 @@ class Server:
             dtype=self._dtype,
             on_shard=self._on_shard,
         )
-        span = BlockSpan(model.to(self._device), layout, start)  # type: ignore[arg-type]
+        order_weights_for_decoding(model.to(self._device))  # type: ignore[arg-type]
+        span = BlockSpan(model, layout, start)
         span.share_prefix = verify_shared_prefix(span)
         if not span.share_prefix:
             logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
