@@ -14,7 +14,6 @@ def order_weights_for_decoding(model: nn.Module) -> None:
     backward of 64 positions and more took 0.95–1.04 ×. In bfloat16 there was no difference, and GPUs have kernels for
     both. This is a fixed rule and not a trial, so that a server started again gives the same bits.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu":
-            by_column = module.weight.detach().t().contiguous().t()
-            module.weight = nn.Parameter(by_column, requires_grad=False)
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        if layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu":
+            layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t(), requires_grad=False)
