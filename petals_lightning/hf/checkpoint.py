@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
@@ -81,15 +81,15 @@ class Checkpoint:
         """For each tensor, the name of the file that holds it.
 
         Raises:
-            CheckpointError: there are no weights.
+            CheckpointError: there are no weights, or their index is damaged.
         """
         for index, single in ((_INDEX, _SINGLE), (_BIN_INDEX, _BIN_SINGLE)):
             if (path := self._find(index)) is not None:
-                return json.loads(path.read_text())["weight_map"]
+                return self._weight_map(path)
             if (path := self._find(single)) is None:
                 continue
             if single == _SINGLE:
-                with safe_open(path, framework="pt") as file:
+                with self._open(path) as file:
                     return dict.fromkeys(file.keys(), _SINGLE)
             return dict.fromkeys(_load_bin(path), _BIN_SINGLE)
         raise CheckpointError(
@@ -121,7 +121,9 @@ class Checkpoint:
                 loaded = _load_bin(path)
                 lazy.update({name: loaded[name] for name in wanted})
             else:
-                file = stack.enter_context(safe_open(path, framework="pt"))
+                file = stack.enter_context(self._open(path))
+                if missing := set(wanted) - set(file.keys()):
+                    raise self._damaged(path, f"it lacks {sorted(missing)[0]!r}, which the index says it holds")
                 lazy.update({name: file.get_slice(name) for name in wanted})
         return lazy
 
@@ -137,6 +139,26 @@ class Checkpoint:
         config = {k: v for k, v in written.items() if k not in _CONFIG_KEYS_THAT_DO_NOT_MATTER}
         content = json.dumps([config, sorted(self.shard_of)], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _weight_map(self, path: Path) -> dict[str, str]:
+        try:
+            weight_map = json.loads(path.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise self._damaged(path, f"no JSON object with a weight_map ({type(e).__name__})") from e
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise self._damaged(path, "its weight_map does not give a file name for each tensor")
+        return weight_map
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as e:
+            raise self._damaged(path, _first_line(e)) from e
+
+    def _damaged(self, path: Path, how: str) -> CheckpointError:
+        return CheckpointError(
+            f"model {self.name_or_path!r}: {path.name} is damaged or incomplete ({how}): save or download it again"
+        )
 
     def _find(self, file_name: str) -> Path | None:
         try:

@@ -66,6 +66,9 @@ def reads(monkeypatch) -> dict[str, Any]:
         def __exit__(self, *exc_info: object) -> None:
             self._opened.__exit__(*exc_info)
 
+        def keys(self) -> list[str]:
+            return self._file.keys()
+
         def get_slice(self, name: str) -> Slice:
             return Slice(self._file.get_slice(name))
 
@@ -191,12 +194,39 @@ def test_tensors_of_another_shape_are_named(tmp_path):
         load(folder, Part(0, 0, ends=True))
 
 
+def copy_files(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+
+
 def test_a_missing_shard_is_named(sharded, tmp_path):
-    for file in sharded.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copy_files(sharded, tmp_path)
     (shard,) = shards_of(sharded, lambda name: name == "model.layers.0.mlp.up_proj.weight")
     (tmp_path / shard).unlink()
     with pytest.raises(CheckpointError, match=shard):
+        load(tmp_path, Part(0, 1, ends=False))
+
+
+@pytest.mark.parametrize(
+    ("content", "how"),
+    [("{", "no JSON"), ("{}", "no JSON object with a weight_map"), ('{"weight_map": [1]}', "file name")],
+)
+def test_a_damaged_index_is_named(content, how, sharded, tmp_path):
+    copy_files(sharded, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"index\.json is damaged .*{how}"):
+        load(tmp_path, Part(0, 1, ends=False))
+
+
+def test_a_damaged_shard_is_named(sharded, tmp_path):
+    """As an interrupted download leaves it, and one that belongs to another model."""
+    (shard,) = shards_of(sharded, lambda name: name == "model.layers.0.mlp.up_proj.weight")
+    copy_files(sharded, tmp_path)
+    (tmp_path / shard).write_bytes((sharded / shard).read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=rf"{shard} is damaged or incomplete .*download it again"):
+        load(tmp_path, Part(0, 1, ends=False))
+    save_file({"other": torch.ones(1)}, tmp_path / shard)
+    with pytest.raises(CheckpointError, match=rf"{shard} is damaged or incomplete .*lacks"):
         load(tmp_path, Part(0, 1, ends=False))
 
 
