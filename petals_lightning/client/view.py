@@ -170,6 +170,7 @@ class SwarmView:
 
         Raises:
             NoServersError: nobody came back, or only those to avoid are there.
+            SwarmConnectionError: this process itself is cut off, because its daemon has ended.
             AccessDeniedError: there are servers, but they let this peer not in.
         """
         deadline = time.monotonic() + self.config.recovery_timeout
@@ -178,6 +179,7 @@ class SwarmView:
             usable = [server for server in self._usable(tokens) if server.peer not in avoid]
             if (legs := plan_route(usable, start, end)) is not None:
                 return legs if avoid else self._settle(usable, start, end, legs)
+            self.node.check_alive()
             missing = uncovered(usable, start, end)
             self._check_refusals(missing)
             if avoid:

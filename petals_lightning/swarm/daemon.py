@@ -105,7 +105,7 @@ class P2PDaemon:
         deadline = asyncio.get_running_loop().time() + self._start_timeout
         while not os.path.exists(self._socket):
             if self._process.poll() is not None:
-                raise SwarmConnectionError(self._last_words())
+                raise SwarmConnectionError(self.last_words())
             if asyncio.get_running_loop().time() > deadline:
                 raise SwarmConnectionError(f"the libp2p daemon was not up after {self._start_timeout:.0f} s")
             await asyncio.sleep(0.01)
@@ -114,7 +114,7 @@ class P2PDaemon:
                 self._p2p = await P2P.replicate(Multiaddr(f"/unix{self._socket}"))
             except ConnectionError:  # the socket's file exists a moment before it accepts
                 if self._process.poll() is not None or asyncio.get_running_loop().time() > deadline:
-                    raise SwarmConnectionError(self._last_words()) from None
+                    raise SwarmConnectionError(self.last_words()) from None
                 await asyncio.sleep(0.01)
         repair_unary_calls(self._p2p._client.control)
         self._guard.protect(self._process.pid, self._p2p._client_listen_maddr["unix"])
@@ -147,6 +147,7 @@ class P2PDaemon:
                 self._last_lines.append(line.strip())
                 logger.debug("p2pd: %s", line.strip())
 
-    def _last_words(self) -> str:
-        said = next((line for line in reversed(self._last_lines) if line), "the libp2p daemon ended at once")
+    def last_words(self) -> str:
+        """The last line that the daemon wrote."""
+        said = next((line for line in reversed(self._last_lines) if line), "the libp2p daemon ended without a word")
         return re.sub(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ", "", said)

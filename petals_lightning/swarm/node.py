@@ -87,6 +87,14 @@ class SwarmNode:
         """Whether the daemon runs, without which nobody can reach this peer."""
         return self._daemon.is_alive
 
+    def check_alive(self) -> None:
+        """Raises SwarmConnectionError if the daemon has ended."""
+        if not self._daemon.is_alive:
+            raise SwarmConnectionError(
+                f"this process's libp2p daemon has ended, and with it all connections (last words: "
+                f"{self._daemon.last_words()}): start the run again (a training run goes on with resume=true)"
+            )
+
     @property
     def peer_id(self) -> PeerID:
         return self.p2p.peer_id

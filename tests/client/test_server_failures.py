@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
 import transformers
 
+from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from tests.families import save_tiny_checkpoint
@@ -127,5 +129,16 @@ def test_a_hung_server_costs_seconds(checkpoint, start_servers):
         local(**batch()).loss.backward()
         got, wanted = prompts_of(remote).deep.grad, prompts_of(local).deep.grad
         assert ((got - wanted).norm() / wanted.norm()).item() < 1e-5
+    finally:
+        remote_blocks(remote).close()
+
+
+def test_a_client_whose_own_daemon_has_died_says_so(checkpoint, start_servers):
+    remote, _ = load_pair(checkpoint, start_servers(checkpoint, [(0, 6)]))
+    try:
+        (daemon,) = (child for child in psutil.Process().children() if child.name() == "p2pd")
+        daemon.kill()
+        with pytest.raises(SwarmConnectionError, match="this process's libp2p daemon has ended"):
+            remote(**batch()).loss.backward()
     finally:
         remote_blocks(remote).close()

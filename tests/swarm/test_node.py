@@ -214,7 +214,11 @@ def test_a_node_whose_daemon_has_died_still_closes(start_node, socket_folder):
     me, threads = psutil.Process(), threading.active_count()
     node = start_node()
     (daemon,) = daemons_of(me)
+    node.check_alive()
     daemon.kill()
+    assert eventually(lambda: not node.is_alive)
+    with pytest.raises(SwarmConnectionError, match=r"daemon has ended.*start the run again"):
+        node.check_alive()
     node.close()
     assert list(socket_folder.iterdir()) == []
     assert eventually(lambda: threading.active_count() <= threads)
