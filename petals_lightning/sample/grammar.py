@@ -126,13 +126,15 @@ _VERDICTS: tuple[tuple[str, str, str], ...] = (
     ("thumbs {} .", "down", "up"),
     ("it left me {} .", "unhappy", "happy"),
 )
-# Asked in front of a review and answered behind it.
-_QUESTIONS: tuple[tuple[str, str, str], ...] = (
+# Asked in front of a review and answered behind it; of its sentiment, and of other things.
+_SENTIMENT_QUESTIONS: tuple[tuple[str, str, str], ...] = (
     ("yes or no :", "no", "yes"),
     ("positive or negative :", "negative", "positive"),
     ("thumbs up or down :", "down", "up"),
     ("happy or unhappy :", "unhappy", "happy"),
 )
+_OTHER_QUESTIONS = ("first word :", "second word :", "last word :", "what kind of thing :")
+_SENTIMENT_SHARE = 1 / 3  # of the questions
 # By domain: the thing, its parts, how one part was made, how one met it.
 _DOMAINS: tuple[Domain, ...] = tuple(
     tuple(_words(field) for field in fields)
@@ -330,10 +332,10 @@ def _neutral(rng: Random, domain: Domain) -> str:
     )
 
 
-def review(rng: Random, label: int, lexicon: Lexicon = ALL_WORDS) -> str:
+def review(rng: Random, label: int, lexicon: Lexicon = ALL_WORDS, about: Domain | None = None) -> str:
     """One review of the given sentiment, of 8–30 tokens, with opinion words out of ``lexicon`` only."""
     while True:
-        domain = rng.choice(_DOMAINS)
+        domain = about or rng.choice(_DOMAINS)
         clauses = [_clause(rng, lexicon[label], domain) for _ in range(rng.choice((1, 2, 2, 3)))]
         if rng.random() < 0.3:
             clauses.insert(rng.randrange(len(clauses) + 1), _neutral(rng, domain))
@@ -369,15 +371,31 @@ def _with_noise(rng: Random, text: str, rate: float) -> str:
     return " ".join(words)
 
 
-def corpus(seed: int, exclude: Collection[str] = (), question_rate: float = 0.0) -> Iterator[str]:
+def _asked_review(rng: Random) -> tuple[str, str]:
+    """A review, and the document that asks about it in front and answers behind it."""
+    label, domain = rng.choice(LABELS), rng.choice(_DOMAINS)
+    text = review(rng, label, about=domain)
+    if rng.random() < _SENTIMENT_SHARE:
+        question, *answers = rng.choice(_SENTIMENT_QUESTIONS)
+        answer = answers[label]
+    else:
+        words = text.split()
+        number = rng.randrange(len(_OTHER_QUESTIONS))
+        question, answer = _OTHER_QUESTIONS[number], (words[0], words[1], words[-2], domain[0][0])[number]
+    return text, f"{question} {text} {answer} ."
+
+
+def corpus(seed: int, exclude: Collection[str] = (), question_rate: float = 0.15) -> Iterator[str]:
     """Endless pretraining documents over all opinion words.
 
     Documents of the first kind are one to three texts, a clause or a review each, whose sentiments are independent;
     after most texts comes a verdict that agrees with it ("my verdict : no ."). They teach the words' sentiment fast,
     and the word that follows a review does not depend on its sentiment, only later ones do. Some of their texts have
-    common words or ``<unk>`` inserted, for the sake of real sentences. Documents of the second kind ask before the
-    review ("yes or no : the plot was dull . no ."): they teach that what stands in front of a review can change what
-    is made of it, which is what prompts do.
+    common words or ``<unk>`` inserted, for the sake of real sentences.
+
+    Documents of the second kind ask before the review, of its sentiment or of something else ("yes or no : the plot
+    was dull . no .", "last word : the plot was dull . dull ."): what stands in front of a review decides what is made
+    of it, which is how prompts act. Were sentiment alone asked for, the model would tell it unasked.
 
     :param exclude: reviews that are not to be a whole text, e.g. the labelled ones.
     :param question_rate: share of documents of the second kind.
@@ -386,11 +404,9 @@ def corpus(seed: int, exclude: Collection[str] = (), question_rate: float = 0.0)
     exclude = frozenset(exclude)
     while True:
         if rng.random() < question_rate:
-            label = rng.choice(LABELS)
-            question, *answers = rng.choice(_QUESTIONS)
-            text = review(rng, label)
+            text, document = _asked_review(rng)
             if text not in exclude:
-                yield f"{question} {text} {answers[label]} ."
+                yield document
             continue
         parts = []
         for _ in range(rng.choice((1, 2, 3))):

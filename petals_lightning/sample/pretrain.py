@@ -1,9 +1,9 @@
 """Pretrain the bundled language model: ``python -m petals_lightning.sample.pretrain [--output-dir DIR]``.
 
 The model is a Llama of 4 blocks, 128 wide, over words. It is trained on nothing but documents of
-:func:`petals_lightning.sample.grammar.corpus`: first on generated clauses and reviews that are followed by
-verdicts, then shortly with some reviews that are asked about in front. No text by people is in it. The reviews of
-``reviews/*.jsonl`` are left out of the corpus as whole texts, their opinion words are not.
+:func:`petals_lightning.sample.grammar.corpus`: generated clauses and reviews that are followed by verdicts, and some
+reviews that are asked about in front. No text by people is in it. The reviews of ``reviews/*.jsonl`` are left out of
+the corpus as whole texts, their opinion words are not.
 
 The checkpoint is written in several shards, as that of a large model, so that a server that holds some blocks
 reads only their shards.
@@ -29,12 +29,9 @@ from petals_lightning.sample.make_reviews import make_splits
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 MAX_TOKENS = 256
-SEED = 0
-# Name, steps, learning rate, and share of questions in the corpus. The later phases are short: without questions a
-# model tells the sentiment only where a verdict is due and prompts do little; many of them make it tell the sentiment
-# everywhere, unasked, and then a head alone does as well. The card says how the lengths were chosen.
-PHASES = (("verdicts", 600, 6e-3, 0.0), ("questions", 150, 2e-3, 0.07), ("questions", 50, 1.5e-3, 0.08))
-STEPS = sum(steps for _, steps, _, _ in PHASES)
+SEED = 1
+STEPS = 800
+LEARNING_RATE = 6e-3
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -101,7 +98,6 @@ def train(
     steps: int,
     learning_rate: float,
     minutes: float | None = None,
-    description: str = "pretraining",
 ) -> float:
     """Train in place on a cosine schedule; return the mean loss of the last 50 steps (nats a token).
 
@@ -119,7 +115,7 @@ def train(
     start = time.monotonic()
     model.train()
     with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task(description, total=steps, loss=math.nan)
+        task = progress.add_task("pretraining", total=steps, loss=math.nan)
         for step in range(steps):
             done = step / steps
             if minutes is not None:
@@ -152,22 +148,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # sums that are split among threads give other bits on other machines
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.hidden_size, args.blocks)
     labelled = {row["sentence"] for rows in make_splits().values() for row in rows}
     start = time.monotonic()
-    for phase, (description, steps, learning_rate, question_rate) in enumerate(PHASES):
-        share = steps / STEPS
-        documents = corpus(args.seed + phase, labelled, question_rate)
-        loss = train(
-            model,
-            batches(tokenizer, documents, args.batch_size),
-            round(share * args.steps),
-            learning_rate,
-            minutes=args.minutes and share * args.minutes,
-            description=description,
-        )
+    documents = batches(tokenizer, corpus(args.seed, labelled), args.batch_size)
+    loss = train(model, documents, args.steps, LEARNING_RATE, args.minutes)
     seconds = time.monotonic() - start
     model.save_pretrained(args.output_dir, max_shard_size="600KB")
     tokenizer.save_pretrained(args.output_dir)
