@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from petals_lightning.server.fair_queue import FairQueue
+from petals_lightning.server.fair_queue import FairQueue, Ticket
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -32,11 +36,66 @@ class Timed(Generic[T]):
     computed: float
 
 
+class JointWork(ABC, Generic[T]):
+    """Work that can run as one batch with its like. Its methods are called by the compute thread only.
+
+    Attributes:
+        size: what of a batch's seconds it is charged goes with this.
+    """
+
+    size: int
+
+    @abstractmethod
+    def __call__(self) -> T:
+        """Runs it alone, also after a batch that it was in has failed."""
+
+    @abstractmethod
+    def joins(self, others: Sequence[JointWork[T]]) -> bool:
+        """Whether it can run with these, which can run together; with none: whether it can run with any."""
+
+    @abstractmethod
+    def run_with(self, others: Sequence[JointWork[T]]) -> list[T]:
+        """Runs all as one batch; results in order, its own first."""
+
+
+@dataclass(eq=False)
+class _Job(Generic[T]):
+    """Work that waits, and who waits for it."""
+
+    work: Callable[[], T]
+    result: asyncio.Future[Timed[T]]
+    loop: asyncio.AbstractEventLoop
+    arrived: float
+
+    @property
+    def size(self) -> int:
+        return self.work.size if isinstance(self.work, JointWork) else 1
+
+    def run(self) -> None:
+        """Runs it alone, unless its caller is gone."""
+        if self.result.cancelled():
+            return
+        started = time.perf_counter()
+        try:
+            value = self.work()
+        except BaseException as e:
+            self._settle(None, e)
+        else:
+            self.succeed(value, started)
+
+    def succeed(self, value: T, started: float) -> None:
+        self._settle(Timed(value, started - self.arrived, time.perf_counter() - started), None)
+
+    def _settle(self, value: Timed[T] | None, error: BaseException | None) -> None:
+        if not self.loop.is_closed():  # it is where the server has stopped without waiting for this
+            self.loop.call_soon_threadsafe(_set, self.result, value, error)
+
+
 class ComputeThread:
     """Runs functions one after another; torch releases the interpreter lock, so the event loop goes on."""
 
     def __init__(self) -> None:
-        self._queue: FairQueue[Callable[[], None]] = FairQueue()
+        self._queue: FairQueue[_Job[Any]] = FairQueue()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
@@ -49,32 +108,19 @@ class ComputeThread:
         return 0 if position is None else position + 1  # one is running
 
     async def run(
-        self, priority: Priority, function: Callable[[], T], *, client: str = "", key: Hashable = None
+        self, priority: Priority, work: Callable[[], T], *, client: str = "", key: Hashable = None
     ) -> Timed[T]:
-        """Runs `function` when its turn comes; if the caller is cancelled before that, it never runs.
+        """Runs `work` when its turn comes; if the caller is cancelled before that, it never runs.
 
         Args:
             priority: among the requests of one client.
+            work: a JointWork takes with it what waits at that moment and joins it; it never waits for company.
             client: whose share of the compute this counts on.
             key: names the request for `ahead`.
         """
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Timed[T]] = loop.create_future()
-        arrived = time.perf_counter()
-
-        def job() -> None:
-            if result.cancelled():
-                return
-            started = time.perf_counter()
-            try:
-                value = function()
-            except BaseException as e:
-                outcome: tuple[Timed[T] | None, BaseException | None] = None, e
-            else:
-                outcome = Timed(value, started - arrived, time.perf_counter() - started), None
-            if not loop.is_closed():  # it is where the server has stopped without waiting for this
-                loop.call_soon_threadsafe(_set, result, *outcome)
-
+        job = _Job(work, result, loop, time.perf_counter())
         with self._changed:
             ticket = self._queue.put(client, priority, job, key)
             self._changed.notify()
@@ -102,12 +148,47 @@ class ComputeThread:
                     self._changed.wait()
                 if self._stopping:
                     return
-            assert ticket is not None
-            client, began = ticket.client, time.perf_counter()
-            ticket.item()
-            del ticket  # or an idle thread would hold the last request's tensors
+                assert ticket is not None
+                tickets = [ticket, *self._company(ticket.item)]
+            began = time.perf_counter()
+            _run([ticket.item for ticket in tickets])
+            seconds = time.perf_counter() - began
+            sizes = [(ticket.client, ticket.item.size) for ticket in tickets]
+            del ticket, tickets  # or an idle thread would hold the last request's tensors
             with self._changed:
-                self._queue.charge(client, time.perf_counter() - began)
+                for client, size in sizes:
+                    self._queue.charge(client, seconds * size / sum(size for _, size in sizes))
+
+    def _company(self, job: _Job[Any]) -> list[Ticket[_Job[Any]]]:
+        """What waits and can run with a job."""
+        if not isinstance(job.work, JointWork) or not job.work.joins([]):
+            return []
+        chosen = [job.work]
+
+        def joins(other: _Job[Any]) -> bool:
+            if not isinstance(other.work, JointWork) or not other.work.joins(chosen):
+                return False
+            chosen.append(other.work)
+            return True
+
+        return self._queue.pop_company(joins)
+
+
+def _run(jobs: list[_Job[Any]]) -> None:
+    """Runs jobs that join, as one batch; each alone if that fails, so that nobody pays for another's error."""
+    jobs = [job for job in jobs if not job.result.cancelled()]
+    if len(jobs) > 1 and isinstance(first := jobs[0].work, JointWork):
+        started = time.perf_counter()
+        try:
+            values = first.run_with([job.work for job in jobs[1:] if isinstance(job.work, JointWork)])
+        except BaseException as e:
+            logger.warning("%d requests failed as one batch; each is run alone", len(jobs), exc_info=e)
+        else:
+            for job, value in zip(jobs, values, strict=True):
+                job.succeed(value, started)
+            return
+    for job in jobs:
+        job.run()
 
 
 def _set(future: asyncio.Future[Timed[T]], value: Timed[T] | None, error: BaseException | None) -> None:

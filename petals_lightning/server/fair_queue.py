@@ -8,7 +8,7 @@ are short and somebody waits for each; among them, too, the client that has used
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -72,6 +72,19 @@ class FairQueue(Generic[T]):
         ]:
             del self._shares[client]
         return ticket
+
+    def pop_company(self, joins: Callable[[T], bool]) -> list[Ticket[T]]:
+        """Further steps of conversations that join those taken before, of all clients, in the order of their turns.
+
+        No item of a client goes before another that this client has put in earlier.
+        """
+        company = []
+        for share in sorted(self._shares.values(), key=lambda share: share.used):
+            for ticket in sorted(share.waiting):
+                if ticket.priority != 0 or not joins(ticket.item):
+                    break
+                company.append(heapq.heappop(share.waiting))
+        return company
 
     def charge(self, client: str, seconds: float) -> None:
         """Counts what an item of a client took."""

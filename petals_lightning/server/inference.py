@@ -6,6 +6,7 @@ Shapes: B batch, n new positions, P virtual tokens, H hidden size.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,38 @@ from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
 from petals_lightning.server.span import BlockSpan
 
 SessionKey = tuple[int, Any]  # stream, the client's number of the session
+
+
+@dataclass
+class StepInputs:
+    """What a step brings, on the server's device; prefixes are counted.
+
+    Attributes:
+        hidden: [B, n, H].
+        length: positions before these.
+        attention_mask: [B, length + n], or None: nothing is padding.
+        position_ids: [B, n], or None: they count on from `length`.
+    """
+
+    hidden: torch.Tensor
+    length: int
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+    def padded_mask(self, length: int) -> torch.Tensor:
+        """[B, length + n]: the mask where samples stand in a batch with `length` positions before the new ones."""
+        mask = self.attention_mask
+        if mask is None:
+            batch, tokens, _ = self.hidden.shape
+            mask = torch.ones(batch, self.length + tokens, dtype=torch.bool, device=self.hidden.device)
+        return torch.nn.functional.pad(mask, (length - self.length, 0), value=False)
+
+    def counted_positions(self) -> torch.Tensor:
+        """[B, n], given or counted."""
+        if self.position_ids is not None:
+            return self.position_ids
+        batch, tokens, _ = self.hidden.shape
+        return torch.arange(self.length, self.length + tokens, device=self.hidden.device).expand(batch, -1)
 
 
 class SessionCache:
@@ -33,12 +66,13 @@ class SessionCache:
         self.num_bytes, self.last_used = num_bytes, time.monotonic()
         self._max_length = request.max_length
         self.last_call = 0  # id of the newest step
-        self._prefix_length = len(request.prefix) if request.prefix is not None else 0
-        self._is_open, self._is_beyond = False, False
+        self.prefix_length = len(request.prefix) if request.prefix is not None else 0
+        self.is_open, self._is_beyond = False, False
+        self.position_bytes = 0.0  # keys and values of one position of all samples; known when the session is open
         self._limit = span.rotary_limit
-        layers = [GrowingLayer(self._prefix_length + self._max_length) for _ in span.blocks]
+        layers = [GrowingLayer(self.prefix_length + self._max_length) for _ in span.blocks]
         self._layers = layers[self.start - span.start : self.end - span.start]
-        self._cache = SpanCache(layers, self.start - span.start)
+        self.cache = SpanCache(layers, self.start - span.start)
 
     def check(self, request: StepRequest) -> None:
         """Raises ProtocolError if the step is of another shape than the session, or cannot go on with its keys."""
@@ -49,7 +83,7 @@ class SessionCache:
             )
         if (end := request.position + request.hidden.shape[1]) > self._max_length:
             raise ProtocolError(f"position {end} is beyond the session's max_length {self._max_length}")
-        if self._is_beyond != self._turns_beyond(request) and request.position > 0:
+        if self._is_beyond != self.turns_beyond(request) and request.position > 0:
             assert self._limit is not None
             raise ProtocolError(
                 f"position {end}: beyond {self._limit.positions} (virtual tokens counted) this model turns all "
@@ -58,56 +92,79 @@ class SessionCache:
 
     def holds(self, request: StepRequest) -> bool:
         """Whether all positions before those of the step are here (and the prefix, once it was computed)."""
-        if not self._is_open:
+        if not self.is_open:
             return request.max_length is not None
-        return all(layer.get_seq_length() >= self._prefix_length + request.position for layer in self._layers)
+        return all(layer.get_seq_length() >= self.prefix_length + request.position for layer in self._layers)
 
-    def _turns_beyond(self, request: StepRequest) -> bool:
+    def turns_beyond(self, request: StepRequest) -> bool:
         if self._limit is None:
             return False
         end = request.position + request.hidden.shape[1]
         if request.position_ids is not None:
             end = int(request.position_ids.max()) + 1
-        return self._limit.is_beyond(self._prefix_length + end)
+        return self._limit.is_beyond(self.prefix_length + end)
+
+    @torch.inference_mode()
+    def reorder(self, hypo_ids: torch.Tensor) -> None:
+        """Sample i goes on from what sample hypo_ids[i] was. If it fails, the session holds nothing any more."""
+        try:
+            for layer in self._layers:
+                layer.reorder_cache(hypo_ids)
+        except BaseException:
+            for layer in self._layers:
+                layer.crop(-layer.get_seq_length())
+            raise
 
     @torch.inference_mode()  # a few percent faster than no_grad, which counts in steps this short
     def step(self, span: BlockSpan, request: StepRequest) -> dict[str, torch.Tensor]:
         """Runs a step's positions, behind the prefix if it opens the session. For the compute thread.
 
+        A step that failed may be run again: what it left behind its position is dropped. `request.hypo_ids` are not
+        looked at, see `reorder`.
+
         Returns:
             `hidden` [B, request.keep or n, H], and `prefix` [P, H] if wanted.
         """
-        device = span.device
+        inputs, length = self.begin(span.device, request), self.prefix_length
+        hidden, mask, positions = inputs.hidden, inputs.attention_mask, inputs.position_ids
+        if request.prefix is not None:
+            prefix = request.prefix.to(span.device, hidden.dtype).expand(self.batch, -1, -1)
+            hidden = torch.cat([prefix, hidden], dim=1)
+            if positions is not None:
+                counted = torch.arange(length, device=span.device).expand(self.batch, -1)
+                positions = torch.cat([counted, positions], dim=1)
+        deep = request.deep.to(span.device) if request.deep is not None else None
+        out = span.step(
+            self.start, self.end, hidden, self.cache, deep=deep, attention_mask=mask, position_ids=positions
+        )
+        outputs = self.finish(request, out)
+        if request.want_prefix and request.prefix is not None:
+            outputs["prefix"] = out[0, :length]  # the same in every sample
+        return outputs
+
+    def begin(self, device: torch.device, request: StepRequest) -> StepInputs:
+        """Drops positions that are held behind the step's."""
+        length = 0 if request.prefix is not None else self.prefix_length + request.position
+        for layer in self._layers:
+            layer.crop(min(length - layer.get_seq_length(), 0))
         hidden, mask, positions = (
             tensor.to(device) if tensor is not None else None
             for tensor in (request.hidden, request.attention_mask, request.position_ids)
         )
         assert hidden is not None
-        length = self._prefix_length
         if mask is not None:
-            mask = torch.nn.functional.pad(mask, (length, 0), value=True)
+            mask = torch.nn.functional.pad(mask, (self.prefix_length, 0), value=True)
         if positions is not None:
-            positions = positions + length
-        if request.prefix is not None:
-            prefix = request.prefix.to(device, hidden.dtype).expand(self.batch, -1, -1)
-            hidden = torch.cat([prefix, hidden], dim=1)
-            if positions is not None:
-                counted = torch.arange(length, device=device).expand(self.batch, -1)
-                positions = torch.cat([counted, positions], dim=1)
-        before = 0 if request.prefix is not None else length + request.position
-        for layer in self._layers:
-            layer.crop(min(before - layer.get_seq_length(), 0))
-            if request.hypo_ids is not None:
-                layer.reorder_cache(request.hypo_ids)
-        deep = request.deep.to(device) if request.deep is not None else None
-        out = span.step(
-            self.start, self.end, hidden, self._cache, deep=deep, attention_mask=mask, position_ids=positions
-        )
-        self._is_open, self._is_beyond = True, self._turns_beyond(request)
-        outputs = {"hidden": out[:, -(request.keep or request.hidden.shape[1]) :]}
-        if request.want_prefix and request.prefix is not None:
-            outputs["prefix"] = out[0, :length]  # the same in every sample
-        return outputs
+            positions = positions + self.prefix_length
+        return StepInputs(hidden, length, mask, positions)
+
+    def finish(self, request: StepRequest, out: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The step's outputs, of those [B, n or P + n, H] of its blocks."""
+        if not self.is_open:
+            held = [tensor for layer in self._layers for tensor in (layer.keys, layer.values) if tensor is not None]
+            self.position_bytes = sum(tensor.nbytes for tensor in held) / self._layers[0].get_seq_length()
+        self.is_open, self._is_beyond = True, self.turns_beyond(request)
+        return {"hidden": out[:, -(request.keep or request.hidden.shape[1]) :]}
 
 
 class CacheStore:

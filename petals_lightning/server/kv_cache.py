@@ -84,15 +84,64 @@ class GrowingLayer(CacheLayerMixin):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
+class StackedLayer(CacheLayerMixin):
+    """Layers of several sessions, read as one batch whose samples end at the same column.
+
+    Each session's layer takes in its own new positions. What is returned is a copy, with zeros in front of the shorter
+    ones, which the attention mask must hide.
+
+    Args:
+        layers: one per session.
+        batches: samples of each.
+        scratch: where copies are made; layers that run one after another share it.
+    """
+
+    is_sliding = False
+
+    def __init__(self, layers: Sequence[GrowingLayer], batches: Sequence[int], scratch: dict[Any, torch.Tensor]):
+        super().__init__()
+        self._layers, self._batches, self._scratch = layers, list(batches), scratch
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends [B of all, heads, n, D]; returns all T + n, T that of the longest."""
+        new = zip(key_states.split(self._batches), value_states.split(self._batches), strict=True)
+        held = [layer.update(*pair) for layer, pair in zip(self._layers, new, strict=True)]
+        return self._stack(0, [keys for keys, _ in held]), self._stack(1, [values for _, values in held])
+
+    def get_seq_length(self) -> int:
+        return max(layer.get_seq_length() for layer in self._layers)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _stack(self, kind: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        length = max(part.shape[2] for part in parts)
+        shape = (sum(self._batches), parts[0].shape[1], length, parts[0].shape[3])
+        stacked = self._scratch.get((kind, *shape))
+        if stacked is None:
+            stacked = self._scratch[kind, *shape] = parts[0].new_zeros(shape)
+        for rows, part in zip(stacked.split(self._batches), parts, strict=True):
+            rows[:, :, length - part.shape[2] :] = part
+        return stacked
+
+
 class SpanCache(Cache):
     """A layer per hosted block, of which a sub-span uses those from `first` on: lengths are read from them."""
 
     def __init__(self, layers: Sequence[CacheLayerMixin], first: int):
         super().__init__(layers=list(layers))
-        self._attention_layers, self._first = layers, first
+        self.attention_layers, self.first = layers, first
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._attention_layers[max(layer_idx, self._first)].get_seq_length()
+        return self.attention_layers[max(layer_idx, self.first)].get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._attention_layers[max(layer_idx, self._first)].get_mask_sizes(query_length)
+        return self.attention_layers[max(layer_idx, self.first)].get_mask_sizes(query_length)

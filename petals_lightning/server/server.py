@@ -30,6 +30,7 @@ from petals_lightning.server.backend import Backend
 from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.inference import measure_cache_bytes
+from petals_lightning.server.joint_steps import verify_joint_steps
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.links import Links
 from petals_lightning.server.petals import PetalsMethods
@@ -198,6 +199,9 @@ class Server:
         span.share_prefix = verify_shared_prefix(span)
         if not span.share_prefix:
             logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
+        span.joins_steps = verify_joint_steps(span)
+        if not span.joins_steps:
+            logger.info("this family runs the steps of each session alone: its attention is not of the ordinary kind")
         return span
 
     def _measure(self, span: BlockSpan) -> ServerRecord:

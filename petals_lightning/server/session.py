@@ -27,6 +27,7 @@ from petals_lightning.server.admission import Account
 from petals_lightning.server.backend import Backend, Refusal, stream_numbers
 from petals_lightning.server.compute import Priority
 from petals_lightning.server.inference import SessionCache
+from petals_lightning.server.joint_steps import SessionStep
 from petals_lightning.server.span import SpanGraph, SpanInputs
 
 logger = logging.getLogger(__name__)
@@ -325,15 +326,8 @@ class Session:
         return Message(Method.OK, fields, tensors)
 
     async def _step(self, call_id: int, request: StepRequest, cache: SessionCache) -> Message:
-        def compute() -> dict[str, torch.Tensor]:
-            if not cache.holds(request):
-                raise Refusal(ErrorCode.CACHE_LOST, f"the session holds fewer than {request.position} positions")
-            outputs = cache.step(self._backend.span, request)
-            return {name: to_wire(tensor, request.wire_dtype) for name, tensor in outputs.items()}
-
-        timed = await self._backend.compute.run(
-            Priority.DECODE, compute, client=self._peer, key=(self._number, call_id)
-        )
+        step = SessionStep(self._backend.span, cache, request)
+        timed = await self._backend.compute.run(Priority.DECODE, step, client=self._peer, key=(self._number, call_id))
         return Message(Method.OK, {"queue": timed.queued, "compute": timed.computed}, timed.value)
 
     async def _backward(self, call_id: int, request: BackwardRequest) -> Message:

@@ -10,7 +10,7 @@ gradients are those of the concatenated batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,13 +74,22 @@ class BlockSpan:
         layout: where its blocks are.
         start: number of its first block in the full model.
         share_prefix: whether the prefix may run once for the batch; `verify_shared_prefix` finds out.
+        joins_steps: whether sessions of different lengths may run as one batch; `verify_joint_steps` finds out.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: BlockLayout, start: int, *, share_prefix: bool = True):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: BlockLayout,
+        start: int,
+        *,
+        share_prefix: bool = True,
+        joins_steps: bool = True,
+    ):
         self.model, self.layout, self.start = model, layout, start
         self.blocks = list(layout.blocks(model))
         self.end = start + len(self.blocks)
-        self.share_prefix = share_prefix
+        self.share_prefix, self.joins_steps = share_prefix, joins_steps
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self.hidden_size = model.config.get_text_config().hidden_size
@@ -88,11 +97,16 @@ class BlockSpan:
         self.rotary_limit = rotary_limit(model.config)
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self.returns_tuple: bool | None = None  # as the family's blocks do; known after the first pass
+        self._weight_bytes = [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
         self._views: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
         self._call: _Call | None = None
         for index, block in enumerate(self.blocks):
             block.register_forward_pre_hook(self._before_block(start + index))
             block.register_forward_hook(self._after_block(start + index))
+
+    def weight_bytes(self, start: int, end: int) -> int:
+        """What the weights of blocks [start, end) take."""
+        return sum(self._weight_bytes[start - self.start : end - self.start])
 
     def forward(self, inputs: SpanInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Outputs [B, S, H] (or [N, H] with `rows`), and the prefix's [P, H] if there is one.
@@ -245,6 +259,17 @@ class BlockSpan:
         return hook
 
 
+def same_outputs(span: BlockSpan, *ways: Callable[[], torch.Tensor]) -> bool:
+    """Whether two ways to run a span give the same up to rounding; False where the family's code refuses one."""
+    try:
+        outputs = [run().float() for run in ways]
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError, ValueError):
+        return False
+    tolerance = 1e-4 if span.dtype == torch.float32 else 5e-2
+    error = (outputs[0] - outputs[1]).norm() / outputs[1].norm()
+    return bool(error < tolerance)
+
+
 @torch.no_grad()
 def verify_shared_prefix(span: BlockSpan) -> bool:
     """Whether running the prefix once gives what the concatenated batch gives, tried on random hidden states.
@@ -256,14 +281,13 @@ def verify_shared_prefix(span: BlockSpan) -> bool:
     hidden = torch.randn(2, 5, span.hidden_size, generator=generator).to(span.device)
     prefix = torch.randn(3, span.hidden_size, generator=generator).to(span.device)
     inputs = SpanInputs(span.start, span.end, hidden, prefix)
-    chosen, outputs = span.share_prefix, []
+    chosen = span.share_prefix
+
+    def outputs(share: bool) -> torch.Tensor:
+        span.share_prefix = share
+        return span.forward(inputs)[0]
+
     try:
-        for span.share_prefix in (True, False):
-            outputs.append(span.forward(inputs)[0].float())
-    except (TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError, ValueError):
-        return False  # the family's code does not take a cache of this kind
+        return same_outputs(span, lambda: outputs(True), lambda: outputs(False))
     finally:
         span.share_prefix = chosen
-    tolerance = 1e-4 if span.dtype == torch.float32 else 5e-2
-    error = (outputs[0] - outputs[1]).norm() / outputs[1].norm()
-    return bool(error < tolerance)

@@ -21,8 +21,10 @@ from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import RequestJoiner, to_response
 from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.protocol.tensors import DTYPE_NAMES
 from petals_lightning.server.backend import Backend, Refusal, stream_numbers
 from petals_lightning.server.compute import Priority
+from petals_lightning.server.joint_steps import SessionStep
 from petals_lightning.server.petals.stream import Arrival, CallStream
 
 logger = logging.getLogger(__name__)
@@ -127,8 +129,9 @@ class PetalsSession:
             self._register(step.session_id)
             self._max_length = step.max_length
         request = StepRequest(
-            0, step.start, step.end, step.hidden, position, self._max_length, deep=step.prompts, hypo_ids=step.hypo_ids
-        )
+            0, step.start, step.end, step.hidden, position, self._max_length,
+            deep=step.prompts, hypo_ids=step.hypo_ids, wire_dtype=DTYPE_NAMES[span.dtype],
+        )  # fmt: skip
         if opens:
             await self._open_cache(request, step.alloc_timeout)
         cache = self._backend.caches.get(key)
@@ -139,12 +142,10 @@ class PetalsSession:
         if not step.hidden.shape[1]:  # asks for room only
             return step.hidden.to(span.dtype)
 
-        def compute() -> torch.Tensor:
-            return cache.step(span, request)["hidden"].cpu()
-
-        timed = await self._backend.compute.run(Priority.DECODE, compute, client=self._peer)
+        work = SessionStep(span, cache, request)
+        timed = await self._backend.compute.run(Priority.DECODE, work, client=self._peer)
         self._position += step.hidden.shape[1]
-        return timed.value
+        return timed.value["hidden"]
 
     async def _open_cache(self, request: StepRequest, timeout: float) -> None:
         deadline = time.monotonic() + min(timeout, _MAX_WAIT)
