@@ -64,6 +64,15 @@ TINY_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 CAUSAL_ONLY = {"granite"}
 
 
+def longrope_config(switch: int) -> PreTrainedConfig:
+    """Long and short factors, beyond and up to `switch` positions, that differ so much that every mistake shows."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0]}
+    return tf.Phi3Config(
+        **_COMMON, num_key_value_heads=2, original_max_position_embeddings=switch, eos_token_id=1, bos_token_id=1,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10.0, "factor": 4.0, **factors},
+    )  # fmt: skip
+
+
 def save_tiny_checkpoint(config: PreTrainedConfig, folder: Path, *, seed: int = 0, **save_options: object) -> Path:
     """A random model in `folder`; initialised wider than usual, so that every block matters in the result."""
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.errors import RemoteRequestError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from tests.families import _COMMON, HIDDEN, VOCAB, save_tiny_checkpoint
+from tests.families import _COMMON, HIDDEN, VOCAB, longrope_config, save_tiny_checkpoint
 from tests.sessions import random_prompts, relative_error
 
 SWITCH, P = 16, 3
@@ -20,13 +20,7 @@ OPTIONS = {"max_new_tokens": 14, "pad_token_id": 0, "do_sample": False, "eos_tok
 
 @pytest.fixture(scope="module")
 def phi3(tmp_path_factory):
-    """Long and short factors that differ so much that no token survives a mistake."""
-    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0]}
-    config = tf.Phi3Config(
-        **_COMMON, num_key_value_heads=2, original_max_position_embeddings=SWITCH, eos_token_id=1, bos_token_id=1,
-        rope_parameters={"rope_type": "longrope", "rope_theta": 10.0, "factor": 4.0, **factors},
-    )  # fmt: skip
-    return save_tiny_checkpoint(config, tmp_path_factory.mktemp("longrope"))
+    return save_tiny_checkpoint(longrope_config(SWITCH), tmp_path_factory.mktemp("longrope"))
 
 
 @pytest.fixture(scope="module")

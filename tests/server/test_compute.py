@@ -6,11 +6,11 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from petals_lightning.server.compute import ComputeThread, Priority
+from petals_lightning.server.compute import ComputeThread, JointWork, Priority
 
 
 @pytest.fixture
@@ -111,6 +111,62 @@ def test_a_request_that_was_cancelled_while_it_ran_is_dropped(compute):
         return (await compute.run(Priority.FORWARD, lambda: 7)).value
 
     assert asyncio.run(main()) == 7
+
+
+class Adding(JointWork[list[int]]):
+    """Gives the numbers of the batch that it was in."""
+
+    def __init__(self, number: int, *, size: int = 1, fails: bool = False):
+        self.number, self.size, self._fails = number, size, fails
+
+    def __call__(self) -> list[int]:
+        if self._fails:
+            raise ValueError(f"{self.number} is wrong")
+        return [self.number]
+
+    def joins(self, others: Sequence[JointWork[list[int]]]) -> bool:
+        return len(others) < 3
+
+    def run_with(self, others: Sequence[JointWork[list[int]]]) -> list[list[int]]:
+        batch = [self, *others]
+        if any(one._fails for one in batch):
+            raise ValueError("one is wrong")
+        return [[one.number for one in batch]] * len(batch)
+
+
+async def run_together(compute: ComputeThread, works: list[Adding], cancelled: int | None = None) -> list[object]:
+    """What works give that wait at the same moment, each of a client of its own, or how they fail."""
+    release = await hold(compute)
+    tasks = [
+        asyncio.create_task(compute.run(Priority.DECODE, work, client=f"c{number}"))
+        for number, work in enumerate(works)
+    ]
+    await asyncio.sleep(0)
+    if cancelled is not None:
+        tasks[cancelled].cancel()
+    release()
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    return [type(one) if isinstance(one, BaseException) else one.value for one in done]
+
+
+def test_work_that_joins_runs_as_one_batch_up_to_its_limit(compute):
+    got = asyncio.run(run_together(compute, [Adding(number) for number in range(4)]))
+    assert got == [[0, 1, 2]] * 3 + [[3]]
+
+
+def test_one_that_fails_or_is_cancelled_harms_no_other_in_its_batch(compute):
+    works = [Adding(0), Adding(1, fails=True), Adding(2)]
+    assert asyncio.run(run_together(compute, works)) == [[0], ValueError, [2]]
+    works = [Adding(0), Adding(1), Adding(2)]
+    assert asyncio.run(run_together(compute, works, cancelled=0)) == [asyncio.CancelledError, [1, 2], [1, 2]]
+
+
+def test_members_of_a_batch_are_charged_by_their_size(compute, monkeypatch):
+    charged: dict[str, float] = {}
+    monkeypatch.setattr(compute._queue, "charge", lambda client, seconds: charged.update({client: seconds}))
+    asyncio.run(run_together(compute, [Adding(0), Adding(1, size=3)]))
+    compute.stop(timeout=5)
+    assert charged["c1"] == pytest.approx(3 * charged["c0"])
 
 
 def test_an_idle_thread_holds_nothing_of_the_last_request(compute):

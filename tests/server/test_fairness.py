@@ -63,6 +63,20 @@ def test_decode_goes_first_and_backward_before_forward_of_one_client():
     assert drain(queue, {"a": 1.0, "b": 1.0}) == "DbfF"
 
 
+def test_company_is_taken_from_all_clients_and_overtakes_nothing_of_its_own():
+    queue: FairQueue[str] = FairQueue()
+    for client, item in (("a", "a1"), ("a", "a2"), ("b", "B1"), ("b", "b2"), ("c", "c1"), ("c", "c2")):
+        queue.put(client, DECODE, item)
+    queue.put("d", FORWARD, "d1")
+    assert queue.pop().item == "a1"
+    company = queue.pop_company(lambda item: item.islower() and item != "c2")
+    assert [ticket.item for ticket in company] == ["a2", "c1"]
+    for ticket in company:
+        queue.charge(ticket.client, 1.0)
+    assert drain(queue, dict.fromkeys("abcd", 1.0)) == "B1b2c2d1"
+    assert queue.pop_company(lambda item: True) == []
+
+
 def test_a_request_knows_where_it_stands():
     queue: FairQueue[str] = FairQueue()
     for number in range(3):

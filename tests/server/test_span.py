@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from transformers import AutoModel
 
-from petals_lightning.hf import Checkpoint, Part, load_pruned
-from petals_lightning.hf.loading import model_class
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.prefix_cache import PrefixLayer
 from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
@@ -17,20 +12,6 @@ from tests.families import HIDDEN, NUM_BLOCKS
 
 B, S, P = 3, 6, 4
 FAMILIES = ["llama", "bloom", "falcon_alibi", "gemma2", "mixtral", "gpt2"]
-
-
-@pytest.fixture(scope="module")
-def load_span(tiny_checkpoint) -> Callable[..., BlockSpan]:
-    """`load_span("llama", 1, 4)` holds blocks 1:4."""
-
-    def load(family: str, start: int = 0, end: int = NUM_BLOCKS) -> BlockSpan:
-        checkpoint = Checkpoint(str(tiny_checkpoint(family)))
-        model, layout = load_pruned(
-            model_class(AutoModel, checkpoint), checkpoint, Part(start, end, ends=False), dtype="float32"
-        )
-        return BlockSpan(model, layout, start)
-
-    return load
 
 
 def inputs(start: int, end: int, *, prefix: bool = True, deep: bool = True, rows: list[int] | None = None):

@@ -1,0 +1,28 @@
+"""Spans without a server around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModel
+
+from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf.loading import model_class
+from petals_lightning.server.span import BlockSpan
+from tests.families import NUM_BLOCKS
+
+
+@pytest.fixture(scope="module")
+def load_span(tiny_checkpoint) -> Callable[..., BlockSpan]:
+    """`load_span("llama", 1, 4)` holds blocks 1:4 of the family's tiny model; a checkpoint's folder is taken too."""
+
+    def load(model: str | Path, start: int = 0, end: int = NUM_BLOCKS) -> BlockSpan:
+        checkpoint = Checkpoint(str(tiny_checkpoint(model) if isinstance(model, str) else model))
+        pruned, layout = load_pruned(
+            model_class(AutoModel, checkpoint), checkpoint, Part(start, end, ends=False), dtype="float32"
+        )
+        return BlockSpan(pruned, layout, start)
+
+    return load
