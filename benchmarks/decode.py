@@ -62,30 +62,48 @@ def rounds_of(
 
 
 def generate_together(
-    folder: str, maddr: str, sessions: int, prompt: torch.Tensor, new_tokens: int
+    models: list[torch.nn.Module], prompts: list[torch.Tensor], new_tokens: int
 ) -> tuple[float, float]:
-    """Tokens a second of all sessions together, and the slowest one's share of an even share."""
-    models = [
-        AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=[maddr], dht_prefix=PREFIX)
-        for _ in range(sessions)
-    ]
-    for model in models:
-        generate(model, prompt, 2)
-    seconds = [0.0] * sessions
+    """Seconds of one `generate` of each model, all at once, and the mean of theirs against the slowest one's."""
+    seconds = [0.0] * len(models)
 
     def run(index: int) -> None:
-        seconds[index] = generate(models[index], prompt, new_tokens)
+        seconds[index] = generate(models[index], prompts[index], new_tokens)
 
     began = time.perf_counter()
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(sessions)]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(models))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    elapsed = time.perf_counter() - began
+    return time.perf_counter() - began, statistics.mean(seconds) / max(seconds)
+
+
+def rows_of_sessions(
+    folder: str, maddr: str, sessions: list[int], prompt: torch.Tensor, new_tokens: int, repeats: int
+) -> list[tuple[str, float, float]]:
+    """A row for each number of sessions, against one; their prompts differ in length, and each is a peer of its own."""
+    models: list[torch.nn.Module] = [
+        AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=[maddr], dht_prefix=PREFIX)
+        for _ in range(max(sessions))
+    ]
+    prompts = [prompt[:, : max(prompt.shape[1] - index, 1)] for index in range(len(models))]
+    evenness: dict[int, list[float]] = {count: [] for count in sessions}
+
+    def run(count: int) -> float:
+        elapsed, even = generate_together(models[:count], prompts, new_tokens)
+        evenness.setdefault(count, []).append(even)
+        return elapsed
+
+    seconds = alternate({str(count): partial(run, count) for count in (1, *sessions)}, repeats)
+    rows = []
+    for count in sessions:
+        speed, one = count * new_tokens / seconds[str(count)], new_tokens / seconds["1"]
+        rows.append((f"{count} sessions at once, tokens/s (against one)", speed, one))
+        rows.append(("their slowest against the mean", statistics.median(evenness[count]), 1.0))
     for model in models:
         remote_blocks(model).close()  # type: ignore[union-attr]
-    return sessions * new_tokens / elapsed, statistics.mean(seconds) / max(seconds)
+    return rows
 
 
 def main(
@@ -94,7 +112,7 @@ def main(
     dtype: str = "float32",
     new_tokens: int = 64,
     prefill: int = 512,
-    sessions: int = 8,
+    sessions: Annotated[str, typer.Option(help="Numbers of sessions at once, with commas.")] = "2,4,8",
     repeats: int = 5,
     threads: int = 2,
     output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
@@ -129,9 +147,8 @@ def main(
                 if len(spans) == 1:
                     seconds = alternate(rounds_of(models, long_prompt, 1), repeats)
                     rows.append((f"prefill of {prefill} tokens, ms", *(seconds[side] * 1e3 for side in models)))
-                    together, evenness = generate_together(folder, maddr, sessions, prompt, new_tokens)
-                    rows.append((f"{sessions} sessions at once, tokens/s (against one)", together, rows[0][1]))
-                    rows.append(("their slowest against the mean", evenness, 1.0))
+                    counts = [int(count) for count in sessions.split(",")]
+                    rows += rows_of_sessions(folder, maddr, counts, prompt, new_tokens, repeats)
                 remote_blocks(remote).close()  # type: ignore[union-attr]
             finally:
                 for server in servers:
