@@ -16,7 +16,7 @@ from petals_lightning.swarm.streams import open_stream
 _CONNECT_TIMEOUT = 5.0  # the client waits for it before it goes the direct way
 _MAX_LINKS = 64
 _PATIENCE, _SLOWEST = 10.0, 1 << 17  # seconds for the other server to take a request, and bytes a second on the way
-_LARGE_AT_ONCE = 2  # the other side bounds what is under way on one stream
+_LARGE_AT_ONCE = 8  # they go one after another; so many may wait for the answer that they were taken
 _MAX_ANSWER_BYTES, _MAX_ANSWERS = 1 << 16, 1 << 10
 
 
