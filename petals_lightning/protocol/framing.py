@@ -139,7 +139,7 @@ class MessageWriter:
 
     async def send(self, call_id: int, message: Message) -> int:
         """Returns the bytes written; raises ConnectionError if the stream is gone."""
-        if sum(tensor.nbytes for tensor in message.tensors.values()) <= CHUNK_BYTES:
+        if message.num_bytes <= CHUNK_BYTES:
             return await self._send(call_id, message)
         async with self._long:
             return await self._send(call_id, message)

@@ -66,7 +66,7 @@ class _Link:
         self._reading = asyncio.create_task(self._read())
 
     async def send(self, message: Message) -> None:
-        size = sum(tensor.nbytes for tensor in message.tensors.values())
+        size = message.num_bytes
         if size <= CHUNK_BYTES:  # one frame: never waits for the large ones
             await self._send(message, size)
             return
