@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+NEGLIGIBLE = 0.05  # times are not known any better, and every request costs its server something
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -34,8 +36,9 @@ def pipeline_seconds(stages: Sequence[Stage], count: int) -> float:
 def microbatch_size(batch: int, stages: Sequence[Stage], *, smallest: int, largest: int) -> int:
     """Samples of a micro-batch, from `smallest` to `largest`, with which a batch of so many is through soonest.
 
-    Of sizes that make no difference it is the largest, and all micro-batches are as equal as they go.
+    Of sizes that make little difference it is the largest, and all micro-batches are as equal as they go.
     """
     fewest, most = math.ceil(batch / max(largest, 1)), max(batch // max(smallest, 1), 1)
-    count = min(range(fewest, max(fewest, most) + 1), key=lambda count: pipeline_seconds(stages, count))
-    return math.ceil(batch / count)
+    seconds = {count: pipeline_seconds(stages, count) for count in range(fewest, max(fewest, most) + 1)}
+    best = min(seconds.values())
+    return math.ceil(batch / next(count for count, each in seconds.items() if each <= best * (1 + NEGLIGIBLE)))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_lightning.client.pace import Paces
-from petals_lightning.client.sizing import Stage, microbatch_size, pipeline_seconds
+from petals_lightning.client.sizing import NEGLIGIBLE, Stage, microbatch_size, pipeline_seconds
 
 _seconds = st.floats(0, 10)
 _stages = st.lists(st.builds(Stage, _seconds, _seconds), min_size=1, max_size=6)
@@ -32,13 +32,13 @@ def test_a_pipeline_takes_what_a_simulated_one_takes(stages, count):
 
 
 @given(_stages, st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
-def test_the_size_keeps_to_its_limits_and_no_other_number_of_pieces_is_quicker(stages, batch, smallest, largest):
+def test_the_size_keeps_to_its_limits_and_no_other_number_of_pieces_is_much_quicker(stages, batch, smallest, largest):
     size = microbatch_size(batch, stages, smallest=smallest, largest=largest)
     assert 1 <= size <= min(batch, largest)
     fewest = math.ceil(batch / largest)
     seconds = {count: simulated_seconds(stages, count) for count in range(fewest, max(fewest, batch // smallest) + 1)}
     chosen = min(taken for count, taken in seconds.items() if math.ceil(batch / count) == size)
-    assert chosen == pytest.approx(min(seconds.values()))
+    assert chosen <= min(seconds.values()) * (1 + NEGLIGIBLE) + 1e-9
 
 
 def test_one_server_gets_the_whole_batch_and_a_chain_gets_it_in_pieces():
@@ -46,13 +46,14 @@ def test_one_server_gets_the_whole_batch_and_a_chain_gets_it_in_pieces():
     sizes = [microbatch_size(32, [server] * count, smallest=1, largest=32) for count in (1, 2, 4, 8)]
     assert sizes[0] == 32
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[2] < 8
+    assert sizes[2] <= 8
 
 
 def test_pieces_are_larger_where_each_costs_more():
     sizes = [microbatch_size(64, [Stage(1.0, each)] * 4, smallest=1, largest=64) for each in (0.001, 0.01, 0.1, 10.0)]
     assert sizes == sorted(sizes)
-    assert (sizes[0] < 8, sizes[-1]) == (True, 64)
+    assert sizes[0] <= 8
+    assert sizes[-1] == 64
 
 
 def test_a_slow_wire_is_a_stage_like_a_server():
