@@ -34,12 +34,17 @@ from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 
 
-def start_chain(model: str, spans: list[tuple[int, int]], threads: int) -> tuple[list[subprocess.Popen[str]], str]:
+def start_chain(
+    model: str,
+    spans: list[tuple[int, int]],
+    threads: int,
+    program: tuple[str, ...] = ("petals_lightning.cli.main",),
+) -> tuple[list[subprocess.Popen[str]], str]:
     """A server for each span; returns their processes and the first one's address."""
     processes, maddr = [], ""
     for start, end in spans:
         join = ("--initial-peers", maddr) if maddr else ("--new-swarm",)
-        process, own = start_server(model, threads, "--block-indices", f"{start}:{end}", join=join)
+        process, own = start_server(model, threads, "--block-indices", f"{start}:{end}", join=join, program=program)
         processes.append(process)
         maddr = maddr or own
     return processes, maddr

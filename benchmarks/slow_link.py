@@ -1,15 +1,19 @@
 """Training and decoding over slow links, with and without what saves bytes and trips.
 
     python -m benchmarks.slow_link                       # 100 Mbit/s and 50 ms round trip
+    python -m benchmarks.slow_link --block-us 10         # servers whose blocks take 10 µs a position
     python -m benchmarks.slow_link --round-trip 0.1 --mbits 20
 
-Every server stands behind a TCP proxy that delays and throttles what passes, for the client and for the other servers
-alike. Three comparisons, each from one run, rounds of both sides alternating, medians compared (a random Llama of
-hidden 512 and 8 blocks, float32):
+Every server stands behind a TCP proxy that delays and throttles what passes. Each server has a link of its own, and so
+has the client, which all its connections share. Comparisons, each from one run, rounds of both sides alternating,
+medians compared (Llama of hidden 512 and 8 blocks, random; activations travel in float32 on both sides):
 
-- a training step through one server, our stream against Petals' methods on the same server: the prefix in every sample,
-  all positions sent and fetched, inputs and prompts sent again for the backward, which computes the forward again;
-- a training step, and decoding, through a chain, with servers handing over to each other and without.
+- a training step through chains of servers, our streams against Petals' methods on the same kind of servers: there the
+  prefix is in every sample, all positions are sent and fetched, inputs and prompts are sent again for the backward,
+  which computes the forward again, and the client stands between all servers;
+- a training step, and decoding, with servers handing over to each other and without.
+
+Servers compute with real blocks, or with blocks that take a stated time (`throttled_server`).
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,37 +34,49 @@ import typer
 
 from benchmarks.decode import generate
 from benchmarks.rounds import alternate, print_table, save_rows
-from benchmarks.training_step import PREFIX, batch_of, run_step, save_random_llama, start_server
+from benchmarks.training_step import PREFIX, batch_of, save_random_llama, start_server, training_rounds
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
     remote_blocks,
 )
-from tests.faults.proxy import TcpProxy, free_port
+from tests.faults.proxy import SharedLink, TcpProxy, free_port
+
+BLOCKS = 8
 
 
-@dataclass
-class Link:
-    """What every proxy does to what passes: `delay` seconds one way, `rate` bytes a second."""
+@contextmanager
+def slow_chain(
+    model: str, count: int, *options: str, program: tuple[str, ...], threads: int, delay: float, rate: float
+) -> Iterator[str]:
+    """Servers with links of their own, and a link for whoever connects to them when all are up; gives an address.
 
-    delay: float
-    rate: float
-
-    def start_server(
-        self, stack: ExitStack, model: str, threads: int, *options: str, peers: tuple[str, ...] = ()
-    ) -> str:
-        """A server behind a proxy of its own; returns the address at which others reach it."""
-        port = free_port()
-        proxy = TcpProxy(port)
-        stack.callback(proxy.close)
-        join = ("--initial-peers", *peers) if peers else ("--new-swarm",)
-        process, maddr = start_server(
-            model, threads, "--host-maddrs", f"/ip4/127.0.0.1/tcp/{port}",
-            "--announce-maddrs", f"/ip4/127.0.0.1/tcp/{proxy.port}", *options, join=join,
-        )  # fmt: skip
-        stack.callback(_end, process)
-        proxy.delay, proxy.rate = self.delay, self.rate
-        return f"/ip4/127.0.0.1/tcp/{proxy.port}/p2p/{maddr.split('/p2p/')[1]}"
+    Args:
+        delay: seconds one way.
+        rate: bytes a second in each direction of a link.
+    """
+    with ExitStack() as stack:
+        proxies: list[TcpProxy] = []
+        first = ""
+        for number in range(count):
+            port = free_port()
+            proxy = TcpProxy(port)
+            stack.callback(proxy.close)
+            proxies.append(proxy)
+            # From the start: peers measure their round trip early, and take their windows from it.
+            proxy.delay, proxy.link = delay, SharedLink(rate)
+            process, maddr = start_server(
+                model, threads, "--host-maddrs", f"/ip4/127.0.0.1/tcp/{port}",
+                "--announce-maddrs", f"/ip4/127.0.0.1/tcp/{proxy.port}", *options,
+                "--block-indices", f"{BLOCKS * number // count}:{BLOCKS * (number + 1) // count}",
+                join=("--initial-peers", first) if first else ("--new-swarm",), program=program,
+            )  # fmt: skip
+            stack.callback(_end, process)
+            first = first or f"/ip4/127.0.0.1/tcp/{proxy.port}/p2p/{maddr.split('/p2p/')[1]}"
+        of_client = SharedLink(rate)
+        for proxy in proxies:
+            proxy.link = of_client
+        yield first
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -68,19 +84,14 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def training(models: dict[str, Any], batch: dict[str, torch.Tensor]) -> dict[str, Callable[[], float]]:
-    def round_of(model: torch.nn.Module) -> Callable[[], float]:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        return lambda: run_step(model, optimizer, batch)
-
-    return {name: round_of(model) for name, model in models.items()}
-
-
 def main(
     case: Annotated[str, typer.Option(help="batch×tokens×P of the training steps")] = "16x64x16",
-    mbits: Annotated[float, typer.Option(help="of each connection and direction, in Mbit/s")] = 100.0,
-    round_trip: Annotated[float, typer.Option(help="seconds from the client to a server and back")] = 0.05,
-    servers: Annotated[int, typer.Option(help="of the chain")] = 4,
+    mbits: Annotated[float, typer.Option(help="of each link and direction, in Mbit/s")] = 100.0,
+    round_trip: Annotated[float, typer.Option(help="seconds to a server and back")] = 0.05,
+    servers: Annotated[str, typer.Option(help="lengths of the chains, comma separated")] = "1,2,4",
+    block_us: Annotated[
+        float | None, typer.Option(help="µs that a block takes for a position", show_default="real blocks")
+    ] = None,
     new_tokens: int = 16,
     repeats: int = 7,
     threads: int = 2,
@@ -89,49 +100,46 @@ def main(
     """Prints a row per comparison."""
     torch.set_num_threads(threads)
     batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
-    options = {"tuning_mode": "deep_ptune", "pre_seq_len": pre_seq_len, "num_labels": 2, "dht_prefix": PREFIX}
-    batch, prompt = batch_of(batch_size, tokens), torch.randint(1, 1000, (1, 16))
-    link, blocks, rows = Link(round_trip / 2, mbits * 1e6 / 8), 8, []
+    batch, prompt, rows = batch_of(batch_size, tokens), torch.randint(1, 1000, (1, 16)), []
+    program = ("petals_lightning.cli.main",)
+    if block_us is not None:
+        program = "benchmarks.throttled_server", str(block_us)
+    start = partial(slow_chain, program=program, threads=threads, delay=round_trip / 2, rate=mbits * 1e6 / 8)
     with tempfile.TemporaryDirectory() as folder:
-        save_random_llama(folder, hidden=512, blocks=blocks, dtype="float32")
+        save_random_llama(folder, hidden=512, blocks=BLOCKS, dtype="float32", is_thin=block_us is not None)
+        for count in (int(part) for part in servers.split(",")):
+            with ExitStack() as stack:
+                ours = stack.enter_context(start(folder, count))
+                petals = stack.enter_context(start(folder, count, "--petals-only"))
 
-        def classifier(maddr: str, **more: Any) -> Any:
-            return AutoDistributedModelForSequenceClassification.from_pretrained(
-                folder, initial_peers=[maddr], **options, **more
-            )
+                def load(auto_class: Any, maddr: str, stack: ExitStack = stack, **options: Any) -> Any:
+                    model = auto_class.from_pretrained(
+                        folder, initial_peers=[maddr], dht_prefix=PREFIX, wire_dtype="float32", **options
+                    )
+                    stack.callback(remote_blocks(model).close)
+                    return model
 
-        with ExitStack() as stack:  # two swarms of one server each
-            models = {
-                "ours": classifier(link.start_server(stack, folder, threads)),
-                "other": classifier(link.start_server(stack, folder, threads, "--petals-only")),
-            }
-            seconds = alternate(training(models, batch), repeats)
-            rows.append(("training step, 1 server: our stream, Petals' methods", seconds["ours"], seconds["other"]))
-            for model in models.values():
-                remote_blocks(model).close()
-        with ExitStack() as stack:
-            peers: tuple[str, ...] = ()
-            for number in range(servers):
-                span = f"{blocks * number // servers}:{blocks * (number + 1) // servers}"
-                maddr = link.start_server(stack, folder, threads, "--block-indices", span, peers=peers)
-                peers = peers or (maddr,)
-            ways = {"ours": {"server_to_server": True}, "other": {"server_to_server": False}}
-            models = {name: classifier(peers[0], **way) for name, way in ways.items()}
-            seconds = alternate(training(models, batch), repeats)
-            rows.append((f"training step, {servers} servers: handed over, direct", seconds["ours"], seconds["other"]))
-            talkers = {
-                name: AutoDistributedModelForCausalLM.from_pretrained(
-                    folder, initial_peers=list(peers), dht_prefix=PREFIX, **way
-                )
-                for name, way in ways.items()
-            }
-            decoding = {n: lambda m=m: generate(m, prompt, new_tokens) / new_tokens for n, m in talkers.items()}
-            seconds = alternate(decoding, max(repeats // 2, 2))
-            rows.append((f"decoded token, {servers} servers: handed over, direct", seconds["ours"], seconds["other"]))
-            for model in [*models.values(), *talkers.values()]:
-                remote_blocks(model).close()
+                classifier = partial(
+                    load, AutoDistributedModelForSequenceClassification,
+                    tuning_mode="deep_ptune", pre_seq_len=pre_seq_len, num_labels=2,
+                )  # fmt: skip
+                models = {"ours": classifier(ours), "petals": classifier(petals)}
+                ways = {"ours": {}, "direct": {"server_to_server": False}} if count > 1 else {}
+                if ways:
+                    models["direct"] = classifier(ours, server_to_server=False)
+                seconds = alternate(training_rounds(models, batch), repeats)
+                name = f"training step, {count} server{'s' * (count > 1)}"
+                rows.append((f"{name}: ours, Petals' methods", seconds["ours"], seconds["petals"]))
+                if not ways:
+                    continue
+                rows.append((f"{name}: handed over, direct", seconds["ours"], seconds["direct"]))
+                talkers = {n: load(AutoDistributedModelForCausalLM, ours, **way) for n, way in ways.items()}
+                decoding = {n: lambda m=m: generate(m, prompt, new_tokens) / new_tokens for n, m in talkers.items()}
+                seconds = alternate(decoding, max(repeats // 2, 2))
+                rows.append((f"decoded token, {count} servers: handed over, direct", *seconds.values()))
+    blocks = "real blocks" if block_us is None else f"blocks of {block_us:g} µs a position"
     print_table(
-        f"{mbits:g} Mbit/s, {round_trip * 1e3:g} ms round trip, Llama 512 × {blocks}, float32, {case}",
+        f"{mbits:g} Mbit/s, {round_trip * 1e3:g} ms round trip, 512 × {BLOCKS} in float32, {blocks}, {case}",
         ("first ms", "second ms", "second / first"),
         [(name, ours * 1e3, other * 1e3) for name, ours, other in rows],
         second_by_first=True,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -35,10 +36,14 @@ from petals_lightning.models.local import LocalModelForSequenceClassification
 PREFIX = "benchmark"
 
 
-def save_random_llama(folder: str, *, hidden: int, blocks: int, dtype: str) -> None:
+def save_random_llama(folder: str, *, hidden: int, blocks: int, dtype: str, is_thin: bool = False) -> None:
+    """`is_thin`: next to no arithmetic inside the blocks, for servers whose compute time is stated."""
+    heads, intermediate, head_dim = hidden // 64, hidden * 8 // 3 // 16 * 16, 64
+    if is_thin:
+        heads, intermediate, head_dim = 1, 16, 16
     config = transformers.LlamaConfig(
-        vocab_size=1000, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 16 * 16, num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=2048,
+        vocab_size=1000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim, max_position_embeddings=2048,
         pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -47,11 +52,15 @@ def save_random_llama(folder: str, *, hidden: int, blocks: int, dtype: str) -> N
 
 
 def start_server(
-    model: str, threads: int, *extra: str, join: tuple[str, ...] = ("--new-swarm",)
+    model: str,
+    threads: int,
+    *extra: str,
+    join: tuple[str, ...] = ("--new-swarm",),
+    program: tuple[str, ...] = ("petals_lightning.cli.main",),
 ) -> tuple[subprocess.Popen[str], str]:
     """A server, of all blocks unless `extra` says otherwise; returns its process and address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "petals_lightning.cli.main", "serve", model, *join, "--dht-prefix", PREFIX,
+        [sys.executable, "-m", *program, "serve", model, *join, "--dht-prefix", PREFIX,
          "--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--threads", str(threads), *extra],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
@@ -80,6 +89,18 @@ def run_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: di
     model(**batch).loss.backward()
     optimizer.step()
     return time.perf_counter() - began
+
+
+def training_rounds(
+    models: Mapping[str, torch.nn.Module], batch: dict[str, torch.Tensor]
+) -> dict[str, Callable[[], float]]:
+    """For each model, what trains it by a step and returns the seconds."""
+
+    def round_of(model: torch.nn.Module) -> Callable[[], float]:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        return lambda: run_step(model, optimizer, batch)
+
+    return {name: round_of(model) for name, model in models.items()}
 
 
 def main(

@@ -6,14 +6,12 @@ Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows tha
 from __future__ import annotations
 
 import asyncio
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from petals_lightning.client.chain import BlockChain
-from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.legs import ChainResult, MicroBatch, StepPrompts
 from petals_lightning.swarm import SwarmNode
 
@@ -32,8 +30,8 @@ class _Part:
 class RemoteRunner:
     """Runs blocks for autograd, from any thread; blocks the caller until the swarm has answered."""
 
-    def __init__(self, node: SwarmNode, chain: BlockChain, config: ClientConfig):
-        self._node, self._chain, self._config = node, chain, config
+    def __init__(self, node: SwarmNode, chain: BlockChain):
+        self._node, self._chain = node, chain
         self._version, self._last_deep = 0, torch.empty(0)
 
     def prompts(self, deep: torch.Tensor, start: int) -> StepPrompts:
@@ -51,19 +49,13 @@ class RemoteRunner:
         prompts: StepPrompts | None,
         *,
         start: int,
-        num_legs: int,
-        max_tokens: int,
+        size: int,
         input_grad: bool,
         keep: bool,
     ) -> list[_Part]:
-        """Cuts the batch so that a chain of `num_legs` servers can work at once and no request is over `max_tokens`."""
+        """Cuts the batch into micro-batches of `size` samples."""
         batch_size, tokens, _ = hidden.shape
-        size = batch_size
-        if num_legs > 1:
-            pieces = min(2 * num_legs, batch_size * tokens // self._config.min_microbatch_tokens)
-            size = math.ceil(batch_size / max(pieces, 1))
-        size = max(1, min(size, max_tokens // (tokens + (len(prefix) if prefix is not None else 0))))
-        parts = []
+        parts: list[_Part] = []
         for first in range(0, batch_size, size):
             last = min(first + size, batch_size)
             own_rows = positions = None
@@ -72,7 +64,9 @@ class RemoteRunner:
                 if not len(positions):
                     continue  # nothing of these samples is read, so nothing of them need run
                 own_rows = (rows[positions] - first * tokens).to(torch.int32)
-            micro_batch = MicroBatch(start, hidden[first:last], prefix, own_rows, prompts, input_grad, keep)
+            micro_batch = MicroBatch(
+                start, hidden[first:last], prefix, own_rows, prompts, input_grad, keep, leads=not parts
+            )
             parts.append(_Part(micro_batch, first, last, row_positions=positions))
         return parts
 
@@ -110,14 +104,15 @@ class RemoteRunner:
 
 
 class RemoteBlocks(torch.autograd.Function):
-    """`apply(runner, start, end, (num_legs, max_tokens), want_prefix, hidden, prefix, deep, rows)` → (hidden, prefix).
+    """`apply(runner, start, end, size, want_prefix, hidden, prefix, deep, rows)` → (hidden, prefix).
 
+    size: samples of a micro-batch.
     hidden [B, S, H] → the same shape, or [N, H] with rows [N]; prefix [P, H] → the same, or empty if not wanted.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        runner, start, end, (num_legs, max_tokens), want_prefix, hidden, prefix, deep, rows = args
+        runner, start, end, size, want_prefix, hidden, prefix, deep, rows = args
         needs = dict(zip(("hidden", "prefix", "deep"), ctx.needs_input_grad[5:8], strict=True))
         parts = runner.split(
             hidden.detach().cpu(),
@@ -125,8 +120,7 @@ class RemoteBlocks(torch.autograd.Function):
             rows.detach().cpu() if rows is not None else None,
             runner.prompts(deep, start) if deep is not None else None,
             start=start,
-            num_legs=num_legs,
-            max_tokens=max_tokens,
+            size=size,
             input_grad=needs["hidden"],
             keep=any(needs.values()),
         )

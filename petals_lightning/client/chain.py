@@ -220,7 +220,7 @@ class BlockChain:
         if winner is not leg:
             self._stats.hedges += 1
             late = leg.clock.seconds / cost
-            self._view.report_slow(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start, elapsed=late)
+            self._view.paces.report_slow(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start, elapsed=late)
         return winner, result
 
     def _patience(self, leg: Leg, batch: MicroBatch, cost: float) -> Patience:
@@ -369,13 +369,14 @@ class BlockChain:
         began = time.perf_counter()
         reply = await connection.call(message, call_id, sent=prompts_sent, deadline=deadline, clock=leg.clock)
         if backward is None:  # speeds are compared between servers, so they are all taken from forwards
-            self._view.report_success(
-                leg.peer,
-                tokens=batch.tokens,
-                blocks=leg.end - leg.start,
-                compute=seconds_of(reply, "compute"),
-                elapsed=time.perf_counter() - began - seconds_of(reply, "queue"),
+            compute, elapsed = seconds_of(reply, "compute"), time.perf_counter() - began - seconds_of(reply, "queue")
+            self._view.paces.report_success(
+                leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start, compute=compute, elapsed=elapsed
             )
+            if batch.leads:
+                moved = message.num_elements + reply.num_elements
+                travelled = elapsed - compute - self._view.round_trip(leg.peer)
+                self._view.paces.report_travel(seconds=travelled, num_elements=moved)
         return reply
 
 

@@ -32,7 +32,8 @@ class ClientConfig:
     blocked_servers: peer ids that are never used.
     swarm_token: secret that servers and clients of a private swarm share; servers that do not know it are not used.
     wire_dtype: of activations and gradients on the wire; "auto" is 16 bits where a server computes in 16 bits.
-    min_microbatch_tokens: batches are not cut into parts smaller than this.
+    min_microbatch_tokens: batches are not cut into parts smaller than this, even if a chain would be filled sooner.
+        Within both limits the size follows from measured times.
     max_microbatch_tokens: nor sent in parts larger than this.
     """
 
@@ -53,7 +54,7 @@ class ClientConfig:
     blocked_servers: tuple[str, ...] = ()
     swarm_token: str | None = field(default=None, repr=False)  # it must reach no log
     wire_dtype: str = "auto"
-    min_microbatch_tokens: int = 512
+    min_microbatch_tokens: int = 64
     max_microbatch_tokens: int = 8192
 
     def __post_init__(self) -> None:

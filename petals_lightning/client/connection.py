@@ -143,7 +143,7 @@ class PeerConnection:
         call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout)
         call.clock.hold()
         try:
-            async with self._room.enter(sum(tensor.nbytes for tensor in message.tensors.values())):
+            async with self._room.enter(message.num_bytes):
                 if self._failure is not None:
                     raise self._failure
                 self._pending[call_id] = call

@@ -9,6 +9,7 @@ Shapes: B batch, S tokens, P virtual tokens, H hidden size, N rows that are read
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -100,7 +101,7 @@ class HandoverChain:
             if self._view.other_route(late.start, late.end, tokens=batch.tokens, avoid=[late.peer]) is None:
                 return None
             elapsed = late.clock.seconds / cost
-            self._view.report_slow(late.peer, tokens=batch.tokens, blocks=late.end - late.start, elapsed=elapsed)
+            self._view.paces.report_slow(late.peer, tokens=batch.tokens, blocks=late.end - late.start, elapsed=elapsed)
             return _Way(ServiceClock(), lambda: directly([late.peer]))
 
         hedges = [self._patience(batch, leg, cost).hedge for leg in legs]
@@ -143,10 +144,12 @@ class HandoverChain:
             self._stage(batch, leg, request.to_message(), 1.0, is_last=leg is legs[-1])
             for leg, request in zip(legs, requests, strict=True)
         ]
+        travel = _Travel(self._view, [leg.peer for leg in legs], is_measured=batch.leads)
         for leg, stage in zip(legs, stages, strict=True):
             leg.graph = stage.call_id if batch.keep else None  # until it says otherwise
-            stage.answered = self._learns(batch, leg)
+            stage.answered = self._learns(batch, leg, travel)
         reply = await Handover(stages).last()
+        travel.end(len(legs) * stages[0].request.num_elements + reply.num_elements)
         check_forward(legs[-1].peer, requests[-1], _deep(batch, legs[-1]), reply)
         return ChainResult(reply.tensors["hidden"], reply.tensors.get("prefix"), legs, handed_over=True)
 
@@ -205,7 +208,7 @@ class HandoverChain:
             await leg.connection.give_prompts(key, to_wire(deep, self._view.wire_dtype(leg.peer)), sent)
         return key
 
-    def _learns(self, batch: MicroBatch, leg: Leg) -> Callable[[Message], None]:
+    def _learns(self, batch: MicroBatch, leg: Leg, travel: _Travel) -> Callable[[Message], None]:
         """Takes in what a server says of its forward; how long the way to it is cannot be learnt from that."""
 
         def learn(reply: Message) -> None:
@@ -213,9 +216,10 @@ class HandoverChain:
                 leg.graph = None
             compute, (hop, _) = seconds_of(reply, "compute"), self._view.expected_seconds(leg.peer, tokens=0, blocks=0)
             blocks = leg.end - leg.start
-            self._view.report_success(
+            self._view.paces.report_success(
                 leg.peer, tokens=batch.tokens, blocks=blocks, compute=compute, elapsed=compute + hop
             )
+            travel.stop(compute + seconds_of(reply, "queue"))
 
         return learn
 
@@ -231,6 +235,30 @@ class HandoverChain:
                 assert leg.connection is not None
                 leg.connection.forget_prompts()
         self._view.handover.avoid([leg.peer for leg in legs], failure)
+
+
+class _Travel:
+    """Finds how long a request was on its way, between servers that answer in whatever order."""
+
+    def __init__(self, view: SwarmView, peers: Sequence[str], *, is_measured: bool):
+        self._view, self._peers, self._is_measured = view, peers, is_measured
+        self._began, self._seconds, self._stops, self._elements = time.perf_counter(), 0.0, 0, 0
+
+    def stop(self, seconds: float) -> None:
+        """A server says for how long it had the request."""
+        self._stops, self._seconds = self._stops + 1, self._seconds - seconds
+        self._report()
+
+    def end(self, num_elements: int) -> None:
+        """The last answer is here; all trips together moved so many elements of tensors."""
+        self._seconds, self._elements = self._seconds + time.perf_counter() - self._began, num_elements
+        self._report()
+
+    def _report(self) -> None:
+        if self._is_measured and self._elements and self._stops == len(self._peers):
+            round_trips = [self._view.round_trip(peer) for peer in self._peers]
+            latency = (len(self._peers) + 1) / 2 * sum(round_trips) / len(self._peers)
+            self._view.paces.report_travel(seconds=self._seconds - latency, num_elements=self._elements)
 
 
 @dataclass

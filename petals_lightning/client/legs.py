@@ -38,7 +38,8 @@ class StepPrompts:
 class MicroBatch:
     """What enters block `start`: hidden [B, S, H], prefix [P, H] or None, and rows [N] to read or None for all.
 
-    `input_grad`: hidden needs a gradient; `keep`: a backward will follow.
+    `input_grad`: hidden needs a gradient; `keep`: a backward will follow; `leads`: it is the first of its batch, so
+    none is in front of it on its way.
     """
 
     start: int
@@ -48,6 +49,7 @@ class MicroBatch:
     prompts: StepPrompts | None
     input_grad: bool
     keep: bool
+    leads: bool = False
 
     @property
     def tokens(self) -> int:

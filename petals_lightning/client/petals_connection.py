@@ -129,7 +129,7 @@ class PetalsConnection:
         clock.hold()
         began = time.perf_counter()
         try:
-            async with self._room.enter(sum(tensor.nbytes for tensor in message.tensors.values())):
+            async with self._room.enter(message.num_bytes):
                 clock.restart()
                 answer = self._answer(message, clock.restart)
                 tensors = await self._in_time(answer, deadline or self._config.request_timeout, clock)

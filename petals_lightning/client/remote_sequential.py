@@ -114,7 +114,7 @@ class RemoteSequential(nn.Module):
             stats=stats,
         )
         node.run(view.start())
-        runner = RemoteRunner(node, BlockChain(view, stats), config)
+        runner = RemoteRunner(node, BlockChain(view, stats))
         return cls(_Swarm(node, view, runner, stats, owns_node, rotary_switch), 0, num_blocks)
 
     @property
@@ -214,10 +214,12 @@ class RemoteSequential(nn.Module):
             return hidden_states, prefix if want_prefix else None
         if rows is not None and not len(rows):
             raise UnsupportedInputError("rows is empty: nothing of the output would be read")
-        route = self.route()
-        sizes = len(route), self._swarm.view.max_request_tokens(route)
+        batch, tokens, _ = hidden_states.shape
+        size = self._swarm.view.microbatch_size(
+            self.route(), batch, tokens, len(prefix) if prefix is not None else 0, deep=deep is not None
+        )
         out, prefix_out = RemoteBlocks.apply(
-            self._swarm.runner, self.start, self.end, sizes, want_prefix, hidden_states, prefix, deep, rows
+            self._swarm.runner, self.start, self.end, size, want_prefix, hidden_states, prefix, deep, rows
         )
         return out, prefix_out if want_prefix and prefix is not None else None
 

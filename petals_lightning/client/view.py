@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.handover import HandoverPolicy
+from petals_lightning.client.pace import Paces
 from petals_lightning.client.petals_connection import PetalsConnection
 from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, route_seconds, uncovered
 from petals_lightning.client.server_connection import ServerConnection
+from petals_lightning.client.sizing import Stage, microbatch_size
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import (
     AccessDeniedError,
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_HOP_SECONDS = 0.01
 _DEFAULT_TOKENS_PER_SECOND = 1000.0
+_DEFAULT_REQUEST_SECONDS, _MAX_REQUEST_SECONDS = 0.01, 10.0  # where a server says nothing, or nonsense
 _TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
 _MAX_BAN = 300.0
 _LIAR_BAN = 86400.0  # a server that two others have contradicted has had its chance
@@ -41,22 +46,6 @@ class _Ban:
     until: float
     count: int
     is_proven: bool = False
-
-
-@dataclass
-class _Speed:
-    """Measured on our own requests; newer measurements weigh more."""
-
-    hop_seconds: float
-    tokens_per_second: float
-
-    count: int = 1
-
-    def update(self, hop_seconds: float, tokens_per_second: float) -> None:
-        self.count += 1
-        weight = max(1 / self.count, 0.2)  # a plain mean at first, so that a cold first request is soon outweighed
-        self.hop_seconds += weight * (hop_seconds - self.hop_seconds)
-        self.tokens_per_second += weight * (tokens_per_second - self.tokens_per_second)
 
 
 class SwarmView:
@@ -87,7 +76,7 @@ class SwarmView:
         stats: TransferStats,
     ):
         self.node, self.dht_prefix, self.num_blocks, self.config = node, dht_prefix, num_blocks, config
-        self.handover = HandoverPolicy(config)
+        self.handover, self.paces = HandoverPolicy(config), Paces()
         self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
         self._returns_tuple = returns_tuple
         self._directory = SwarmDirectory(node.dht)
@@ -96,7 +85,6 @@ class SwarmView:
         self._misfits: dict[str, str] = {}
         self._refusals: dict[str, str] = {}
         self._bans: dict[str, _Ban] = {}
-        self._speeds: dict[str, _Speed] = {}
         self._routes: dict[tuple[int, int], list[RouteSpan]] = {}
         self._connections: dict[str, ServerConnection] = {}
         self._opening: dict[str, asyncio.Task[ServerConnection]] = {}
@@ -232,24 +220,10 @@ class SwarmView:
         if peer in self._bans and not self._bans[peer].is_proven:
             del self._bans[peer]
 
-    def report_success(self, peer: str, *, tokens: int, blocks: int, compute: float, elapsed: float) -> None:
-        """Learns from an answered request: `elapsed` seconds here, of which `compute` seconds on the server."""
-        hop, speed = max(elapsed - compute, 0.0), tokens * blocks / max(compute, 1e-6)
-        if peer in self._speeds:
-            self._speeds[peer].update(hop, speed)
-        else:
-            self._speeds[peer] = _Speed(hop, speed)
-
-    def report_slow(self, peer: str, *, tokens: int, blocks: int, elapsed: float) -> None:
-        """Learns from a request that a server has not answered after `elapsed` seconds of work: it is no faster."""
-        at_most = tokens * blocks / max(elapsed, 1e-6)
-        speed = self._speeds.setdefault(peer, _Speed(_DEFAULT_HOP_SECONDS, at_most))
-        speed.tokens_per_second = min(speed.tokens_per_second, at_most)
-
     def expected_seconds(self, peer: str, *, tokens: int, blocks: int) -> tuple[float, bool]:
         """What a forward on a server should take, and whether that is measured: else it is what the server claims."""
         hop, rate = self._pace(peer)
-        return hop + tokens * blocks / rate, peer in self._speeds
+        return hop + tokens * blocks / rate, peer in self.paces.speeds
 
     def other_route(self, start: int, end: int, *, tokens: int, avoid: Collection[str]) -> list[RouteSpan] | None:
         """The fastest route through blocks [start, end) without the servers `avoid`, or None; never waits."""
@@ -267,11 +241,44 @@ class SwarmView:
         record = self._records.get(peer)
         return record.torch_dtype if record is not None and record.torch_dtype in ("float16", "bfloat16") else "float32"
 
-    def max_request_tokens(self, route: list[RouteSpan]) -> int:
-        """The largest B·(P + S) that every server of a route takes, as far as they have said."""
-        known = [self._connections[leg.peer_id].info for leg in route if leg.peer_id in self._connections]
-        said = [info.get("max_batch_tokens") for info in known]
-        return min([self.config.max_microbatch_tokens, *(limit for limit in said if type(limit) is int and limit > 0)])
+    def round_trip(self, peer: str) -> float:
+        """Seconds of a call to a server that computes nothing."""
+        connection = self._connections.get(peer)
+        return (connection.round_trip if connection is not None else None) or 0.0
+
+    def microbatch_size(self, route: list[RouteSpan], batch: int, tokens: int, prefix: int, *, deep: bool) -> int:
+        """Samples to send through a route in one request, of [batch, tokens, H] behind so many positions of a prefix.
+
+        `deep`: there are deep prompts, whose gradients every micro-batch brings home.
+        """
+        position_seconds = self._hidden_size * self.paces.element_seconds
+        link = Stage(batch * tokens * position_seconds, prefix * position_seconds)
+        stages = [stage for leg in route for stage in (link, self._server_stage(leg, batch * tokens, prefix))]
+        if deep:
+            stages.append(Stage(0.0, (route[-1].end - route[0].start) * prefix * position_seconds))
+        said = [self._info(leg.peer_id).get("max_batch_tokens") for leg in route]
+        limits = [self.config.max_microbatch_tokens, *(limit for limit in said if type(limit) is int and limit > 0)]
+        smallest = math.ceil(self.config.min_microbatch_tokens / tokens)
+        return microbatch_size(batch, stages, smallest=smallest, largest=min(limits) // (tokens + prefix))
+
+    def _server_stage(self, leg: RouteSpan, tokens: int, prefix: int) -> Stage:
+        """A server's time for a batch of so many tokens, and for each request besides."""
+        said, blocks, (_, rate) = (
+            self._info(leg.peer_id).get("request_seconds"),
+            leg.end - leg.start,
+            self._pace(leg.peer_id),
+        )
+        of_request = said if isinstance(said, float) and 0 <= said < _MAX_REQUEST_SECONDS else _DEFAULT_REQUEST_SECONDS
+        of_request += prefix * blocks / rate
+        of_token = blocks / rate
+        if (speed := self.paces.speeds.get(leg.peer_id)) is not None:  # measured on whole requests
+            of_token = max(of_token - of_request / speed.request_tokens, of_token / 4)
+        return Stage(tokens * of_token, of_request)
+
+    def _info(self, peer: str) -> dict[str, Any]:
+        """What a server says of itself, if we have met it."""
+        connection = self._connections.get(peer)
+        return connection.info if connection is not None else {}
 
     def returns_tuple(self) -> bool:
         """Whether this family's blocks return tuples, as is known of it or as its servers say."""
@@ -295,7 +302,7 @@ class SwarmView:
 
     def _pace(self, peer: str) -> tuple[float, float]:
         """Seconds to get a request to a server and back, and its tokens a second of one block: measured, or claimed."""
-        if (speed := self._speeds.get(peer)) is not None:
+        if (speed := self.paces.speeds.get(peer)) is not None:
             return speed.hop_seconds, speed.tokens_per_second
         record, connection = self._records.get(peer), self._connections.get(peer)
         hop = connection.round_trip if connection is not None else None
@@ -318,7 +325,7 @@ class SwarmView:
         """Servers come and go under new ids: of those without a record and a running ban nothing is remembered."""
         now = time.monotonic()
         self._bans = {p: ban for p, ban in self._bans.items() if p in self._spans or ban.until > now}
-        self._speeds = {p: speed for p, speed in self._speeds.items() if p in self._spans}
+        self.paces.forget_absent(self._spans)
         self._refusals = {p: words for p, words in self._refusals.items() if p in self._spans}
 
     def _check_refusals(self, missing: list[int]) -> None:

@@ -125,19 +125,29 @@ class MessageReader:
 
 
 class MessageWriter:
-    """Writes messages from many tasks on one stream, frame by frame in turn."""
+    """Writes messages from many tasks on one stream.
+
+    Those of several frames go one after another, so that on a slow link the first one is there, and can be worked on,
+    while the others are under way. Those of a single frame take turns with their frames and never wait for all of them.
+    """
 
     def __init__(self, writer: asyncio.StreamWriter):
         self._writer = writer
-        self._turn = asyncio.Lock()
+        self._turn, self._long = asyncio.Lock(), asyncio.Lock()
         self.wrote_at = time.monotonic()
         """When the stream last took a frame of tensors: one that takes them moves, however slowly."""
 
     async def send(self, call_id: int, message: Message) -> int:
         """Returns the bytes written; raises ConnectionError if the stream is gone."""
+        if message.num_bytes <= CHUNK_BYTES:
+            return await self._send(call_id, message)
+        async with self._long:
+            return await self._send(call_id, message)
+
+    async def _send(self, call_id: int, message: Message) -> int:
         num_bytes = 0
         for frame in message.frames(call_id):
-            async with self._turn:  # asyncio's lock is first come, first served: messages take turns by frames
+            async with self._turn:  # asyncio's locks are first come, first served
                 if self._writer.is_closing():
                     raise ConnectionResetError("the stream is closed")
                 self._writer.writelines(frame)

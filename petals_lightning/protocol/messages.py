@@ -91,6 +91,16 @@ class Message:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     dropped: bool = False
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def num_elements(self) -> int:
+        """Of its tensors, in whatever dtype they travel."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
     def frames(self, call_id: int) -> Iterator[list[bytes | memoryview]]:
         """The message as frames, each a list of buffers to write in order."""
         description, buffers = pack_tensors(self.tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict
+from contextlib import nullcontext
 
 from hivemind.p2p import P2P
 
@@ -16,7 +17,6 @@ from petals_lightning.swarm.streams import open_stream
 _CONNECT_TIMEOUT = 5.0  # the client waits for it before it goes the direct way
 _MAX_LINKS = 64
 _PATIENCE, _SLOWEST = 10.0, 1 << 17  # seconds for the other server to take a request, and bytes a second on the way
-_LARGE_AT_ONCE = 2  # the other side bounds what is under way on one stream
 _MAX_ANSWER_BYTES, _MAX_ANSWERS = 1 << 16, 1 << 10
 
 
@@ -60,29 +60,23 @@ class _Link:
         self._writer = MessageWriter(writer)
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Message]] = {}
-        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        self._long = asyncio.Lock()
         self._cancels: set[asyncio.Task[int]] = set()
         self.is_open = True
         self._reading = asyncio.create_task(self._read())
 
     async def send(self, message: Message) -> None:
-        size = sum(tensor.nbytes for tensor in message.tensors.values())
-        if size <= CHUNK_BYTES:  # one frame: never waits for the large ones
-            await self._send(message, size)
-            return
-        async with self._large:
-            await self._send(message, size)
-
-    async def _send(self, message: Message, size: int) -> None:
         if not self.is_open:
             raise ConnectionError("the stream to it ended")
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        is_sent = False
+        is_sent, limit = False, _PATIENCE + message.num_bytes / _SLOWEST
         try:
-            async with asyncio.timeout(_PATIENCE + size / _SLOWEST):
+            # Messages of several frames go one after another, and the time of those before does not count.
+            async with self._long if message.num_bytes > CHUNK_BYTES else nullcontext(), asyncio.timeout(limit):
                 await self._writer.send(number, message)
-                is_sent = True
+            is_sent = True
+            async with asyncio.timeout(limit):
                 reply = await answer
         except TimeoutError:
             self.close("it does not take what is handed over")

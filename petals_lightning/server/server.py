@@ -153,6 +153,7 @@ class Server:
                 "max_batch_tokens": self._limits.max_batch_tokens,
                 "max_message_bytes": self._limits.max_message_bytes,
                 "max_open_requests": self._limits.max_open_requests,
+                "request_seconds": self._request_seconds(span),
             }
             self.node.run(self._open(prefix, count, record))
         except BaseException:
@@ -207,16 +208,11 @@ class Server:
     def _measure(self, span: BlockSpan) -> ServerRecord:
         """The record to announce, with the speed of a small forward."""
         hidden = torch.randn(4, 64, span.hidden_size, device=span.device, dtype=span.dtype)
-        inputs, seconds = SpanInputs(span.start, span.end, hidden), []
-        with torch.no_grad():
-            for _ in range(3):
-                began = time.perf_counter()
-                span.forward(inputs)[0].sum().item()  # waits for the GPU too
-                seconds.append(time.perf_counter() - began)
-        tokens_per_second = hidden.shape[0] * hidden.shape[1] * (span.end - span.start) / min(seconds)
+        seconds = _forward_seconds(span, SpanInputs(span.start, span.end, hidden))
+        tokens_per_second = hidden.shape[0] * hidden.shape[1] * (span.end - span.start) / seconds
         return ServerRecord(
             state=ServerState.ONLINE,
-            throughput=self._throughput if self._throughput is not None else 1 / min(seconds),
+            throughput=self._throughput if self._throughput is not None else 1 / seconds,
             start=span.start,
             end=span.end,
             public_name=self._public_name,
@@ -227,6 +223,11 @@ class Server:
             hidden_size=span.hidden_size,
             fingerprint=self._checkpoint.fingerprint,
         )
+
+    def _request_seconds(self, span: BlockSpan) -> float:
+        """What a request takes however small it is: a prefix and a sample of one position."""
+        hidden = torch.randn(1, 1, span.hidden_size, device=span.device, dtype=span.dtype)
+        return _forward_seconds(span, SpanInputs(span.start, span.end, hidden, prefix=hidden[0]))
 
     async def _open(self, prefix: str, count: int, record: ServerRecord) -> None:
         assert self._backend is not None
@@ -315,6 +316,17 @@ class Server:
                 raise
         finally:
             self._sessions.discard(task)
+
+
+@torch.no_grad()
+def _forward_seconds(span: BlockSpan, inputs: SpanInputs) -> float:
+    """The shortest of three runs: others may be using the machine."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        span.forward(inputs)[0].sum().item()  # waits for the GPU too
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def parse_block_indices(text: str) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Session:
     async def _dispatch(self, call_id: int, message: Message) -> None:
         if message.method is Method.AUTH:
             await self._reply(call_id, self._gate.answer(message.fields))
-            self._release(_num_bytes(message))
+            self._release(message.num_bytes)
             return
         if message.method is Method.HANDOVER:  # the client's permit stands for this server's own rules
             await self._reply(call_id, self._take_over(message))
@@ -125,7 +125,7 @@ class Session:
                 return
             case _:
                 raise ProtocolError(f"a client may not send {message.method.value!r}")
-        self._release(_num_bytes(message))
+        self._release(message.num_bytes)
 
     def _begin(self, call_id: int, message: Message, *, handed_over: bool = False) -> None:
         if call_id in self._tasks:
@@ -135,7 +135,7 @@ class Session:
         self._account.requests += 1
         task = asyncio.create_task(self._answer(call_id, handler))
         self._tasks[call_id] = task
-        self._sizes[task] = _num_bytes(message)
+        self._sizes[task] = message.num_bytes
         task.add_done_callback(lambda done: self._settle(call_id, done))
 
     def _take_over(self, message: Message) -> Message:
@@ -146,7 +146,7 @@ class Session:
             words = "no client's stream here permits this (or it has ended)"
             return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
         if envelope.call in client._given_up or envelope.call in client._tasks:
-            client._release(_num_bytes(message))
+            client._release(message.num_bytes)
         else:
             client._begin(envelope.call, envelope.open(message), handed_over=True)
         return Message(Method.OK)
@@ -374,10 +374,6 @@ class Session:
             await self._writer.send(call_id, message)
         except ConnectionError:
             logger.debug("client …%s left before its answer", self._peer[-6:])
-
-
-def _num_bytes(message: Message) -> int:
-    return sum(tensor.nbytes for tensor in message.tensors.values())
 
 
 def _failing(error: Refusal) -> Handler:

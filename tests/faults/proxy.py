@@ -16,18 +16,32 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class SharedLink:
+    """A link that several connections share, through whichever proxies: `rate` bytes a second in each direction."""
+
+    def __init__(self, rate: float):
+        self._rate, self._free_at, self._lock = rate, [0.0, 0.0], threading.Lock()
+
+    def book(self, direction: int, came: float, num_bytes: int) -> float:
+        """When bytes that came at `came` have passed, behind those booked before; in `time.monotonic` seconds."""
+        with self._lock:
+            self._free_at[direction] = max(self._free_at[direction], came) + num_bytes / self._rate
+            return self._free_at[direction]
+
+
 class TcpProxy:
     """Passes connections to 127.0.0.1:`target` on, in a thread of its own. Faults may be set from any thread.
 
     Attributes:
         port: where it listens.
         delay: seconds that every piece of data is late.
-        rate: bytes a second in each direction of a connection, None for no limit.
+        link: what connections that are opened from now on share; None for no limit of speed.
     """
 
     def __init__(self, target: int):
         self._target = target
-        self.delay, self.rate = 0.0, None  # type: float, float | None
+        self.delay = 0.0
+        self.link: SharedLink | None = None
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
         self._flows = asyncio.Event()
@@ -51,7 +65,7 @@ class TcpProxy:
         self._run(close())
 
     def heal(self) -> None:
-        self.delay, self.rate = 0.0, None
+        self.delay = 0.0
         self._loop.call_soon_threadsafe(self._flows.set)
 
     def close(self) -> None:
@@ -82,11 +96,13 @@ class TcpProxy:
             return
         self._writers |= {writer, back}
         try:
-            await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+            await asyncio.gather(self._pump(reader, back, 0, self.link), self._pump(there, writer, 1, self.link))
         finally:
             self._writers -= {writer, back}
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: int, link: SharedLink | None
+    ) -> None:
         """Passes one direction on; data waits in order, so a delay is latency and no limit of speed."""
         late: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=256)
 
@@ -97,8 +113,8 @@ class TcpProxy:
                 await self._flows.wait()
                 if not data:
                     return
-                if self.rate is not None:
-                    await asyncio.sleep(len(data) / self.rate)
+                if link is not None:
+                    await asyncio.sleep(link.book(direction, due, len(data)) - time.monotonic())
                 writer.write(data)
                 await writer.drain()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 
 import msgpack
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.framing import MessageReader
+from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import (
     CHUNK_BYTES,
     FRAME_PREFIX,
@@ -96,6 +97,32 @@ def test_messages_of_any_shapes_arrive_and_their_bytes_are_counted(described, fi
     ((call_id, got, num_bytes),) = read_all(data)
     assert (call_id, num_bytes) == (2**64 - 1, len(data))
     assert_same(got, sent)
+
+
+def test_long_messages_go_one_after_another_and_short_ones_in_between():
+    async def write() -> list[int]:
+        """The call ids of the frames, in the order in which they are on the stream."""
+        near, far = socket.socketpair()
+        reader, far_writer = await asyncio.open_connection(sock=far)
+        _, writer = await asyncio.open_connection(sock=near)
+        messages = MessageWriter(writer)
+        long = Message(Method.FORWARD, {}, {"a": torch.zeros(8 * CHUNK_BYTES, dtype=torch.bool)})
+        sending = [asyncio.create_task(messages.send(number, long)) for number in (1, 2)]
+        await asyncio.sleep(0)  # the first ones have begun, and wait for a reader
+        sending.append(asyncio.create_task(messages.send(3, Message(Method.PING))))
+        order = []
+        for _ in range(2 * 8 + 1):
+            _, call_id, *lengths = FRAME_PREFIX.unpack(await reader.readexactly(FRAME_PREFIX.size))
+            await reader.readexactly(sum(lengths))
+            order.append(call_id)
+        await asyncio.gather(*sending)
+        messages.close()
+        far_writer.close()
+        return order
+
+    order = asyncio.run(write())
+    assert [number for number in order if number != 3] == [1] * 8 + [2] * 8
+    assert order.index(3) < 4, "a short message must not wait behind a long one"
 
 
 def test_large_messages_arrive_interleaved_with_short_ones():
