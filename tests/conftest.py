@@ -12,10 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import TINY_CONFIGS, save_tiny_checkpoint
-from tests.swarms import InProcessSwarm, ServerProcess
+from tests.families import TINY_CONFIGS, save_heavier_checkpoint, save_tiny_checkpoint
+from tests.swarms import SERVERS, InProcessSwarm, ServerProcess, serve_options
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--servers", choices=SERVERS, default="ours",
+        help="servers of the tests' swarms: ours; petals: such that offer Petals' methods alone; mixed: by turns",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items if config.getoption("servers") != "ours" else []:
+        if (mark := item.get_closest_marker("ours")) is not None:
+            item.add_marker(pytest.mark.skip(reason=f"only on our servers: {mark.args[0]}"))
 
 
 @pytest.fixture(scope="session")
@@ -31,25 +44,31 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     return make
 
 
+@pytest.fixture(scope="session")
+def heavier_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_heavier_checkpoint(tmp_path_factory.mktemp("heavier"))
+
+
+@pytest.fixture(scope="session")
+def servers(request: pytest.FixtureRequest) -> str:
+    """Which servers the swarms of tests have, one of `SERVERS`; a module may say otherwise."""
+    return request.config.getoption("servers")
+
+
 @pytest.fixture
-def start_swarm() -> Iterator[Callable[..., InProcessSwarm]]:
+def start_swarm(servers: str) -> Iterator[Callable[..., InProcessSwarm]]:
     """`start_swarm(checkpoint, [(0, 1), (1, 4)])` is a running swarm; it ends with the test."""
     with ExitStack() as stack:
-        yield lambda *args, **kwargs: stack.enter_context(InProcessSwarm(*args, **kwargs))
+        yield lambda *args, **kwargs: stack.enter_context(InProcessSwarm(*args, **{"servers": servers, **kwargs}))
 
 
 @pytest.fixture
-def start_servers() -> Iterator[Callable[..., dict[str, ServerProcess]]]:
-    """`start_servers(checkpoint, [(0, 2), (2, 4)])` are servers as processes, by peer id; they end with the test.
-
-    The numbers in `petals_only` are of those that offer Petals' methods alone.
-    """
+def start_servers(servers: str) -> Iterator[Callable[..., dict[str, ServerProcess]]]:
+    """`start_servers(checkpoint, [(0, 2), (2, 4)])` are servers as processes, by peer id; they end with the test."""
     started: list[ServerProcess] = []
 
-    def start(
-        checkpoint: Path, spans: Sequence[tuple[int, int]], petals_only: Sequence[int] = ()
-    ) -> dict[str, ServerProcess]:
-        extra = [("--petals-only",) if number in petals_only else () for number in range(len(spans))]
+    def start(checkpoint: Path, spans: Sequence[tuple[int, int]]) -> dict[str, ServerProcess]:
+        extra = [serve_options(servers, number) for number in range(len(spans))]
         first = ServerProcess(checkpoint, spans[0], (), *extra[0])
         started.append(first)
         first.wait_ready()

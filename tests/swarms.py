@@ -21,6 +21,18 @@ from petals_lightning.swarm import SwarmNode
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
 PREFIX = "tiny"
+SERVERS = ("ours", "petals", "mixed")
+"""Kinds of swarms: of our servers, of such that offer Petals' methods alone, of both by turns."""
+
+
+def is_petals_only(servers: str, number: int) -> bool:
+    """Whether a server, counted from 0, offers Petals' methods alone in a swarm of that kind."""
+    return servers == "petals" or (servers == "mixed" and number % 2 == 1)
+
+
+def serve_options(servers: str, number: int) -> tuple[str, ...]:
+    """What `petals-lightning serve` is told for that server."""
+    return ("--petals-only",) if is_petals_only(servers, number) else ()
 
 
 class InProcessSwarm:
@@ -30,7 +42,7 @@ class InProcessSwarm:
         checkpoint: the model.
         spans: blocks of each server.
         dtype, limits, rules, prefix: for all servers.
-        petals_only: numbers of the servers that offer no more than a Petals server; True for all.
+        servers: one of `SERVERS`.
     """
 
     def __init__(
@@ -43,10 +55,9 @@ class InProcessSwarm:
         rules: AccessRules | None = None,
         prefix: str = PREFIX,
         initial_peers: Sequence[str] = (),
-        petals_only: bool | Sequence[int] = False,
+        servers: str = "ours",
     ):
-        self._petals_only = range(len(spans)) if petals_only is True else petals_only or ()
-        self._checkpoint, self._spans, self._dtype = str(checkpoint), spans, dtype
+        self._checkpoint, self._spans, self._kind, self._dtype = str(checkpoint), spans, servers, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
         self._rules = rules
         self.servers: list[Server] = []
@@ -80,7 +91,7 @@ class InProcessSwarm:
                 dtype=self._dtype,
                 limits=self._limits,
                 rules=self._rules,
-                petals_only=number in self._petals_only,
+                petals_only=is_petals_only(self._kind, number),
                 update_period=30,
             )
             server.start()

@@ -17,7 +17,7 @@ from tests.swarms import PREFIX
 
 @pytest.fixture
 def swarm(tiny_checkpoint, start_swarm):
-    return start_swarm(tiny_checkpoint("llama"), [(0, 3), (0, 2)], petals_only=[1])
+    return start_swarm(tiny_checkpoint("llama"), [(0, 3), (0, 2)], servers="mixed")
 
 
 def arguments(swarm) -> list[str]:

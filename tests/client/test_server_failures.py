@@ -10,25 +10,13 @@ from collections.abc import Callable
 import psutil
 import pytest
 import torch
-import transformers
 
 from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
-from tests.families import save_tiny_checkpoint
 from tests.swarms import PREFIX, ServerProcess, micro_batches, peer_with_the_graph, peers_at_work
 
 LAYOUTS = {"same span": [(0, 6), (0, 6)], "cut elsewhere": [(0, 6), (0, 2), (2, 6)]}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Heavy enough that a signal sent shortly after a request lands while it is computed."""
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
-        max_position_embeddings=128, pad_token_id=0,
-    )  # fmt: skip
-    return save_tiny_checkpoint(config, tmp_path_factory.mktemp("heavier"))
 
 
 def load_pair(checkpoint, servers):
@@ -66,9 +54,9 @@ def when_asked(model: torch.nn.Module, action: Callable[[str], None]) -> threadi
 
 @pytest.mark.parametrize("phase", ["connect", "forward", "between", "backward"])
 @pytest.mark.parametrize("spans", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, checkpoint, start_servers):
-    servers = start_servers(checkpoint, spans)
-    remote, local = load_pair(checkpoint, servers)
+def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, heavier_checkpoint, start_servers):
+    servers = start_servers(heavier_checkpoint, spans)
+    remote, local = load_pair(heavier_checkpoint, servers)
     try:
         warm = remote(**batch()).loss  # streams open, speeds measured
         warm.backward(retain_graph=True)
@@ -112,9 +100,9 @@ def holder_of_the_graph(loss: torch.Tensor, servers: dict[str, ServerProcess]) -
     return servers[peer_with_the_graph(loss)]
 
 
-def test_a_hung_server_costs_seconds(checkpoint, start_servers):
-    servers = start_servers(checkpoint, [(0, 6), (0, 6)])
-    remote, local = load_pair(checkpoint, servers)
+def test_a_hung_server_costs_seconds(heavier_checkpoint, start_servers):
+    servers = start_servers(heavier_checkpoint, [(0, 6), (0, 6)])
+    remote, local = load_pair(heavier_checkpoint, servers)
     try:
         loss = remote(**batch()).loss
         holder_of_the_graph(loss, servers).signal(signal.SIGSTOP)

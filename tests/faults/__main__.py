@@ -15,27 +15,32 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from tests.families import save_heavier_checkpoint
 from tests.faults.harness import (
     FAULTS,
     LIMITS,
     PHASES,
     FaultySwarm,
     run_case,
-    save_heavier_checkpoint,
     steps_until_recovery,
     train,
     train_remotely,
 )
+from tests.swarms import SERVERS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--servers", choices=SERVERS, default="ours")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # the warnings of banned servers would tear the table
     failed = False
-    with tempfile.TemporaryDirectory() as folder, FaultySwarm(save_heavier_checkpoint(Path(folder))) as swarm:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        FaultySwarm(save_heavier_checkpoint(Path(folder)), arguments.servers) as swarm,
+    ):
         undisturbed = train_remotely(swarm)
         print(f"undisturbed, the swarm is {undisturbed.differs_from(train(swarm.load_local())):.1e} off a local run")
         print(f"a usual step takes {min(undisturbed.seconds):.2f} s, loading {undisturbed.loading:.2f} s; stalls in s")

@@ -17,28 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from petals_lightning.client import ClientConfig
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.swarm import SwarmNode
-from tests.families import save_tiny_checkpoint
+from tests.families import HEAVIER_BLOCKS
 from tests.faults.proxy import TcpProxy, free_port
-from tests.swarms import LOOPBACK, PREFIX, ServerProcess
+from tests.swarms import LOOPBACK, PREFIX, ServerProcess, serve_options
 
-BLOCKS, STEPS, STRUCK_STEP = 6, 4, 1
+STEPS, STRUCK_STEP = 4, 1
 PHASES = ("connect", "forward", "backward", "between", "validation")
 OPTIONS: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 4, "num_labels": 2}
-
-
-def save_heavier_checkpoint(folder: Path) -> Path:
-    """Heavy enough that a fault shortly after a request lands while it is computed."""
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=256, intermediate_size=768, num_hidden_layers=BLOCKS, num_attention_heads=4,
-        max_position_embeddings=128, pad_token_id=0,
-    )  # fmt: skip
-    return save_tiny_checkpoint(config, folder)
 
 
 @dataclass
@@ -53,13 +43,13 @@ class Holder:
 class FaultySwarm:
     """Two holders and a bootstrap peer; `heal` makes them whole again between cases."""
 
-    def __init__(self, checkpoint: Path):
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Path, servers: str = "ours"):
+        self._checkpoint, self._kind = checkpoint, servers
         self.bootstrap = SwarmNode(host_maddrs=LOOPBACK).start()
         self.holders: list[Holder] = []
 
     def __enter__(self) -> FaultySwarm:
-        for holder in [self._start(), self._start()]:
+        for holder in [self._start(0), self._start(1)]:
             holder.process.wait_ready()
             self.holders.append(holder)
         return self
@@ -99,15 +89,16 @@ class FaultySwarm:
             else:
                 holder.process.stop()
                 holder.proxy.close()
-                self.holders[number] = self._start()
+                self.holders[number] = self._start(number)
                 self.holders[number].process.wait_ready()
 
-    def _start(self) -> Holder:
+    def _start(self, number: int) -> Holder:
         port = free_port()
         proxy = TcpProxy(port)
         process = ServerProcess(
-            self._checkpoint, (0, BLOCKS), self.initial_peers, "--host-maddrs", f"/ip4/127.0.0.1/tcp/{port}",
+            self._checkpoint, (0, HEAVIER_BLOCKS), self.initial_peers, "--host-maddrs", f"/ip4/127.0.0.1/tcp/{port}",
             "--announce-maddrs", f"/ip4/127.0.0.1/tcp/{proxy.port}", "--update-period", "10",
+            *serve_options(self._kind, number),
         )  # fmt: skip
         return Holder(process, proxy, threading.Event())
 

@@ -7,15 +7,15 @@ import time
 
 import pytest
 
-from tests.faults.harness import FaultySwarm, Trace, run_case, save_heavier_checkpoint, train, train_remotely
+from tests.faults.harness import FaultySwarm, Trace, run_case, train, train_remotely
 from tests.faults.proxy import TcpProxy
 
 ROOM = 2.0  # a busy machine may take this much longer than the promise
 
 
 @pytest.fixture(scope="module")
-def swarm(tmp_path_factory):
-    with FaultySwarm(save_heavier_checkpoint(tmp_path_factory.mktemp("heavier"))) as swarm:
+def swarm(heavier_checkpoint, servers):
+    with FaultySwarm(heavier_checkpoint, servers) as swarm:
         yield swarm
 
 

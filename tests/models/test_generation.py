@@ -54,11 +54,8 @@ def ways_to_generate(assistant) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("family", sorted(GENERATING))
-def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, start_swarm, assistant):
-    assert_tokens_and_steps(tiny_checkpoint(family), start_swarm, assistant, hands_over=True)
-
-
-def assert_tokens_and_steps(checkpoint, start_swarm, assistant, *, hands_over):
+def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, start_swarm, servers, assistant):
+    checkpoint = tiny_checkpoint(family)
     local = local_model(checkpoint)
     remote = start_swarm(checkpoint, THREE).load(AutoDistributedModelForCausalLM)
     for name, options in ways_to_generate(assistant).items():
@@ -69,7 +66,7 @@ def assert_tokens_and_steps(checkpoint, start_swarm, assistant, *, hands_over):
         assert torch.equal(*sequences), name
         assert len(sequences[0].unique()) > 3, "the test is blind: the model repeats itself"
     assert remote_blocks(remote).stats.retries == 0
-    assert (remote_blocks(remote).stats.handovers > 0) == hands_over
+    assert (remote_blocks(remote).stats.handovers > 0) == (servers == "ours")
     assert_steps_equal_one_forward(remote_blocks(remote))
 
 

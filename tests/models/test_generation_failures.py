@@ -5,27 +5,15 @@ from __future__ import annotations
 import signal
 import time
 
-import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
-from tests.families import save_tiny_checkpoint
 from tests.swarms import PREFIX
 
-OPTIONS = {"max_new_tokens": 16, "pad_token_id": 0, "do_sample": False, "eos_token_id": None}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=128, pad_token_id=0,
-    )  # fmt: skip
-    return save_tiny_checkpoint(config, tmp_path_factory.mktemp("conversation"))
+OPTIONS = {"max_new_tokens": 14, "pad_token_id": 0, "do_sample": False, "eos_token_id": None}
 
 
 class SignalAfter(BaseStreamer):
@@ -45,8 +33,9 @@ class SignalAfter(BaseStreamer):
         self.put(torch.empty(0))
 
 
-def test_lost_servers_change_no_token(checkpoint, start_servers):
+def test_lost_servers_change_no_token(tiny_checkpoint, start_servers):
     """One conversation: a server is killed in the first turn, one before the second, and one hangs in the third."""
+    checkpoint = tiny_checkpoint("llama")
     servers = start_servers(checkpoint, [(0, 4)] * 4)
     with quiet_transformers():
         local = AutoModelForCausalLM.from_pretrained(str(checkpoint))

@@ -34,7 +34,7 @@ def bootstrap(monkeypatch):
 
 def test_a_model_without_peers_is_on_the_public_network_and_says_so(tiny_checkpoint, start_swarm, bootstrap, caplog):
     checkpoint = tiny_checkpoint("llama")
-    swarm = start_swarm(checkpoint, [(0, 4)], petals_only=True)
+    swarm = start_swarm(checkpoint, [(0, 4)], servers="petals")
     bootstrap(swarm.initial_peers)
     model = swarm.load(AutoDistributedModel, initial_peers=None)
     assert remote_blocks(model)(torch.randn(1, 2, 32)).shape == (1, 2, 32)
@@ -46,7 +46,7 @@ def test_a_model_without_peers_is_on_the_public_network_and_says_so(tiny_checkpo
 
 def test_a_talk_on_the_public_network_must_be_asked_for(tmp_path, start_swarm, bootstrap, capsys):
     model = save_tiny_text_model(tmp_path)
-    swarm = start_swarm(model, [(0, 4)], petals_only=True)
+    swarm = start_swarm(model, [(0, 4)], servers="petals")
     bootstrap(swarm.initial_peers)
     options = ModelOptions(str(model), dht_prefix=PREFIX, public=True)
     with loaded(options, Screen()) as (network, _):
@@ -62,7 +62,7 @@ def test_a_talk_on_the_public_network_must_be_asked_for(tmp_path, start_swarm, b
 
 def test_a_run_on_the_public_network_says_so_once(tmp_path, tiny_checkpoint, start_swarm, bootstrap, caplog):
     checkpoint = tiny_checkpoint("llama")
-    swarm = start_swarm(checkpoint, [(0, 4)], petals_only=True)
+    swarm = start_swarm(checkpoint, [(0, 4)], servers="petals")
     bootstrap(swarm.initial_peers)
     source = PublicSwarm()
     model = ServedModel(str(checkpoint), dht_prefix=PREFIX)

@@ -37,11 +37,11 @@ def calls() -> dict[str, Call]:
     return found
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["both", "petals_only"])
+@pytest.fixture(scope="module", params=["ours", "petals"])
 def caller(calls, shared_data, request):
     model = shared_data / "models" / PREFIX
     with (
-        InProcessSwarm(model, [(0, NUM_BLOCKS)], prefix=PREFIX, petals_only=request.param) as swarm,
+        InProcessSwarm(model, [(0, NUM_BLOCKS)], prefix=PREFIX, servers=request.param) as swarm,
         closing(SwarmNode(swarm.initial_peers, host_maddrs=(), client_mode=True).start()) as node,
     ):
         yield PetalsCaller(node, swarm.servers[0].node.peer_id.to_base58())

@@ -37,7 +37,7 @@ def test_a_peer_is_told_whether_it_and_others_are_reached(swarm, client):
 
 
 def test_records_of_petals_only_servers_look_like_petals(tiny_checkpoint, start_swarm):
-    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 2), (2, 4)], petals_only=[1])
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 2), (2, 4)], servers="mixed")
     node = swarm.servers[0].node
     ours, theirs = (
         next(iter(node.run(node.dht.get(f"{PREFIX}.{block}", latest=True)).value.values())).value for block in (0, 3)
