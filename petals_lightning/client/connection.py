@@ -51,6 +51,8 @@ class PeerConnection:
         on_failure: told once if the server hangs or the stream ends; also when nobody waits for an answer.
     """
 
+    cuts_steps = False
+
     def __init__(
         self,
         peer: str,

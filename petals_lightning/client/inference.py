@@ -314,6 +314,8 @@ class InferenceSession:
         at_once = max(tokens // len(hidden) - (len(prefix) if prefix is not None else 0), 1)
         if self._is_beyond and self._switch is not None and leg.held == 0:
             at_once = max(at_once, self._switch + 1) if position_ids is None else hidden.shape[1]  # a piece by itself
+        if connection.cuts_steps:
+            at_once = hidden.shape[1]
         hidden = hidden[:, :at_once]
         end = leg.held + hidden.shape[1]
         kept = min(max(end - wanted, 1), hidden.shape[1])

@@ -32,6 +32,9 @@ from petals_lightning.protocol.petals.tensors import NONE
 from petals_lightning.protocol.uids import block_uid
 from petals_lightning.swarm.streams import open_stream
 
+MAX_BATCH_TOKENS = 1024
+"""B·(P + S) of one request, as Petals' own client keeps to; servers refuse more than 2,048 as a rule."""
+
 R = TypeVar("R", bound=PetalsForward | PetalsBackward | PetalsStep)
 
 _BYTES_A_VALUE = 8  # of a tensor that comes back, at most: whatever dtype and compression the server has chosen

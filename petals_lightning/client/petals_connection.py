@@ -21,7 +21,7 @@ from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.deadlines import ServiceClock
-from petals_lightning.client.petals_calls import PetalsCalls, rolls_back
+from petals_lightning.client.petals_calls import MAX_BATCH_TOKENS, PetalsCalls, rolls_back
 from petals_lightning.client.petals_session import PetalsSession
 from petals_lightning.client.petals_shapes import input_grads, output_grad, output_of, prompts_of, with_prefix
 from petals_lightning.client.room import Room
@@ -32,9 +32,6 @@ from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.uids import block_uid
-
-MAX_BATCH_TOKENS = 1024
-"""B·(P + S) of one request, as Petals' own client keeps to; servers refuse more than 2,048 as a rule."""
 
 _MAX_REQUESTS, _MAX_BYTES = 16, 256 << 20  # under way at once: such servers say nothing of what they grant
 
@@ -48,7 +45,10 @@ class PetalsConnection:
         block: one that the server holds.
         config, stats: of the client.
         on_failure: told once if the server hangs.
+        sliding_window: of the model; None: it has none.
     """
+
+    cuts_steps = True
 
     def __init__(
         self,
@@ -58,12 +58,14 @@ class PetalsConnection:
         config: ClientConfig,
         stats: TransferStats,
         on_failure: Callable[[PeerFailure], None] = lambda failure: None,
+        sliding_window: int | None = None,
     ):
         self.peer = calls.peer
         self.info: dict[str, Any] = {}
         self.round_trip: float | None = None
         self._calls, self._prefix, self._uid = calls, dht_prefix, block_uid(dht_prefix, block)
         self._config, self._stats, self._on_failure = config, stats, on_failure
+        self._window = sliding_window
         self._ids = itertools.count(1)
         self._room = Room(_MAX_REQUESTS, _MAX_BYTES)
         self._sessions: dict[int, PetalsSession] = {}
@@ -83,6 +85,7 @@ class PetalsConnection:
         config: ClientConfig,
         stats: TransferStats,
         on_failure: Callable[[PeerFailure], None] = lambda failure: None,
+        sliding_window: int | None = None,
     ) -> PetalsConnection:
         """Asks the server what it holds.
 
@@ -98,7 +101,7 @@ class PetalsConnection:
             raise PeerFailure(peer, f"does not answer in {config.connect_timeout:.0f} s") from e
         except RemoteRequestError as e:
             raise PeerFailure(peer, f"cannot be used: {e}") from e
-        connection = cls(calls, dht_prefix, block, config, stats, on_failure)
+        connection = cls(calls, dht_prefix, block, config, stats, on_failure, sliding_window)
         connection.round_trip = time.perf_counter() - began
         connection.info = {
             "version": info.version,
@@ -169,7 +172,7 @@ class PetalsConnection:
             case Method.BACKWARD:
                 return await self._backward(BackwardRequest.from_message(message.fields, message.tensors), on_sent)
             case Method.STEP:
-                return await self._step(StepRequest.from_message(message.fields, message.tensors))
+                return await self._step(StepRequest.from_message(message.fields, message.tensors), on_sent)
         raise AssertionError(f"{message.method} has no equal in Petals' protocol")
 
     async def _forward(self, request: ForwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
@@ -198,14 +201,14 @@ class PetalsConnection:
             torch.cat(grad_prompts, 1) if prompts is not None else None,
         )
 
-    async def _step(self, request: StepRequest) -> dict[str, torch.Tensor]:
+    async def _step(self, request: StepRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         if request.max_length is not None:
             self._end_session(request.session)
-            self._sessions[request.session] = PetalsSession(self._calls, self._prefix, request)
+            self._sessions[request.session] = PetalsSession(self._calls, self._prefix, request, self._window)
         session = self._sessions.get(request.session)
         if session is None:
             raise PeerFailure(self.peer, "this session is not held there any more", ErrorCode.CACHE_LOST.value)
-        return await session.step(request)
+        return await session.step(request, on_sent)
 
     def _end_session(self, number: int) -> None:
         if (session := self._sessions.pop(number, None)) is not None:

@@ -87,6 +87,7 @@ class RemoteSequential(nn.Module):
         config: ClientConfig | None = None,
         owns_node: bool = False,
         rotary_switch: int | None = None,
+        sliding_window: int | None = None,
     ) -> RemoteSequential:
         """Finds servers for all blocks of a model and opens streams to a first route.
 
@@ -97,6 +98,7 @@ class RemoteSequential(nn.Module):
             config: timeouts, filters, wire dtype.
             owns_node: close the node with the blocks.
             rotary_switch: positions beyond which the model turns all of them by other rotary factors, if it does.
+            sliding_window: how far back its attention reaches, padding counted; None: to the first position.
 
         Raises:
             NoServersError: some block is held by nobody who may be used.
@@ -110,6 +112,7 @@ class RemoteSequential(nn.Module):
             hidden_size=hidden_size,
             fingerprint=fingerprint,
             returns_tuple=returns_tuple,
+            sliding_window=sliding_window,
             config=config,
             stats=stats,
         )

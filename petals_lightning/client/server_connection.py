@@ -16,11 +16,13 @@ class ServerConnection(Protocol):
         peer: the server's base58 id.
         info: what it says of itself; `hidden_size` and `max_batch_tokens` (B·(P + S) of one request) at least.
         round_trip: seconds of a call that computes nothing.
+        cuts_steps: it takes steps of a session of any length; else of `max_batch_tokens`.
     """
 
     peer: str
     info: dict[str, Any]
     round_trip: float | None
+    cuts_steps: bool
 
     @property
     def is_open(self) -> bool: ...

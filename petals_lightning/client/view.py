@@ -59,6 +59,7 @@ class SwarmView:
         dht_prefix, num_blocks, hidden_size: the model.
         fingerprint: of the model's weights here; servers that state another one are not used.
         returns_tuple: this family's blocks are known to return tuples.
+        sliding_window: how far back the model's attention reaches, padding counted; None: to the first position.
         config: timeouts and filters.
         stats: counts bytes and retries.
     """
@@ -72,13 +73,14 @@ class SwarmView:
         hidden_size: int,
         fingerprint: str | None,
         returns_tuple: bool,
+        sliding_window: int | None,
         config: ClientConfig,
         stats: TransferStats,
     ):
         self.node, self.dht_prefix, self.num_blocks, self.config = node, dht_prefix, num_blocks, config
         self.handover, self.paces = HandoverPolicy(config), Paces()
         self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
-        self._returns_tuple = returns_tuple
+        self._returns_tuple, self._window = returns_tuple, sliding_window
         self._directory = SwarmDirectory(node.dht)
         self._spans: dict[str, tuple[int, int]] = {}
         self._records: dict[str, ServerRecord] = {}
@@ -374,7 +376,9 @@ class SwarmView:
             context = self.config, self._stats, self.report_failure
             connection: ServerConnection
             if record is not None and record.stream_version is None:
-                connection = await PetalsConnection.open(self.node.p2p, peer, self.dht_prefix, start, *context)
+                connection = await PetalsConnection.open(
+                    self.node.p2p, peer, self.dht_prefix, start, *context, self._window
+                )
             else:
                 connection = await PeerConnection.open(self.node.p2p, peer, *context)
             hidden_size = connection.info.get("hidden_size")

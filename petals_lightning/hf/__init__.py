@@ -1,8 +1,18 @@
 """Hugging Face decoders without code per family: cut a model's own class around its blocks, read only what is kept."""
 
+from petals_lightning.hf.attention import sliding_window
 from petals_lightning.hf.checkpoint import Checkpoint
 from petals_lightning.hf.loading import load_pruned
 from petals_lightning.hf.rotary import RotaryLimit, rotary_limit
 from petals_lightning.hf.skeleton import BlockLayout, Part, find_blocks
 
-__all__ = ["BlockLayout", "Checkpoint", "Part", "RotaryLimit", "find_blocks", "load_pruned", "rotary_limit"]
+__all__ = [
+    "BlockLayout",
+    "Checkpoint",
+    "Part",
+    "RotaryLimit",
+    "find_blocks",
+    "load_pruned",
+    "rotary_limit",
+    "sliding_window",
+]

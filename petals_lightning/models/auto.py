@@ -18,7 +18,7 @@ from transformers import (
 
 from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit
+from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.loading import model_class
 from petals_lightning.hf.skeleton import BlockLayout, blocks_return_tuples, num_blocks
 from petals_lightning.models.bridge import DecoderBridge
@@ -277,6 +277,7 @@ def _connect(
             config=config,
             owns_node=owns_node,
             rotary_switch=limit.positions if limit is not None and limit.has_one_form_beyond else None,
+            sliding_window=sliding_window(model.config),
         )
     except BaseException:
         if owns_node:

@@ -9,6 +9,7 @@ Shapes: B batch, S tokens, P virtual tokens, E embedding width, H hidden size, N
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,7 @@ class DecoderBridge:
         self._own_session: InferenceSession | None = None
         self._cache: RemoteCache | None = None  # of the running pass
         self._keep = 0
+        self._takes_position_ids = "position_ids" in inspect.signature(owner.forward).parameters
         if model is not owner:
             model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         owner.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -108,8 +110,11 @@ class DecoderBridge:
         """Tells the blocks of a step in a session; returns what its decoder is told, which counts the prefix in."""
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
+        counted = position_ids
+        if attention_mask is not None and not self._takes_position_ids:  # such a family counts by the mask
+            counted = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, session.position :]
         self._layers.context = Context(
-            session=session, attention_mask=attention_mask, position_ids=position_ids, keep=self._keep
+            session=session, attention_mask=attention_mask, position_ids=counted, keep=self._keep
         )
         length = self._prompts.pre_seq_len if self._prompts is not None else 0
         told: dict[str, Any] = {

@@ -134,6 +134,7 @@ def test_an_idle_session_expires_and_is_built_anew_when_used(tiny_checkpoint, st
         assert relative_error(session.step(hidden[:, 4:]), expected[:, 4:]) < 1e-4
 
 
+@pytest.mark.ours("they say how many tokens they take at once")
 def test_long_inputs_are_sent_in_pieces_that_servers_take(tiny_checkpoint, start_swarm):
     limits = ServerLimits(max_batch_tokens=12)
     layers = layers_of(start_swarm(tiny_checkpoint("gpt2"), [(0, 2), (2, 4)], limits=limits))

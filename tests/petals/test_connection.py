@@ -1,83 +1,22 @@
-"""The parity and generation suites, through servers that offer only Petals' methods and chains that alternate."""
+"""What the client does otherwise on servers that offer only Petals' methods."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from petals_lightning.client import ClientConfig, petals_connection
-from petals_lightning.client.petals_calls import rolls_back
-from petals_lightning.client.petals_connection import MAX_BATCH_TOKENS
+from petals_lightning.client import ClientConfig, petals_connection, petals_session
+from petals_lightning.client.petals_calls import MAX_BATCH_TOKENS, rolls_back
 from petals_lightning.errors import IncompatibleServerError, NoCacheRoomError, UnsupportedInputError
-from petals_lightning.models import AutoDistributedModel, AutoDistributedModelForCausalLM, remote_blocks
+from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.limits import ServerLimits
 from tests.families import HIDDEN
-from tests.models import test_generation as generation
-from tests.models import test_parity as parity
 from tests.sessions import random_prompts, relative_error
-
-ONLY_PETALS, ALTERNATING = True, [1]  # in a chain of two or three, the second server
-assistant = generation.assistant
-
-
-@pytest.fixture
-def start_kind(request, start_swarm):
-    """`start_swarm` of a kind."""
-    return lambda *args, **options: start_swarm(*args, petals_only=request.param, **options)
-
-
-def kinds(*cases):
-    """Parametrises a test by kind of swarm and, if a case has it, family: all of them with all would take minutes."""
-    names = [f"{'only petals' if kind is True else 'alternating'}-{'-'.join(family)}" for kind, *family in cases]
-    fixtures = ("start_kind", "family")[: len(cases[0])]
-    return pytest.mark.parametrize(fixtures, cases, ids=names, indirect=["start_kind"])
-
-
-@kinds(
-    (ONLY_PETALS, "llama"),
-    (ONLY_PETALS, "bloom"),
-    (ONLY_PETALS, "mixtral"),
-    (ALTERNATING, "llama"),
-    (ALTERNATING, "falcon"),
-)
-def test_parity(family, tiny_checkpoint, start_kind):
-    parity.test_every_family_equals_local_hugging_face(family, tiny_checkpoint, start_kind)
-
-
-@kinds((ALTERNATING,))
-def test_losses(tiny_checkpoint, start_kind):
-    parity.test_twenty_training_steps_give_the_local_losses("deep_ptune", tiny_checkpoint, start_kind)
-
-
-@kinds((ONLY_PETALS,))
-def test_bfloat16(tiny_checkpoint, start_kind):
-    parity.test_bfloat16_stays_within_its_rounding(tiny_checkpoint, start_kind)
-
-
-@kinds((ALTERNATING,))
-def test_slices(tiny_checkpoint, start_kind):
-    parity.test_a_slice_of_remote_blocks_has_the_gradients_of_those_blocks(tiny_checkpoint, start_kind)
-
-
-@kinds((ONLY_PETALS, "llama"), (ALTERNATING, "bloom"))
-def test_tokens_and_steps(family, tiny_checkpoint, start_kind, assistant):
-    generation.assert_tokens_and_steps(tiny_checkpoint(family), start_kind, assistant, hands_over=False)
-
-
-@kinds((ONLY_PETALS, "bloom"), (ALTERNATING, "llama"))
-def test_prompts_in_generation(family, tiny_checkpoint, start_kind, assistant):
-    generation.test_prompts_act_as_in_training(family, tiny_checkpoint, start_kind, assistant)
-
-
-@kinds((ALTERNATING,))
-def test_a_conversation_can_go_back(tiny_checkpoint, start_kind):
-    swarm = start_kind(tiny_checkpoint("llama"), [(0, 2), (2, 4)])
-    generation.test_a_conversation_can_go_back((swarm.load(AutoDistributedModelForCausalLM), None, swarm))
 
 
 @pytest.fixture
 def layers(tiny_checkpoint, start_swarm):
-    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], petals_only=True)
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], servers="petals")
     return remote_blocks(swarm.load(AutoDistributedModel))
 
 
@@ -101,7 +40,7 @@ def test_batches_are_cut_to_what_such_servers_take(layers, tiny_checkpoint, star
     before = layers.stats.requests
     layers(hidden)
     assert layers.stats.requests - before == 2
-    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], petals_only=True, limits=ServerLimits(max_batch_tokens=32))
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], servers="petals", limits=ServerLimits(max_batch_tokens=32))
     monkeypatch.setattr(petals_connection, "MAX_BATCH_TOKENS", 32)
     small = remote_blocks(swarm.load(AutoDistributedModel))
     (connection,) = small._swarm.view._connections.values()
@@ -119,15 +58,57 @@ def test_batches_are_cut_to_what_such_servers_take(layers, tiny_checkpoint, star
         assert relative_error(one, other) < 1e-5
 
 
-def test_padding_that_cannot_be_left_out_is_refused(layers):
+def test_positions_that_do_not_count_on_are_refused(layers):
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, 2] = False
     with layers.inference_session(max_length=8) as session:
-        with pytest.raises(UnsupportedInputError, match="padding inside"):
+        with pytest.raises(UnsupportedInputError, match="number the real tokens"):
             session.step(torch.randn(2, 6, HIDDEN), attention_mask=mask)
-        with pytest.raises(UnsupportedInputError, match="do not count on"):
+        with pytest.raises(UnsupportedInputError, match="number the real tokens"):
             session.step(torch.randn(2, 6, HIDDEN), position_ids=torch.arange(6).flip(0)[None])
         assert session.step(torch.randn(2, 6, HIDDEN)).shape == (2, 6, HIDDEN)
+
+
+def test_padding_that_a_sliding_window_counts_is_refused(tiny_checkpoint, start_swarm):
+    """Up to the window's length it makes no difference, nor where it stands in front of all that is real."""
+    swarm = start_swarm(tiny_checkpoint("gemma3"), [(0, 4)], servers="petals")  # its window is 5
+    layers = remote_blocks(swarm.load(AutoDistributedModel))
+    hidden = torch.randn(1, 6, HIDDEN)
+    inside, left = torch.tensor([[1, 0, 1, 1, 1, 1]]).bool(), torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()
+    for mask in (inside, left):
+        with layers.inference_session(max_length=6) as session:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            out = session.step(hidden[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5])
+            real = mask[:, :5]
+            assert relative_error(out[real], layers(hidden[:, :5][real][None])[0]) < 1e-4
+            last = {"attention_mask": mask, "position_ids": positions[:, 5:]}
+            if mask is inside:
+                with pytest.raises(UnsupportedInputError, match="sliding window of 5 positions"):
+                    session.step(hidden[:, 5:], **last)
+            else:
+                assert relative_error(session.step(hidden[:, 5:], **last), layers(hidden[mask][None])[:, -1:]) < 1e-4
+
+
+@pytest.mark.parametrize("pieces", [1024, 4])
+def test_padding_that_appears_later_is_left_out(pieces, layers, monkeypatch):
+    """As where samples of a batch end their turns at different times: what was real becomes padding behind them."""
+    monkeypatch.setattr(petals_session, "MAX_BATCH_TOKENS", pieces)
+    hidden, prompts = torch.randn(3, 9, HIDDEN), random_prompts(4)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[0, 3:5] = mask[1, 4] = False
+    with layers.inference_session(max_length=9, **prompts) as session:
+        session.step(hidden[:, :5])
+        positions = mask.cumsum(1) - 1
+        outputs = [
+            session.step(
+                hidden[:, at : at + 2], attention_mask=mask[:, : at + 2], position_ids=positions[:, at : at + 2]
+            )
+            for at in (5, 7)
+        ]
+    for sample in range(3):
+        expected, _ = layers.run(hidden[sample, mask[sample]][None], **prompts)
+        assert relative_error(torch.cat(outputs, dim=1)[sample], expected[0, -4:]) < 1e-4
+    assert layers.stats.retries == 1, "the samples had one session there, and need one each"
 
 
 def test_samples_with_more_padding_than_a_step_begin_later(layers):
@@ -135,11 +116,16 @@ def test_samples_with_more_padding_than_a_step_begin_later(layers):
     hidden, prompts = torch.randn(3, 9, HIDDEN), random_prompts(4)
     padding = torch.tensor([0, 5, 7])
     mask = torch.arange(9)[None] >= padding[:, None]
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
     with layers.inference_session(max_length=9, **prompts) as session:
         pieces = [hidden[:, :4], hidden[:, 4:6], hidden[:, 6:]]
         ends = [4, 6, 9]
         out = torch.cat(
-            [session.step(piece, attention_mask=mask[:, :end]) for piece, end in zip(pieces, ends, strict=True)], dim=1
+            [
+                session.step(piece, attention_mask=mask[:, :end], position_ids=positions[:, end - piece.shape[1] : end])
+                for piece, end in zip(pieces, ends, strict=True)
+            ],
+            dim=1,
         )
     for sample, amount in enumerate(padding.tolist()):
         expected, _ = layers.run(hidden[sample : sample + 1, amount:], **prompts)
@@ -147,7 +133,7 @@ def test_samples_with_more_padding_than_a_step_begin_later(layers):
 
 
 def test_a_session_that_fits_nowhere_is_refused(tiny_checkpoint, start_swarm):
-    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], petals_only=True, limits=ServerLimits(cache_bytes=1 << 12))
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], servers="petals", limits=ServerLimits(cache_bytes=1 << 12))
     layers = remote_blocks(swarm.load(AutoDistributedModel))
     with (
         layers.inference_session(max_length=4096) as session,
@@ -190,6 +176,6 @@ def test_which_versions_can_go_back(version, expected):
 
 
 def test_a_swarm_with_a_token_uses_no_server_that_cannot_prove_it(tiny_checkpoint, start_swarm):
-    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], petals_only=True)
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], servers="petals")
     with pytest.raises(IncompatibleServerError, match="cannot prove that it knows the swarm's token"):
         swarm.load(AutoDistributedModel, client_config=ClientConfig(swarm_token="0123456789abcdef"))
