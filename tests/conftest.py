@@ -26,8 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items if config.getoption("servers") != "ours" else []:
-        if (mark := item.get_closest_marker("ours")) is not None:
+    for item in items:
+        mark, call = item.get_closest_marker("ours"), getattr(item, "callspec", None)
+        servers = call.params.get("servers") if call is not None else None
+        if mark is not None and (servers or config.getoption("servers")) != "ours":
             item.add_marker(pytest.mark.skip(reason=f"only on our servers: {mark.args[0]}"))
 
 

@@ -316,6 +316,12 @@ class InferenceSession:
             at_once = max(at_once, self._switch + 1) if position_ids is None else hidden.shape[1]  # a piece by itself
         if connection.cuts_steps:
             at_once = hidden.shape[1]
+            if self._is_beyond and mask is not None and bool((mask.sum(1) <= (self._switch or 0)).any()):
+                raise UnsupportedInputError(
+                    f"beyond {self._switch} positions this model turns all samples of a batch by other rotary factors, "
+                    "also those that are shorter without padding; servers that offer only Petals' methods take no "
+                    "padding: run samples one by one, or serve the model with petals-lightning"
+                )
         hidden = hidden[:, :at_once]
         end = leg.held + hidden.shape[1]
         kept = min(max(end - wanted, 1), hidden.shape[1])

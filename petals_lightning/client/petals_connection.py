@@ -45,6 +45,8 @@ class PetalsConnection:
         block: one that the server holds.
         config, stats: of the client.
         on_failure: told once if the server hangs.
+
+    Attributes:
         sliding_window: of the model; None: it has none.
     """
 
@@ -58,14 +60,13 @@ class PetalsConnection:
         config: ClientConfig,
         stats: TransferStats,
         on_failure: Callable[[PeerFailure], None] = lambda failure: None,
-        sliding_window: int | None = None,
     ):
         self.peer = calls.peer
         self.info: dict[str, Any] = {}
         self.round_trip: float | None = None
         self._calls, self._prefix, self._uid = calls, dht_prefix, block_uid(dht_prefix, block)
         self._config, self._stats, self._on_failure = config, stats, on_failure
-        self._window = sliding_window
+        self.sliding_window: int | None = None
         self._ids = itertools.count(1)
         self._room = Room(_MAX_REQUESTS, _MAX_BYTES)
         self._sessions: dict[int, PetalsSession] = {}
@@ -101,13 +102,14 @@ class PetalsConnection:
             raise PeerFailure(peer, f"does not answer in {config.connect_timeout:.0f} s") from e
         except RemoteRequestError as e:
             raise PeerFailure(peer, f"cannot be used: {e}") from e
-        connection = cls(calls, dht_prefix, block, config, stats, on_failure, sliding_window)
+        connection = cls(calls, dht_prefix, block, config, stats, on_failure)
         connection.round_trip = time.perf_counter() - began
         connection.info = {
             "version": info.version,
             "hidden_size": info.hidden_size,
             "max_batch_tokens": MAX_BATCH_TOKENS,
         }
+        connection.sliding_window = sliding_window
         calls.compression, calls.can_roll_back = info.compression, rolls_back(info.version)
         return connection
 
@@ -204,7 +206,7 @@ class PetalsConnection:
     async def _step(self, request: StepRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         if request.max_length is not None:
             self._end_session(request.session)
-            self._sessions[request.session] = PetalsSession(self._calls, self._prefix, request, self._window)
+            self._sessions[request.session] = PetalsSession(self._calls, self._prefix, request, self.sliding_window)
         session = self._sessions.get(request.session)
         if session is None:
             raise PeerFailure(self.peer, "this session is not held there any more", ErrorCode.CACHE_LOST.value)

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from petals_lightning.client import ClientConfig
-from petals_lightning.errors import RemoteRequestError
+from petals_lightning.errors import RemoteRequestError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
 from tests.families import _COMMON, HIDDEN, VOCAB, longrope_config, save_tiny_checkpoint
@@ -62,16 +62,33 @@ def test_the_switch_matters(phi3):
     assert not torch.equal(local.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS), crossing)
 
 
-def test_generation_across_the_switch_gives_the_tokens_of_local_hugging_face(phi3, start_swarm):
-    local, remote = local_model(phi3), start_swarm(phi3, SPANS).load(AutoDistributedModelForCausalLM)
-    one = {"input_ids": token_ids(10), "attention_mask": torch.ones(1, 10, dtype=torch.long)}
-    long = {"input_ids": token_ids(20), "attention_mask": torch.ones(1, 20, dtype=torch.long)}
-    for way in (one, long, left_padded(), one | {"num_beams": 3}, one | {"do_sample": True}):
-        sequences = []
-        for model in (local, remote):
-            torch.manual_seed(0)
-            sequences.append(model.generate(**OPTIONS | way))
-        assert torch.equal(*sequences)
+def one_sample(length: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": token_ids(length), "attention_mask": torch.ones(1, length, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        one_sample(10),
+        one_sample(20),
+        one_sample(10) | {"num_beams": 3},
+        one_sample(10) | {"do_sample": True},
+        pytest.param(left_padded(), marks=pytest.mark.ours("the longest sample of a batch decides for all")),
+    ],
+    ids=["crossing", "beyond", "beams", "sampling", "left-padded"],
+)
+def test_generation_across_the_switch_gives_the_tokens_of_local_hugging_face(way, phi3, start_swarm):
+    sequences = []
+    for model in (local_model(phi3), start_swarm(phi3, SPANS).load(AutoDistributedModelForCausalLM)):
+        torch.manual_seed(0)
+        sequences.append(model.generate(**OPTIONS | way))
+    assert torch.equal(*sequences)
+
+
+def test_servers_with_petals_methods_alone_refuse_padding_across_the_switch(phi3, start_swarm):
+    remote = start_swarm(phi3, SPANS, servers="petals").load(AutoDistributedModelForCausalLM)
+    with pytest.raises(UnsupportedInputError, match="turns all samples of a batch by other rotary factors"):
+        remote.generate(**OPTIONS | left_padded())
 
 
 def test_prompts_count_and_conversations_cross_back(phi3, start_swarm):

@@ -8,21 +8,18 @@ error (a check that is missing), if a well-behaved client waits or is answered w
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
-import logging
 import os
 import random
-import tempfile
-import time
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import psutil
 import torch
 from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P, P2PContext, PeerID
@@ -43,7 +40,7 @@ from petals_lightning.server.petals.methods import CallFailed
 from petals_lightning.server.span import BlockSpan
 from petals_lightning.swarm import SwarmNode
 from tests.families import HIDDEN
-from tests.server.fuzz import INTS, PATIENCE, Report, make_span
+from tests.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
 from tests.swarms import LOOPBACK, PREFIX
 
 LIMITS = ServerLimits(
@@ -212,10 +209,10 @@ class Target:
         return await self.methods.answer_unary(self.unary[method], request, context)
 
 
-async def _attack(target: Target, mutator: Mutator, budget: list[int]) -> None:
+async def _attack(target: Target, mutator: Mutator, budget: Budget) -> None:
     """One hostile client: calls of all kinds, some of which it leaves before their answer."""
     report = target.report
-    while budget[0] > 0:
+    while budget.left > 0:
         count = 1
         if mutator.random.random() < 0.4:
             method = mutator.random.choice(list(target.unary))
@@ -240,7 +237,7 @@ async def _attack(target: Target, mutator: Mutator, budget: list[int]) -> None:
                 pass  # the server has ended the stream, as it may
             finally:
                 writer.close()
-        budget[0] -= count
+        budget.left -= count
         report.inputs += count
 
 
@@ -254,55 +251,36 @@ async def _count_replies(reader: asyncio.StreamReader, report: Report) -> None:
             report.replies[str(code)] += 1
 
 
-async def _behave(target: Target, stop: asyncio.Event) -> None:
+@asynccontextmanager
+async def _client(target: Target) -> AsyncIterator[Callable[[], Awaitable[torch.Tensor]]]:
     """A client as it should be."""
-    hidden, expected = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(1)), None
-    while not stop.is_set():
-        began = time.monotonic()
+    hidden = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+    async def ask() -> torch.Tensor:
         request = PetalsForward(PREFIX, 1, 3, hidden).to_parts().to_request()
         context = P2PContext("rpc_forward", PeerID(bytes(34)), PeerID(bytes(34)))
-        answer = target.methods.answer_unary(target.unary["rpc_forward"], request, context)
-        (got,) = read_response([await asyncio.wait_for(answer, PATIENCE)], max_bytes=1 << 20)
-        expected = got if expected is None else expected
-        assert torch.equal(got, expected), "the well-behaved client was answered wrongly"
-        target.report.served += 1
-        target.report.longest_wait = max(target.report.longest_wait, time.monotonic() - began)
-        await asyncio.sleep(0.01)
+        answer = await target.methods.answer_unary(target.unary["rpc_forward"], request, context)
+        return read_response([answer], max_bytes=1 << 20)[0]
+
+    yield ask
 
 
 async def fuzz(span: BlockSpan, p2p: P2P, *, inputs: int, seed: int = 0, clients: int = 4) -> Report:
     """Runs `inputs` inputs from several hostile clients at once; raises AssertionError on a finding."""
     report = Report()
-    target, stop, budget = Target(span, p2p, report), asyncio.Event(), [inputs]
+    target = Target(span, p2p, report)
     await target.start()
-    honest = asyncio.create_task(_behave(target, stop))
-    began, process, early = time.monotonic(), psutil.Process(), 0
-
-    async def measure() -> None:
-        nonlocal early
-        while budget[0] > 0.8 * inputs:  # after a fifth: caches and allocators are warm
-            await asyncio.sleep(0.02)
-        early = process.memory_info().rss
-
+    attackers = [partial(_attack, target, Mutator(seed * 1000 + n)) for n in range(clients)]
     try:
-        await asyncio.gather(measure(), *(_attack(target, Mutator(seed * 1000 + n), budget) for n in range(clients)))
-        stop.set()
-        await honest
-        deadline = time.monotonic() + PATIENCE
-        while target.open and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        assert not target.open, f"{target.open} calls hang"
-        report.rss_growth = process.memory_info().rss - early
-        report.seconds = time.monotonic() - began
-        assert not report.crashes, report.crashes[:5]
-        assert not report.replies["internal"], f"{report.replies['internal']} calls ended in internal errors"
+        await run_clients(
+            report, inputs=inputs, attackers=attackers, client=_client(target), num_open=lambda: target.open
+        )
         assert not report.replies["None"], "an error came without its code"
         backend = target.backend
         left = backend.accounts.num_bytes, backend.accounts._accounts, backend.caches._caches, backend.under_way
         assert left == (0, {}, {}, 0), f"something stays reserved: {left}"
         assert target.methods._sessions == {}
     finally:
-        honest.cancel()
         for server in target.servers.values():
             server.close()
         target.compute.stop()
@@ -314,19 +292,5 @@ def run(folder: Path, *, inputs: int, seed: int) -> Report:
         return node.run(fuzz(make_span(folder), node.p2p, inputs=inputs, seed=seed))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Fuzz the server's Petals methods.")
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        report = run(Path(folder), inputs=arguments.inputs, seed=arguments.seed)
-    print(f"{report.inputs} inputs in {report.seconds:.0f} s; replies: {dict(report.replies.most_common())}")
-    print(f"a well-behaved client was served {report.served} times, at most after {report.longest_wait:.2f} s")
-    print(f"memory grew by {report.rss_growth / 2**20:.1f} MiB after the first fifth; no crash, no hang, nothing left")
-
-
 if __name__ == "__main__":
-    main()
+    main("Fuzz the server's Petals methods.", run)

@@ -9,28 +9,21 @@ rightly each time. The run fails if a session ends by anything but its own will,
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
-import logging
 import os
 import random
-import tempfile
-import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import msgpack
-import psutil
 import torch
-from transformers import AutoModel
 
-from petals_lightning.hf import Checkpoint, Part, load_pruned
-from petals_lightning.hf.loading import model_class
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import FRAME_PREFIX, FrameKind, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
@@ -39,28 +32,13 @@ from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import GraphCost
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.session import Session
-from petals_lightning.server.span import BlockSpan
-from tests.families import HIDDEN, TINY_CONFIGS, save_tiny_checkpoint
+from tests.families import HIDDEN
+from tests.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
 
 LIMITS = ServerLimits(
     graph_bytes=1 << 20, graph_lifetime=2.0, max_batch_tokens=64, max_message_bytes=1 << 20, max_open_requests=16,
     max_streams_per_client=4, max_client_bytes=4 << 20, max_total_bytes=16 << 20,
 )  # fmt: skip
-PATIENCE = 20.0  # seconds after which the server counts as hung
-INTS = [-(2**63), -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**64 - 1]
-
-
-@dataclass
-class Report:
-    """What a run has seen."""
-
-    inputs: int = 0
-    replies: Counter[str] = field(default_factory=Counter)
-    served: int = 0
-    longest_wait: float = 0.0
-    rss_growth: int = 0
-    seconds: float = 0.0
-    crashes: list[str] = field(default_factory=list)
 
 
 class Mutator:
@@ -203,22 +181,16 @@ class Mutator:
         return b"".join(b"".join(bytes(part) for part in frame) for frame in message.frames(call_id))
 
 
-def make_span(folder: Path) -> BlockSpan:
-    checkpoint = Checkpoint(str(save_tiny_checkpoint(TINY_CONFIGS["llama"](), folder)))
-    model, layout = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(1, 3, ends=False))
-    return BlockSpan(model, layout, 1)
-
-
-async def _attack(address: tuple[str, int], mutator: Mutator, budget: list[int], report: Report) -> None:
+async def _attack(address: tuple[str, int], mutator: Mutator, report: Report, budget: Budget) -> None:
     """One hostile client: writes inputs, reads whatever comes, begins anew when its stream has ended."""
-    while budget[0] > 0:
+    while budget.left > 0:
         reader, writer = await asyncio.open_connection(*address)
         replies = asyncio.create_task(_count_replies(reader, report))
         try:
             for _ in range(mutator._random.choice([1, 5, 50])):
-                if budget[0] <= 0 or replies.done():
+                if budget.left <= 0 or replies.done():
                     break
-                budget[0] -= 1
+                budget.left -= 1
                 report.inputs += 1
                 data, goes_on = mutator.next()
                 writer.write(data)
@@ -241,33 +213,31 @@ async def _count_replies(reader: asyncio.StreamReader, report: Report) -> None:
         report.replies[str(item[1].fields.get("code", "ok"))] += 1
 
 
-async def _behave(address: tuple[str, int], span: BlockSpan, stop: asyncio.Event, report: Report) -> None:
+@asynccontextmanager
+async def _client(address: tuple[str, int]) -> AsyncIterator[Callable[[], Awaitable[torch.Tensor]]]:
     """A client as it should be: one stream from the first input to the last."""
     reader, writer = await asyncio.open_connection(*address)
     replies, requests = MessageReader(reader, max_message_bytes=1 << 24, max_open=10), MessageWriter(writer)
     hidden = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
-    expected = None
-    for call_id in itertools.count(1):
-        began = time.monotonic()
-        await requests.send(call_id, ForwardRequest(1, 3, hidden).to_message())
-        item = await asyncio.wait_for(replies.next(), PATIENCE)
+    ids = itertools.count(1)
+
+    async def ask() -> torch.Tensor:
+        await requests.send(next(ids), ForwardRequest(1, 3, hidden).to_message())
+        item = await replies.next()
         assert item is not None, "the well-behaved client's stream was ended"
         assert item[1].method is Method.OK, f"the well-behaved client was told {item[1].fields}"
-        got = item[1].tensors["hidden"]
-        expected = expected if expected is not None else got
-        assert torch.equal(got, expected), "the well-behaved client was answered wrongly"
-        report.served += 1
-        report.longest_wait = max(report.longest_wait, time.monotonic() - began)
-        if stop.is_set():
-            break
-        await asyncio.sleep(0.01)
-    writer.close()
+        return item[1].tensors["hidden"]
+
+    try:
+        yield ask
+    finally:
+        writer.close()
 
 
-async def fuzz(span: BlockSpan, *, inputs: int, seed: int = 0, clients: int = 4) -> Report:
+async def fuzz(folder: Path, *, inputs: int, seed: int = 0, clients: int = 4) -> Report:
     """Runs `inputs` inputs from several hostile clients at once; raises AssertionError on a finding."""
     report, compute = Report(), ComputeThread()
-    backend = Backend(span, compute, LIMITS, {"hidden_size": HIDDEN})
+    backend = Backend(make_span(folder), compute, LIMITS, {"hidden_size": HIDDEN})
     backend.graph_cost = GraphCost(per_token=1000.0, per_pair=0.0)
     numbers, sessions = itertools.count(), set()
 
@@ -281,52 +251,23 @@ async def fuzz(span: BlockSpan, *, inputs: int, seed: int = 0, clients: int = 4)
             sessions.discard(asyncio.current_task())
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    address, stop, budget = server.sockets[0].getsockname(), asyncio.Event(), [inputs]
-    honest = asyncio.create_task(_behave(address, span, stop, report))
-    await asyncio.sleep(0.1)
-    began, process, early = time.monotonic(), psutil.Process(), 0
-
-    async def measure() -> None:
-        nonlocal early
-        while not early and budget[0] > 0.8 * inputs:  # after a fifth: caches and allocators are warm
-            await asyncio.sleep(0.02)
-        early = process.memory_info().rss
-
-    attackers = [_attack(address, Mutator(seed * 1000 + n), budget, report) for n in range(clients)]
+    address = server.sockets[0].getsockname()
+    attackers = [partial(_attack, address, Mutator(seed * 1000 + n), report) for n in range(clients)]
     try:
-        await asyncio.gather(measure(), *attackers)
-        stop.set()
-        await honest
-        deadline = time.monotonic() + PATIENCE
-        while sessions and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        assert not sessions, f"{len(sessions)} sessions hang"
-        report.rss_growth = process.memory_info().rss - early
-        report.seconds = time.monotonic() - began
-        assert not report.crashes, report.crashes[:5]
-        assert not report.replies["internal"], f"{report.replies['internal']} requests ended in internal errors"
+        await run_clients(
+            report, inputs=inputs, attackers=attackers, client=_client(address), num_open=lambda: len(sessions)
+        )
         left = backend.accounts.num_bytes, backend.accounts._accounts, backend.graphs.num_bytes, backend.under_way
         assert left == (0, {}, 0, 0), f"something stays reserved: {left}"
     finally:
-        honest.cancel()
         server.close()
         compute.stop()
     return report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Fuzz the server's message handling.")
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        report = asyncio.run(fuzz(make_span(Path(folder)), inputs=arguments.inputs, seed=arguments.seed))
-    print(f"{report.inputs} inputs in {report.seconds:.0f} s; replies: {dict(report.replies.most_common())}")
-    print(f"a well-behaved client was served {report.served} times, at most after {report.longest_wait:.2f} s")
-    print(f"memory grew by {report.rss_growth / 2**20:.1f} MiB after the first fifth; no crash, no hang, nothing left")
+def run(folder: Path, *, inputs: int, seed: int) -> Report:
+    return asyncio.run(fuzz(folder, inputs=inputs, seed=seed))
 
 
 if __name__ == "__main__":
-    main()
+    main("Fuzz the server's message handling.", run)

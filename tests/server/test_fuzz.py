@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
-from tests.server.fuzz import fuzz, make_span
+from tests.server.fuzz import run
 
 
 def test_mutated_requests_and_garbage_harm_nobody(tmp_path, caplog):
     caplog.set_level(logging.ERROR)
-    report = asyncio.run(fuzz(make_span(tmp_path), inputs=3000, seed=7))
+    report = run(tmp_path, inputs=3000, seed=7)
     assert report.inputs == 3000
     assert report.replies["ok"] > 100, "the fuzzer is blind: hardly anything gets through"
     assert report.replies["bad_request"] > 300

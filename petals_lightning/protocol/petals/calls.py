@@ -109,11 +109,20 @@ def read_request(message: ExpertRequest, *, max_bytes: int) -> Parts:
 
 
 @dataclass
-class PetalsForward:
-    """Run blocks [start, end) of the model named `prefix`.
+class PetalsInputs:
+    """What every call begins with: hidden states [B, S, H] for blocks [start, end) of the model named `prefix`."""
+
+    prefix: str
+    start: int
+    end: int
+    hidden: torch.Tensor
+
+
+@dataclass
+class PetalsForward(PetalsInputs):
+    """Run the blocks.
 
     Attributes:
-        hidden: [B, S, H].
         prompts: [n, B or 1, P, H], or None.
         output_compression: of the response's tensors (one number each), or None: as the server's schema says.
         points: of the public swarm; without meaning here.
@@ -122,10 +131,6 @@ class PetalsForward:
     Response: hidden [B, S, H].
     """
 
-    prefix: str
-    start: int
-    end: int
-    hidden: torch.Tensor
     prompts: torch.Tensor | None = None
     output_compression: list[int] | None = None
     points: float = 0.0
@@ -145,7 +150,7 @@ class PetalsForward:
 
 
 @dataclass
-class PetalsBackward:
+class PetalsBackward(PetalsInputs):
     """Gradients of a forward, which the server runs again.
 
     Attributes:
@@ -155,10 +160,6 @@ class PetalsBackward:
     Response: gradients of hidden [B, S, H], and of prompts [n, B, P, H] (per sample) if there are any.
     """
 
-    prefix: str
-    start: int
-    end: int
-    hidden: torch.Tensor
     grad: torch.Tensor
     prompts: torch.Tensor | None = None
     output_compression: list[int] | None = None

@@ -13,7 +13,7 @@ import torch
 from hivemind.proto.runtime_pb2 import ExpertRequest
 
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.petals.calls import Parts, checked_hidden, checked_prompts, dummy
+from petals_lightning.protocol.petals.calls import Parts, PetalsInputs, checked_hidden, checked_prompts, dummy
 from petals_lightning.protocol.petals.metadata import pack_arguments
 from petals_lightning.protocol.uids import chain_uid, parse_chain
 
@@ -35,11 +35,10 @@ class NextServer:
 
 
 @dataclass
-class PetalsStep:
-    """Run blocks [start, end) on new positions of the session that the stream is.
+class PetalsStep(PetalsInputs):
+    """Run the blocks on new positions of the session that the stream is; none of them ask only whether there is room.
 
     Attributes:
-        hidden: [B, n, H]; n = 0 asks only whether there is room.
         prompts: [L, B or 1, P, H] added to the first P of the new positions before each block, or None.
         hypo_ids: [B] int64: sample i goes on from what sample hypo_ids[i] was; None: as they are.
         session_id: names the session for pushes.
@@ -54,10 +53,6 @@ class PetalsStep:
     Response: hidden [B, n, H].
     """
 
-    prefix: str
-    start: int
-    end: int
-    hidden: torch.Tensor
     prompts: torch.Tensor | None = None
     hypo_ids: torch.Tensor | None = None
     session_id: str | None = None
