@@ -1,7 +1,6 @@
 """The suites of parity, generation and failures on servers that offer only Petals' methods, and beside ours.
 
-Here is a part of them, unchanged; `pytest --servers=petals` and `--servers=mixed` run the
-whole suites that way (docs/petals.md).
+Here is a part of them, unchanged; `pytest --servers=petals` and `--servers=mixed` run them whole (docs/petals.md).
 """
 
 from __future__ import annotations
