@@ -121,8 +121,8 @@ def test_a_hung_server_costs_seconds(heavier_checkpoint, start_servers):
         remote_blocks(remote).close()
 
 
-def test_a_client_whose_own_daemon_has_died_says_so(checkpoint, start_servers):
-    remote, _ = load_pair(checkpoint, start_servers(checkpoint, [(0, 6)]))
+def test_a_client_whose_own_daemon_has_died_says_so(heavier_checkpoint, start_servers):
+    remote, _ = load_pair(heavier_checkpoint, start_servers(heavier_checkpoint, [(0, 6)]))
     try:
         (daemon,) = (child for child in psutil.Process().children() if child.name() == "p2pd")
         daemon.kill()
