@@ -30,12 +30,8 @@ import typer
 
 from benchmarks.decode import generate
 from benchmarks.rounds import alternate, print_table, save_rows
-from benchmarks.training_step import PREFIX, batch_of, run_step, save_random_llama, start_server
-from petals_lightning.models import (
-    AutoDistributedModelForCausalLM,
-    AutoDistributedModelForSequenceClassification,
-    remote_blocks,
-)
+from benchmarks.swarm import PREFIX, batch_of, classifier, optimizer_of, run_step, save_random_llama, start_server
+from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 from tests.faults.proxy import TcpProxy, free_port
 
 
@@ -70,7 +66,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def training(models: dict[str, Any], batch: dict[str, torch.Tensor]) -> dict[str, Callable[[], float]]:
     def round_of(model: torch.nn.Module) -> Callable[[], float]:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        optimizer = optimizer_of(model)
         return lambda: run_step(model, optimizer, batch)
 
     return {name: round_of(model) for name, model in models.items()}
@@ -89,21 +85,14 @@ def main(
     """Prints a row per comparison."""
     torch.set_num_threads(threads)
     batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
-    options = {"tuning_mode": "deep_ptune", "pre_seq_len": pre_seq_len, "num_labels": 2, "dht_prefix": PREFIX}
     batch, prompt = batch_of(batch_size, tokens), torch.randint(1, 1000, (1, 16))
     link, blocks, rows = Link(round_trip / 2, mbits * 1e6 / 8), 8, []
     with tempfile.TemporaryDirectory() as folder:
         save_random_llama(folder, hidden=512, blocks=blocks, dtype="float32")
-
-        def classifier(maddr: str, **more: Any) -> Any:
-            return AutoDistributedModelForSequenceClassification.from_pretrained(
-                folder, initial_peers=[maddr], **options, **more
-            )
-
         with ExitStack() as stack:  # two swarms of one server each
             models = {
-                "ours": classifier(link.start_server(stack, folder, threads)),
-                "other": classifier(link.start_server(stack, folder, threads, "--petals-only")),
+                "ours": classifier(folder, link.start_server(stack, folder, threads), pre_seq_len),
+                "other": classifier(folder, link.start_server(stack, folder, threads, "--petals-only"), pre_seq_len),
             }
             seconds = alternate(training(models, batch), repeats)
             rows.append(("training step, 1 server: our stream, Petals' methods", seconds["ours"], seconds["other"]))
@@ -116,7 +105,7 @@ def main(
                 maddr = link.start_server(stack, folder, threads, "--block-indices", span, peers=peers)
                 peers = peers or (maddr,)
             ways = {"ours": {"server_to_server": True}, "other": {"server_to_server": False}}
-            models = {name: classifier(peers[0], **way) for name, way in ways.items()}
+            models = {name: classifier(folder, peers[0], pre_seq_len, **way) for name, way in ways.items()}
             seconds = alternate(training(models, batch), repeats)
             rows.append((f"training step, {servers} servers: handed over, direct", seconds["ours"], seconds["other"]))
             talkers = {
