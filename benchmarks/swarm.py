@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,12 @@ def classifier(model: str, maddr: str, pre_seq_len: int, **options: Any) -> Any:
         model, initial_peers=[maddr], dht_prefix=PREFIX,
         **{"tuning_mode": "deep_ptune", "pre_seq_len": pre_seq_len, "num_labels": 2, **options},
     )  # fmt: skip
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes that a process has had resident at most (VmHWM of Linux)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
 
 
 class Wasteful:
