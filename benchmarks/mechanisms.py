@@ -104,8 +104,9 @@ class Side:
 
 @dataclass
 class Comparison:
-    """Runs rows; `hidden`, `blocks`: of the model."""
+    """Makes the rows whose names contain `only`; `hidden` and `blocks` are the model's."""
 
+    only: str
     hidden: int
     blocks: int
     pre_seq_len: int
@@ -117,6 +118,8 @@ class Comparison:
         self, name: str, off: Variant, rounds: Callable[[Side, bool], Callable[[], float]], dtype: str = "float32"
     ) -> None:
         """Adds two rows, of time and of bytes; `rounds` gives what a side runs, told whether it is the one with it."""
+        if self.only not in name:
+            return
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             save_random_llama(folder, hidden=self.hidden, blocks=self.blocks, dtype=dtype, vocabulary=VOCABULARY)
             sides = {
@@ -131,6 +134,7 @@ class Comparison:
 def main(
     cases: Annotated[str, typer.Option(help="batch×tokens×P, comma separated")] = "16x64x16,32x24x16",
     data: Annotated[Path, typer.Option(help="Folder of SST-2 in JSON lines; without it that row is left out.")] = DATA,
+    only: Annotated[str, typer.Option(help="Only mechanisms whose names contain this.")] = "",
     hidden: int = 512,
     blocks: int = 8,
     repeats: int = 7,
@@ -142,7 +146,10 @@ def main(
     rows: list[Row] = []
     for case in cases.split(","):
         batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
-        batch, comparison = batch_of(batch_size, tokens), Comparison(hidden, blocks, pre_seq_len, threads, repeats)
+        batch, comparison = (
+            batch_of(batch_size, tokens),
+            Comparison(only, hidden, blocks, pre_seq_len, threads, repeats),
+        )
 
         def training(side: Side, on: bool, batch: Batch = batch) -> Callable[[], float]:
             return lambda: side.train(repeat(batch))
@@ -158,7 +165,7 @@ def main(
     for name in SENTENCES if data.is_dir() else ():
         samples = read_samples(data / name, VOCABULARY)
         batches = {True: grouped_batches(samples, 32), False: padded_batches(samples, 32)}
-        comparison = Comparison(hidden, blocks, 16, threads, repeats)
+        comparison = Comparison(only, hidden, blocks, 16, threads, repeats)
 
         def epoch(side: Side, on: bool, batches: dict[bool, list[Batch]] = batches) -> Callable[[], float]:
             rest = iter(batches[on])

@@ -60,6 +60,8 @@ def running_server(model: str, threads: int, *extra: str) -> Iterator[tuple[subp
     finally:
         process.terminate()
         process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def classifier(model: str, maddr: str, pre_seq_len: int, **options: Any) -> Any:

@@ -30,6 +30,7 @@ class InProcessSwarm:
         checkpoint: the model.
         spans: blocks of each server.
         dtype, limits, rules, prefix: for all servers.
+        share_prefix: as of `Server`.
         petals_only: numbers of the servers that offer no more than a Petals server; True for all.
     """
 
@@ -43,12 +44,13 @@ class InProcessSwarm:
         rules: AccessRules | None = None,
         prefix: str = PREFIX,
         initial_peers: Sequence[str] = (),
+        share_prefix: bool = True,
         petals_only: bool | Sequence[int] = False,
     ):
         self._petals_only = range(len(spans)) if petals_only is True else petals_only or ()
         self._checkpoint, self._spans, self._dtype = str(checkpoint), spans, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
-        self._rules = rules
+        self._rules, self._share_prefix = rules, share_prefix
         self.servers: list[Server] = []
         self._models: list[Any] = []
         self._client: SwarmNode | None = None
@@ -81,6 +83,7 @@ class InProcessSwarm:
                 limits=self._limits,
                 rules=self._rules,
                 petals_only=number in self._petals_only,
+                share_prefix=self._share_prefix,
                 update_period=30,
             )
             server.start()
