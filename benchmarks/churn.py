@@ -28,7 +28,7 @@ import psutil
 import torch
 import typer
 
-from benchmarks.training_step import PREFIX, batch_of, save_random_llama
+from benchmarks.swarm import PREFIX, batch_of, save_random_llama
 from petals_lightning.client import ClientConfig
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification

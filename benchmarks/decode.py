@@ -29,7 +29,7 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from benchmarks.rounds import alternate, print_table, save_rows
-from benchmarks.training_step import PREFIX, save_random_llama, start_server
+from benchmarks.swarm import PREFIX, save_random_llama, start_server
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 

@@ -25,7 +25,7 @@ import typer
 
 from benchmarks.decode import start_chain
 from benchmarks.rounds import alternate, print_table, save_rows
-from benchmarks.training_step import PREFIX, batch_of, save_random_llama, training_rounds
+from benchmarks.swarm import PREFIX, batch_of, save_random_llama, training_rounds
 from petals_lightning.client import ClientConfig
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 

@@ -34,7 +34,7 @@ import typer
 
 from benchmarks.decode import generate
 from benchmarks.rounds import alternate, print_table, save_rows
-from benchmarks.training_step import PREFIX, batch_of, save_random_llama, start_server, training_rounds
+from benchmarks.swarm import PREFIX, batch_of, save_random_llama, start_server, training_rounds
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,

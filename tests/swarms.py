@@ -43,6 +43,7 @@ class InProcessSwarm:
         spans: blocks of each server.
         dtype, limits, rules, prefix: for all servers.
         servers: one of `SERVERS`.
+        share_prefix: as of `Server`.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class InProcessSwarm:
         prefix: str = PREFIX,
         initial_peers: Sequence[str] = (),
         servers: str = "ours",
+        share_prefix: bool = True,
     ):
         self._checkpoint, self._spans, self._kind, self._dtype = str(checkpoint), spans, servers, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
-        self._rules = rules
+        self._rules, self._share_prefix = rules, share_prefix
         self.servers: list[Server] = []
         self._models: list[Any] = []
         self._client: SwarmNode | None = None
@@ -92,6 +94,7 @@ class InProcessSwarm:
                 limits=self._limits,
                 rules=self._rules,
                 petals_only=is_petals_only(self._kind, number),
+                share_prefix=self._share_prefix,
                 update_period=30,
             )
             server.start()

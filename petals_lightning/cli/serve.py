@@ -60,6 +60,13 @@ def serve(
     petals_only: Annotated[
         bool, typer.Option("--petals-only", help="Offer Petals' methods only, and not our faster one.")
     ] = False,
+    share_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefix/--no-share-prefix",
+            help="Run prompts once for the whole batch, where the family allows it, or with every sample.",
+        ),
+    ] = True,
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
 ) -> None:
@@ -133,6 +140,7 @@ def serve(
         ),
         rules=rules,
         petals_only=petals_only,
+        share_prefix=share_prefix,
         on_shard=progress.on_shard,
     )
 

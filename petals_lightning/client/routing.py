@@ -2,13 +2,16 @@
 
 The shortest path over block boundaries: being on server s after block b costs the cheaper of having been on s before
 it, or of arriving there from anywhere, plus the block's time on s. Blocks are numbered, so the graph has no cycles and
-Dijkstra's search is one sweep over them.
+Dijkstra's search is one sweep over them, for all servers at once.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class ServerSpan:
         peer: base58 peer id.
         start, end: blocks held.
         hop_seconds: time to get a request of this size there and its answer back.
-        block_seconds: time of one block for a request of this size.
+        block_seconds: time of one block for a request of this size. Both are finite.
     """
 
     peer: str
@@ -41,33 +44,31 @@ class RouteSpan:
 
 def plan_route(servers: Sequence[ServerSpan], start: int, end: int) -> list[RouteSpan] | None:
     """The fastest chain through blocks [start, end), or None if some block is held by nobody."""
-    arriving: dict[int, list[ServerSpan]] = {}
-    for server in servers:
-        if server.start < end and server.end > start:
-            arriving.setdefault(max(server.start, start), []).append(server)
-    # on: cost and legs of being on a server at the current boundary; legs are linked lists (peer, since, before).
-    active: list[ServerSpan] = []
-    on: dict[str, tuple[float, tuple]] = {}
-    best: tuple[float, tuple | None] = (0.0, None)
-    for block in range(start, end):
-        active = [s for s in active if s.end > block] + arriving.get(block, [])
-        if not active:
+    first, last = (np.array([getattr(s, name) for s in servers]) for name in ("start", "end"))
+    hop, block_time = (np.array([getattr(s, name) for s in servers]) for name in ("hop_seconds", "block_seconds"))
+    # Costs are linear between the ends of spans, so no change of servers elsewhere is better than one there.
+    cuts = sorted({start, end, *(cut for cut in (*first.tolist(), *last.tolist()) if start < cut < end)})
+    # Of each server, at the current cut: the cost of being there, and since which block.
+    on, since = np.full(len(servers), np.inf), np.full(len(servers), start)
+    best = 0.0
+    ways: dict[int, tuple[int, int]] = {}  # to each cut: the server that leads there for the least, and since when
+    for cut, following in itertools.pairwise(cuts):
+        held = (first <= cut) & (last > cut)
+        if not held.any():
             return None
-        reached: dict[str, tuple[float, tuple]] = {}
-        for server in active:
-            cost, legs = best[0] + server.hop_seconds, (server.peer, block, best[1])
-            staying = on.get(server.peer)
-            if staying is not None and staying[0] <= cost:
-                cost, legs = staying
-            reached[server.peer] = (cost + server.block_seconds, legs)
-        on = reached
-        best = min(on.values(), key=lambda item: item[0])
+        arriving = best + hop
+        comes = arriving < on
+        since[comes] = cut
+        on = np.where(held, np.where(comes, arriving, on) + (following - cut) * block_time, np.inf)
+        cheapest = int(on.argmin())
+        best = on[cheapest]
+        ways[following] = cheapest, int(since[cheapest])
     route: list[RouteSpan] = []
-    leg, stop = best[1], end
-    while leg is not None:
-        peer, since, before = leg
-        route.append(RouteSpan(peer, since, stop))
-        leg, stop = before, since
+    stop = end
+    while stop > start:
+        number, entered = ways[stop]
+        route.append(RouteSpan(servers[number].peer, entered, stop))
+        stop = entered
     return route[::-1]
 
 

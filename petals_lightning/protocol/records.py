@@ -17,6 +17,7 @@ from petals_lightning.protocol.checks import printable
 
 STREAM_VERSION = 1
 MAX_WORD_LENGTH = 64
+_MIN_SPEED = 1e-3  # tokens a second; times computed from less could be infinite
 
 
 class ServerState(IntEnum):
@@ -97,7 +98,7 @@ class ServerRecord:
         if start is None or end is None or not 0 <= start < end:
             start = end = None
         speed = _typed(extra, "forward_rps", (int, float))
-        if speed is not None and not 0 < speed < sys.float_info.max:
+        if speed is not None and not _MIN_SPEED <= speed <= sys.float_info.max:
             speed = None
         return cls(
             state=state,

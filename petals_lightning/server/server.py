@@ -62,6 +62,7 @@ class Server:
         limits: budgets.
         rules: who may use it; everybody by default.
         petals_only: offer Petals' methods and not our own stream method, as a Petals server does.
+        share_prefix: run a prefix once for the batch, where the family allows it; False shows what that saves.
         on_shard: progress of loading.
     """
 
@@ -81,6 +82,7 @@ class Server:
         limits: ServerLimits | None = None,
         rules: AccessRules | None = None,
         petals_only: bool = False,
+        share_prefix: bool = True,
         on_shard: Callable[[str, int, int], None] | None = None,
     ):
         self._checkpoint, self.node = checkpoint, node
@@ -89,7 +91,7 @@ class Server:
         self._device, self._dtype = torch.device(device), dtype
         self._public_name, self._throughput = public_name, throughput
         self._update_period, self._limits, self._on_shard = update_period, limits or ServerLimits(), on_shard
-        self._rules, self._petals_only = rules or AccessRules(), petals_only
+        self._rules, self._petals_only, self._share_prefix = rules or AccessRules(), petals_only, share_prefix
         self._compute: ComputeThread | None = None
         self._announcer: Any = None
         self._backend: Backend | None = None
@@ -197,8 +199,8 @@ class Server:
         )
         order_weights_for_decoding(model.to(self._device))  # type: ignore[arg-type]
         span = BlockSpan(model, layout, start)
-        span.share_prefix = verify_shared_prefix(span)
-        if not span.share_prefix:
+        span.share_prefix = self._share_prefix and verify_shared_prefix(span)
+        if self._share_prefix and not span.share_prefix:
             logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
         span.joins_steps = verify_joint_steps(span)
         if not span.joins_steps:

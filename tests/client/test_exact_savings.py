@@ -44,6 +44,16 @@ def test_a_graph_that_is_gone_is_computed_again(limits, tiny_checkpoint, start_s
         assert_same_gradients(remote, local, 1e-5)
 
 
+def test_a_prefix_that_is_run_with_every_sample_gives_the_same(tiny_checkpoint, start_swarm):
+    checkpoint = tiny_checkpoint("llama")
+    swarm = start_swarm(checkpoint, [(0, 4)], share_prefix=False)
+    assert not swarm.servers[0].span.share_prefix
+    remote, local = pair(*CLASSIFIERS, checkpoint, swarm, "deep_ptune", num_labels=3)
+    batch = right_padded_batch()
+    assert step(remote, batch) == pytest.approx(step(local, batch), rel=1e-5)
+    assert_same_gradients(remote, local, 1e-5)
+
+
 def test_backward_twice_gives_twice_the_gradient(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)])
     model = swarm.load(CLASSIFIERS[0], tuning_mode="ptune", pre_seq_len=2, num_labels=3)

@@ -69,6 +69,12 @@ def test_keys_of_a_wrong_type_are_dropped_alone():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("speed", [5e-324, 1e-9, 0, -1.0, math.inf, math.nan, True, 10**400])
+def test_a_speed_by_which_nothing_can_be_divided_is_dropped(speed):
+    state, throughput, extra = FULL.to_value()
+    assert ServerRecord.from_value((state, throughput, extra | {"forward_rps": speed})).tokens_per_second is None
+
+
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
