@@ -121,6 +121,7 @@ class _AutoDistributed:
         recovery_timeout: float = ClientConfig.recovery_timeout,
         audit_rate: float = ClientConfig.audit_rate,
         server_to_server: bool = ClientConfig.server_to_server,
+        wire_dtype: str = ClientConfig.wire_dtype,
         swarm_token: str | None = None,
         identity_path: str | None = None,
         allowed_servers: Sequence[str] | None = None,
@@ -143,6 +144,8 @@ class _AutoDistributed:
             recovery_timeout: seconds to wait for a block whose every holder has failed.
             audit_rate: share of requests that are computed again on another server and compared.
             server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
+            wire_dtype: of activations and gradients on the wire: "auto" (16 bits where a server computes in 16 bits),
+                "float32", "bfloat16", "float16" or "int8_blockwise".
             swarm_token: secret of a private swarm whose servers were started with --token-file.
             identity_path: file of this client's private key, made if missing; its peer id follows from it, by which
                 servers with --allow-peers know it.
@@ -168,6 +171,7 @@ class _AutoDistributed:
             recovery_timeout=recovery_timeout,
             audit_rate=audit_rate,
             server_to_server=server_to_server,
+            wire_dtype=wire_dtype,
             swarm_token=swarm_token,
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers or ()),

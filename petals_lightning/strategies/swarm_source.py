@@ -42,6 +42,8 @@ class SwarmSource(ABC):
         blocked_servers: peer ids never to use.
         audit_rate: share of requests that are computed again on another server and compared.
         server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
+        wire_dtype: of activations and gradients on the wire: auto (16 bits where a server computes in 16 bits),
+            float32, bfloat16, float16 or int8_blockwise.
         identity_path: file of this client's private key, by which servers with --allow-peers know it; made if missing.
         token_file: file of the secret that a private swarm's servers were given with --token-file.
     """
@@ -56,6 +58,7 @@ class SwarmSource(ABC):
         blocked_servers: list[str] | None = None,
         audit_rate: float | None = None,
         server_to_server: bool | None = None,
+        wire_dtype: str | None = None,
         identity_path: str | None = None,
         token_file: str | None = None,
     ):
@@ -68,6 +71,7 @@ class SwarmSource(ABC):
             "blocked_servers": blocked_servers,
             "audit_rate": audit_rate,
             "server_to_server": server_to_server,
+            "wire_dtype": wire_dtype,
             "identity_path": identity_path,
             "swarm_token": read_token(token_file) if token_file is not None else None,
         }
