@@ -25,6 +25,7 @@ from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
 from petals_lightning.models.prompts import TuningMode
+from petals_lightning.models.thread_hooks import of_this_thread
 from petals_lightning.models.trainable import FrozenBody, attach_trainable
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
@@ -52,7 +53,9 @@ class DistributedClassifier(DistributedModel):
     def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         rows = self._last_tokens(input_ids, kwargs.get("inputs_embeds"))
         scores: list[torch.Tensor] = []
-        hook = self.score.register_forward_hook(lambda module, args, output: scores.append(output))  # type: ignore
+        hook = self.score.register_forward_hook(  # type: ignore
+            of_this_thread(lambda module, args, output: scores.append(output))
+        )
         self.bridge.rows = rows
         try:
             output = super().forward(input_ids=input_ids, **kwargs)  # type: ignore[misc]

@@ -112,7 +112,7 @@ class MessageReader:
         if partial.body is None:
             return Message(partial.method, partial.fields, dropped=True), partial.wire_bytes
         tensors = unpack_tensors(partial.description, partial.body)
-        return Message(partial.method, partial.fields, tensors, num_bytes=partial.memory), partial.wire_bytes
+        return Message(partial.method, partial.fields, tensors, reserved=partial.memory), partial.wire_bytes
 
     def abandon(self) -> None:
         """Forgets messages that are under way: the stream has ended."""

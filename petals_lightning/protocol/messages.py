@@ -86,7 +86,7 @@ class Message:
     Attributes:
         int8_blockwise: its float32 tensors are to travel in 8 bits.
         dropped: its reader had no room for the tensors and let them pass; only method and fields are there.
-        num_bytes: of memory that its reader took for it; 0 where none was.
+        reserved: bytes of memory that its reader took for it; 0 where none was.
     """
 
     method: Method
@@ -94,7 +94,7 @@ class Message:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     int8_blockwise: bool = False
     dropped: bool = False
-    num_bytes: int = 0
+    reserved: int = 0
 
     @property
     def num_bytes(self) -> int:

@@ -96,7 +96,7 @@ class Session:
     async def _dispatch(self, call_id: int, message: Message) -> None:
         if message.method is Method.AUTH:
             await self._reply(call_id, self._gate.answer(message.fields))
-            self._release(message.num_bytes)
+            self._release(message.reserved)
             return
         if message.method is Method.HANDOVER:  # the client's permit stands for this server's own rules
             await self._reply(call_id, self._take_over(message))
@@ -126,7 +126,7 @@ class Session:
                 return
             case _:
                 raise ProtocolError(f"a client may not send {message.method.value!r}")
-        self._release(message.num_bytes)
+        self._release(message.reserved)
 
     def _begin(self, call_id: int, message: Message, *, handed_over: bool = False) -> None:
         if call_id in self._tasks:
@@ -136,7 +136,7 @@ class Session:
         self._account.requests += 1
         task = asyncio.create_task(self._answer(call_id, handler))
         self._tasks[call_id] = task
-        self._sizes[task] = message.num_bytes
+        self._sizes[task] = message.reserved
         task.add_done_callback(lambda done: self._settle(call_id, done))
 
     def _take_over(self, message: Message) -> Message:
@@ -147,7 +147,7 @@ class Session:
             words = "no client's stream here permits this (or it has ended)"
             return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
         if envelope.call in client._given_up or envelope.call in client._tasks:
-            client._release(message.num_bytes)
+            client._release(message.reserved)
         else:
             client._begin(envelope.call, envelope.open(message), handed_over=True)
         return Message(Method.OK)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from petals_lightning.errors import ConfigurationError
 from petals_lightning.protocol.auth import read_token
 
 
@@ -46,6 +47,11 @@ class SwarmSource(ABC):
             float32, bfloat16, float16 or int8_blockwise.
         identity_path: file of this client's private key, by which servers with --allow-peers know it; made if missing.
         token_file: file of the secret that a private swarm's servers were given with --token-file.
+        batches_in_flight: evaluation batches (of validation, test, prediction) that are on their way at once. Each
+            takes the memory of a forward here.
+
+    Raises:
+        ConfigurationError: `batches_in_flight` is below 1.
     """
 
     def __init__(
@@ -61,7 +67,11 @@ class SwarmSource(ABC):
         wire_dtype: str | None = None,
         identity_path: str | None = None,
         token_file: str | None = None,
+        batches_in_flight: int = 4,
     ):
+        if batches_in_flight < 1:
+            raise ConfigurationError(f"swarm.batches_in_flight={batches_in_flight}: must be at least 1, one at a time")
+        self.batches_in_flight = batches_in_flight
         options = {
             "connect_timeout": connect_timeout,
             "request_timeout": request_timeout,

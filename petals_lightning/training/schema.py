@@ -51,6 +51,8 @@ class ConnectedSwarmConfig(SwarmConfig):
     """File of this client's private key, by which servers with --allow-peers know it; made if missing."""
     token_file: str | None = None
     """File of the secret that a private swarm's servers were given with --token-file."""
+    batches_in_flight: int = 4
+    """Evaluation batches that are on their way at once; each takes the memory of a forward here."""
 
 
 @dataclass
