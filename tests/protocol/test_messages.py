@@ -89,10 +89,10 @@ def test_quantised_messages_arrive_and_count_as_what_they_become():
         assert torch.allclose(got.tensors[name], tensor, atol=0.02 if is_rounded else 0.0)
         assert torch.equal(got.tensors[name], tensor) == (not is_rounded)
     body = num_bytes - FRAME_PREFIX.size - len(data[FRAME_PREFIX.size :].split(b"last")[0])
-    assert got.num_bytes > body + 4 * (3 * 7 * 100 + 2 * 64) - 100  # what came, and what it became
+    assert got.reserved > body + 4 * (3 * 7 * 100 + 2 * 64) - 100  # what came, and what it became
     with pytest.raises(ProtocolError, match="over this peer's limit"):
-        read_all(data, max_message_bytes=got.num_bytes - 1)
-    assert read_all(data, max_message_bytes=got.num_bytes)
+        read_all(data, max_message_bytes=got.reserved - 1)
+    assert read_all(data, max_message_bytes=got.reserved)
 
 
 def test_tensors_that_are_not_contiguous_arrive():
