@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.rounds import save_rows
 from benchmarks.training_step import PREFIX, save_random_llama, start_server
+from petals_lightning.client import ClientConfig
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
@@ -35,11 +36,13 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a step's loss, by what they are for; and the loss itself."""
+    """Of a step's loss, by what they are for; and the loss itself. Prompts change from step to step, as in training."""
+    prompts = prompts_of(model)
+    with torch.no_grad():
+        prompts.deep.mul_(0.99)
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    prompts = prompts_of(model)
     return {
         "loss": loss.detach(), "input": prompts.input.grad, "deep": prompts.deep.grad, "head": model.score.weight.grad,
     }  # fmt: skip
@@ -81,12 +84,17 @@ def main(
                 }
                 for _ in range(batches)
             ]
+            start = {name: tensor.clone() for name, tensor in prompts_of(local).state_dict().items()}
             wanted = [gradients(local, batch) for batch in drawn]
             for wire_dtype in WIRE_DTYPES:
                 remote = AutoDistributedModelForSequenceClassification.from_pretrained(
-                    folder, initial_peers=[maddr], dht_prefix=PREFIX, wire_dtype=wire_dtype, **options
+                    folder,
+                    initial_peers=[maddr],
+                    dht_prefix=PREFIX,
+                    **options,
+                    client_config=ClientConfig(wire_dtype=wire_dtype, hedge_factor=None),  # a hedge's bytes are others
                 )
-                prompts_of(remote).load_state_dict(prompts_of(local).state_dict())
+                prompts_of(remote).load_state_dict(start)
                 remote.score.load_state_dict(local.score.state_dict())
                 got = [gradients(remote, batch) for batch in drawn]
                 stats = remote_blocks(remote).stats
