@@ -6,6 +6,7 @@ Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows tha
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +33,15 @@ class RemoteRunner:
 
     def __init__(self, node: SwarmNode, chain: BlockChain):
         self._node, self._chain = node, chain
-        self._version, self._last_deep = 0, torch.empty(0)
+        self._version, self._last_deep, self._lock = 0, torch.empty(0), threading.Lock()
 
     def prompts(self, deep: torch.Tensor, start: int) -> StepPrompts:
         """Deep prompts [L, P, H] under a version that changes only when their values do, so they travel once."""
         deep = deep.detach().cpu()
-        if self._last_deep.shape != deep.shape or not torch.equal(self._last_deep, deep):
-            self._version, self._last_deep = self._version + 1, deep.clone()
-        return StepPrompts(self._last_deep, start, self._version)
+        with self._lock:
+            if self._last_deep.shape != deep.shape or not torch.equal(self._last_deep, deep):
+                self._version, self._last_deep = self._version + 1, deep.clone()
+            return StepPrompts(self._last_deep, start, self._version)
 
     def split(
         self,

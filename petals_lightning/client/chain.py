@@ -337,7 +337,7 @@ class BlockChain:
             start=leg.start,
             end=leg.end,
             hidden=to_wire(leg.hidden, wire),
-            prefix=to_wire(leg.prefix, wire) if leg.prefix is not None else None,
+            prefix=to_wire(leg.prefix, wire, prompts=True) if leg.prefix is not None else None,
             rows=leg.rows,
             input_grad=input_grad,
             want_prefix=want_prefix and leg.prefix is not None,
@@ -363,7 +363,7 @@ class BlockChain:
             if prompts_sent is not None:
                 deep = self._deep(batch, leg)
                 assert deep is not None
-                forward.deep = to_wire(deep, forward.wire_dtype)
+                forward.deep = to_wire(deep, forward.wire_dtype, prompts=True)
         message = backward.to_message() if backward is not None else forward.to_message()  # type: ignore[union-attr]
         deadline = self._patience(leg, batch, 1.0 if backward is None else _backward_cost(leg)).deadline
         began = time.perf_counter()

@@ -32,6 +32,7 @@ class ClientConfig:
     blocked_servers: peer ids that are never used.
     swarm_token: secret that servers and clients of a private swarm share; servers that do not know it are not used.
     wire_dtype: of activations and gradients on the wire; "auto" is 16 bits where a server computes in 16 bits.
+        "int8_blockwise" halves that again at some loss of precision, and is "auto" for servers that cannot read it.
     min_microbatch_tokens: batches are not cut into parts smaller than this, even if a chain would be filled sooner.
         Within both limits the size follows from measured times.
     max_microbatch_tokens: nor sent in parts larger than this.

@@ -121,13 +121,13 @@ class HandoverChain:
 
     async def forward(self, batch: MicroBatch, legs: list[Leg], want_prefix: bool) -> ChainResult:
         """Runs the legs of `plan`. Raises PeerFailure or RemoteRequestError, of whichever server failed first."""
-        hidden, prefix = batch.hidden, batch.prefix
+        hidden, prefix, entering = batch.hidden, batch.prefix, self._view.wire_dtype(legs[0].peer)
         requests = [
             ForwardRequest(
                 start=leg.start,
                 end=leg.end,
-                hidden=to_wire(hidden, self._view.wire_dtype(legs[0].peer)),
-                prefix=to_wire(prefix, self._view.wire_dtype(legs[0].peer)) if prefix is not None else None,
+                hidden=to_wire(hidden, entering),
+                prefix=to_wire(prefix, entering, prompts=True) if prefix is not None else None,
                 rows=batch.rows,
                 keep=batch.keep,
                 input_grad=batch.input_grad or leg is not legs[0],
@@ -205,7 +205,7 @@ class HandoverChain:
         if sent is not None:
             deep = _deep(batch, leg)
             assert deep is not None
-            await leg.connection.give_prompts(key, to_wire(deep, self._view.wire_dtype(leg.peer)), sent)
+            await leg.connection.give_prompts(key, to_wire(deep, self._view.wire_dtype(leg.peer), prompts=True), sent)
         return key
 
     def _learns(self, batch: MicroBatch, leg: Leg, travel: _Travel) -> Callable[[Message], None]:

@@ -5,6 +5,7 @@ Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows tha
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,16 @@ class RemoteSequential(nn.Module):
     def __init__(self, swarm: _Swarm, start: int, end: int):
         super().__init__()
         self._swarm, self.start, self.end = swarm, start, end
-        self.context = Context()
+        self._thread = threading.local()
+
+    @property
+    def context(self) -> Context:
+        """Of this thread's next pass."""
+        return getattr(self._thread, "context", None) or Context()
+
+    @context.setter
+    def context(self, context: Context) -> None:
+        self._thread.context = context
 
     @classmethod
     def connect(

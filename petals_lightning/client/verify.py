@@ -11,19 +11,19 @@ import torch
 
 from petals_lightning.errors import NonFiniteResult, WrongResult
 from petals_lightning.protocol.messages import Message
-from petals_lightning.protocol.requests import ForwardRequest
-from petals_lightning.protocol.tensors import DTYPE_NAMES, DTYPES
+from petals_lightning.protocol.requests import ForwardRequest, message_dtype
+from petals_lightning.protocol.tensors import DTYPE_NAMES, INT8_BLOCKWISE
 
 # Relative errors within which honest servers agree: kernels and orders of summation differ between machines.
-_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
+_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, INT8_BLOCKWISE: 1e-1}
 
 
 def check_forward(peer: str, request: ForwardRequest, deep: torch.Tensor | None, reply: Message) -> None:
     """Raises WrongResult unless `reply` has what `request` asked for, NonFiniteResult where it cannot come from it."""
-    expected = {"hidden": output_shape(request)}
+    expected = {"hidden": (output_shape(request), message_dtype(request.wire_dtype))}
     if request.want_prefix and request.prefix is not None:
-        expected["prefix"] = list(request.prefix.shape)
-    _check_tensors(peer, reply, expected, request.wire_dtype)
+        expected["prefix"] = list(request.prefix.shape), message_dtype(request.wire_dtype, prompts=True)
+    _check_tensors(peer, reply, expected)
     _check_finite(peer, reply, _inputs(request, deep))
 
 
@@ -44,14 +44,10 @@ def check_backward(
         grads: what was sent: gradients that are not finite (a loss scale that was too large) excuse any answer.
         may_overflow: in 16-bit floats with their small range, scaled gradients overflow on a healthy server too.
     """
-    expected = {}
-    if forward.input_grad:
-        expected["hidden"] = list(forward.hidden.shape)
-    if forward.prefix is not None:
-        expected["prefix"] = list(forward.prefix.shape)
-    if deep is not None:
-        expected["deep"] = list(deep.shape)
-    _check_tensors(peer, reply, expected, forward.wire_dtype)
+    inputs = {"hidden": forward.hidden if forward.input_grad else None, "prefix": forward.prefix, "deep": deep}
+    dtype = message_dtype(forward.wire_dtype)
+    expected = {name: (list(tensor.shape), dtype) for name, tensor in inputs.items() if tensor is not None}
+    _check_tensors(peer, reply, expected)
     if not may_overflow:
         _check_finite(peer, reply, [*grads, *_inputs(forward, deep)])
 
@@ -95,12 +91,12 @@ def _inputs(request: ForwardRequest, deep: torch.Tensor | None) -> list[torch.Te
     return [tensor for tensor in (request.hidden, request.prefix, deep) if tensor is not None]
 
 
-def _check_tensors(peer: str, reply: Message, expected: dict[str, list[int]], wire_dtype: str) -> None:
-    for name, shape in expected.items():
+def _check_tensors(peer: str, reply: Message, expected: dict[str, tuple[list[int], torch.dtype]]) -> None:
+    for name, (shape, dtype) in expected.items():
         tensor = reply.tensors.get(name)
-        if tensor is None or list(tensor.shape) != shape or tensor.dtype != DTYPES[wire_dtype]:
+        if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
             got = f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}" if tensor is not None else "nothing"
-            raise WrongResult(peer, f"answered {got} as {name!r}, asked for {wire_dtype} {shape}")
+            raise WrongResult(peer, f"answered {got} as {name!r}, asked for {DTYPE_NAMES[dtype]} {shape}")
 
 
 def _check_finite(peer: str, reply: Message, inputs: list[torch.Tensor]) -> None:

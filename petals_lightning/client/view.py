@@ -28,6 +28,7 @@ from petals_lightning.errors import (
 )
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.records import ServerRecord, ServerState
+from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 
 logger = logging.getLogger(__name__)
@@ -238,8 +239,11 @@ class SwarmView:
 
     def wire_dtype(self, peer: str) -> str:
         """The dtype to send to a server and to ask of it."""
-        if self.config.wire_dtype != "auto":
-            return self.config.wire_dtype
+        wanted, connection = self.config.wire_dtype, self._connections.get(peer)
+        said = connection.info.get("wire_dtypes") if connection is not None else None
+        can_quantise = isinstance(said, list) and INT8_BLOCKWISE in said
+        if wanted != "auto" and (wanted != INT8_BLOCKWISE or can_quantise):
+            return wanted
         record = self._records.get(peer)
         return record.torch_dtype if record is not None and record.torch_dtype in ("float16", "bfloat16") else "float32"
 

@@ -25,6 +25,7 @@ from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
 from petals_lightning.models.prompts import TuningMode
+from petals_lightning.models.thread_hooks import of_this_thread
 from petals_lightning.models.trainable import FrozenBody, attach_trainable
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
@@ -52,7 +53,9 @@ class DistributedClassifier(DistributedModel):
     def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         rows = self._last_tokens(input_ids, kwargs.get("inputs_embeds"))
         scores: list[torch.Tensor] = []
-        hook = self.score.register_forward_hook(lambda module, args, output: scores.append(output))  # type: ignore
+        hook = self.score.register_forward_hook(  # type: ignore
+            of_this_thread(lambda module, args, output: scores.append(output))
+        )
         self.bridge.rows = rows
         try:
             output = super().forward(input_ids=input_ids, **kwargs)  # type: ignore[misc]
@@ -121,6 +124,7 @@ class _AutoDistributed:
         recovery_timeout: float = ClientConfig.recovery_timeout,
         audit_rate: float = ClientConfig.audit_rate,
         server_to_server: bool = ClientConfig.server_to_server,
+        wire_dtype: str = ClientConfig.wire_dtype,
         swarm_token: str | None = None,
         identity_path: str | None = None,
         allowed_servers: Sequence[str] | None = None,
@@ -143,6 +147,8 @@ class _AutoDistributed:
             recovery_timeout: seconds to wait for a block whose every holder has failed.
             audit_rate: share of requests that are computed again on another server and compared.
             server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
+            wire_dtype: of activations and gradients on the wire: "auto" (16 bits where a server computes in 16 bits),
+                "float32", "bfloat16", "float16" or "int8_blockwise".
             swarm_token: secret of a private swarm whose servers were started with --token-file.
             identity_path: file of this client's private key, made if missing; its peer id follows from it, by which
                 servers with --allow-peers know it.
@@ -168,6 +174,7 @@ class _AutoDistributed:
             recovery_timeout=recovery_timeout,
             audit_rate=audit_rate,
             server_to_server=server_to_server,
+            wire_dtype=wire_dtype,
             swarm_token=swarm_token,
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers or ()),

@@ -10,6 +10,7 @@ Shapes: B batch, S tokens, P virtual tokens, E embedding width, H hidden size, N
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     from petals_lightning.models.generation import GenerationSession
 
 
+class _Pass(threading.local):
+    """What the hooks know of the running pass: several threads may run the model at once."""
+
+    rows: torch.Tensor | None = None
+    cache: RemoteCache | None = None
+    keep: int = 0
+
+
 class DecoderBridge:
     """Hooks on the owner of the blocks.
 
@@ -37,7 +46,7 @@ class DecoderBridge:
         layers: the remote blocks to put there.
 
     Attributes:
-        rows: [N] indices into B·S that the next pass reads, None for all.
+        rows: [N] indices into B·S that the next pass of this thread reads, None for all.
         session: the conversation that `generate` goes on with, if there is one.
     """
 
@@ -46,16 +55,22 @@ class DecoderBridge:
         owner = layout.owner(model)
         self._layers, self._owner, self._embed = layers, owner, model.get_input_embeddings()
         self._prompts: Prompts | None = getattr(owner, "prompts", None)
-        self.rows: torch.Tensor | None = None
+        self._pass = _Pass()
         self.session: GenerationSession | None = None
         self._own_session: InferenceSession | None = None
-        self._cache: RemoteCache | None = None  # of the running pass
-        self._keep = 0
         self._takes_position_ids = "position_ids" in inspect.signature(owner.forward).parameters
         if model is not owner:
             model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         owner.register_forward_pre_hook(self._before, with_kwargs=True)
         owner.register_forward_hook(self._after)
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        return self._pass.rows
+
+    @rows.setter
+    def rows(self, rows: torch.Tensor | None) -> None:
+        self._pass.rows = rows
 
     def open_session(self, max_length: int) -> InferenceSession:
         """A session of the blocks behind the model's prompts, as they are now."""
@@ -77,7 +92,7 @@ class DecoderBridge:
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A model that computes the logits of the last positions only reads no other position.
         keep = kwargs.get("logits_to_keep")
-        self._keep = keep if isinstance(keep, int) else 0
+        self._pass.keep = keep if isinstance(keep, int) else 0
 
     def _before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._layers.context.capture:
@@ -87,15 +102,15 @@ class DecoderBridge:
             if rest:
                 raise UnsupportedInputError("give everything behind input_ids by name")
         cache = kwargs.get("past_key_values")
-        self._cache = cache if isinstance(cache, RemoteCache) else None
+        self._pass.cache = cache if isinstance(cache, RemoteCache) else None
         self._check(kwargs)
         embeds = kwargs.pop("inputs_embeds", None)
         input_ids = kwargs.pop("input_ids", None)
         if embeds is None:
             embeds = self._embed(input_ids)
         kwargs["inputs_embeds"] = embeds
-        if self._cache is not None:
-            return (), kwargs | self._begin_step(self._cache.session, **_padding(kwargs))
+        if self._pass.cache is not None:
+            return (), kwargs | self._begin_step(self._pass.cache.session, **_padding(kwargs))
         prefix, deep = self._prompts_at_first_block()
         self._layers.context = Context(prefix=prefix, deep=deep, rows=self.rows)
         return (), kwargs | {
@@ -114,7 +129,7 @@ class DecoderBridge:
         if attention_mask is not None and not self._takes_position_ids:  # such a family counts by the mask
             counted = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, session.position :]
         self._layers.context = Context(
-            session=session, attention_mask=attention_mask, position_ids=counted, keep=self._keep
+            session=session, attention_mask=attention_mask, position_ids=counted, keep=self._pass.keep
         )
         length = self._prompts.pre_seq_len if self._prompts is not None else 0
         told: dict[str, Any] = {
@@ -130,8 +145,8 @@ class DecoderBridge:
         if not self._layers.context.capture:
             self._layers.context = Context()
             if "past_key_values" in output:
-                output.past_key_values = self._cache
-            self._cache = None
+                output.past_key_values = self._pass.cache
+            self._pass.cache = None
         return output
 
     def _prompts_at_first_block(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -154,7 +169,7 @@ class DecoderBridge:
                     f"{name}=True: blocks run on servers, which return the last block's output only. "
                     "Leave it off, or run model.layers[a:b] piece by piece"
                 )
-        if self._cache is not None:
+        if self._pass.cache is not None:
             if self.rows is not None or torch.is_grad_enabled():
                 raise UnsupportedInputError("an inference session gives no gradients: call it under torch.no_grad()")
             if (mask := kwargs.get("attention_mask")) is not None and mask.ndim != 2:

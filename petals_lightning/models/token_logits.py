@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from petals_lightning.models.thread_hooks import of_this_thread
+
 
 def token_logits(
     model: Any, input_ids: torch.Tensor, rows: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -28,7 +30,7 @@ def token_logits(
         return (args[0].flatten(0, 1)[rows.to(args[0].device)][None],)
 
     bridge = getattr(model, "bridge", None)
-    hook = model.get_output_embeddings().register_forward_pre_hook(only_rows)
+    hook = model.get_output_embeddings().register_forward_pre_hook(of_this_thread(only_rows))
     try:
         if bridge is not None:
             bridge.rows = rows

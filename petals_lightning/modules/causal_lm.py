@@ -62,13 +62,13 @@ class CausalLMModule(TuningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.val_loss.update(*self(**batch))
+        self.val_loss.update(*self.evaluated(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_perplexity("val", self.val_loss)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.test_loss.update(*self(**batch))
+        self.test_loss.update(*self.evaluated(batch))
 
     def on_test_epoch_end(self) -> None:
         self._log_perplexity("test", self.test_loss)

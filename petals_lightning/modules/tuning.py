@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from petals_lightning.data import load_tokenizer
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import trainable_state_dict
-from petals_lightning.strategies import RemoteBlockStrategy, ServedModel, load_trained_weights
+from petals_lightning.strategies import BEGUN, RemoteBlockStrategy, ServedModel, load_trained_weights
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
 
@@ -112,6 +112,17 @@ class TuningModule(pl.LightningModule):
         if isinstance(strategy, RemoteBlockStrategy):
             return distributed.from_pretrained(name, **arguments, **strategy.client_arguments)
         return local.from_pretrained(name, **arguments)
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
+        """The forward of an evaluation batch. May be called from several threads at once."""
+        return self(**batch)
+
+    def evaluated(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
+        """What `evaluate` gives, for steps: the strategy may have begun it before the batch's turn came."""
+        begun = batch.pop(BEGUN, None)
+        return begun.result() if begun is not None else self.evaluate(batch, predicting=predicting)
 
     # --- training and its checkpoints --------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.tensors import DTYPE_NAMES
+from petals_lightning.protocol.tensors import DTYPE_NAMES, INT8_BLOCKWISE
 
-WIRE_DTYPES = {"float32", "float16", "bfloat16"}
+WIRE_DTYPES = {"float32", "float16", "bfloat16", INT8_BLOCKWISE}
 
 
 def typed(fields: dict[str, Any], name: str, kind: Any) -> Any:

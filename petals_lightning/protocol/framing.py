@@ -27,6 +27,7 @@ class _Partial:
     fields: dict[str, Any]
     description: list[Any]
     size: int
+    memory: int
     body: bytearray | None  # None: there was no room, and the bytes are let pass
     received: int = 0
     wire_bytes: int = 0
@@ -37,10 +38,10 @@ class MessageReader:
 
     Args:
         reader: the stream.
-        max_message_bytes: the largest body accepted, and the bound on the sum of bodies that are under way; memory is
-            allocated only within it.
+        max_message_bytes: the most memory that one message may take, and all that are under way together; none is
+            allocated beyond it.
         max_open: how many messages may be under way at once.
-        reserve: asked, with the message's method and fields, before memory for a body of so many bytes is allocated;
+        reserve: asked, with the message's method and fields, before so many bytes of memory are allocated for it;
             if it says no, the message comes `dropped`, without its tensors. Who gives the bytes back is the caller's
             affair, but for those of messages that never became complete, which go to `release`.
     """
@@ -88,12 +89,12 @@ class MessageReader:
                 if method is not Method.CANCEL:
                     raise ProtocolError(f"two messages under call id {call_id}")
                 self._forget(call_id)  # its sender gave up in the middle
-            size = packed_size(description)
-            under_way = sum(partial.size for partial in self._partial.values() if partial.body is not None)
-            if len(self._partial) >= self._max_open or under_way + size > self._max_bytes:
-                raise ProtocolError(f"a message of {size} bytes is over this peer's limit of {self._max_bytes} bytes")
-            body = bytearray(size) if self._reserve(size, method, fields) else None
-            partial = self._partial[call_id] = _Partial(method, fields, description, size, body)
+            size, memory = packed_size(description)
+            under_way = sum(partial.memory for partial in self._partial.values() if partial.body is not None)
+            if len(self._partial) >= self._max_open or under_way + memory > self._max_bytes:
+                raise ProtocolError(f"a message of {memory} bytes is over this peer's limit of {self._max_bytes} bytes")
+            body = bytearray(size) if self._reserve(memory, method, fields) else None
+            partial = self._partial[call_id] = _Partial(method, fields, description, size, memory, body)
         elif kind == FrameKind.MORE and call_id in self._partial and not header:
             partial = self._partial[call_id]
         else:
@@ -110,8 +111,8 @@ class MessageReader:
         del self._partial[call_id]
         if partial.body is None:
             return Message(partial.method, partial.fields, dropped=True), partial.wire_bytes
-        message = Message(partial.method, partial.fields, unpack_tensors(partial.description, partial.body))
-        return message, partial.wire_bytes
+        tensors = unpack_tensors(partial.description, partial.body)
+        return Message(partial.method, partial.fields, tensors, reserved=partial.memory), partial.wire_bytes
 
     def abandon(self) -> None:
         """Forgets messages that are under way: the stream has ended."""
@@ -121,7 +122,7 @@ class MessageReader:
     def _forget(self, call_id: int) -> None:
         partial = self._partial.pop(call_id)
         if partial.body is not None:
-            self._release(partial.size, partial.method, partial.fields)
+            self._release(partial.memory, partial.method, partial.fields)
 
 
 class MessageWriter:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ import torch
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.checks import WIRE_DTYPES, typed
 from petals_lightning.protocol.messages import Message, Method
-from petals_lightning.protocol.tensors import DTYPES
+from petals_lightning.protocol.requests import to_wire
+from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 
 STREAM_KEY_BYTES = 32
 MAX_HOPS = 256
@@ -117,7 +118,8 @@ def split_reply(
     else:
         names = ("grad", "grad_prefix") if method is Method.BACKWARD else ("hidden", "prefix")
         onward = {new: home.pop(old) for new, old in zip(names, ("hidden", "prefix"), strict=True) if old in home}
-    onward = {name: tensor.to(DTYPES[hop.fields["wire_dtype"]]) for name, tensor in onward.items()}
+    wire_dtype = hop.fields["wire_dtype"]
+    onward = {name: to_wire(tensor, wire_dtype, prompts=name == "prefix") for name, tensor in onward.items()}
     fields = {
         "stream": hop.stream,
         "call": hop.call,
@@ -125,7 +127,8 @@ def split_reply(
         "method": method.value,
         "fields": hop.fields | {"route": [following.to_value() for following in rest]},
     }
-    return Message(Method.HANDOVER, fields, onward | carried), Message(reply.method, reply.fields, home)
+    to_next = Message(Method.HANDOVER, fields, onward | carried, int8_blockwise=wire_dtype == INT8_BLOCKWISE)
+    return to_next, replace(reply, tensors=home)
 
 
 @dataclass(frozen=True)
@@ -158,4 +161,4 @@ class Envelope:
 
     def open(self, message: Message) -> Message:
         """The request inside."""
-        return Message(self.method, self.fields, message.tensors, message.dropped)
+        return replace(message, method=self.method, fields=self.fields)

@@ -83,13 +83,18 @@ class ErrorCode(StrEnum):
 class Message:
     """One message: `method`, small `fields` (msgpack types) and named `tensors`.
 
-    `dropped`: its reader had no room for the tensors and let them pass; only method and fields are there.
+    Attributes:
+        int8_blockwise: its float32 tensors are to travel in 8 bits.
+        dropped: its reader had no room for the tensors and let them pass; only method and fields are there.
+        reserved: bytes of memory that its reader took for it; 0 where none was.
     """
 
     method: Method
     fields: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    int8_blockwise: bool = False
     dropped: bool = False
+    reserved: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -103,7 +108,7 @@ class Message:
 
     def frames(self, call_id: int) -> Iterator[list[bytes | memoryview]]:
         """The message as frames, each a list of buffers to write in order."""
-        description, buffers = pack_tensors(self.tensors)
+        description, buffers = pack_tensors(self.tensors, int8_blockwise=self.int8_blockwise)
         header = msgpack.packb({"m": self.method.value, "f": self.fields, "t": description})
         kind, pieces, size = FrameKind.HEAD, [], 0
         for buffer in buffers:

@@ -14,7 +14,7 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol import checks
 from petals_lightning.protocol.checks import WIRE_DTYPES, typed
 from petals_lightning.protocol.messages import Message, Method
-from petals_lightning.protocol.tensors import DTYPES
+from petals_lightning.protocol.tensors import DTYPES, INT8_BLOCKWISE
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ForwardRequest:
         keep: keep the autograd graph under this call's id.
         input_grad: the backward will want the gradient of `hidden`.
         want_prefix: return the prefix's hidden states (somebody runs blocks behind `end`).
-        wire_dtype: of the tensors that come back.
+        wire_dtype: of the tensors that come back; int8_blockwise also of `hidden`.
 
     Reply: `hidden` [B, S, H] or [N, H]; `prefix` [P, H] if wanted; fields `kept`, and `compute` and `queue` in seconds.
     """
@@ -53,7 +53,7 @@ class ForwardRequest:
     def to_message(self) -> Message:
         fields = {name: getattr(self, name) for name in self._FIELDS}
         tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
-        return Message(Method.FORWARD, fields, tensors)
+        return Message(Method.FORWARD, fields, tensors, int8_blockwise=self.wire_dtype == INT8_BLOCKWISE)
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ForwardRequest:
@@ -92,7 +92,7 @@ class BackwardRequest:
         grad_prefix: [P, H], or None if nothing behind the span read the prefix.
         graph: id of the forward call (same stream) whose graph is kept; None: run `forward` again first.
         forward: the request to run again, if `graph` is None.
-        wire_dtype: of the gradients that come back.
+        wire_dtype: of the gradients that come back; int8_blockwise also of those that go.
 
     Reply: those of `hidden`, `prefix` and `deep` that the forward had (`hidden` only with `input_grad`); prompts'
     gradients are summed over the batch.
@@ -113,7 +113,7 @@ class BackwardRequest:
             again = self.forward.to_message()
             fields["forward"] = again.fields
             tensors |= again.tensors
-        return Message(Method.BACKWARD, fields, tensors)
+        return Message(Method.BACKWARD, fields, tensors, int8_blockwise=self.wire_dtype == INT8_BLOCKWISE)
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> BackwardRequest:
@@ -135,6 +135,24 @@ class BackwardRequest:
         return cls(grad, grad_prefix, graph, forward, wire_dtype)
 
 
-def to_wire(tensor: torch.Tensor, wire_dtype: str) -> torch.Tensor:
-    """The tensor as it travels: on the CPU, in the agreed dtype."""
-    return tensor.detach().to(device="cpu", dtype=DTYPES[wire_dtype])
+def to_wire(tensor: torch.Tensor, wire_dtype: str, *, prompts: bool = False) -> torch.Tensor:
+    """The tensor as a message takes it: on the CPU, in `message_dtype`."""
+    return tensor.detach().to(device="cpu", dtype=message_dtype(wire_dtype, prompts=prompts))
+
+
+def outputs_to_wire(outputs: dict[str, torch.Tensor], wire_dtype: str) -> dict[str, torch.Tensor]:
+    """`to_wire` of what a forward or a step gives: `hidden`, and the prefix if it was wanted."""
+    return {name: to_wire(tensor, wire_dtype, prompts=name == "prefix") for name, tensor in outputs.items()}
+
+
+def message_dtype(wire_dtype: str, *, prompts: bool = False) -> torch.dtype:
+    """Of tensors in messages, on both ends.
+
+    Args:
+        wire_dtype: of the request.
+        prompts: of hidden states of the prefix, and deep prompts. They are not quantised: their error is the same for
+            all samples, so it does not average out.
+    """
+    if wire_dtype == INT8_BLOCKWISE:
+        return torch.bfloat16 if prompts else torch.float32
+    return DTYPES[wire_dtype]

@@ -14,6 +14,7 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol import checks
 from petals_lightning.protocol.checks import typed
 from petals_lightning.protocol.messages import Message, Method
+from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 
 
 @dataclass
@@ -34,7 +35,7 @@ class StepRequest:
         attention_mask: [B, T] bool where some position is padding, else None.
         position_ids: [B, n] int64 where they do not simply count on from `position`, else None.
         want_prefix: return the prefix's hidden states, on opening.
-        wire_dtype: of the tensors that come back.
+        wire_dtype: of the tensors that come back; int8_blockwise also of `hidden`.
 
     Reply: `hidden` [B, keep or n, H]; `prefix` [P, H] if wanted; fields `compute` and `queue` in seconds.
     """
@@ -60,7 +61,7 @@ class StepRequest:
     def to_message(self) -> Message:
         fields = {name: getattr(self, name) for name in self._FIELDS}
         tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
-        return Message(Method.STEP, fields, tensors)
+        return Message(Method.STEP, fields, tensors, int8_blockwise=self.wire_dtype == INT8_BLOCKWISE)
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> StepRequest:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.quantization import dequantize, quantize, quantized_size
 
 assert sys.byteorder == "little", "the wire format is little-endian and is not swapped on this machine"
 
@@ -22,36 +23,46 @@ DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INT8_BLOCKWISE = "int8_blockwise"
+"""Tensors in 8 bits (see `quantization`) that are float32 on both ends."""
+_WIRE_FORMS = {*DTYPES, INT8_BLOCKWISE}
 MAX_DIMS = 5
 
 
-def pack_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[list[list[Any]], list[memoryview]]:
+def pack_tensors(
+    tensors: Mapping[str, torch.Tensor], *, int8_blockwise: bool = False
+) -> tuple[list[list[Any]], list[memoryview]]:
     """Describes tensors and gives their bytes, without a copy where they are contiguous and on the CPU.
 
+    Args:
+        int8_blockwise: quantise those that are float32 (and have a dimension).
+
     Returns:
-        The description for the header, one `[name, dtype, shape]` per tensor, and one memoryview per tensor. The
+        The description for the header, one `[name, dtype, shape]` per tensor, and the memoryviews of their bytes. The
         views share memory with the tensors: they must not change until the message is sent.
     """
     description, buffers = [], []
     for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous()
-        description.append([name, DTYPE_NAMES[data.dtype], list(data.shape)])
-        buffers.append(memoryview(data.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        is_quantised = int8_blockwise and data.dtype == torch.float32 and data.ndim > 0
+        description.append([name, INT8_BLOCKWISE if is_quantised else DTYPE_NAMES[data.dtype], list(data.shape)])
+        parts: tuple[torch.Tensor, ...] = quantize(data) if is_quantised else (data,)
+        buffers += [memoryview(part.reshape(-1).view(torch.uint8).numpy()) for part in parts]  # type: ignore[arg-type]
     return description, buffers
 
 
-def packed_size(description: Any) -> int:
-    """The bytes of body that a description announces; reads nothing of the body.
+def packed_size(description: Any) -> tuple[int, int]:
+    """The bytes of body that a description announces, and of memory that reading it takes; reads nothing of the body.
 
     Raises:
         ProtocolError: the description is malformed, names a tensor twice or uses an unknown dtype.
     """
-    total, names = 0, set()
+    body, unpacked, names = 0, 0, set()
     if not isinstance(description, list):
         raise ProtocolError(f"tensors must be described by a list, got {type(description).__name__}")
     for entry in description:
         match entry:
-            case [str(name), str(dtype), list(shape)] if dtype in DTYPES and name not in names:
+            case [str(name), str(dtype), list(shape)] if dtype in _WIRE_FORMS and name not in names:
                 names.add(name)
             case _:
                 raise ProtocolError(f"malformed description of a tensor: {entry!r:.100}")
@@ -61,24 +72,41 @@ def packed_size(description: Any) -> int:
             or math.prod(max(n, 1) for n in shape) > 2**40  # strides overflow even where another dimension is 0
         ):
             raise ProtocolError(f"impossible shape of tensor {name!r:.40}: {shape!r:.100}")
-        total += math.prod(shape) * DTYPES[dtype].itemsize
-    return total
+        if dtype == INT8_BLOCKWISE:
+            if not shape:
+                raise ProtocolError(f"tensor {name!r:.40} has no dimension to be quantised along")
+            body += quantized_size(shape)
+            unpacked += math.prod(shape) * torch.float32.itemsize
+        else:
+            body += math.prod(shape) * DTYPES[dtype].itemsize
+    return body, body + unpacked
 
 
 def unpack_tensors(description: list[list[Any]], body: bytearray) -> dict[str, torch.Tensor]:
-    """The tensors of a message; they share memory with `body`. `packed_size` must have accepted `description`.
+    """The tensors of a message; they share memory with `body`, but for quantised ones, which become float32.
+
+    `packed_size` must have accepted `description`.
 
     Raises:
         ProtocolError: `body` has another length than the description announces.
     """
-    if packed_size(description) != len(body):
-        raise ProtocolError(f"a body of {len(body)} bytes came with tensors of {packed_size(description)} bytes")
+    if (announced := packed_size(description)[0]) != len(body):
+        raise ProtocolError(f"a body of {len(body)} bytes came with tensors of {announced} bytes")
     tensors, offset = {}, 0
     for name, dtype_name, shape in description:
-        dtype, count = DTYPES[dtype_name], math.prod(shape)
-        if count:
-            tensors[name] = torch.frombuffer(body, dtype=dtype, count=count, offset=offset).reshape(shape)
+        if dtype_name == INT8_BLOCKWISE:
+            codes, size = _view(body, offset, torch.int8, shape), quantized_size(shape)
+            scales = _view(body, offset + codes.nbytes, torch.float32, [(size - codes.nbytes) // 4])
+            tensors[name] = dequantize(codes, scales)
+            offset += size
         else:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        offset += count * dtype.itemsize
+            tensors[name] = _view(body, offset, DTYPES[dtype_name], shape)
+            offset += tensors[name].nbytes
     return tensors
+
+
+def _view(body: bytearray, offset: int, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(body, dtype=dtype, count=count, offset=offset).reshape(shape)

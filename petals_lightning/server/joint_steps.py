@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.protocol.requests import to_wire
+from petals_lightning.protocol.requests import outputs_to_wire
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.backend import Refusal
 from petals_lightning.server.compute import JointWork
@@ -93,7 +93,7 @@ class SessionStep(JointWork[Outputs]):
             self._cache.reorder(hypo_ids)
 
     def _on_the_wire(self, outputs: Outputs) -> Outputs:
-        return {name: to_wire(tensor, self._request.wire_dtype) for name, tensor in outputs.items()}
+        return outputs_to_wire(outputs, self._request.wire_dtype)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.loading import model_class
 from petals_lightning.hf.skeleton import num_blocks
+from petals_lightning.protocol.checks import WIRE_DTYPES
 from petals_lightning.protocol.messages import STREAM_METHOD
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
@@ -149,6 +150,7 @@ class Server:
                 "num_blocks": count,
                 "hidden_size": span.hidden_size,
                 "dtype": record.torch_dtype,
+                "wire_dtypes": sorted(WIRE_DTYPES),
                 "returns_tuple": bool(span.returns_tuple),
                 "fingerprint": record.fingerprint,
                 "version": __version__,

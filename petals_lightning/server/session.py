@@ -20,8 +20,9 @@ from petals_lightning.protocol.checks import floating, typed
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.handover import Envelope, Hop, carried_tensors, new_stream_key, read_route, split_reply
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
-from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
+from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, outputs_to_wire, to_wire
 from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 from petals_lightning.server.access import Gate
 from petals_lightning.server.admission import Account
 from petals_lightning.server.backend import Backend, Refusal, stream_numbers
@@ -95,7 +96,7 @@ class Session:
     async def _dispatch(self, call_id: int, message: Message) -> None:
         if message.method is Method.AUTH:
             await self._reply(call_id, self._gate.answer(message.fields))
-            self._release(message.num_bytes)
+            self._release(message.reserved)
             return
         if message.method is Method.HANDOVER:  # the client's permit stands for this server's own rules
             await self._reply(call_id, self._take_over(message))
@@ -125,7 +126,7 @@ class Session:
                 return
             case _:
                 raise ProtocolError(f"a client may not send {message.method.value!r}")
-        self._release(message.num_bytes)
+        self._release(message.reserved)
 
     def _begin(self, call_id: int, message: Message, *, handed_over: bool = False) -> None:
         if call_id in self._tasks:
@@ -135,7 +136,7 @@ class Session:
         self._account.requests += 1
         task = asyncio.create_task(self._answer(call_id, handler))
         self._tasks[call_id] = task
-        self._sizes[task] = message.num_bytes
+        self._sizes[task] = message.reserved
         task.add_done_callback(lambda done: self._settle(call_id, done))
 
     def _take_over(self, message: Message) -> Message:
@@ -146,7 +147,7 @@ class Session:
             words = "no client's stream here permits this (or it has ended)"
             return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
         if envelope.call in client._given_up or envelope.call in client._tasks:
-            client._release(message.num_bytes)
+            client._release(message.reserved)
         else:
             client._begin(envelope.call, envelope.open(message), handed_over=True)
         return Message(Method.OK)
@@ -316,19 +317,20 @@ class Session:
             named = {"hidden": outputs[0]}
             if request.want_prefix and len(outputs) > 1:
                 named["prefix"] = outputs[1]
-            return graph, {name: to_wire(tensor, request.wire_dtype) for name, tensor in named.items()}
+            return graph, outputs_to_wire(named, request.wire_dtype)
 
         timed = await backend.compute.run(Priority.FORWARD, compute, client=self._peer, key=(self._number, call_id))
         graph, tensors = timed.value
         if graph is not None:
             backend.graphs.put((self._number, call_id), graph, self._peer)
         fields = {"kept": graph is not None, "queue": timed.queued, "compute": timed.computed}
-        return Message(Method.OK, fields, tensors)
+        return Message(Method.OK, fields, tensors, int8_blockwise=request.wire_dtype == INT8_BLOCKWISE)
 
     async def _step(self, call_id: int, request: StepRequest, cache: SessionCache) -> Message:
         step = SessionStep(self._backend.span, cache, request)
         timed = await self._backend.compute.run(Priority.DECODE, step, client=self._peer, key=(self._number, call_id))
-        return Message(Method.OK, {"queue": timed.queued, "compute": timed.computed}, timed.value)
+        fields = {"queue": timed.queued, "compute": timed.computed}
+        return Message(Method.OK, fields, timed.value, int8_blockwise=request.wire_dtype == INT8_BLOCKWISE)
 
     async def _backward(self, call_id: int, request: BackwardRequest) -> Message:
         span = self._backend.span
@@ -352,7 +354,8 @@ class Session:
         timed = await self._backend.compute.run(
             Priority.BACKWARD, compute, client=self._peer, key=(self._number, call_id)
         )
-        return Message(Method.OK, {"queue": timed.queued, "compute": timed.computed}, timed.value)
+        fields = {"queue": timed.queued, "compute": timed.computed}
+        return Message(Method.OK, fields, timed.value, int8_blockwise=request.wire_dtype == INT8_BLOCKWISE)
 
     def _inputs(self, request: ForwardRequest) -> SpanInputs:
         device = self._backend.span.device

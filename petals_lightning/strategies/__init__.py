@@ -1,5 +1,6 @@
 """Lightning strategies, and the swarms that they run on."""
 
+from petals_lightning.strategies.batches_in_flight import BEGUN
 from petals_lightning.strategies.existing_swarms import PrivateSwarm, PublicSwarm
 from petals_lightning.strategies.local_swarm import LocalSwarm
 from petals_lightning.strategies.precision import precision_plugin
@@ -8,6 +9,7 @@ from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
 from petals_lightning.strategies.trained_weights import load_trained_weights
 
 __all__ = [
+    "BEGUN",
     "LocalSwarm",
     "PrivateSwarm",
     "PublicSwarm",

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.plugins import CheckpointIO, Precision
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import trainable_state_dict
+from petals_lightning.strategies.batches_in_flight import BEGUN, BatchesInFlight
 from petals_lightning.strategies.local_swarm import LocalSwarm
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
 from petals_lightning.strategies.trained_weights import load_trained_weights
@@ -45,6 +51,7 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
         self.session = 0
         """Counts the times that the swarm was joined: a model built in an earlier session is disconnected."""
         self._client_arguments: dict[str, Any] | None = None
+        self._forwards: ThreadPoolExecutor | None = None
 
     @property
     def root_device(self) -> torch.device:
@@ -67,11 +74,37 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
         self._client_arguments = self.swarm.acquire(self._served_model(), self._log_dir())
         self.session += 1
 
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Has the forwards of evaluation batches begun ahead of their turn, if the module lets it (`evaluate`)."""
+        module, size = self.lightning_module, self.swarm.batches_in_flight
+        assert module is not None
+        if module.trainer.training or size == 1 or not hasattr(module, "evaluate") or _changes_batches(module):
+            return super().process_dataloader(dataloader)
+        return BatchesInFlight(dataloader, self._begin, size, lambda: _batches_to_come(module.trainer))
+
+    def _begin(self, batch: dict[str, Any]) -> dict[str, Any]:
+        module: Any = self.lightning_module
+        predicting = module.trainer.predicting
+        as_inference = torch.is_inference_mode_enabled()
+
+        def forward() -> Any:
+            # Threads begin with gradients on, and without the Trainer's precision.
+            with torch.no_grad(), torch.inference_mode(as_inference), self.precision_plugin.forward_context():
+                moved = move_data_to_device(self.precision_plugin.convert_input(batch), self.root_device)
+                return module.evaluate(moved, predicting=predicting)
+
+        if self._forwards is None:
+            self._forwards = ThreadPoolExecutor(self.swarm.batches_in_flight, "evaluation")
+        return batch | {BEGUN: self._forwards.submit(forward)}
+
     def teardown(self) -> None:
         # Also runs when `setup_environment` failed, and after exceptions and Ctrl-C.
         from petals_lightning.client import RemoteSequential
 
         try:
+            if self._forwards is not None:  # those of a pass that has ended early
+                self._forwards.shutdown(cancel_futures=True)
+                self._forwards = None
             for part in self.lightning_module.modules() if self.lightning_module is not None else ():
                 if isinstance(part, RemoteSequential):
                     part.close()
@@ -101,6 +134,25 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
     def _log_dir(self) -> Path:
         assert self.lightning_module is not None
         return Path(self.lightning_module.trainer.default_root_dir) / "servers"
+
+
+def _changes_batches(module: pl.LightningModule) -> bool:
+    """Whether the user does something to batches before they reach a step, which a forward begun before would miss."""
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    data = getattr(module.trainer, "datamodule", None)
+    return any(is_overridden(hook, owner) for hook in hooks for owner in (module, data) if owner is not None)
+
+
+def _batches_to_come(trainer: pl.Trainer) -> int | None:
+    """How many batches of each loader the running evaluation takes at most; None: all."""
+    if trainer.sanity_checking:
+        limits = trainer.num_sanity_val_batches
+    elif trainer.predicting:
+        limits = trainer.num_predict_batches
+    else:
+        limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    most = max(limits)
+    return None if most == math.inf else int(most)
 
 
 StrategyRegistry.register(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from petals_lightning.errors import ConfigurationError
 from petals_lightning.protocol.auth import read_token
 
 
@@ -42,8 +43,15 @@ class SwarmSource(ABC):
         blocked_servers: peer ids never to use.
         audit_rate: share of requests that are computed again on another server and compared.
         server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
+        wire_dtype: of activations and gradients on the wire: auto (16 bits where a server computes in 16 bits),
+            float32, bfloat16, float16 or int8_blockwise.
         identity_path: file of this client's private key, by which servers with --allow-peers know it; made if missing.
         token_file: file of the secret that a private swarm's servers were given with --token-file.
+        batches_in_flight: evaluation batches (of validation, test, prediction) that are on their way at once. Each
+            takes the memory of a forward here.
+
+    Raises:
+        ConfigurationError: `batches_in_flight` is below 1.
     """
 
     def __init__(
@@ -56,9 +64,14 @@ class SwarmSource(ABC):
         blocked_servers: list[str] | None = None,
         audit_rate: float | None = None,
         server_to_server: bool | None = None,
+        wire_dtype: str | None = None,
         identity_path: str | None = None,
         token_file: str | None = None,
+        batches_in_flight: int = 4,
     ):
+        if batches_in_flight < 1:
+            raise ConfigurationError(f"swarm.batches_in_flight={batches_in_flight}: must be at least 1, one at a time")
+        self.batches_in_flight = batches_in_flight
         options = {
             "connect_timeout": connect_timeout,
             "request_timeout": request_timeout,
@@ -68,6 +81,7 @@ class SwarmSource(ABC):
             "blocked_servers": blocked_servers,
             "audit_rate": audit_rate,
             "server_to_server": server_to_server,
+            "wire_dtype": wire_dtype,
             "identity_path": identity_path,
             "swarm_token": read_token(token_file) if token_file is not None else None,
         }

@@ -44,10 +44,15 @@ class ConnectedSwarmConfig(SwarmConfig):
     """Share of requests, 0 to 1, that are computed again on another server and compared."""
     server_to_server: bool | None = None
     """Servers of a chain hand activations over to each other (the default); false: they all come by here."""
+    wire_dtype: str | None = None
+    """Of activations and gradients on the wire: auto (the default: 16 bits where a server computes in 16 bits),
+    float32, bfloat16, float16 or int8_blockwise."""
     identity_path: str | None = None
     """File of this client's private key, by which servers with --allow-peers know it; made if missing."""
     token_file: str | None = None
     """File of the secret that a private swarm's servers were given with --token-file."""
+    batches_in_flight: int = 4
+    """Evaluation batches that are on their way at once; each takes the memory of a forward here."""
 
 
 @dataclass

@@ -75,6 +75,26 @@ def test_every_dtype_arrives(dtype):
     assert_same(got, sent)
 
 
+def test_quantised_messages_arrive_and_count_as_what_they_become():
+    sent = {
+        "hidden": torch.randn(3, 7, 100), "half": torch.randn(5).half(), "rows": torch.arange(3),
+        "empty": torch.ones(0), "scalar": torch.tensor(0.3), "last": torch.randn(2, 64).T,
+    }  # fmt: skip
+    data = b"".join(wire(Message(Method.FORWARD, {}, sent, int8_blockwise=True), 1))
+    ((_, got, num_bytes),) = read_all(data)
+    assert num_bytes == len(data) < 0.5 * sum(tensor.nbytes for tensor in sent.values())
+    for name, tensor in sent.items():
+        assert (got.tensors[name].shape, got.tensors[name].dtype) == (tensor.shape, tensor.dtype)
+        is_rounded = name in ("hidden", "last")
+        assert torch.allclose(got.tensors[name], tensor, atol=0.02 if is_rounded else 0.0)
+        assert torch.equal(got.tensors[name], tensor) == (not is_rounded)
+    body = num_bytes - FRAME_PREFIX.size - len(data[FRAME_PREFIX.size :].split(b"last")[0])
+    assert got.reserved > body + 4 * (3 * 7 * 100 + 2 * 64) - 100  # what came, and what it became
+    with pytest.raises(ProtocolError, match="over this peer's limit"):
+        read_all(data, max_message_bytes=got.reserved - 1)
+    assert read_all(data, max_message_bytes=got.reserved)
+
+
 def test_tensors_that_are_not_contiguous_arrive():
     sent = Message(Method.OK, {}, {"t": torch.arange(24).reshape(2, 3, 4).permute(2, 0, 1)})
     assert torch.equal(read_all(b"".join(wire(sent, 1)))[0][1].tensors["t"], sent.tensors["t"])
@@ -185,6 +205,12 @@ BROKEN = {
     "size no number": (raw(FrameKind.HEAD, 1, head([["a", "bool", [1.0]]])), "impossible shape"),
     "too many dimensions": (raw(FrameKind.HEAD, 1, head([["a", "bool", [1] * 6]])), "impossible shape"),
     "empty but immense": (raw(FrameKind.HEAD, 1, head([["a", "bool", [0, *[2**39] * 4]]])), "impossible shape"),
+    "quantised but without dimensions": (raw(FrameKind.HEAD, 1, head([["a", "int8_blockwise", []]])), "no dimension"),
+    "quantised and larger than memory": (
+        raw(FrameKind.HEAD, 1, head([["a", "int8_blockwise", [LIMIT // 5]]])),
+        "over this peer's limit",
+    ),
+    "quantised and too short": (raw(FrameKind.HEAD, 1, head([["a", "int8_blockwise", [2]]]), b"1234567"), "more bytes"),
     "larger than memory": (raw(FrameKind.HEAD, 1, head([["a", "int64", [2**39]]])), "over this peer's limit"),
 }
 
@@ -237,6 +263,7 @@ def test_mutated_frames_only_end_the_stream_or_break_the_protocol(seed, flips):
     messages = [
         Message(Method.FORWARD, {"start": 0, "end": 2}, {"hidden": torch.ones(2, 3, 4), "rows": torch.zeros(2).int()}),
         Message(Method.OK, {"kept": True}, {"a": torch.zeros(0, 3), "b": torch.ones(5)}),
+        Message(Method.OK, {}, {"a": torch.ones(2, 70), "b": torch.zeros(0, 3)}, int8_blockwise=True),
     ]
     data = bytearray(b"".join(frame for number, m in enumerate(messages) for frame in wire(m, number)))
     for _ in range(flips):

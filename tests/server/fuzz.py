@@ -73,7 +73,7 @@ class Mutator:
         rows = torch.tensor([0], dtype=torch.int32) if choose([True, False]) else None
         forward = ForwardRequest(
             start, end, hidden, prefix, deep, rows, key, keep=choose([True, False]), input_grad=choose([True, False]),
-            want_prefix=choose([True, False]), wire_dtype=choose(["float32", "float16", "bfloat16"]),
+            want_prefix=choose([True, False]), wire_dtype=choose(["float32", "float16", "bfloat16", "int8_blockwise"]),
         )  # fmt: skip
         grad = torch.randn(1, HIDDEN) if rows is not None else torch.randn_like(hidden)
         match self._random.randrange(10):
@@ -152,7 +152,7 @@ class Mutator:
             entry = self._random.choice(description)
             match self._random.randrange(4):
                 case 0:
-                    entry[1] = self._random.choice(["int8", "float64", "", 5, "bool", None])
+                    entry[1] = self._random.choice(["int8", "int8_blockwise", "float64", "", 5, "bool", None])
                 case 1:
                     entry[2] = [self._random.choice(INTS) for _ in range(self._random.randrange(8))]
                 case 2:

@@ -1,0 +1,17 @@
+"""Hooks for one pass of a module that other threads may run at the same time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward hook or pre-hook that passes of other threads do not notice."""
+    owner = threading.get_ident()
+
+    def run(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == owner else None
+
+    return run
