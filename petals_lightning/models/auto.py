@@ -125,6 +125,7 @@ class _AutoDistributed:
         audit_rate: float = ClientConfig.audit_rate,
         server_to_server: bool = ClientConfig.server_to_server,
         wire_dtype: str = ClientConfig.wire_dtype,
+        min_microbatch_tokens: int = ClientConfig.min_microbatch_tokens,
         swarm_token: str | None = None,
         identity_path: str | None = None,
         allowed_servers: Sequence[str] | None = None,
@@ -149,6 +150,8 @@ class _AutoDistributed:
             server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
             wire_dtype: of activations and gradients on the wire: "auto" (16 bits where a server computes in 16 bits),
                 "float32", "bfloat16", "float16" or "int8_blockwise".
+            min_microbatch_tokens: batches are not cut finer than this to fill a chain of servers. Where they are cut
+                follows from measured times and moves the last bits of sums; a large value keeps them whole.
             swarm_token: secret of a private swarm whose servers were started with --token-file.
             identity_path: file of this client's private key, made if missing; its peer id follows from it, by which
                 servers with --allow-peers know it.
@@ -175,6 +178,7 @@ class _AutoDistributed:
             audit_rate=audit_rate,
             server_to_server=server_to_server,
             wire_dtype=wire_dtype,
+            min_microbatch_tokens=min_microbatch_tokens,
             swarm_token=swarm_token,
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers or ()),

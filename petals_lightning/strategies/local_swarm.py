@@ -18,6 +18,9 @@ from petals_lightning.strategies.server_process import ServerProcess
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
 from petals_lightning.swarm.guard import ProcessGuard
 
+# Servers that share this machine's cores gain nothing from working at once, and whole batches give the same bits in
+# every run.
+_NEVER_CUT = 1 << 30
 _STOP_TIMEOUT = 6.0  # seconds; servers promise to leave within 5
 
 
@@ -47,6 +50,8 @@ class LocalSwarm(SwarmSource):
         start_timeout: float = 180.0,
         **options: Any,
     ):
+        if options.get("min_microbatch_tokens") is None:
+            options["min_microbatch_tokens"] = _NEVER_CUT
         super().__init__(**options)
         if num_servers < 1:
             raise ConfigurationError(f"swarm.num_servers={num_servers}: a swarm needs at least 1 server")

@@ -45,6 +45,7 @@ class SwarmSource(ABC):
         server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
         wire_dtype: of activations and gradients on the wire: auto (16 bits where a server computes in 16 bits),
             float32, bfloat16, float16 or int8_blockwise.
+        min_microbatch_tokens: batches are not cut finer than this to fill a chain; a large value keeps them whole.
         identity_path: file of this client's private key, by which servers with --allow-peers know it; made if missing.
         token_file: file of the secret that a private swarm's servers were given with --token-file.
         batches_in_flight: evaluation batches (of validation, test, prediction) that are on their way at once. Each
@@ -65,6 +66,7 @@ class SwarmSource(ABC):
         audit_rate: float | None = None,
         server_to_server: bool | None = None,
         wire_dtype: str | None = None,
+        min_microbatch_tokens: int | None = None,
         identity_path: str | None = None,
         token_file: str | None = None,
         batches_in_flight: int = 4,
@@ -82,6 +84,7 @@ class SwarmSource(ABC):
             "audit_rate": audit_rate,
             "server_to_server": server_to_server,
             "wire_dtype": wire_dtype,
+            "min_microbatch_tokens": min_microbatch_tokens,
             "identity_path": identity_path,
             "swarm_token": read_token(token_file) if token_file is not None else None,
         }

@@ -47,6 +47,8 @@ class ConnectedSwarmConfig(SwarmConfig):
     wire_dtype: str | None = None
     """Of activations and gradients on the wire: auto (the default: 16 bits where a server computes in 16 bits),
     float32, bfloat16, float16 or int8_blockwise."""
+    min_microbatch_tokens: int | None = None
+    """Batches are not cut finer than this to fill a chain of servers; a large value keeps them whole."""
     identity_path: str | None = None
     """File of this client's private key, by which servers with --allow-peers know it; made if missing."""
     token_file: str | None = None
