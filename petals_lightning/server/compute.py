@@ -161,7 +161,7 @@ class ComputeThread:
 
     def _company(self, job: _Job[Any]) -> list[Ticket[_Job[Any]]]:
         """What waits and can run with a job."""
-        if not isinstance(job.work, JointWork) or not job.work.joins([]):
+        if not len(self._queue) or not isinstance(job.work, JointWork) or not job.work.joins([]):
             return []
         chosen = [job.work]
 

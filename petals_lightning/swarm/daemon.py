@@ -24,7 +24,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.swarm.guard import ProcessGuard
-from petals_lightning.swarm.hivemind_repairs import repair_unary_calls
+from petals_lightning.swarm.hivemind_repairs import acknowledge_end, repair_unary_calls
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,7 @@ class P2PDaemon:
     async def stop(self) -> None:
         if self._p2p is not None:
             await self._p2p.shutdown()
+            acknowledge_end(self._p2p._client.control)
         if self._process is not None:
             self._process.terminate()
             try:

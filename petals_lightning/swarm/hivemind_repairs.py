@@ -20,6 +20,13 @@ def repair_unary_calls(control: ControlClient) -> None:
     control._handler_tasks = _HandlerTasks()
 
 
+def acknowledge_end(control: ControlClient) -> None:
+    """Takes note of how the connection to the daemon has ended, or asyncio tells of it when it is forgotten."""
+    for task in (control._read_task, control._write_task):
+        if task is not None and task.done() and not task.cancelled():
+            task.exception()
+
+
 class _PendingCalls(dict[UUID, "asyncio.Future[bytes]"]):
     """Calls to other peers, of which those that have ended count as gone.
 

@@ -105,7 +105,7 @@ def is_quantised(hidden: torch.Tensor) -> bool:
 
 def test_servers_of_petals_methods_stand_in_the_same_chain(tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
-    remote, local = load_pair(checkpoint, start_swarm(checkpoint, TWO, petals_only=[1]))
+    remote, local = load_pair(checkpoint, start_swarm(checkpoint, TWO, servers="mixed"))
     assert step(remote, batch) == pytest.approx(step(local, batch), rel=1e-2)
     assert 1e-4 < gradient_error(remote, local) < 3e-2
 
