@@ -14,6 +14,7 @@ import pytest
 
 from tests.families import TINY_CONFIGS, save_heavier_checkpoint, save_tiny_checkpoint
 from tests.swarms import SERVERS, InProcessSwarm, ServerProcess, serve_options
+from tests.text_models import save_tiny_text_model, write_dataset
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -44,6 +45,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return made[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with its tokenizer."""
+    return save_tiny_text_model(tmp_path_factory.mktemp("text_model"))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 training, 16 validation and 16 test texts in two classes."""
+    return write_dataset(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="session")

@@ -10,21 +10,8 @@ from omegaconf import DictConfig
 from petals_lightning.training.recipes import find_recipes, register_recipes
 from petals_lightning.training.resolvers import register_resolvers
 from petals_lightning.training.schema import register_schema
-from tests.text_models import save_tiny_text_model, write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model with its tokenizer."""
-    return save_tiny_text_model(tmp_path_factory.mktemp("text_model"))
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 40 training, 16 validation and 16 test texts in two classes."""
-    return write_dataset(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="session", autouse=True)
