@@ -269,11 +269,8 @@ class SwarmView:
 
     def _server_stage(self, leg: RouteSpan, tokens: int, prefix: int) -> Stage:
         """A server's time for a batch of so many tokens, and for each request besides."""
-        said, blocks, (_, rate) = (
-            self._info(leg.peer_id).get("request_seconds"),
-            leg.end - leg.start,
-            self._pace(leg.peer_id),
-        )
+        blocks, (_, rate) = leg.end - leg.start, self._pace(leg.peer_id)
+        said = self._info(leg.peer_id).get("request_seconds")
         of_request = said if isinstance(said, float) and 0 <= said < _MAX_REQUEST_SECONDS else _DEFAULT_REQUEST_SECONDS
         of_request += prefix * blocks / rate
         of_token = blocks / rate

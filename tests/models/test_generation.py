@@ -138,7 +138,7 @@ def llama(tiny_checkpoint, start_swarm):
     return swarm.load(AutoDistributedModelForCausalLM), local_model(checkpoint), swarm
 
 
-def test_a_conversation_goes_on_without_sending_the_past_again(llama):
+def test_a_conversation_goes_on_without_sending_the_past_again(llama, servers):
     """20 turns: every token's activations leave here once, for the first server, plus headers and routes."""
     remote, local, _ = llama
     stats, conversation, turns = remote_blocks(remote).stats, torch.empty(1, 0, dtype=torch.long), 20
@@ -159,7 +159,8 @@ def test_a_conversation_goes_on_without_sending_the_past_again(llama):
         assert tokens == turns * 7 - 1
         assert torch.equal(session.tokens, conversation)
     activations = tokens * 32 * 4  # hidden size 32, float32
-    assert activations < stats.bytes_sent - before < activations + 700 * requests
+    headers = 640 if servers == "ours" else 700  # Petals' requests name every block
+    assert activations < stats.bytes_sent - before < activations + headers * requests
 
 
 def conversation_turn(local, remote, tokens, mask, new, new_mask, options) -> tuple[torch.Tensor, torch.Tensor]:

@@ -100,6 +100,6 @@ def test_tuning_on_the_bundled_sample_lowers_perplexity_as_a_local_run_does(kind
         data.setup()
         for split, samples in data._splits.items():  # a part of it is enough
             data._splits[split] = type(samples)(samples._samples[: 400 if split == "train" else 60])
-        traces.append(fit(str(MODEL_DIR), data, tmp_path, strategy, 1, pre_seq_len=8, lr=3e-2))
+        traces.append(fit(str(MODEL_DIR), data, tmp_path, strategy, 2, pre_seq_len=8, lr=3e-2))
     before, after = assert_same_course(*traces)
-    assert after < (0.85 if kind is DialogueDataModule else 0.9) * before
+    assert after < (0.7 if kind is DialogueDataModule else 0.9) * before
