@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-_DEFAULT_HOP_SECONDS = 0.01
+DEFAULT_HOP_SECONDS = 0.01
 
 
 @dataclass
@@ -35,9 +35,11 @@ def _mean(mean: float, newest: float, count: int) -> float:
 
 
 class Paces:
-    """Attributes:
-    speeds: of servers, by peer id.
-    element_seconds: what one element of a tensor takes from one peer to the next, over all links as one.
+    """What one client has measured.
+
+    Attributes:
+        speeds: of servers, by peer id.
+        element_seconds: what one element of a tensor takes from one peer to the next, over all links as one.
     """
 
     def __init__(self) -> None:
@@ -55,7 +57,7 @@ class Paces:
     def report_slow(self, peer: str, *, tokens: int, blocks: int, elapsed: float) -> None:
         """Learns from a request that a server has not answered after `elapsed` seconds of work: it is no faster."""
         at_most = tokens * blocks / max(elapsed, 1e-6)
-        speed = self.speeds.setdefault(peer, Speed(_DEFAULT_HOP_SECONDS, at_most, tokens))
+        speed = self.speeds.setdefault(peer, Speed(DEFAULT_HOP_SECONDS, at_most, tokens))
         speed.tokens_per_second = min(speed.tokens_per_second, at_most)
 
     def report_travel(self, *, seconds: float, num_elements: int) -> None:

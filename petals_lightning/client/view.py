@@ -13,7 +13,7 @@ from typing import Any
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.handover import HandoverPolicy
-from petals_lightning.client.pace import Paces
+from petals_lightning.client.pace import DEFAULT_HOP_SECONDS, Paces
 from petals_lightning.client.petals_connection import PetalsConnection
 from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, route_seconds, uncovered
 from petals_lightning.client.server_connection import ServerConnection
@@ -33,7 +33,6 @@ from petals_lightning.swarm import SwarmDirectory, SwarmNode
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_HOP_SECONDS = 0.01
 _DEFAULT_TOKENS_PER_SECOND = 1000.0
 _DEFAULT_REQUEST_SECONDS, _MAX_REQUEST_SECONDS = 0.01, 10.0  # where a server says nothing, or nonsense
 _TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
@@ -311,7 +310,7 @@ class SwarmView:
         hop = connection.round_trip if connection is not None else None
         claimed = record.tokens_per_second if record is not None else None
         rate = (claimed or _DEFAULT_TOKENS_PER_SECOND) * _TRUST_IN_CLAIMS
-        return hop if hop is not None else _DEFAULT_HOP_SECONDS, rate
+        return hop if hop is not None else DEFAULT_HOP_SECONDS, rate
 
     def _settle(self, usable: list[ServerSpan], start: int, end: int, planned: list[RouteSpan]) -> list[RouteSpan]:
         """The planned route, or the last one while it is about as fast: servers there have our prompts and streams."""
