@@ -38,7 +38,7 @@ class ClientConfig:
     max_microbatch_tokens: nor sent in parts larger than this.
     """
 
-    connect_timeout: float = 8.0
+    connect_timeout: float = 6.0
     request_timeout: float = 300.0
     min_request_timeout: float = 15.0
     deadline_factor: float = 20.0

@@ -21,6 +21,10 @@ from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
 
+_ROOM_PATIENCE = 1.0
+"""Seconds that a server may wait for room. A session that ended just before has a stream of its own, so that its end may
+come behind the beginning of the next one."""
+
 
 @dataclass
 class _Group:
@@ -53,7 +57,9 @@ class PetalsSession:
         self._batch, self._prefix = len(request.hidden), request.prefix
         self._deep = request.deep[:, None] if request.deep is not None else None
         room = request.max_length + self._prefix_length
-        self._first = PetalsStep(dht_prefix, request.start, request.end, request.hidden, max_length=room)
+        self._first = PetalsStep(
+            dht_prefix, request.start, request.end, request.hidden, max_length=room, alloc_timeout=_ROOM_PATIENCE
+        )
         self._window = sliding_window
         self._groups: list[_Group] = []
 

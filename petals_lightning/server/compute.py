@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
 from petals_lightning.server.fair_queue import FairQueue, Ticket
+from petals_lightning.server.heap import HeapTrimmer
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class ComputeThread:
         self._thread.join(timeout)
 
     def _work(self) -> None:
+        heap = HeapTrimmer()
         while True:
             with self._changed:
                 while not self._stopping and (ticket := self._queue.pop()) is None:
@@ -155,6 +157,7 @@ class ComputeThread:
             seconds = time.perf_counter() - began
             sizes = [(ticket.client, ticket.item.size) for ticket in tickets]
             del ticket, tickets  # or an idle thread would hold the last request's tensors
+            heap.trim()
             with self._changed:
                 for client, size in sizes:
                     self._queue.charge(client, seconds * size / sum(size for _, size in sizes))

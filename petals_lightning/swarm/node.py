@@ -25,6 +25,8 @@ from petals_lightning.swarm.public import is_public
 
 logger = logging.getLogger(__name__)
 
+_OTHER_PEERS_PATIENCE = 1.0  # seconds for the others among the peers to join by, once one has answered
+
 T = TypeVar("T")
 
 DEFAULT_HOST_MADDRS = ("/ip4/0.0.0.0/tcp/0",)
@@ -167,6 +169,7 @@ class SwarmNode:
                     self._p2p,
                     initial_peers=self.initial_peers or None,
                     client_mode=self._client_mode,
+                    bootstrap_timeout=_OTHER_PEERS_PATIENCE,
                     record_validator=ReadableRecords(),
                 ),
                 self._connect_timeout,

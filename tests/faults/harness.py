@@ -77,8 +77,16 @@ class FaultySwarm:
         return LocalModelForSequenceClassification.from_pretrained(str(self._checkpoint), **OPTIONS)
 
     def in_use(self, model: Any) -> Holder:
-        peer = remote_blocks(model).route(batch(0)["input_ids"].numel())[0].peer_id
-        return next(holder for holder in self.holders if holder.process.peer_id == peer)
+        """Whose turn it is with the next micro-batch; servers of different kinds are best at different sizes."""
+        blocks, (samples, tokens) = remote_blocks(model), batch(0)["input_ids"].shape
+        view, prefix = blocks._swarm.view, OPTIONS["pre_seq_len"]
+        size = view.microbatch_size(blocks.route(), samples, tokens, prefix, deep=True)
+        peer = blocks.route(size * tokens)[0].peer_id
+        holders = {holder.process.peer_id: holder for holder in self.holders}
+        if peer not in holders:  # killed in a case before, and its record stands: it would be tried in vain
+            ended = [other for other in view._spans if other not in holders]
+            peer = view.other_route(0, HEAVIER_BLOCKS, tokens=size * tokens, avoid=ended)[0].peer_id
+        return holders[peer]
 
     def heal(self) -> None:
         for number, holder in enumerate(self.holders):
@@ -127,6 +135,9 @@ FAULTS: dict[str, Callable[[Holder], None]] = {
     "throttle 4 MB/s": lambda holder: setattr(holder.proxy, "rate", 4e6),
     "10 × slower": slow_down,
 }
+BOUNDS = {"ours": 1e-5, "petals": 1e-5, "mixed": 1e-4}
+"""How far a run with a fault may be off the undisturbed one. Servers of the two kinds compute the prefix in different
+forms, and a fault moves work from one to the other: there the bound is that of parity with a local run."""
 LIMITS = {"kill": 1.0, "hang": 10.0, "black hole": 10.0, "cut": 10.0}
 
 

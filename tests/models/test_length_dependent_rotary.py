@@ -85,6 +85,17 @@ def test_generation_across_the_switch_gives_the_tokens_of_local_hugging_face(way
     assert torch.equal(*sequences)
 
 
+@pytest.mark.parametrize("length", [10, 15, 20], ids=["crossing", "at the switch", "beyond"])
+def test_assisted_generation_across_the_switch_gives_the_tokens_of_local_assisted_generation(
+    length, phi3, tiny_checkpoint, start_swarm
+):
+    """Not those of greedy: guesses on both sides of the switch are checked in one pass, there as here."""
+    local, remote = local_model(phi3), start_swarm(phi3, SPANS).load(AutoDistributedModelForCausalLM)
+    for assistant in (local_model(tiny_checkpoint("llama")), local_model(phi3)):  # guesses badly, guesses well
+        options = OPTIONS | one_sample(length) | {"assistant_model": assistant}
+        assert torch.equal(remote.generate(**options), local.generate(**options))
+
+
 def test_servers_with_petals_methods_alone_refuse_padding_across_the_switch(phi3, start_swarm):
     remote = start_swarm(phi3, SPANS, servers="petals").load(AutoDistributedModelForCausalLM)
     with pytest.raises(UnsupportedInputError, match="turns all samples of a batch by other rotary factors"):

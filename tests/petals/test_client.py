@@ -126,12 +126,14 @@ def connect(server):
 
 
 def assert_same_requests(got: list[ExpertRequest], recorded: list[ExpertRequest]) -> None:
-    """Blocks, tensors to the byte and metadata, but for ids that are drawn at random."""
+    """Blocks, tensors to the byte and metadata, but for ids that are drawn at random and patience that we ask for."""
     recorded = [request for request in recorded if request.tensors]  # an end that is said: ours ends the stream
     assert len(got) == len(recorded)
+    opening = parts(recorded[0]).metadata.get("max_length") is not None
+    assert (parts(got[0]).metadata.get("alloc_timeout") is not None) == opening
     for mine, theirs in zip(map(parts, got), map(parts, recorded), strict=True):
         assert mine.uid == theirs.uid
-        assert {k: v for k, v in mine.metadata.items() if k not in IDS} == {
+        assert {k: v for k, v in mine.metadata.items() if k not in {*IDS, "alloc_timeout"}} == {
             k: v for k, v in theirs.metadata.items() if k not in IDS
         }
         assert mine.structure == theirs.structure
