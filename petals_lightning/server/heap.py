@@ -11,9 +11,9 @@ _SHARE = 50  # a return may take 1 / _SHARE of the time
 class HeapTrimmer:
     """For the thread that computes on a CPU.
 
-    glibc keeps freed memory in its heap, between tensors that stay: graphs and caches of 512 MiB made the process 690 MiB
-    larger. Its own remedy, a system mapping for each tensor (`MALLOC_MMAP_THRESHOLD_`), made steps take 1.37 times as
-    long. Does nothing where the C library is another one.
+    glibc keeps freed memory in its heap, between tensors that stay: graphs and caches of 512 MiB made the process 690
+    MiB larger. Its own remedy, a system mapping for each tensor (`MALLOC_MMAP_THRESHOLD_`), made steps take 1.37 times
+    as long. Does nothing where the C library is another one.
     """
 
     def __init__(self) -> None:
