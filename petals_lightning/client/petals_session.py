@@ -22,7 +22,7 @@ from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
 
 _ROOM_PATIENCE = 1.0
-"""Seconds that a server may wait for room: a session that ended just before has a stream of its own, so that its end may
+"""Seconds that a server may wait for room: a session that ended just before has a stream of its own, so its end may
 come behind the beginning of the next one."""
 
 
