@@ -12,6 +12,8 @@ from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
 
 GraphKey = tuple[int, int]  # stream, call id
 
+_BESIDES_TENSORS = 1.05  # autograd's own nodes, and what a heap loses between tensors
+
 
 @dataclass(frozen=True)
 class _Kept:
@@ -94,7 +96,8 @@ class GraphCost:
 
     def num_bytes(self, *, blocks: int, batch: int, queries: int, keys: int) -> int:
         """Estimate for [batch, queries] positions that attend to `keys` positions, over `blocks` blocks."""
-        return int(blocks * batch * (queries * self.per_token + queries * keys * self.per_pair))
+        tensors = blocks * batch * (queries * self.per_token + queries * keys * self.per_pair)
+        return int(tensors * _BESIDES_TENSORS)
 
 
 def measure_graph_cost(span: BlockSpan) -> GraphCost:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import time
 
-_SHARE = 50  # a return may take 1 / _SHARE of the time
+import psutil
+
+_GROWTH = 4 << 20  # bytes
 
 
 class HeapTrimmer:
@@ -18,13 +19,12 @@ class HeapTrimmer:
 
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        self._next = 0.0
+        self._process = psutil.Process()
+        self._largest = 0
 
     def trim(self) -> None:
-        """Returns what is free, unless that was done a moment ago; takes about 10 ms for each GiB in use."""
-        began = time.monotonic()
-        if self._trim is None or began < self._next:
+        """Returns what is free if the process has become larger than it ever was: so not again and again (10 ms)."""
+        if self._trim is None or (size := self._process.memory_info().rss) < self._largest + _GROWTH:
             return
         self._trim(0)
-        ended = time.monotonic()
-        self._next = ended + _SHARE * (ended - began)
+        self._largest = size

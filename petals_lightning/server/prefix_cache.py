@@ -46,6 +46,23 @@ class PrefixLayer(CacheLayerMixin):
         return -1
 
 
-def prefix_cache(num_blocks: int, first: int) -> SpanCache:
+class PrefixCache(SpanCache):
     """One PrefixLayer per hosted block; blocks from `first` on are run."""
-    return SpanCache([PrefixLayer() for _ in range(num_blocks)], first)
+
+    def __init__(self, num_blocks: int, first: int):
+        super().__init__([PrefixLayer() for _ in range(num_blocks)], first)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Keys and values of the blocks that have run."""
+        held = (tensor for layer in self.attention_layers for tensor in (layer.keys, layer.values))
+        return [tensor for tensor in held if tensor is not None]
+
+    def detached(self) -> PrefixCache:
+        """The same keys and values as leaves of another graph, which stops at them."""
+        cut = PrefixCache(len(self.attention_layers), self.first)
+        for layer, own in zip(self.attention_layers, cut.attention_layers, strict=True):
+            if layer.is_initialized:
+                assert layer.keys is not None
+                assert layer.values is not None
+                own.lazy_initialization(*(tensor.detach().requires_grad_() for tensor in (layer.keys, layer.values)))
+        return cut

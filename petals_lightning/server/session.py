@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -29,7 +30,7 @@ from petals_lightning.server.backend import Backend, Refusal, stream_numbers
 from petals_lightning.server.compute import Priority
 from petals_lightning.server.inference import SessionCache
 from petals_lightning.server.joint_steps import SessionStep
-from petals_lightning.server.span import SpanGraph, SpanInputs
+from petals_lightning.server.span import PrefixRun, SpanGraph, SpanInputs
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Session:
         self._gate = Gate(backend.rules, peer, backend.peer_id)
         self._account, self._reserved = Account(), 0
         self._key, self._has_ended = new_stream_key(), False
+        self._prefix_run: weakref.ref[PrefixRun] | None = None
         self._reader = MessageReader(
             reader,
             max_message_bytes=limits.max_message_bytes,
@@ -306,7 +308,7 @@ class Session:
 
         def compute() -> tuple[SpanGraph | None, dict[str, torch.Tensor]]:
             if keep:
-                graph = backend.span.forward_with_graph(self._inputs(request), input_grad=request.input_grad)
+                graph = self._run_with_graph(request)
                 graph.num_bytes = size
                 outputs = graph.outputs
             else:
@@ -356,6 +358,15 @@ class Session:
         )
         fields = {"queue": timed.queued, "compute": timed.computed}
         return Message(Method.OK, fields, timed.value, int8_blockwise=request.wire_dtype == INT8_BLOCKWISE)
+
+    def _run_with_graph(self, request: ForwardRequest) -> SpanGraph:
+        """For the compute thread. The prefix of a step runs once while a graph of an earlier micro-batch is kept."""
+        earlier = self._prefix_run() if self._prefix_run is not None else None
+        graph = self._backend.span.forward_with_graph(
+            self._inputs(request), input_grad=request.input_grad, prefix_run=earlier
+        )
+        self._prefix_run = weakref.ref(graph.prefix_run) if graph.prefix_run is not None else None
+        return graph
 
     def _inputs(self, request: ForwardRequest) -> SpanInputs:
         device = self._backend.span.device

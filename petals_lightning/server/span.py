@@ -10,7 +10,7 @@ gradients are those of the concatenated batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from petals_lightning.hf.rotary import rotary_limit
 from petals_lightning.hf.skeleton import BlockLayout, sliced_config
 from petals_lightning.server.kv_cache import SpanCache
-from petals_lightning.server.prefix_cache import prefix_cache
+from petals_lightning.server.prefix_cache import PrefixCache
 
 
 @dataclass
@@ -45,14 +45,44 @@ class SpanInputs:
     rows: torch.Tensor | None = None
 
 
+@dataclass(eq=False)
+class PrefixRun:
+    """The prefix's pass through blocks, whose keys and values the micro-batches of a step may share.
+
+    Attributes:
+        inputs: what it was run for.
+        leaves: `prefix`, and `deep` if there is one: what gradients are taken for, where there is a graph.
+        output: [P, H].
+    """
+
+    inputs: SpanInputs
+    leaves: dict[str, torch.Tensor]
+    cache: PrefixCache
+    output: torch.Tensor
+
+    def fits(self, other: SpanInputs) -> bool:
+        """Whether other inputs would give the same."""
+        own = self.inputs
+        return (own.start, own.end) == (other.start, other.end) and all(
+            mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+            for mine, theirs in ((own.prefix, other.prefix), (own.deep, other.deep))
+        )
+
+
 @dataclass
 class SpanGraph:
-    """A forward whose autograd graph is kept: `leaves` are the inputs that gradients are taken for."""
+    """A forward whose autograd graph is kept: `leaves` are the inputs that gradients are taken for.
+
+    With a `prefix_run` the graph ends at the prefix's keys and values, which are leaves of it (`keys_and_values`). From
+    there gradients go through the graph of that run, which other micro-batches may share.
+    """
 
     inputs: SpanInputs
     outputs: list[torch.Tensor]
     leaves: dict[str, torch.Tensor]
     num_bytes: int = 0
+    prefix_run: PrefixRun | None = None
+    keys_and_values: PrefixCache | None = None
 
 
 @dataclass
@@ -108,30 +138,42 @@ class BlockSpan:
         """What the weights of blocks [start, end) take."""
         return sum(self._weight_bytes[start - self.start : end - self.start])
 
-    def forward(self, inputs: SpanInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Outputs [B, S, H] (or [N, H] with `rows`), and the prefix's [P, H] if there is one.
+    def forward(
+        self, inputs: SpanInputs, prefix_cache: PrefixCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Outputs [B, S, H] (or [N, H] with `rows`), and the prefix's [P, H] if there is one and it is run here.
 
-        Runs under whatever gradient mode the caller set.
+        Runs under whatever gradient mode the caller set. With a `prefix_cache` the prefix has been run before.
         """
         hidden, prefix = inputs.hidden.to(self.dtype), inputs.prefix
-        deep = inputs.deep.to(self.dtype) if inputs.deep is not None else None
         prefix_out = None
         if prefix is None:
-            out = self._run(_Call(inputs.start, inputs.end, hidden, deep), None)
+            out = self._run(_Call(inputs.start, inputs.end, hidden, self._deep(inputs)), None)
         elif self.shares_prefix(len(prefix), hidden.shape[1]):
-            cache = prefix_cache(len(self.blocks), inputs.start - self.start)
-            prefix = prefix.to(self.dtype)[None]
-            prefix_out = self._run(_Call(inputs.start, inputs.end, prefix, deep), cache)[0]
-            out = self._run(_Call(inputs.start, inputs.end, hidden, None), cache)
+            if prefix_cache is None:
+                run = self.run_prefix(inputs, {})
+                prefix_cache, prefix_out = run.cache, run.output
+            out = self._run(_Call(inputs.start, inputs.end, hidden, None), prefix_cache)
         else:
             count = len(prefix)
             both = torch.cat([prefix.to(self.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
-            both = self._run(_Call(inputs.start, inputs.end, both, deep), None)
+            both = self._run(_Call(inputs.start, inputs.end, both, self._deep(inputs)), None)
             # Every sample carries the same prefix, so any of them gives its output; the mean shares its gradient.
             prefix_out, out = both[:, :count].mean(0), both[:, count:]
         if inputs.rows is not None:
             out = out.reshape(-1, out.shape[-1])[inputs.rows]
         return out, prefix_out
+
+    def run_prefix(self, inputs: SpanInputs, leaves: dict[str, torch.Tensor]) -> PrefixRun:
+        """Runs the prefix of `inputs`, or the `leaves` in its place, with batch 1."""
+        tracked = _with_leaves(inputs, leaves)
+        assert tracked.prefix is not None
+        cache = PrefixCache(len(self.blocks), inputs.start - self.start)
+        call = _Call(inputs.start, inputs.end, tracked.prefix.to(self.dtype)[None], self._deep(tracked))
+        return PrefixRun(inputs, leaves, cache, self._run(call, cache)[0])
+
+    def _deep(self, inputs: SpanInputs) -> torch.Tensor | None:
+        return inputs.deep.to(self.dtype) if inputs.deep is not None else None
 
     def shares_prefix(self, prefix: int, tokens: int) -> bool:
         """Whether a prefix of so many positions runs once for samples of so many tokens.
@@ -144,17 +186,30 @@ class BlockSpan:
         limit = self.rotary_limit
         return not (limit is not None and limit.is_beyond(prefix + tokens)) and self.share_prefix
 
-    def forward_with_graph(self, inputs: SpanInputs, *, input_grad: bool) -> SpanGraph:
-        """As `forward`, keeping what a backward needs; `input_grad` says whether `hidden` needs a gradient."""
+    def forward_with_graph(
+        self, inputs: SpanInputs, *, input_grad: bool, prefix_run: PrefixRun | None = None
+    ) -> SpanGraph:
+        """As `forward`, keeping what a backward needs.
+
+        Args:
+            input_grad: whether `hidden` needs a gradient.
+            prefix_run: of an earlier call; used if it fits.
+        """
         leaves = {}
         for name in ("hidden", "prefix", "deep"):
             tensor = getattr(inputs, name)
             if tensor is not None and (name != "hidden" or input_grad):
                 leaves[name] = tensor.detach().requires_grad_()
-        tracked = SpanInputs(**{**vars(inputs), **leaves})
         with torch.enable_grad():
-            out, prefix_out = self.forward(tracked)
-        return SpanGraph(inputs, [out] if prefix_out is None else [out, prefix_out], leaves)
+            if inputs.prefix is None or not self.shares_prefix(len(inputs.prefix), inputs.hidden.shape[1]):
+                out, prefix_out = self.forward(_with_leaves(inputs, leaves))
+                return SpanGraph(inputs, [out] if prefix_out is None else [out, prefix_out], leaves)
+            if prefix_run is None or not prefix_run.fits(inputs):
+                prefix_run = self.run_prefix(inputs, {name: leaf for name, leaf in leaves.items() if name != "hidden"})
+            leaves |= prefix_run.leaves
+            cut = prefix_run.cache.detached()
+            out, _ = self.forward(_with_leaves(inputs, leaves), cut)
+        return SpanGraph(inputs, [out, prefix_run.output], leaves, prefix_run=prefix_run, keys_and_values=cut)
 
     def backward(
         self, graph: SpanGraph, grad: torch.Tensor, grad_prefix: torch.Tensor | None
@@ -166,19 +221,17 @@ class BlockSpan:
             grad: like the forward's output.
             grad_prefix: [P, H], or None where nothing behind this span reads the prefix.
         """
-        pairs = [(graph.outputs[0], grad)]
-        if len(graph.outputs) > 1 and grad_prefix is not None:
-            pairs.append((graph.outputs[1], grad_prefix))
-        pairs = [(out, grad.to(out)) for out, grad in pairs if out.requires_grad]
-        if not graph.leaves or not pairs:
-            return {name: torch.zeros_like(leaf) for name, leaf in graph.leaves.items()}
-        grads = torch.autograd.grad(
-            [out for out, _ in pairs], list(graph.leaves.values()), [grad for _, grad in pairs], allow_unused=True
-        )
-        return {
-            name: grad if grad is not None else torch.zeros_like(leaf)
-            for (name, leaf), grad in zip(graph.leaves.items(), grads, strict=True)
-        }
+        run, leaves, pairs = graph.prefix_run, graph.leaves, [(graph.outputs[0], grad)]
+        of_prefix = [(graph.outputs[1], grad_prefix)] if len(graph.outputs) > 1 and grad_prefix is not None else []
+        if run is None or graph.keys_and_values is None:
+            grads = _gradients([*pairs, *of_prefix], leaves)
+        else:
+            grads = {name: leaf for name, leaf in leaves.items() if name == "hidden"}
+            found = _gradients(pairs, grads | dict(enumerate(graph.keys_and_values.tensors())))
+            grads = {name: grad for name, grad in found.items() if name == "hidden"}
+            of_prefix += [(made, found[i]) for i, made in enumerate(run.cache.tensors()) if i in found]
+            grads |= _gradients(of_prefix, run.leaves, retain_graph=True)  # others may go the same way
+        return {name: grads[name] if name in grads else torch.zeros_like(leaf) for name, leaf in leaves.items()}
 
     def step(
         self,
@@ -257,6 +310,24 @@ class BlockSpan:
                 call.output = output[0] if self.returns_tuple else output
 
         return hook
+
+
+def _with_leaves(inputs: SpanInputs, leaves: dict[str, torch.Tensor]) -> SpanInputs:
+    return SpanInputs(**{**vars(inputs), **leaves})
+
+
+def _gradients(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], inputs: Mapping[Any, torch.Tensor], retain_graph: bool = False
+) -> dict[Any, torch.Tensor]:
+    """Gradients of `inputs`, by name, where outputs with these gradients depend on them."""
+    pairs = [(out, grad.to(out)) for out, grad in pairs if out.requires_grad]
+    if not pairs or not inputs:
+        return {}
+    found = torch.autograd.grad(
+        [out for out, _ in pairs], list(inputs.values()), [grad for _, grad in pairs],
+        allow_unused=True, retain_graph=retain_graph,
+    )  # fmt: skip
+    return {name: grad for name, grad in zip(inputs, found, strict=True) if grad is not None}
 
 
 def same_outputs(span: BlockSpan, *ways: Callable[[], torch.Tensor]) -> bool:

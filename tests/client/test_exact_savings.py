@@ -15,6 +15,7 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.span import BlockSpan
 from tests.families import HIDDEN
 from tests.models.test_parity import assert_same_gradients, pair, right_padded_batch
 from tests.swarms import micro_batches
@@ -52,6 +53,24 @@ def test_a_prefix_that_is_run_with_every_sample_gives_the_same(tiny_checkpoint, 
     batch = right_padded_batch()
     assert step(remote, batch) == pytest.approx(step(local, batch), rel=1e-5)
     assert_same_gradients(remote, local, 1e-5)
+
+
+@pytest.mark.ours("they keep no graphs, and so no prefix")
+def test_a_step_runs_its_prefix_once_on_every_server(tiny_checkpoint, start_swarm, monkeypatch):
+    checkpoint, runs = tiny_checkpoint("llama"), []
+    swarm = start_swarm(checkpoint, [(0, 1), (1, 4)])
+    config = ClientConfig(max_microbatch_tokens=24)  # two samples of nine tokens behind three virtual ones
+    remote, local = pair(*CLASSIFIERS, checkpoint, swarm, "deep_ptune", num_labels=3, client_config=config)
+    run_prefix = BlockSpan.run_prefix
+    monkeypatch.setattr(BlockSpan, "run_prefix", lambda *args: runs.append(args) or run_prefix(*args))
+    for seed in range(2):  # the second step has other prompts
+        batch = right_padded_batch(seed, batch=7)
+        assert step(remote, batch) == pytest.approx(step(local, batch), rel=1e-5)
+        assert_same_gradients(remote, local, 1e-5)
+        assert len(runs) == 2 * (seed + 1)
+        for model in (remote, local):
+            with torch.no_grad():
+                prompts_of(model).deep += 0.1
 
 
 def test_backward_twice_gives_twice_the_gradient(tiny_checkpoint, start_swarm):

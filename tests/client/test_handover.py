@@ -286,8 +286,8 @@ def test_a_wrong_answer_in_the_chain_is_found_in_the_direct_way(tiny_checkpoint,
     broken = in_use(remote, swarm)[1]
     honest = broken.span.forward
 
-    def forward(inputs):
-        hidden, prefix = honest(inputs)
+    def forward(*args):
+        hidden, prefix = honest(*args)
         return hidden * float("nan"), prefix
 
     broken.span.forward = forward

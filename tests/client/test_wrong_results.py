@@ -37,7 +37,7 @@ def tamper(server: Server, change: Callable[[torch.Tensor], torch.Tensor]) -> No
     """From now on the server answers `change(hidden)` in forwards, and gradients that follow from it."""
     honest = server.span.forward
 
-    def forward(inputs):
+    def forward(inputs, *cached):
         hidden, prefix = honest(inputs)
         return change(hidden), prefix
 

@@ -137,7 +137,7 @@ def test_strangers_are_refused_every_method(rules, tiny_checkpoint, start_swarm)
     with closing(SwarmNode(swarm.initial_peers, host_maddrs=(), client_mode=True).start()) as node:
         server, hidden = swarm.servers[0], torch.ones(1, 2, HIDDEN)
         caller, computed = PetalsCaller(node, peer_id(server)), []
-        server.span.forward = lambda inputs: computed.append(inputs)
+        server.span.forward = lambda inputs, *cached: computed.append(inputs)
         server.span.step = lambda *args, **kwargs: computed.append(args)
         forward, backward = PetalsForward(PREFIX, 0, 1, hidden), PetalsBackward(PREFIX, 0, 1, hidden, hidden)
         calls = [

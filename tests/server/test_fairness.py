@@ -118,7 +118,7 @@ def test_beside_a_greedy_client_another_keeps_its_share(tiny_checkpoint, start_s
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)])
     honest = swarm.servers[0].span.forward
 
-    def forward(inputs):  # long enough that compute is what they share
+    def forward(inputs, *cached):  # long enough that compute is what they share
         time.sleep(0.03)
         return honest(inputs)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.prefix_cache import PrefixLayer
-from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
+from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs, verify_shared_prefix
 from tests.families import HIDDEN, NUM_BLOCKS
 
 B, S, P = 3, 6, 4
@@ -28,7 +30,10 @@ def inputs(start: int, end: int, *, prefix: bool = True, deep: bool = True, rows
 
 def run(span: BlockSpan, given: SpanInputs) -> dict[str, torch.Tensor]:
     """Outputs and the gradients of a fixed loss on them."""
-    graph = span.forward_with_graph(given, input_grad=True)
+    return finish(span, given, span.forward_with_graph(given, input_grad=True))
+
+
+def finish(span: BlockSpan, given: SpanInputs, graph: SpanGraph) -> dict[str, torch.Tensor]:
     out = graph.outputs[0].detach()
     weights = [torch.linspace(-1, 1, t.numel()).cos().view_as(t) for t in graph.outputs]
     grads = span.backward(graph, weights[0], weights[1] if given.prefix is not None else None)
@@ -56,6 +61,26 @@ def test_a_shared_prefix_equals_a_concatenated_one(family, deep, load_span):
     shared = run(span, given)
     span.share_prefix = False
     assert_same(shared, run(span, given))
+
+
+@pytest.mark.parametrize("deep", [True, False], ids=["deep_ptune", "ptune"])
+def test_micro_batches_that_share_one_run_of_the_prefix_equal_those_that_do_not(deep, load_span, monkeypatch):
+    span, runs = load_span("llama"), []
+    run_prefix = span.run_prefix
+    monkeypatch.setattr(span, "run_prefix", lambda *args: runs.append(args) or run_prefix(*args))
+    whole = inputs(0, NUM_BLOCKS, deep=deep)
+    parts = [replace(whole, hidden=whole.hidden[first : first + 1]) for first in range(B)]
+    expected = [run(span, part) for part in parts]
+    assert len(runs) == B
+    graphs = [span.forward_with_graph(parts[0], input_grad=True)]
+    for part in parts[1:]:
+        graphs.append(span.forward_with_graph(part, input_grad=True, prefix_run=graphs[0].prefix_run))
+    assert len(runs) == B + 1
+    for part, graph, alone in zip(parts, graphs, expected, strict=True):
+        assert_same(finish(span, part, graph), alone)
+    other = replace(parts[1], prefix=whole.prefix + 1)
+    graph = span.forward_with_graph(other, input_grad=True, prefix_run=graphs[0].prefix_run)
+    assert_same(finish(span, other, graph), run(span, other))
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "concatenated"])

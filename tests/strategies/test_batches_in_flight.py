@@ -48,7 +48,7 @@ class Requests:
         backend, honest, self.open, self.count = server._backend, server.span.forward, 0, 0
         came = threading.Event()
 
-        def forward(inputs: Any) -> Any:
+        def forward(inputs: Any, *cached: Any) -> Any:
             while backend.under_way < wanted and not came.wait(0.01):
                 pass
             came.set()
@@ -119,7 +119,7 @@ def test_a_failure_surfaces_and_nothing_stays_behind(text_model, data, tmp_path,
     (server,) = swarm.servers
     honest, count = server.span.forward, 0
 
-    def forward(inputs: Any) -> Any:
+    def forward(inputs: Any, *cached: Any) -> Any:
         nonlocal count
         count += 1
         if count == 3:
