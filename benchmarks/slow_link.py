@@ -6,7 +6,7 @@
 
 Every server stands behind a TCP proxy that delays and throttles what passes. Each server has a link of its own, and so
 has the client, which all its connections share. Comparisons, each from one run, rounds of both sides alternating,
-medians compared (Llama of hidden 512 and 8 blocks, random; activations travel in float32 on both sides):
+medians compared (Llama of hidden 512 and 8 blocks, random; activations travel in float32, where nothing else is said):
 
 - a training step through chains of servers, our streams against Petals' methods on the same kind of servers: there the
   prefix is in every sample, all positions are sent and fetched, inputs and prompts are sent again for the backward,
@@ -113,9 +113,8 @@ def main(
                 petals = stack.enter_context(start(folder, count, "--petals-only"))
 
                 def load(auto_class: Any, maddr: str, stack: ExitStack = stack, **options: Any) -> Any:
-                    model = auto_class.from_pretrained(
-                        folder, initial_peers=[maddr], dht_prefix=PREFIX, wire_dtype="float32", **options
-                    )
+                    options = {"wire_dtype": "float32", **options}
+                    model = auto_class.from_pretrained(folder, initial_peers=[maddr], dht_prefix=PREFIX, **options)
                     stack.callback(remote_blocks(model).close)
                     return model
 
@@ -124,12 +123,14 @@ def main(
                     tuning_mode="deep_ptune", pre_seq_len=pre_seq_len, num_labels=2,
                 )  # fmt: skip
                 models = {"ours": classifier(ours), "petals": classifier(petals)}
+                models["16 bit"] = classifier(ours, wire_dtype="bfloat16")
                 ways = {"ours": {}, "direct": {"server_to_server": False}} if count > 1 else {}
                 if ways:
                     models["direct"] = classifier(ours, server_to_server=False)
                 seconds = alternate(training_rounds(models, batch), repeats)
                 name = f"training step, {count} server{'s' * (count > 1)}"
                 rows.append((f"{name}: ours, Petals' methods", seconds["ours"], seconds["petals"]))
+                rows.append((f"{name}: ours in bfloat16, Petals' methods", seconds["16 bit"], seconds["petals"]))
                 if not ways:
                     continue
                 rows.append((f"{name}: handed over, direct", seconds["ours"], seconds["direct"]))

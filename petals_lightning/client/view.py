@@ -195,7 +195,8 @@ class SwarmView:
         if connection is not None and connection.is_open:
             return connection
         if peer not in self._opening:
-            self._opening[peer] = asyncio.create_task(self._open(peer))
+            self._opening[peer] = opening = asyncio.create_task(self._open(peer))
+            opening.add_done_callback(lambda done: done.cancelled() or done.exception())  # those who waited may be gone
         return await asyncio.shield(self._opening[peer])
 
     def report_failure(self, failure: PeerFailure) -> None:

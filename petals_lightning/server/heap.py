@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import resource
+import time
+from pathlib import Path
 
-import psutil
-
-_GROWTH = 4 << 20  # bytes
+_GROWTH, _PERIOD = 4 << 20, 0.1  # bytes, seconds
+_STATM = Path("/proc/self/statm")
 
 
 class HeapTrimmer:
@@ -18,13 +20,18 @@ class HeapTrimmer:
     """
 
     def __init__(self) -> None:
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        self._process = psutil.Process()
-        self._largest = 0
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if _STATM.exists() else None
+        self._largest, self._looked_at = 0, 0.0
 
     def trim(self) -> None:
         """Returns what is free if the process has become larger than it ever was: so not again and again (10 ms)."""
-        if self._trim is None or (size := self._process.memory_info().rss) < self._largest + _GROWTH:
+        if self._trim is None or (now := time.monotonic()) < self._looked_at + _PERIOD:
             return
-        self._trim(0)
-        self._largest = size
+        self._looked_at = now
+        if (size := _resident_bytes()) >= self._largest + _GROWTH:
+            self._trim(0)
+            self._largest = size
+
+
+def _resident_bytes() -> int:
+    return int(_STATM.read_text().split()[1]) * resource.getpagesize()

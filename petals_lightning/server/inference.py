@@ -146,7 +146,8 @@ class SessionCache:
         """Drops positions that are held behind the step's."""
         length = 0 if request.prefix is not None else self.prefix_length + request.position
         for layer in self._layers:
-            layer.crop(min(length - layer.get_seq_length(), 0))
+            if (dropped := layer.get_seq_length() - length) > 0:
+                layer.crop(-dropped)
         hidden, mask, positions = (
             tensor.to(device) if tensor is not None else None
             for tensor in (request.hidden, request.attention_mask, request.position_ids)

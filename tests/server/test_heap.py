@@ -19,12 +19,11 @@ def resident() -> float:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc is told to return memory")
 def test_holes_between_tensors_that_stay_are_given_back():
-    trimmer = HeapTrimmer()
-    trimmer.trim()
+    HeapTrimmer().trim()
     before = resident()
     tensors = [torch.ones(100 << 8) for _ in range(2000)]  # 100 KiB each, which glibc takes from its heap
     assert resident() > before + 150
     kept = tensors[::4]
     del tensors
-    trimmer.trim()
+    HeapTrimmer().trim()
     assert resident() < before + 100, f"{len(kept)} tensors take 50 MiB"

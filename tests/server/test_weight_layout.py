@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from petals_lightning.server.weight_layout import order_weights_for_decoding
+from petals_lightning.server.weight_layout import DecodingLinear, order_weights_for_decoding
 
 
 @pytest.mark.parametrize(("dtype", "by_column"), [(torch.float32, True), (torch.bfloat16, False)])
@@ -17,6 +17,42 @@ def test_float32_weights_lie_by_column_and_stay_what_they_are(dtype, by_column):
     assert (model[0].weight.stride() == (1, 5)) == by_column
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(model(inputs), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1, 8), (2, 1, 8), (0, 1, 8)], ids=str)
+def test_single_positions_are_multiplied_as_all_others(shape, bias):
+    layer, inputs = nn.Linear(8, 5, bias=bias).requires_grad_(False), torch.randn(shape)
+    expected = layer(inputs)
+    order_weights_for_decoding(layer)
+    assert isinstance(layer, DecodingLinear)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            out = layer(inputs)
+        assert out.shape == expected.shape
+        torch.testing.assert_close(out, expected)
+    strided = torch.randn(8, 2)[:, 0].expand(1, 1, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(strided), torch.nn.functional.linear(strided, layer.weight, layer.bias))
+
+
+def test_single_positions_have_gradients():
+    layer, inputs = nn.Linear(8, 5).requires_grad_(False), torch.randn(1, 8, requires_grad=True)
+    order_weights_for_decoding(layer)
+    layer(inputs).sum().backward()
+    torch.testing.assert_close(inputs.grad[0], layer.weight.sum(0))
+
+
+def test_layers_of_another_class_keep_their_own_forward():
+    class Doubling(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    layer, inputs = Doubling(8, 5).requires_grad_(False), torch.randn(1, 8)
+    with torch.no_grad():
+        expected = layer(inputs)
+        order_weights_for_decoding(layer)
+        assert torch.equal(layer(inputs), expected)
 
 
 def test_a_server_orders_what_it_has_loaded(tiny_checkpoint, start_swarm):
