@@ -24,7 +24,7 @@ class HeapTrimmer:
         self._largest, self._looked_at = 0, 0.0
 
     def trim(self) -> None:
-        """Returns what is free if the process has become larger than it ever was: so not again and again (10 ms)."""
+        """Returns what is free if the process is larger than at any look before: so not again and again (10 ms)."""
         if self._trim is None or (now := time.monotonic()) < self._looked_at + _PERIOD:
             return
         self._looked_at = now

@@ -63,10 +63,8 @@ class PrefixRun:
     def fits(self, other: SpanInputs) -> bool:
         """Whether other inputs would give the same."""
         own = self.inputs
-        return (own.start, own.end) == (other.start, other.end) and all(
-            mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
-            for mine, theirs in ((own.prefix, other.prefix), (own.deep, other.deep))
-        )
+        same_prompts = _is_same(own.prefix, other.prefix) and _is_same(own.deep, other.deep)
+        return (own.start, own.end) == (other.start, other.end) and same_prompts
 
 
 @dataclass
@@ -226,8 +224,8 @@ class BlockSpan:
         if run is None or graph.keys_and_values is None:
             grads = _gradients([*pairs, *of_prefix], leaves)
         else:
-            grads = {name: leaf for name, leaf in leaves.items() if name == "hidden"}
-            found = _gradients(pairs, grads | dict(enumerate(graph.keys_and_values.tensors())))
+            ends = {name: leaf for name, leaf in leaves.items() if name == "hidden"}
+            found = _gradients(pairs, ends | dict(enumerate(graph.keys_and_values.tensors())))
             grads = {name: grad for name, grad in found.items() if name == "hidden"}
             of_prefix += [(made, found[i]) for i, made in enumerate(run.cache.tensors()) if i in found]
             grads |= _gradients(of_prefix, run.leaves, retain_graph=True)  # others may go the same way
@@ -310,6 +308,12 @@ class BlockSpan:
                 call.output = output[0] if self.returns_tuple else output
 
         return hook
+
+
+def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 def _with_leaves(inputs: SpanInputs, leaves: dict[str, torch.Tensor]) -> SpanInputs:

@@ -78,9 +78,10 @@ def test_micro_batches_that_share_one_run_of_the_prefix_equal_those_that_do_not(
     assert len(runs) == B + 1
     for part, graph, alone in zip(parts, graphs, expected, strict=True):
         assert_same(finish(span, part, graph), alone)
-    other = replace(parts[1], prefix=whole.prefix + 1)
-    graph = span.forward_with_graph(other, input_grad=True, prefix_run=graphs[0].prefix_run)
-    assert_same(finish(span, other, graph), run(span, other))
+    for changed in (whole.prefix + 1, whole.prefix.bfloat16(), whole.prefix[:-1]):
+        other = replace(parts[1], prefix=changed, deep=whole.deep[:, : len(changed)] if deep else None)
+        graph = span.forward_with_graph(other, input_grad=True, prefix_run=graphs[0].prefix_run)
+        assert_same(finish(span, other, graph), run(span, other))
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "concatenated"])
