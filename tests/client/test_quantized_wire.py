@@ -86,7 +86,9 @@ def test_a_server_that_does_not_announce_it_is_not_sent_8_bits(unable, tiny_chec
         server = swarm.servers[number]
         del server._backend.info["wire_dtypes"]
         received = server.span.forward
-        server.span.forward = lambda inputs, run=received: quantised.append(is_quantised(inputs.hidden)) or run(inputs)
+        server.span.forward = lambda inputs, *cached, run=received: (
+            quantised.append(is_quantised(inputs.hidden)) or run(inputs, *cached)
+        )
     remote, local = load_pair(checkpoint, swarm)
     assert step(remote, batch) == pytest.approx(step(local, batch), rel=1e-2)
     assert quantised
@@ -160,7 +162,7 @@ def test_prompts_travel_in_16_bits(tiny_checkpoint, start_swarm):
     seen = []
     for server in swarm.servers:
         received = server.span.forward
-        server.span.forward = lambda inputs, run=received: seen.append(inputs) or run(inputs)
+        server.span.forward = lambda inputs, *cached, run=received: seen.append(inputs) or run(inputs, *cached)
     remote, _ = load_pair(checkpoint, swarm)
     step(remote, right_padded_batch())
     assert relative_error(torch.cat([inputs.deep for inputs in seen]), prompts_of(remote).deep.detach()) < 2**-8

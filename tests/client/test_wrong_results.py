@@ -38,7 +38,7 @@ def tamper(server: Server, change: Callable[[torch.Tensor], torch.Tensor]) -> No
     honest = server.span.forward
 
     def forward(inputs, *cached):
-        hidden, prefix = honest(inputs)
+        hidden, prefix = honest(inputs, *cached)
         return change(hidden), prefix
 
     server.span.forward = forward
@@ -170,10 +170,10 @@ def test_a_late_request_is_tried_elsewhere_too(tiny_checkpoint, start_swarm):
     calls = itertools.count()
     for server in swarm.servers:  # whichever is asked first is late
 
-        def forward(inputs, honest=server.span.forward):
+        def forward(inputs, *cached, honest=server.span.forward):
             if next(calls) == 0:
                 time.sleep(6)
-            return honest(inputs)
+            return honest(inputs, *cached)
 
         server.span.forward = forward
     began = time.monotonic()

@@ -120,7 +120,7 @@ def test_beside_a_greedy_client_another_keeps_its_share(tiny_checkpoint, start_s
 
     def forward(inputs, *cached):  # long enough that compute is what they share
         time.sleep(0.03)
-        return honest(inputs)
+        return honest(inputs, *cached)
 
     swarm.servers[0].span.forward = forward
     # Each with a peer of its own: shares are counted by peer.
