@@ -10,7 +10,7 @@ medians compared (Llama of hidden 512 and 8 blocks, random; activations travel i
 
 - a training step through chains of servers, our streams against Petals' methods on the same kind of servers: there the
   prefix is in every sample, all positions are sent and fetched, inputs and prompts are sent again for the backward,
-  which computes the forward again, and the client stands between all servers;
+  which computes the forward again, and the client stands between all servers; once with ours in bfloat16 on the wire;
 - a training step, and decoding, with servers handing over to each other and without.
 
 Servers compute with real blocks, or with blocks that take a stated time (`throttled_server`).

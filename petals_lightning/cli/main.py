@@ -7,7 +7,7 @@ import sys
 
 # Before torch is imported anywhere: spinning OpenMP threads starve every other process on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of NumPy's: they spin, and one reads weights nearly as fast
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of NumPy's: they spin too
 
 import typer
 

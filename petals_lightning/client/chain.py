@@ -73,6 +73,9 @@ class BlockChain:
 
         if not result.handed_over:
             return await self._backward(batch, legs, grad, grad_prefix, attempts)
+        for leg in legs:
+            if leg.connection is not None and not leg.connection.is_open:  # the view was told; this step pays for it
+                attempts.count(PeerFailure(leg.peer, "its stream ended between forward and backward"))
         if not self._handover.can_go_back(legs):
             return await again()
         return await self._handover.run(

@@ -21,6 +21,7 @@ from petals_lightning.errors import WrongResult
 from petals_lightning.protocol.messages import Message
 from petals_lightning.protocol.requests import to_wire
 from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.protocol.tensors import is_same
 
 
 def may_hand_over(view: SwarmView, legs: Sequence[SessionLeg], hidden: torch.Tensor, position: int) -> bool:
@@ -31,7 +32,7 @@ def may_hand_over(view: SwarmView, legs: Sequence[SessionLeg], hidden: torch.Ten
     if hidden.shape[0] * hidden.shape[1] > min(*limits, view.config.max_microbatch_tokens):
         return False
     return all(
-        leg.number is not None and leg.held == position and _same(leg.reordering, legs[0].reordering) for leg in legs
+        leg.number is not None and leg.held == position and is_same(leg.reordering, legs[0].reordering) for leg in legs
     )
 
 
@@ -109,7 +110,3 @@ def _takes_in(late: LateInputs, shape: torch.Size) -> Callable[[Message], None]:
             late.hidden = out
 
     return take
-
-
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))

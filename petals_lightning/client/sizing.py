@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NEGLIGIBLE = 0.02  # times are not known any better, and every request costs its server something
+NEGLIGIBLE = 0.02  # a smaller gain is not worth more requests, each of which costs its server something
 
 
 @dataclass(frozen=True)

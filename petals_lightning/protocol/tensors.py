@@ -105,6 +105,13 @@ def unpack_tensors(description: list[list[Any]], body: bytearray) -> dict[str, t
     return tensors
 
 
+def is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether both are absent, or of one dtype, shape and content."""
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+
+
 def _view(body: bytearray, offset: int, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
     count = math.prod(shape)
     if not count:

@@ -12,7 +12,7 @@ from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
 
 GraphKey = tuple[int, int]  # stream, call id
 
-_BESIDES_TENSORS = 1.05  # autograd's own nodes, and what a heap loses between tensors
+_BESIDES_TENSORS = 1.05  # autograd's own nodes, and what a heap loses between tensors (1.03 measured)
 
 
 @dataclass(frozen=True)

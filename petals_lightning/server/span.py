@@ -1,4 +1,4 @@
-"""The blocks that a server holds, and the arithmetic on them. No I/O, no threads, no protocol.
+"""The blocks that a server holds, and the arithmetic on them. No I/O, no threads, no messages.
 
 Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of a (sub-)span, N rows that are read.
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from petals_lightning.hf.rotary import rotary_limit
 from petals_lightning.hf.skeleton import BlockLayout, sliced_config
+from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.kv_cache import SpanCache
 from petals_lightning.server.prefix_cache import PrefixCache
 
@@ -63,7 +64,7 @@ class PrefixRun:
     def fits(self, other: SpanInputs) -> bool:
         """Whether other inputs would give the same."""
         own = self.inputs
-        same_prompts = _is_same(own.prefix, other.prefix) and _is_same(own.deep, other.deep)
+        same_prompts = is_same(own.prefix, other.prefix) and is_same(own.deep, other.deep)
         return (own.start, own.end) == (other.start, other.end) and same_prompts
 
 
@@ -221,9 +222,10 @@ class BlockSpan:
         """
         run, leaves, pairs = graph.prefix_run, graph.leaves, [(graph.outputs[0], grad)]
         of_prefix = [(graph.outputs[1], grad_prefix)] if len(graph.outputs) > 1 and grad_prefix is not None else []
-        if run is None or graph.keys_and_values is None:
+        if run is None:
             grads = _gradients([*pairs, *of_prefix], leaves)
         else:
+            assert graph.keys_and_values is not None
             ends = {name: leaf for name, leaf in leaves.items() if name == "hidden"}
             found = _gradients(pairs, ends | dict(enumerate(graph.keys_and_values.tensors())))
             grads = {name: grad for name, grad in found.items() if name == "hidden"}
@@ -308,12 +310,6 @@ class BlockSpan:
                 call.output = output[0] if self.returns_tuple else output
 
         return hook
-
-
-def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 def _with_leaves(inputs: SpanInputs, leaves: dict[str, torch.Tensor]) -> SpanInputs:

@@ -13,7 +13,7 @@ from torch import nn
 class DecodingLinear(nn.Linear):
     """A linear layer without gradients for its weight [N, K], which lies column by column.
 
-    One position is multiplied by NumPy's BLAS (OpenBLAS, in the wheels that everybody has): 0.75 to 0.9 × the time of
+    One position is multiplied by NumPy's BLAS (OpenBLAS, in the wheels that everybody has): 0.75 to 0.94 × the time of
     PyTorch's (MKL, on an EPYC; layers of 512² to 4096² weights, one thread each: more did not help PyTorch). All else
     is PyTorch's, which is as good there and has gradients.
     """

@@ -266,6 +266,26 @@ def test_graphs_that_are_gone_are_computed_again_and_then_kept_here(tiny_checkpo
     assert stats.handovers == 1, "where graphs do not last, inputs are kept here"
 
 
+@pytest.mark.parametrize("number", range(len(THREE)))
+def test_a_stream_that_ends_between_forward_and_backward_counts_as_a_retry(number, tiny_checkpoint, start_swarm):
+    checkpoint = tiny_checkpoint("llama")
+    swarm = start_swarm(checkpoint, [*THREE, *THREE])
+    remote, local = load_pair(checkpoint, swarm)
+    view, stats = remote_blocks(remote)._swarm.view, remote_blocks(remote).stats
+
+    def end_stream() -> None:
+        assert stats.handovers
+        server = in_use(remote, swarm)[number]
+        connection = view._connections[server.node.peer_id.to_base58()]
+        for session in list(server._backend.sessions.values()):
+            server.node.loop.call_soon_threadsafe(session._writer.close)
+        while connection.is_open:
+            time.sleep(0.01)
+
+    assert_trains_as_local(remote, local, between=end_stream)
+    assert stats.retries == 1
+
+
 def test_a_loss_can_be_gone_back_through_twice(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     remote, local = load_pair(checkpoint, start_swarm(checkpoint, THREE))

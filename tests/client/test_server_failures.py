@@ -52,13 +52,8 @@ def when_asked(model: torch.nn.Module, action: Callable[[str], None]) -> threadi
     return thread
 
 
-@pytest.mark.parametrize(
-    ("phase", "spans"),
-    [
-        *((phase, LAYOUTS["cut elsewhere"]) for phase in ("connect", "forward", "between", "backward")),
-        *((phase, LAYOUTS["same span"]) for phase in ("between", "backward")),  # the others are in tests/faults
-    ],
-)
+@pytest.mark.parametrize("phase", ["connect", "forward", "between", "backward"])
+@pytest.mark.parametrize("spans", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, heavier_checkpoint, start_servers):
     servers = start_servers(heavier_checkpoint, spans)
     remote, local = load_pair(heavier_checkpoint, servers)
@@ -92,7 +87,7 @@ def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, heavier_c
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         for got, wanted in zip(prompts_of(remote).parameters(), prompts_of(local).parameters(), strict=True):
             assert ((got.grad - wanted.grad).norm() / wanted.grad.norm()).item() < 1e-5
-        if phase in ("forward", "backward"):  # a stream that ends while nothing is asked of it costs nothing
+        if phase != "connect":  # a stream that ends while nothing is asked of it costs nothing: the route avoids it
             assert remote_blocks(remote).stats.retries + remote_blocks(remote).stats.hedges >= 1
         retries = remote_blocks(remote).stats.retries
         remote(**batch()).loss.backward()  # the dead record lives on in the DHT, and must cost nothing now

@@ -135,9 +135,9 @@ FAULTS: dict[str, Callable[[Holder], None]] = {
     "throttle 4 MB/s": lambda holder: setattr(holder.proxy, "rate", 4e6),
     "10 × slower": slow_down,
 }
-BOUNDS = {"ours": 1e-5, "petals": 1e-5, "mixed": 1e-4}
+BOUNDS = {"ours": 1e-5, "petals": 1e-5, "mixed": 2e-5}
 """How far a run with a fault may be off the undisturbed one. Servers of the two kinds compute the prefix in different
-forms, and a fault moves work from one to the other: there the bound is that of parity with a local run."""
+forms (1.0e-5 off a local run without any fault), and a fault moves work from one to the other."""
 LIMITS = {"kill": 1.0, "hang": 10.0, "black hole": 10.0, "cut": 10.0}
 
 
