@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from petals_lightning.cli.main import main
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
 from petals_lightning.server.access import AccessRules
@@ -111,15 +114,22 @@ class InProcessSwarm:
 
 
 class ServerProcess:
-    """`petals-lightning serve` as its user runs it."""
+    """`petals-lightning serve` with these options, in a process of its own.
+
+    It is forked from one that has imported what every server imports, which takes several seconds of a core each time.
+    """
 
     def __init__(self, checkpoint: Path | str, span: tuple[int, int], initial_peers: Sequence[str] = (), *extra: str):
         join = [item for peer in initial_peers for item in ("--initial-peers", peer)] or ["--new-swarm"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "petals_lightning.cli.main", "serve", str(checkpoint), *join, "--dht-prefix", PREFIX,
-             "--block-indices", f"{span[0]}:{span[1]}", "--host-maddrs", *LOOPBACK, "--threads", "1", *extra],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        command = [
+            "serve", str(checkpoint), *join, "--dht-prefix", PREFIX, "--block-indices", f"{span[0]}:{span[1]}",
+            "--host-maddrs", *LOOPBACK, "--threads", "1", *extra,
+        ]  # fmt: skip
+        (self._output, output), (self._errors, errors) = _FORKS.Pipe(duplex=False), _FORKS.Pipe(duplex=False)
+        self.process = _FORKS.Process(target=_run_command, args=(command, output, errors), daemon=True)
+        self.process.start()
+        for end in (output, errors):
+            end.close()
         self.errors: list[str] = []
         threading.Thread(target=self._drain, daemon=True).start()
 
@@ -128,12 +138,12 @@ class ServerProcess:
         return self._maddr
 
     def wait_ready(self) -> ServerProcess:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("multiaddress:"):
-                self._maddr = line.split()[1]
-            if line.startswith("ready"):
-                return self
+        with open(os.dup(self._output.fileno())) as lines:
+            for line in lines:
+                if line.startswith("multiaddress:"):
+                    self._maddr = line.split()[1]
+                if line.startswith("ready"):
+                    return self
         raise RuntimeError(f"the server ended: {''.join(self.errors)}")
 
     @property
@@ -141,27 +151,38 @@ class ServerProcess:
         return self.maddr.rsplit("/", 1)[-1]
 
     def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float) -> int | None:
+        """How the process ended (minus the signal's number), or None if it has not."""
+        self.process.join(seconds)
+        return self.process.exitcode
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
+        if self.process.is_alive():
+            self.signal(signal.SIGCONT)
             self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
+            self.process.join(10)
+            self.process.kill()
+            self.process.join()
+        self._output.close()
 
     def _drain(self) -> None:
-        assert self.process.stderr is not None
-        try:
-            self.errors.extend(self.process.stderr)
-        except ValueError:
-            return  # closed by stop
+        with open(os.dup(self._errors.fileno())) as lines:
+            self.errors.extend(lines)
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["petals_lightning.cli.main", "petals_lightning.server.server"])
+
+
+def _run_command(command: list[str], output: Connection, errors: Connection) -> None:
+    """What the executable `petals-lightning` does, with `output` and `errors` as its standard streams."""
+    os.dup2(output.fileno(), 1)
+    os.dup2(errors.fileno(), 2)
+    sys.argv = ["petals-lightning", *command]
+    main()
 
 
 def peer_with_the_graph(loss: torch.Tensor) -> str:

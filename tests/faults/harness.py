@@ -92,7 +92,7 @@ class FaultySwarm:
         for number, holder in enumerate(self.holders):
             holder.stop_slowness.set()
             holder.proxy.heal()
-            if holder.process.process.poll() is None:
+            if holder.process.process.is_alive():
                 holder.process.signal(signal.SIGCONT)
             else:
                 holder.process.stop()
