@@ -29,6 +29,7 @@ from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.access import AccessRules
 from petals_lightning.server.backend import Backend
 from petals_lightning.server.compute import ComputeThread
+from petals_lightning.server.cpu_decoding import order_weights_for_decoding
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.inference import measure_cache_bytes
 from petals_lightning.server.joint_steps import verify_joint_steps
@@ -38,7 +39,6 @@ from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Session
 from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
-from petals_lightning.server.weight_layout import order_weights_for_decoding
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 

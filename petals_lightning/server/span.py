@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from petals_lightning.hf.rotary import rotary_limit
 from petals_lightning.hf.skeleton import BlockLayout, sliced_config
 from petals_lightning.protocol.tensors import is_same
+from petals_lightning.server.cpu_decoding import threads_for
 from petals_lightning.server.kv_cache import SpanCache
 from petals_lightning.server.prefix_cache import PrefixCache
 
@@ -257,7 +258,8 @@ class BlockSpan:
             padding["attention_mask"] = attention_mask.long()
         if position_ids is not None and self._takes_position_ids:
             padding["position_ids"] = position_ids
-        return self._run(call, cache, **padding)
+        with threads_for(call.hidden, cache.get_seq_length()):
+            return self._run(call, cache, **padding)
 
     def _run(self, call: _Call, cache: SpanCache | None, **padding: torch.Tensor) -> torch.Tensor:
         with self._narrowed(call.start, call.end):

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 
-from petals_lightning.server.weight_layout import DecodingLinear, order_weights_for_decoding
+from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.server.cpu_decoding import DecodingLinear, order_weights_for_decoding, threads_for
+from petals_lightning.server.inference import SessionCache
+
+
+SHAPES = (8,), (1, 8), (1, 1, 8), (2, 1, 8), (1, 3, 8), (2, 2, 8), (5, 8), (0, 1, 8)
 
 
 @pytest.mark.parametrize(("dtype", "by_column"), [(torch.float32, True), (torch.bfloat16, False)])
@@ -20,8 +27,10 @@ def test_float32_weights_lie_by_column_and_stay_what_they_are(dtype, by_column):
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1, 8), (2, 1, 8), (0, 1, 8)], ids=str)
-def test_single_positions_are_multiplied_as_all_others(shape, bias):
+@pytest.mark.parametrize(
+    "shape", [(8,), (1, 8), (1, 1, 8), (2, 1, 8), (1, 3, 8), (2, 2, 8), (5, 8), (0, 1, 8)], ids=str
+)
+def test_few_positions_are_multiplied_as_all_others(shape, bias):
     layer, inputs = nn.Linear(8, 5, bias=bias).requires_grad_(False), torch.randn(shape)
     expected = layer(inputs)
     order_weights_for_decoding(layer)
@@ -53,6 +62,49 @@ def test_layers_of_another_class_keep_their_own_forward():
         expected = layer(inputs)
         order_weights_for_decoding(layer)
         assert torch.equal(layer(inputs), expected)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "dtype", "expected"),
+    [
+        ((1, 1, 512), 100, torch.float32, 1),
+        ((2, 2, 512), 100, torch.float32, 1),
+        ((5, 1, 512), 100, torch.float32, 2),
+        ((1, 1, 512), 2000, torch.float32, 2),
+        ((1, 1, 512), 100, torch.bfloat16, 2),
+    ],
+    ids=str,
+)
+def test_short_steps_of_few_positions_have_one_thread(shape, length, dtype, expected, two_threads):
+    seen = []
+
+    def fail() -> None:
+        with threads_for(torch.zeros(shape, dtype=dtype), length):
+            seen.append(torch.get_num_threads())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen == [expected]
+    assert torch.get_num_threads() == 2
+
+
+def test_a_step_runs_with_the_threads_that_suit_it(tiny_checkpoint, start_swarm, two_threads):
+    (server,) = start_swarm(tiny_checkpoint("llama"), [(0, 2)]).servers
+    span, seen = server.span, []
+    span.blocks[0].register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    session = SessionCache(span, StepRequest(0, 0, 2, torch.zeros(1, 6, span.hidden_size), 0, max_length=7), 0)
+    session.step(span, StepRequest(0, 0, 2, torch.zeros(1, 6, span.hidden_size), 0, max_length=7))
+    session.step(span, StepRequest(0, 0, 2, torch.zeros(1, 1, span.hidden_size), 6))
+    assert seen == [2, 1]
 
 
 def test_a_server_orders_what_it_has_loaded(tiny_checkpoint, start_swarm):
