@@ -19,7 +19,8 @@ from petals_lightning.server.backend import Refusal
 from petals_lightning.server.compute import JointWork
 from petals_lightning.server.inference import SessionCache
 from petals_lightning.server.kv_cache import SpanCache, StackedLayer
-from petals_lightning.server.span import BlockSpan, same_outputs
+from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.trials import same_outputs
 
 _MAX_POSITIONS = 32  # B·n of a joint step: with more, arithmetic takes longer than reading weights
 _COPYING = 3  # keys and values are read, written and read again where they are stacked

@@ -46,6 +46,47 @@ class PrefixLayer(CacheLayerMixin):
         return -1
 
 
+class KeysTaken(Exception):
+    """Ends a pass through a block: its keys and values are held, and nothing else was wanted."""
+
+
+class TakingLayer(CacheLayerMixin):
+    """Takes the keys and values of S tokens, which end that pass; later passes read those of all P + S positions.
+
+    Args:
+        prefix: has run.
+    """
+
+    is_sliding = False
+
+    def __init__(self, prefix: PrefixLayer):
+        super().__init__()
+        self._prefix = prefix
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(*self._prefix.update(key_states, value_states))
+            raise KeysTaken
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Positions before the one that a pass is for: where keys are held, the last of them."""
+        return self.keys.shape[-2] - 1 if self.keys is not None else self._prefix.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
 class PrefixCache(SpanCache):
     """One PrefixLayer per hosted block; blocks from `first` on are run."""
 
@@ -66,3 +107,10 @@ class PrefixCache(SpanCache):
                 assert layer.values is not None
                 own.lazy_initialization(*(tensor.detach().requires_grad_() for tensor in (layer.keys, layer.values)))
         return cut
+
+    def taking(self, index: int) -> SpanCache:
+        """A cache for a block (counted from the first hosted one) that is to take the keys of the tokens."""
+        layers, prefix = list(self.attention_layers), self.attention_layers[index]
+        assert isinstance(prefix, PrefixLayer)
+        layers[index] = TakingLayer(prefix)
+        return SpanCache(layers, index)

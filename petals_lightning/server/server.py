@@ -38,7 +38,8 @@ from petals_lightning.server.links import Links
 from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Session
-from petals_lightning.server.span import BlockSpan, SpanInputs, verify_shared_prefix
+from petals_lightning.server.span import BlockSpan, SpanInputs
+from petals_lightning.server.trials import verify_shared_prefix, verify_single_reads
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 
@@ -204,6 +205,7 @@ class Server:
         span.share_prefix = self._share_prefix and verify_shared_prefix(span)
         if self._share_prefix and not span.share_prefix:
             logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
+        span.reads_singly = span.share_prefix and verify_single_reads(span)
         span.joins_steps = verify_joint_steps(span)
         if not span.joins_steps:
             logger.info("this family runs the steps of each session alone: its attention is not of the ordinary kind")

@@ -10,8 +10,8 @@ gradients are those of the concatenated batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from petals_lightning.hf.attention import sliding_window
 from petals_lightning.hf.rotary import rotary_limit
 from petals_lightning.hf.skeleton import BlockLayout, sliced_config
 from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.cpu_decoding import threads_for
 from petals_lightning.server.kv_cache import SpanCache
-from petals_lightning.server.prefix_cache import PrefixCache
+from petals_lightning.server.prefix_cache import KeysTaken, PrefixCache
 
 
 @dataclass
@@ -105,6 +106,7 @@ class BlockSpan:
         start: number of its first block in the full model.
         share_prefix: whether the prefix may run once for the batch; `verify_shared_prefix` finds out.
         joins_steps: whether sessions of different lengths may run as one batch; `verify_joint_steps` finds out.
+        reads_singly: whether the last block may leave out what is not read; `verify_single_reads` finds out.
     """
 
     def __init__(
@@ -115,16 +117,17 @@ class BlockSpan:
         *,
         share_prefix: bool = True,
         joins_steps: bool = True,
+        reads_singly: bool = True,
     ):
         self.model, self.layout, self.start = model, layout, start
         self.blocks = list(layout.blocks(model))
         self.end = start + len(self.blocks)
-        self.share_prefix, self.joins_steps = share_prefix, joins_steps
+        self.share_prefix, self.joins_steps, self.reads_singly = share_prefix, joins_steps, reads_singly
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self.hidden_size = model.config.get_text_config().hidden_size
         self._config = model.config
-        self.rotary_limit = rotary_limit(model.config)
+        self.rotary_limit, self._window = rotary_limit(model.config), sliding_window(model.config)
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self.returns_tuple: bool | None = None  # as the family's blocks do; known after the first pass
         self._weight_bytes = [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
@@ -153,6 +156,8 @@ class BlockSpan:
             if prefix_cache is None:
                 run = self.run_prefix(inputs, {})
                 prefix_cache, prefix_out = run.cache, run.output
+            if self._reads_singly(inputs):
+                return self._read_singly(inputs, prefix_cache), prefix_out
             out = self._run(_Call(inputs.start, inputs.end, hidden, None), prefix_cache)
         else:
             count = len(prefix)
@@ -171,6 +176,35 @@ class BlockSpan:
         cache = PrefixCache(len(self.blocks), inputs.start - self.start)
         call = _Call(inputs.start, inputs.end, tracked.prefix.to(self.dtype)[None], self._deep(tracked))
         return PrefixRun(inputs, leaves, cache, self._run(call, cache)[0])
+
+    def _reads_singly(self, inputs: SpanInputs) -> bool:
+        """Whether one position of each sample is read, as a classifier does."""
+        if inputs.rows is None or inputs.prefix is None or not self.reads_singly:
+            return False
+        (batch, tokens, _), rows = inputs.hidden.shape, inputs.rows
+        if self._window is not None and len(inputs.prefix) + tokens > self._window:
+            return False  # padding behind a position would count in its window
+        return len(rows) == batch and torch.equal(rows // tokens, torch.arange(batch, device=rows.device))
+
+    def _read_singly(self, inputs: SpanInputs, cache: PrefixCache) -> torch.Tensor:
+        """Outputs [B, H] of the one position of each sample that is read.
+
+        What the others give it in the last block are their keys and values. So that block runs on all positions only
+        until it hands those to its cache, and then on the positions that are read.
+        """
+        assert inputs.rows is not None
+        (batch, tokens, _), last, hidden = inputs.hidden.shape, inputs.end - 1, inputs.hidden.to(self.dtype)
+        if last > inputs.start:
+            hidden = self._run(_Call(inputs.start, last, hidden, None), cache)
+        taken = cache.taking(last - self.start)
+        with suppress(KeysTaken):
+            self._run(_Call(last, inputs.end, hidden, None), taken)
+            raise NotImplementedError("the block keeps no keys and values")
+        at, held = inputs.rows % tokens, taken.get_seq_length() + 1
+        positions = (held - tokens + at)[:, None]
+        mask = torch.arange(held, device=at.device) <= positions
+        read = hidden[torch.arange(batch, device=at.device), at][:, None]
+        return self.step(last, inputs.end, read, taken, attention_mask=mask, position_ids=positions)[:, 0]
 
     def _deep(self, inputs: SpanInputs) -> torch.Tensor | None:
         return inputs.deep.to(self.dtype) if inputs.deep is not None else None
@@ -330,37 +364,3 @@ def _gradients(
         allow_unused=True, retain_graph=retain_graph,
     )  # fmt: skip
     return {name: grad for name, grad in zip(inputs, found, strict=True) if grad is not None}
-
-
-def same_outputs(span: BlockSpan, *ways: Callable[[], torch.Tensor]) -> bool:
-    """Whether two ways to run a span give the same up to rounding; False where the family's code refuses one."""
-    try:
-        outputs = [run().float() for run in ways]
-    except (TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError, ValueError):
-        return False
-    tolerance = 1e-4 if span.dtype == torch.float32 else 5e-2
-    error = (outputs[0] - outputs[1]).norm() / outputs[1].norm()
-    return bool(error < tolerance)
-
-
-@torch.no_grad()
-def verify_shared_prefix(span: BlockSpan) -> bool:
-    """Whether running the prefix once gives what the concatenated batch gives, tried on random hidden states.
-
-    False for families whose attention is not ordinary (a state that samples change, say); they fall back to the
-    concatenated form, on the server alone.
-    """
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 5, span.hidden_size, generator=generator).to(span.device)
-    prefix = torch.randn(3, span.hidden_size, generator=generator).to(span.device)
-    inputs = SpanInputs(span.start, span.end, hidden, prefix)
-    chosen = span.share_prefix
-
-    def outputs(share: bool) -> torch.Tensor:
-        span.share_prefix = share
-        return span.forward(inputs)[0]
-
-    try:
-        return same_outputs(span, lambda: outputs(True), lambda: outputs(False))
-    finally:
-        span.share_prefix = chosen

@@ -10,7 +10,6 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.cpu_decoding import DecodingLinear, order_weights_for_decoding, threads_for
 from petals_lightning.server.inference import SessionCache
 
-
 SHAPES = (8,), (1, 8), (1, 1, 8), (2, 1, 8), (1, 3, 8), (2, 2, 8), (5, 8), (0, 1, 8)
 
 

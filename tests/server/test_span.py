@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from petals_lightning.server.graphs import measure_graph_cost
-from petals_lightning.server.prefix_cache import PrefixLayer
-from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs, verify_shared_prefix
-from tests.families import HIDDEN, NUM_BLOCKS
+from petals_lightning.server.prefix_cache import PrefixLayer, TakingLayer
+from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
+from petals_lightning.server.trials import verify_shared_prefix, verify_single_reads
+from tests.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS
 
 B, S, P = 3, 6, 4
 FAMILIES = ["llama", "bloom", "falcon_alibi", "gemma2", "mixtral", "gpt2"]
@@ -98,6 +99,52 @@ def test_rows_are_the_same_positions_of_the_whole(share, load_span):
     grad[rows] = 1
     graph = span.forward_with_graph(inputs(0, NUM_BLOCKS), input_grad=True)
     assert_same(few, span.backward(graph, grad.view(B, S, HIDDEN), None))
+
+
+@pytest.mark.parametrize("start", [0, NUM_BLOCKS - 1], ids=["whole", "one block"])
+@pytest.mark.parametrize("family", TINY_CONFIGS)
+def test_positions_that_are_read_singly_equal_those_of_a_full_pass(family, start, load_span):
+    span = load_span(family)
+    assert verify_single_reads(span)
+    assert span.reads_singly
+    positions, given = [], inputs(start, NUM_BLOCKS, rows=[2, 6, 17])
+    span.blocks[-1].register_forward_pre_hook(lambda _, args: positions.append(args[0].shape[1]))
+    singly = run(span, given)
+    # The prefix, the keys of all tokens, and what is read; windows of these tiny models are shorter than P + S.
+    assert positions == ([P, S] if span._window else [P, S, 1])
+    span.reads_singly = False
+    assert_same(singly, run(span, given))
+
+
+@pytest.mark.parametrize("rows", [[2, 6], [2, 6, 7], [2, 17, 6], [2, 6, 12, 17]], ids=str)
+def test_other_reads_take_a_full_pass(rows, load_span):
+    span, given = load_span("llama"), inputs(0, NUM_BLOCKS, rows=rows)
+    positions = []
+    span.blocks[-1].register_forward_pre_hook(lambda _, args: positions.append(args[0].shape[1]))
+    out, _ = span.forward(given)
+    assert positions == [P, S]
+    whole, _ = span.forward(inputs(0, NUM_BLOCKS))
+    torch.testing.assert_close(out, whole.reshape(B * S, HIDDEN)[rows])
+
+
+@pytest.mark.parametrize("window", [P + S, P + S - 1])
+def test_positions_are_read_singly_within_the_attention_window_only(window, load_span):
+    span, given = load_span("gemma2"), inputs(0, NUM_BLOCKS, rows=[2, 6, 17])
+    positions = []
+    span.blocks[-1].register_forward_pre_hook(lambda _, args: positions.append(args[0].shape[1]))
+    span._window = window
+    span.forward(given)
+    assert positions == ([P, S, 1] if window == P + S else [P, S])
+
+
+def test_a_family_whose_last_block_keeps_no_keys_takes_a_full_pass(load_span, monkeypatch):
+    span = load_span("llama")
+    monkeypatch.setattr(TakingLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
+    assert not verify_single_reads(span)
+    monkeypatch.undo()
+    taken = TakingLayer.update
+    monkeypatch.setattr(TakingLayer, "update", lambda self, *args, **kwargs: tuple(2 * t for t in taken(self, *args)))
+    assert not verify_single_reads(span)  # wrong numbers
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "concatenated"])
