@@ -5,7 +5,8 @@
 A pass through n blocks of B samples of S positions ends when n·B·S times the stated time is over; its arithmetic, of a
 tiny model, counts as part of that. The rest is slept, without the interpreter lock and without a core, so that several
 such servers on a few cores behave like machines of their own. A backward takes as long as its forward: weights are
-frozen, so only the gradients of activations are computed.
+frozen, so only the gradients of activations are computed. Every block runs on all positions, also where one of each
+sample is read.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def throttle(seconds: float) -> None:
         with lasting(seconds * (inputs.end - inputs.start) * positions):
             return backward(span, graph, *grads)
 
+    BlockSpan._reads_singly = lambda span, inputs: False  # type: ignore[method-assign]
     BlockSpan._run, BlockSpan.backward = throttled_run, throttled_backward  # type: ignore[method-assign, assignment]
 
 
