@@ -49,7 +49,7 @@ def throttle(seconds: float) -> None:
         with lasting(seconds * (inputs.end - inputs.start) * positions):
             return backward(span, graph, *grads)
 
-    BlockSpan._reads_singly = lambda span, inputs: False  # type: ignore[method-assign]
+    BlockSpan._reads_one_each = lambda span, inputs, prefix: False  # type: ignore[method-assign]
     BlockSpan._run, BlockSpan.backward = throttled_run, throttled_backward  # type: ignore[method-assign, assignment]
 
 

@@ -50,21 +50,16 @@ class KeysTaken(Exception):
     """Ends a pass through a block: its keys and values are held, and nothing else was wanted."""
 
 
-class TakingLayer(CacheLayerMixin):
+class TakingLayer(PrefixLayer):
     """Takes the keys and values of S tokens, which end that pass; later passes read those of all P + S positions.
 
     Args:
         prefix: has run.
     """
 
-    is_sliding = False
-
     def __init__(self, prefix: PrefixLayer):
         super().__init__()
         self._prefix = prefix
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -78,13 +73,7 @@ class TakingLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Positions before the one that a pass is for: where keys are held, the last of them."""
-        return self.keys.shape[-2] - 1 if self.keys is not None else self._prefix.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
+        return super().get_seq_length() - 1 if self.is_initialized else self._prefix.get_seq_length()
 
 
 class PrefixCache(SpanCache):

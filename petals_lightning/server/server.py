@@ -39,7 +39,7 @@ from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Session
 from petals_lightning.server.span import BlockSpan, SpanInputs
-from petals_lightning.server.trials import verify_shared_prefix, verify_single_reads
+from petals_lightning.server.trials import verify_shared_prefix, verify_skipping
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 
@@ -205,7 +205,9 @@ class Server:
         span.share_prefix = self._share_prefix and verify_shared_prefix(span)
         if self._share_prefix and not span.share_prefix:
             logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
-        span.reads_singly = span.share_prefix and verify_single_reads(span)
+        span.skips_unread = span.share_prefix and verify_skipping(span)
+        if span.share_prefix and not span.skips_unread:
+            logger.info("this family runs its last block on all positions: it is not of the ordinary kind")
         span.joins_steps = verify_joint_steps(span)
         if not span.joins_steps:
             logger.info("this family runs the steps of each session alone: its attention is not of the ordinary kind")

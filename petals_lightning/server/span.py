@@ -1,4 +1,4 @@
-"""The blocks that a server holds, and the arithmetic on them. No I/O, no threads, no messages.
+"""The blocks that a server holds, and the arithmetic on them. No I/O, no messages.
 
 Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of a (sub-)span, N rows that are read.
 
@@ -104,25 +104,18 @@ class BlockSpan:
         model: the pruned model (`hf.load_pruned`), on its device, frozen, in eval mode.
         layout: where its blocks are.
         start: number of its first block in the full model.
+
+    Attributes:
         share_prefix: whether the prefix may run once for the batch; `verify_shared_prefix` finds out.
+        skips_unread: whether the last block may leave out what is not read; `verify_skipping` finds out.
         joins_steps: whether sessions of different lengths may run as one batch; `verify_joint_steps` finds out.
-        reads_singly: whether the last block may leave out what is not read; `verify_single_reads` finds out.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layout: BlockLayout,
-        start: int,
-        *,
-        share_prefix: bool = True,
-        joins_steps: bool = True,
-        reads_singly: bool = True,
-    ):
+    def __init__(self, model: PreTrainedModel, layout: BlockLayout, start: int):
         self.model, self.layout, self.start = model, layout, start
         self.blocks = list(layout.blocks(model))
         self.end = start + len(self.blocks)
-        self.share_prefix, self.joins_steps, self.reads_singly = share_prefix, joins_steps, reads_singly
+        self.share_prefix = self.skips_unread = self.joins_steps = True
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self.hidden_size = model.config.get_text_config().hidden_size
@@ -156,8 +149,8 @@ class BlockSpan:
             if prefix_cache is None:
                 run = self.run_prefix(inputs, {})
                 prefix_cache, prefix_out = run.cache, run.output
-            if self._reads_singly(inputs):
-                return self._read_singly(inputs, prefix_cache), prefix_out
+            if self.skips_unread and self._reads_one_each(inputs, len(prefix)):
+                return self._run_skipping_unread(inputs, hidden, prefix_cache), prefix_out
             out = self._run(_Call(inputs.start, inputs.end, hidden, None), prefix_cache)
         else:
             count = len(prefix)
@@ -177,23 +170,29 @@ class BlockSpan:
         call = _Call(inputs.start, inputs.end, tracked.prefix.to(self.dtype)[None], self._deep(tracked))
         return PrefixRun(inputs, leaves, cache, self._run(call, cache)[0])
 
-    def _reads_singly(self, inputs: SpanInputs) -> bool:
-        """Whether one position of each sample is read, as a classifier does."""
-        if inputs.rows is None or inputs.prefix is None or not self.reads_singly:
-            return False
-        (batch, tokens, _), rows = inputs.hidden.shape, inputs.rows
-        if self._window is not None and len(inputs.prefix) + tokens > self._window:
-            return False  # padding behind a position would count in its window
-        return len(rows) == batch and torch.equal(rows // tokens, torch.arange(batch, device=rows.device))
+    def _reads_one_each(self, inputs: SpanInputs, prefix: int) -> bool:
+        """Whether one position of each sample is read, as a classifier does, and padding behind it counts in no window.
 
-    def _read_singly(self, inputs: SpanInputs, cache: PrefixCache) -> torch.Tensor:
+        Args:
+            prefix: positions in front of each sample.
+        """
+        (batch, tokens, _), rows = inputs.hidden.shape, inputs.rows
+        if rows is None or len(rows) != batch or (self._window is not None and prefix + tokens > self._window):
+            return False
+        return torch.equal(rows // tokens, torch.arange(batch, device=rows.device))
+
+    def _run_skipping_unread(self, inputs: SpanInputs, hidden: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
         """Outputs [B, H] of the one position of each sample that is read.
 
         What the others give it in the last block are their keys and values. So that block runs on all positions only
         until it hands those to its cache, and then on the positions that are read.
+
+        Args:
+            hidden: [B, S, H], that of the inputs in the blocks' dtype.
+            cache: of the prefix, which has run.
         """
         assert inputs.rows is not None
-        (batch, tokens, _), last, hidden = inputs.hidden.shape, inputs.end - 1, inputs.hidden.to(self.dtype)
+        (batch, tokens, _), last = hidden.shape, inputs.end - 1
         if last > inputs.start:
             hidden = self._run(_Call(inputs.start, last, hidden, None), cache)
         taken = cache.taking(last - self.start)

@@ -20,46 +20,37 @@ def same_outputs(span: BlockSpan, *ways: Callable[[], torch.Tensor]) -> bool:
     return bool(error < tolerance)
 
 
-@torch.no_grad()
 def verify_shared_prefix(span: BlockSpan) -> bool:
-    """Whether running the prefix once gives what the concatenated batch gives, tried on random hidden states.
+    """Whether running the prefix once gives what the concatenated batch gives.
 
     False for families whose attention is not ordinary (a state that samples change, say); they fall back to the
     concatenated form, on the server alone.
     """
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 5, span.hidden_size, generator=generator).to(span.device)
-    prefix = torch.randn(3, span.hidden_size, generator=generator).to(span.device)
-    inputs = SpanInputs(span.start, span.end, hidden, prefix)
-    chosen = span.share_prefix
-
-    def outputs(share: bool) -> torch.Tensor:
-        span.share_prefix = share
-        return span.forward(inputs)[0]
-
-    try:
-        return same_outputs(span, lambda: outputs(True), lambda: outputs(False))
-    finally:
-        span.share_prefix = chosen
+    return _changes_nothing(span, "share_prefix")
 
 
-@torch.no_grad()
-def verify_single_reads(span: BlockSpan) -> bool:
-    """Whether positions that are read singly have the outputs of a full pass.
+def verify_skipping(span: BlockSpan) -> bool:
+    """Whether positions that are read have the outputs of a full pass where the last block skips the others.
 
     False for families whose last block keeps no keys and values; there it runs on all positions.
     """
+    return _changes_nothing(span, "skips_unread", rows=[2, 5, 14])
+
+
+@torch.no_grad()
+def _changes_nothing(span: BlockSpan, option: str, rows: list[int] | None = None) -> bool:
+    """Whether a span's outputs are the same with an option and without; `rows` are of three samples of five tokens."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 5, span.hidden_size, generator=generator).to(span.device)
     prefix = torch.randn(3, span.hidden_size, generator=generator).to(span.device)
-    rows = torch.tensor([2, 5, 14], device=span.device)
-    inputs, chosen = SpanInputs(span.start, span.end, hidden, prefix, rows=rows), span.reads_singly
+    read = torch.tensor(rows, device=span.device) if rows is not None else None
+    inputs, chosen = SpanInputs(span.start, span.end, hidden, prefix, rows=read), getattr(span, option)
 
-    def outputs(singly: bool) -> torch.Tensor:
-        span.reads_singly = singly
+    def outputs(value: bool) -> torch.Tensor:
+        setattr(span, option, value)
         return span.forward(inputs)[0]
 
     try:
         return same_outputs(span, lambda: outputs(True), lambda: outputs(False))
     finally:
-        span.reads_singly = chosen
+        setattr(span, option, chosen)

@@ -10,7 +10,7 @@ import torch
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.prefix_cache import PrefixLayer, TakingLayer
 from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
-from petals_lightning.server.trials import verify_shared_prefix, verify_single_reads
+from petals_lightning.server.trials import verify_shared_prefix, verify_skipping
 from tests.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS
 
 B, S, P = 3, 6, 4
@@ -103,17 +103,17 @@ def test_rows_are_the_same_positions_of_the_whole(share, load_span):
 
 @pytest.mark.parametrize("start", [0, NUM_BLOCKS - 1], ids=["whole", "one block"])
 @pytest.mark.parametrize("family", TINY_CONFIGS)
-def test_positions_that_are_read_singly_equal_those_of_a_full_pass(family, start, load_span):
+def test_a_last_block_that_skips_what_is_not_read_equals_a_full_pass(family, start, load_span):
     span = load_span(family)
-    assert verify_single_reads(span)
-    assert span.reads_singly
+    assert verify_skipping(span)
+    assert span.skips_unread
     positions, given = [], inputs(start, NUM_BLOCKS, rows=[2, 6, 17])
     span.blocks[-1].register_forward_pre_hook(lambda _, args: positions.append(args[0].shape[1]))
-    singly = run(span, given)
+    skipping = run(span, given)
     # The prefix, the keys of all tokens, and what is read; windows of these tiny models are shorter than P + S.
     assert positions == ([P, S] if span._window else [P, S, 1])
-    span.reads_singly = False
-    assert_same(singly, run(span, given))
+    span.skips_unread = False
+    assert_same(skipping, run(span, given))
 
 
 @pytest.mark.parametrize("rows", [[2, 6], [2, 6, 7], [2, 17, 6], [2, 6, 12, 17]], ids=str)
@@ -128,7 +128,7 @@ def test_other_reads_take_a_full_pass(rows, load_span):
 
 
 @pytest.mark.parametrize("window", [P + S, P + S - 1])
-def test_positions_are_read_singly_within_the_attention_window_only(window, load_span):
+def test_the_last_block_skips_within_the_attention_window_only(window, load_span):
     span, given = load_span("gemma2"), inputs(0, NUM_BLOCKS, rows=[2, 6, 17])
     positions = []
     span.blocks[-1].register_forward_pre_hook(lambda _, args: positions.append(args[0].shape[1]))
@@ -140,11 +140,18 @@ def test_positions_are_read_singly_within_the_attention_window_only(window, load
 def test_a_family_whose_last_block_keeps_no_keys_takes_a_full_pass(load_span, monkeypatch):
     span = load_span("llama")
     monkeypatch.setattr(TakingLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
-    assert not verify_single_reads(span)
+    assert not verify_skipping(span)
     monkeypatch.undo()
-    taken = TakingLayer.update
-    monkeypatch.setattr(TakingLayer, "update", lambda self, *args, **kwargs: tuple(2 * t for t in taken(self, *args)))
-    assert not verify_single_reads(span)  # wrong numbers
+    taken, changed = TakingLayer.update, []
+
+    def update(self, *args, **kwargs):
+        keys, values = taken(self, *args, **kwargs)
+        changed.append(keys)
+        return 2 * keys, values
+
+    monkeypatch.setattr(TakingLayer, "update", update)
+    assert not verify_skipping(span)  # wrong numbers
+    assert changed
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "concatenated"])
