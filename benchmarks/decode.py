@@ -29,7 +29,7 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from benchmarks.rounds import alternate, print_table, save_rows
-from benchmarks.swarm import PREFIX, save_random_llama, start_server
+from benchmarks.swarm import PREFIX, PROGRAM, save_random_llama, start_server
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 
@@ -38,7 +38,7 @@ def start_chain(
     model: str,
     spans: list[tuple[int, int]],
     threads: int,
-    program: tuple[str, ...] = ("petals_lightning.cli.main",),
+    program: tuple[str, ...] = PROGRAM,
 ) -> tuple[list[subprocess.Popen[str]], str]:
     """A server for each span; returns their processes and the first one's address."""
     processes, maddr = [], ""

@@ -31,6 +31,7 @@ import typer
 from benchmarks.rounds import alternate, print_table, save_rows
 from benchmarks.sst2_epoch import DATA, SAVINGS_OFF, Batch, grouped_batches, padded_batches, read_samples
 from benchmarks.swarm import (
+    PROGRAM,
     Wasteful,
     batch_of,
     classifier,
@@ -53,9 +54,10 @@ def as_it_is(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Variant:
-    """One side: options of its server, options of its client, and what is done to its model."""
+    """One side: options of its server, its program, options of its client, and what is done to its model."""
 
     server: tuple[str, ...] = ()
+    program: tuple[str, ...] = PROGRAM
     client: ClientConfig | None = None
     wrap: Callable[[Any], Any] = as_it_is
 
@@ -64,6 +66,7 @@ OFF = {
     "kept graphs": Variant(server=("--graph-memory", "0")),
     "prefix once": Variant(server=("--no-share-prefix",)),
     "rows only": Variant(wrap=partial(Wasteful, input_grad=False)),
+    "last block for read positions": Variant(program=("benchmarks.full_last_block",)),
     "no input gradient": Variant(wrap=partial(Wasteful, all_positions=False)),
     "all of these": Variant(server=SAVINGS_OFF, wrap=Wasteful),
     "all, by Petals' methods": Variant(server=("--petals-only",), wrap=Wasteful),
@@ -75,7 +78,7 @@ class Side:
     """A server with a client; a round of it gives seconds, and is counted."""
 
     def __init__(self, stack: ExitStack, folder: str, variant: Variant, pre_seq_len: int, threads: int):
-        _, maddr = stack.enter_context(running_server(folder, threads, *variant.server))
+        _, maddr = stack.enter_context(running_server(folder, threads, *variant.server, program=variant.program))
         torch.manual_seed(0)
         self._model = classifier(folder, maddr, pre_seq_len, client_config=variant.client)
         stack.callback(remote_blocks(self._model).close)

@@ -34,7 +34,7 @@ import typer
 
 from benchmarks.decode import generate
 from benchmarks.rounds import alternate, print_table, save_rows
-from benchmarks.swarm import PREFIX, batch_of, save_random_llama, start_server, training_rounds
+from benchmarks.swarm import PREFIX, PROGRAM, batch_of, save_random_llama, start_server, training_rounds
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
@@ -101,7 +101,7 @@ def main(
     torch.set_num_threads(threads)
     batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
     batch, prompt, rows = batch_of(batch_size, tokens), torch.randint(1, 1000, (1, 16)), []
-    program = ("petals_lightning.cli.main",)
+    program = PROGRAM
     if block_us is not None:
         program = "benchmarks.throttled_server", str(block_us)
     start = partial(slow_chain, program=program, threads=threads, delay=round_trip / 2, rate=mbits * 1e6 / 8)

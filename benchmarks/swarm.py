@@ -19,6 +19,7 @@ from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForSequenceClassification
 
 PREFIX = "benchmark"
+PROGRAM = ("petals_lightning.cli.main",)
 VOCABULARY = 1000
 
 
@@ -44,7 +45,7 @@ def start_server(
     threads: int,
     *extra: str,
     join: tuple[str, ...] = ("--new-swarm",),
-    program: tuple[str, ...] = ("petals_lightning.cli.main",),
+    program: tuple[str, ...] = PROGRAM,
 ) -> tuple[subprocess.Popen[str], str]:
     """A server, of all blocks unless `extra` says otherwise; returns its process and address."""
     process = subprocess.Popen(
@@ -63,9 +64,11 @@ def start_server(
 
 
 @contextmanager
-def running_server(model: str, threads: int, *extra: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def running_server(
+    model: str, threads: int, *extra: str, program: tuple[str, ...] = PROGRAM
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """As `start_server`, until the end of the `with`."""
-    process, maddr = start_server(model, threads, *extra)
+    process, maddr = start_server(model, threads, *extra, program=program)
     try:
         yield process, maddr
     finally:
