@@ -169,8 +169,8 @@ class RemoteSequential(nn.Module):
                 hidden_states, prefix=self.context.prefix, deep=self.context.deep, rows=self.context.rows
             )
             if self.context.rows is not None:
-                flat = hidden_states.new_zeros(hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2])
-                output = flat.index_copy(0, self.context.rows.long(), output).view_as(hidden_states)
+                whole = torch.zeros_like(hidden_states, requires_grad=False).flatten(0, 1)
+                output = whole.index_copy_(0, self.context.rows.long(), output).view_as(hidden_states)
         return (output,) if self._swarm.view.returns_tuple() else output
 
     def inference_session(

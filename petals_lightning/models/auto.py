@@ -25,6 +25,7 @@ from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
 from petals_lightning.models.prompts import TuningMode
+from petals_lightning.models.read_rows import put_rows, take_rows
 from petals_lightning.models.thread_hooks import of_this_thread
 from petals_lightning.models.trainable import FrozenBody, attach_trainable
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
@@ -51,25 +52,36 @@ class DistributedClassifier(DistributedModel):
     """Reads one position a sample: the last real token, by Hugging Face's rule."""
 
     def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        rows = self._last_tokens(input_ids, kwargs.get("inputs_embeds"))
+        rows, length = self._last_tokens(input_ids, kwargs.get("inputs_embeds"))
         scores: list[torch.Tensor] = []
-        hook = self.score.register_forward_hook(  # type: ignore
-            of_this_thread(lambda module, args, output: scores.append(output))
-        )
+
+        def take(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (take_rows(args[0], rows),)
+
+        def put(head: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            scores.append(output[0])
+            return put_rows(output, rows, len(rows), length)
+
+        hooks = [
+            self.score.register_forward_pre_hook(of_this_thread(take)),  # type: ignore
+            self.score.register_forward_hook(of_this_thread(put)),  # type: ignore
+        ]
         self.bridge.rows = rows
         try:
             output = super().forward(input_ids=input_ids, **kwargs)  # type: ignore[misc]
         finally:
             self.bridge.rows = None
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         # Only these rows crossed the wire: a family that reads others would classify zeros without a word.
-        expected = scores[-1].flatten(0, 1)[rows]
-        same = torch.allclose(expected, output.logits, rtol=0, atol=0, equal_nan=True)
+        same = torch.allclose(scores[-1], output.logits, rtol=0, atol=0, equal_nan=True)
         assert same, f"{type(self).__name__} does not read the last real token"
         return output
 
-    def _last_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Indices into B·S of the rightmost token that is not padding."""
+    def _last_tokens(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int]:
+        """Indices [B] into B·S of the rightmost token that is not padding, and S."""
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise ConfigurationError("give input_ids or inputs_embeds")
@@ -80,7 +92,7 @@ class DistributedClassifier(DistributedModel):
         else:
             positions = torch.arange(length, device=tokens.device)
             last = (positions * (input_ids != pad)).argmax(-1)
-        return torch.arange(batch, device=tokens.device) * length + last
+        return torch.arange(batch, device=tokens.device) * length + last, length
 
 
 class AutoDistributedConfig:

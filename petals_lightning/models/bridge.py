@@ -9,6 +9,7 @@ Shapes: B batch, S tokens, P virtual tokens, E embedding width, H hidden size, N
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from petals_lightning.client.remote_sequential import Context, RemoteSequential
 from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.hf.skeleton import BlockLayout
 from petals_lightning.models.prompts import Prompts
+from petals_lightning.models.read_rows import norms_of, put_rows, take_rows
 from petals_lightning.models.remote_cache import OffsetLayer, RemoteCache
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class _Pass(threading.local):
     """What the hooks know of the running pass: several threads may run the model at once."""
 
     rows: torch.Tensor | None = None
+    output: torch.Tensor | None = None  # of the blocks, [B, S, H]; kept where rows are read
     cache: RemoteCache | None = None
     keep: int = 0
 
@@ -63,6 +66,9 @@ class DecoderBridge:
             model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         owner.register_forward_pre_hook(self._before, with_kwargs=True)
         owner.register_forward_hook(self._after)
+        layers.register_forward_hook(self._after_layers)
+        for norm in norms_of(owner, model.config.get_text_config().hidden_size):
+            norm.forward = functools.partial(self._normalise, norm.forward)
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -146,8 +152,20 @@ class DecoderBridge:
             self._layers.context = Context()
             if "past_key_values" in output:
                 output.past_key_values = self._pass.cache
-            self._pass.cache = None
+            self._pass.cache = self._pass.output = None
         return output
+
+    def _after_layers(self, layers: nn.Module, args: Any, output: Any) -> None:
+        if self.rows is not None and not self._layers.context.capture:
+            self._pass.output = output[0] if isinstance(output, tuple) else output
+
+    def _normalise(self, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A norm of the owner; if it is the one behind the blocks, of the rows that are read only. All others are
+        zeros there, and to normalise them cost more than the rest of this process's step."""
+        rows = self.rows
+        if rows is None or hidden is not self._pass.output:
+            return forward(hidden, *args, **kwargs)
+        return put_rows(forward(take_rows(hidden, rows), *args, **kwargs), rows, *hidden.shape[:2])
 
     def _prompts_at_first_block(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The prefix's hidden states [P, H] before the first block and deep prompts [L, P, H], or None."""

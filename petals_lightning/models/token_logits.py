@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from petals_lightning.models.read_rows import take_rows
 from petals_lightning.models.thread_hooks import of_this_thread
 
 
@@ -27,7 +28,7 @@ def token_logits(
     """
 
     def only_rows(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].flatten(0, 1)[rows.to(args[0].device)][None],)
+        return (take_rows(args[0], rows),)
 
     bridge = getattr(model, "bridge", None)
     hook = model.get_output_embeddings().register_forward_pre_hook(of_this_thread(only_rows))
