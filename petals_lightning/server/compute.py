@@ -1,4 +1,7 @@
-"""The one thread that computes. Requests wait in a queue that is fair between clients."""
+"""The one thread that computes. Requests wait in a queue that is fair between clients.
+
+Work of milliseconds may run on the event loop's own thread while that one is idle.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,7 @@ class ComputeThread:
     def __init__(self) -> None:
         self._queue: FairQueue[_Job[Any]] = FairQueue()
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._running = False
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -109,7 +112,13 @@ class ComputeThread:
         return 0 if position is None else position + 1  # one is running
 
     async def run(
-        self, priority: Priority, work: Callable[[], T], *, client: str = "", key: Hashable = None
+        self,
+        priority: Priority,
+        work: Callable[[], T],
+        *,
+        client: str = "",
+        key: Hashable = None,
+        is_brief: bool = False,
     ) -> Timed[T]:
         """Runs `work` when its turn comes; if the caller is cancelled before that, it never runs.
 
@@ -118,7 +127,12 @@ class ComputeThread:
             work: a JointWork takes with it what waits at that moment and joins it; it never waits for company.
             client: whose share of the compute this counts on.
             key: names the request for `ahead`.
+            is_brief: it takes so short that waking another thread and being woken by it would be a good part of that.
+                If nothing runs or waits, it runs here and now, and the event loop stands still.
         """
+        if is_brief and self._is_idle():
+            started = time.perf_counter()  # nothing begins beside it: what is put into the queue comes from this thread
+            return Timed(work(), 0.0, time.perf_counter() - started)
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Timed[T]] = loop.create_future()
         job = _Job(work, result, loop, time.perf_counter())
@@ -142,6 +156,10 @@ class ComputeThread:
             self._changed.notify()
         self._thread.join(timeout)
 
+    def _is_idle(self) -> bool:
+        with self._changed:
+            return not (self._running or self._stopping or len(self._queue))
+
     def _work(self) -> None:
         heap = HeapTrimmer()
         while True:
@@ -152,6 +170,7 @@ class ComputeThread:
                     return
                 assert ticket is not None
                 tickets = [ticket, *self._company(ticket.item)]
+                self._running = True
             began = time.perf_counter()
             _run([ticket.item for ticket in tickets])
             seconds = time.perf_counter() - began
@@ -159,6 +178,7 @@ class ComputeThread:
             del ticket, tickets  # or an idle thread would hold the last request's tensors
             heap.trim()
             with self._changed:
+                self._running = False
                 for client, size in sizes:
                     self._queue.charge(client, seconds * size / sum(size for _, size in sizes))
 

@@ -16,6 +16,8 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
 from petals_lightning.server.span import BlockSpan
 
+_RECENT = 1.0  # seconds
+
 SessionKey = tuple[int, Any]  # stream, the client's number of the session
 
 
@@ -66,6 +68,7 @@ class SessionCache:
         self.num_bytes, self.last_used = num_bytes, time.monotonic()
         self._max_length = request.max_length
         self.last_call = 0  # id of the newest step
+        self.last_size, self.last_seconds = 0, 0.0  # positions of all samples in the last step, and what it took
         self.prefix_length = len(request.prefix) if request.prefix is not None else 0
         self.is_open, self._is_beyond = False, False
         self.position_bytes = 0.0  # keys and values of one position of all samples; known when the session is open
@@ -198,6 +201,11 @@ class CacheStore:
         if (cache := self._caches.get(key)) is not None:
             cache.last_used = time.monotonic()
         return cache
+
+    def is_alone(self, key: SessionKey) -> bool:
+        """Whether no other session was used of late."""
+        recent = time.monotonic() - _RECENT
+        return not any(other != key and cache.last_used > recent for other, cache in self._caches.items())
 
     def pop(self, key: SessionKey) -> None:
         self._caches.pop(key, None)

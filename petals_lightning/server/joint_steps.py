@@ -7,6 +7,7 @@ Shapes: B batch, n new positions, H hidden size.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from petals_lightning.server.span import BlockSpan
 from petals_lightning.server.trials import same_outputs
 
 _MAX_POSITIONS = 32  # B·n of a joint step: with more, arithmetic takes longer than reading weights
+_BRIEF = 0.01  # seconds for which nobody minds an event loop that stands still
 _COPYING = 3  # keys and values are read, written and read again where they are stacked
 
 Outputs = dict[str, torch.Tensor]
@@ -52,7 +54,15 @@ class SessionStep(JointWork[Outputs]):
             words = f"the session holds fewer than {self._request.position} positions"
             raise Refusal(ErrorCode.CACHE_LOST, words)
         self._reorder()
-        return self._on_the_wire(self._cache.step(self._span, self._request))
+        began = time.perf_counter()
+        outputs = self._on_the_wire(self._cache.step(self._span, self._request))
+        self._cache.last_size, self._cache.last_seconds = self.size, time.perf_counter() - began
+        return outputs
+
+    @property
+    def is_brief(self) -> bool:
+        """Whether the session's last step was, and this one is no larger."""
+        return self.size <= self._cache.last_size and self._cache.last_seconds < _BRIEF
 
     def joins(self, others: Sequence[JointWork[Outputs]]) -> bool:
         cache, request = self._cache, self._request

@@ -14,7 +14,7 @@ from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.backend import Refusal
 from petals_lightning.server.compute import ComputeThread, Priority
-from petals_lightning.server.inference import SessionCache
+from petals_lightning.server.inference import CacheStore, SessionCache
 from petals_lightning.server.joint_steps import SessionStep, verify_joint_steps
 from petals_lightning.server.kv_cache import StackedLayer
 from petals_lightning.server.span import BlockSpan
@@ -300,3 +300,28 @@ def test_clients_that_decode_at_once_share_batches_and_one_that_leaves_harms_nob
     for (number, _), out in outputs.items():
         assert relative_error(out, expected[number][:, : out.shape[1]]) < 1e-5
     assert max(batches) > 1
+
+
+def test_a_step_is_brief_if_the_last_one_was_and_was_no_smaller(load_span):
+    talk = Talk(load_span("llama"), 3)
+    assert talk.cache.last_size == 3
+    assert talk.cache.last_seconds > 0
+    step = talk.step()
+    talk.cache.last_seconds = 1.0
+    assert not step.is_brief
+    talk.cache.last_seconds = 0.001
+    assert step.is_brief
+    step()
+    talk.cache.last_seconds = 0.001
+    assert talk.step().is_brief
+    assert not SessionStep(talk.span, talk.cache, talk.request(tokens=2)).is_brief
+
+
+def test_a_session_is_alone_while_no_other_was_used_of_late(load_span):
+    span, store = load_span("llama"), CacheStore(max_bytes=1 << 20, lifetime=60)
+    for number in range(2):
+        store.put((number, 0), Talk(span, 3).cache)
+    assert not store.is_alone((0, 0))
+    store.get((1, 0)).last_used -= 2
+    assert store.is_alone((0, 0))
+    assert not store.is_alone((1, 0))

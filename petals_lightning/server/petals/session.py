@@ -143,7 +143,8 @@ class PetalsSession:
             return step.hidden.to(span.dtype)
 
         work = SessionStep(span, cache, request)
-        timed = await self._backend.compute.run(Priority.DECODE, work, client=self._peer)
+        is_brief = work.is_brief and self._backend.caches.is_alone(key)
+        timed = await self._backend.compute.run(Priority.DECODE, work, client=self._peer, is_brief=is_brief)
         self._position += step.hidden.shape[1]
         return timed.value["hidden"]
 
