@@ -34,8 +34,8 @@ def load_pair(checkpoint, servers):
 
 def batch():
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(1, 96, (32, 100), generator=generator)
-    return {"input_ids": input_ids, "labels": torch.randint(0, 2, (32,), generator=generator)}
+    input_ids = torch.randint(1, 96, (16, 100), generator=generator)  # cut into two micro-batches
+    return {"input_ids": input_ids, "labels": torch.randint(0, 2, (16,), generator=generator)}
 
 
 def when_asked(model: torch.nn.Module, action: Callable[[str], None]) -> threading.Thread:
