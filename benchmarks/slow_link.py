@@ -10,7 +10,8 @@ medians compared (Llama of hidden 512 and 8 blocks, random; activations travel i
 
 - a training step through chains of servers, our streams against Petals' methods on the same kind of servers: there the
   prefix is in every sample, all positions are sent and fetched, inputs and prompts are sent again for the backward,
-  which computes the forward again, and the client stands between all servers; once with ours in bfloat16 on the wire;
+  which computes the forward again, and the client stands between all servers; in micro-batches cut for it as for ours,
+  and in as few as Petals makes; once with ours in bfloat16 on the wire;
 - a training step, and decoding, with servers handing over to each other and without.
 
 Servers compute with real blocks, or with blocks that take a stated time (`throttled_server`).
@@ -35,6 +36,7 @@ import typer
 from benchmarks.decode import generate
 from benchmarks.rounds import alternate, print_table, save_rows
 from benchmarks.swarm import PREFIX, PROGRAM, batch_of, save_random_llama, start_server, training_rounds
+from petals_lightning.client import ClientConfig
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
@@ -43,6 +45,7 @@ from petals_lightning.models import (
 from tests.faults.proxy import SharedLink, TcpProxy, free_port
 
 BLOCKS = 8
+PETALS_TOKENS = 1024  # Petals' client cuts batches into pieces of at most so many positions
 
 
 @contextmanager
@@ -101,6 +104,12 @@ def main(
     torch.set_num_threads(threads)
     batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
     batch, prompt, rows = batch_of(batch_size, tokens), torch.randint(1, 1000, (1, 16)), []
+    samples = max(PETALS_TOKENS // (pre_seq_len + tokens), 1)
+    coarse = ClientConfig(
+        wire_dtype="float32",
+        min_microbatch_tokens=samples * tokens,
+        max_microbatch_tokens=samples * (pre_seq_len + tokens),
+    )
     program = PROGRAM
     if block_us is not None:
         program = "benchmarks.throttled_server", str(block_us)
@@ -123,6 +132,7 @@ def main(
                     tuning_mode="deep_ptune", pre_seq_len=pre_seq_len, num_labels=2,
                 )  # fmt: skip
                 models = {"ours": classifier(ours), "petals": classifier(petals)}
+                models["petals, coarse"] = classifier(petals, client_config=coarse)
                 models["16 bit"] = classifier(ours, wire_dtype="bfloat16")
                 ways = {"ours": {}, "direct": {"server_to_server": False}} if count > 1 else {}
                 if ways:
@@ -130,6 +140,7 @@ def main(
                 seconds = alternate(training_rounds(models, batch), repeats)
                 name = f"training step, {count} server{'s' * (count > 1)}"
                 rows.append((f"{name}: ours, Petals' methods", seconds["ours"], seconds["petals"]))
+                rows.append((f"{name}: ours, Petals' methods and cuts", seconds["ours"], seconds["petals, coarse"]))
                 rows.append((f"{name}: ours in bfloat16, Petals' methods", seconds["16 bit"], seconds["petals"]))
                 if not ways:
                     continue
