@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ class _Pass(threading.local):
     """What the hooks know of the running pass: several threads may run the model at once."""
 
     rows: torch.Tensor | None = None
-    output: torch.Tensor | None = None  # of the blocks, [B, S, H]; kept where rows are read
+    output: weakref.ref[torch.Tensor] | None = None  # of the blocks, [B, S, H], where rows are read
     cache: RemoteCache | None = None
     keep: int = 0
 
@@ -152,18 +153,20 @@ class DecoderBridge:
             self._layers.context = Context()
             if "past_key_values" in output:
                 output.past_key_values = self._pass.cache
-            self._pass.cache = self._pass.output = None
+            self._pass.cache = None
         return output
 
     def _after_layers(self, layers: nn.Module, args: Any, output: Any) -> None:
         if self.rows is not None and not self._layers.context.capture:
-            self._pass.output = output[0] if isinstance(output, tuple) else output
+            self._pass.output = weakref.ref(output[0] if isinstance(output, tuple) else output)
 
     def _normalise(self, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A norm of the owner; if it is the one behind the blocks, of the rows that are read only. All others are
-        zeros there, and to normalise them cost more than the rest of this process's step."""
-        rows = self.rows
-        if rows is None or hidden is not self._pass.output:
+        """A norm of the owner; the one behind the blocks normalises the rows that are read only.
+
+        All others are zeros there, and to normalise them cost more than the rest of this process's step.
+        """
+        rows, output = self.rows, self._pass.output
+        if rows is None or output is None or hidden is not output():
             return forward(hidden, *args, **kwargs)
         return put_rows(forward(take_rows(hidden, rows), *args, **kwargs), rows, *hidden.shape[:2])
 

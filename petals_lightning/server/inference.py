@@ -16,7 +16,7 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
 from petals_lightning.server.span import BlockSpan
 
-_RECENT = 1.0  # seconds
+_RECENT = 1.0  # seconds for which a session counts as in use after a step
 
 SessionKey = tuple[int, Any]  # stream, the client's number of the session
 
@@ -203,7 +203,7 @@ class CacheStore:
         return cache
 
     def is_alone(self, key: SessionKey) -> bool:
-        """Whether no other session was used of late."""
+        """Whether no other session is in use."""
         recent = time.monotonic() - _RECENT
         return not any(other != key and cache.last_used > recent for other, cache in self._caches.items())
 

@@ -61,7 +61,7 @@ class SessionStep(JointWork[Outputs]):
 
     @property
     def is_brief(self) -> bool:
-        """Whether the session's last step was, and this one is no larger."""
+        """Whether the session's last step took milliseconds, and this one is no larger."""
         return self.size <= self._cache.last_size and self._cache.last_seconds < _BRIEF
 
     def joins(self, others: Sequence[JointWork[Outputs]]) -> bool:
