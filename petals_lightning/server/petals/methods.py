@@ -41,7 +41,7 @@ from petals_lightning.server.backend import Backend, Refusal
 from petals_lightning.server.compute import Priority
 from petals_lightning.server.petals.reachability import CALL_ERRORS, Reachability
 from petals_lightning.server.petals.session import PetalsSession
-from petals_lightning.server.petals.stream import Arrival, CallStream, Charge, end_with_error
+from petals_lightning.server.petals.stream import Arrival, CallStream, Charge, end, end_with_error
 from petals_lightning.server.span import SpanInputs
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,9 @@ class PetalsMethods:
         try:
             await asyncio.wait({answering, reading}, return_when=asyncio.FIRST_COMPLETED)
             error = answering.result() if answering.done() else None
+        except BaseException:
+            writer.close()
+            raise
         finally:
             answering.cancel()
             reading.cancel()
@@ -134,10 +137,10 @@ class PetalsMethods:
                     logger.error("a call of …%s ended in disorder", peer[-6:], exc_info=result)
             stream.close()
             charge.close()
-            if error is None:
-                writer.close()
         if error is not None:
             await end_with_error(reader, writer, error)
+        else:
+            await end(reader, writer)
 
     def _let_in(self, peer: str) -> Charge:
         gate = Gate(self._backend.rules, peer, self._backend.peer_id)

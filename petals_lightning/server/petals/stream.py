@@ -25,7 +25,7 @@ from petals_lightning.server.admission import Accounts
 from petals_lightning.server.backend import Refusal
 
 _READ_AHEAD = 2  # messages
-_FAREWELL = 2.0  # seconds that a client has to read the error that ends its stream
+_FAREWELL = 2.0  # seconds that a client has to read what ends its stream
 
 
 class Charge:
@@ -145,6 +145,20 @@ class CallStream:
                 item.release()
 
 
+async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Ends the answer, and closes the stream when the client has read it.
+
+    A daemon that sees its end closed may reset the stream while the last messages are under way. They are lost then,
+    and Petals clients take what came for the whole answer.
+    """
+    try:
+        with suppress(ConnectionError, TimeoutError, RuntimeError):  # RuntimeError: of uvloop, if it is closed already
+            writer.write_eof()
+            await asyncio.wait_for(_let_pass(reader), _FAREWELL)
+    finally:
+        writer.close()
+
+
 async def end_with_error(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: str) -> None:
     """Says why a call ends, lets pass what the client still sends, so that it can read that, and closes the stream."""
     try:
@@ -156,6 +170,10 @@ async def end_with_error(reader: asyncio.StreamReader, writer: asyncio.StreamWri
 
 async def _say_farewell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: str) -> None:
     await _write(writer, P2P.ERROR_MARKER, RPCError(message=text).SerializeToString())
+    await _let_pass(reader)
+
+
+async def _let_pass(reader: asyncio.StreamReader) -> None:
     while await reader.read(1 << 16):
         pass
 
