@@ -11,7 +11,8 @@ medians compared (Llama of hidden 512 and 8 blocks, random; activations travel i
 - a training step through chains of servers, our streams against Petals' methods on the same kind of servers: there the
   prefix is in every sample, all positions are sent and fetched, inputs and prompts are sent again for the backward,
   which computes the forward again, and the client stands between all servers; in micro-batches cut for it as for ours,
-  and in as few as Petals makes; once with ours in bfloat16 on the wire;
+  and in as few as Petals makes (of 1,024 positions: our client sends such servers no more either); once with ours in
+  bfloat16 on the wire;
 - a training step, and decoding, with servers handing over to each other and without.
 
 Servers compute with real blocks, or with blocks that take a stated time (`throttled_server`).
@@ -36,7 +37,6 @@ import typer
 from benchmarks.decode import generate
 from benchmarks.rounds import alternate, print_table, save_rows
 from benchmarks.swarm import PREFIX, PROGRAM, batch_of, save_random_llama, start_server, training_rounds
-from petals_lightning.client import ClientConfig
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
@@ -45,7 +45,6 @@ from petals_lightning.models import (
 from tests.faults.proxy import SharedLink, TcpProxy, free_port
 
 BLOCKS = 8
-PETALS_TOKENS = 1024  # Petals' client cuts batches into pieces of at most so many positions
 
 
 @contextmanager
@@ -104,12 +103,6 @@ def main(
     torch.set_num_threads(threads)
     batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
     batch, prompt, rows = batch_of(batch_size, tokens), torch.randint(1, 1000, (1, 16)), []
-    samples = max(PETALS_TOKENS // (pre_seq_len + tokens), 1)
-    coarse = ClientConfig(
-        wire_dtype="float32",
-        min_microbatch_tokens=samples * tokens,
-        max_microbatch_tokens=samples * (pre_seq_len + tokens),
-    )
     program = PROGRAM
     if block_us is not None:
         program = "benchmarks.throttled_server", str(block_us)
@@ -132,7 +125,7 @@ def main(
                     tuning_mode="deep_ptune", pre_seq_len=pre_seq_len, num_labels=2,
                 )  # fmt: skip
                 models = {"ours": classifier(ours), "petals": classifier(petals)}
-                models["petals, coarse"] = classifier(petals, client_config=coarse)
+                models["petals, coarse"] = classifier(petals, min_microbatch_tokens=batch_size * tokens)
                 models["16 bit"] = classifier(ours, wire_dtype="bfloat16")
                 ways = {"ours": {}, "direct": {"server_to_server": False}} if count > 1 else {}
                 if ways:

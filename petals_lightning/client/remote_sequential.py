@@ -18,6 +18,7 @@ from petals_lightning.client.chain import BlockChain
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.inference import InferenceSession
 from petals_lightning.client.routing import RouteSpan
+from petals_lightning.client.rows import put_rows
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.view import SwarmView
 from petals_lightning.errors import UnsupportedInputError
@@ -169,8 +170,7 @@ class RemoteSequential(nn.Module):
                 hidden_states, prefix=self.context.prefix, deep=self.context.deep, rows=self.context.rows
             )
             if self.context.rows is not None:
-                whole = torch.zeros_like(hidden_states, requires_grad=False).flatten(0, 1)
-                output = whole.index_copy_(0, self.context.rows.long(), output).view_as(hidden_states)
+                output = put_rows(output, self.context.rows, *hidden_states.shape[:2])
         return (output,) if self._swarm.view.returns_tuple() else output
 
     def inference_session(

@@ -84,6 +84,17 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
     return BlockLayout(owner_path, list_name)
 
 
+def norms_of(owner: nn.Module, hidden_size: int) -> list[nn.Module]:
+    """Those of a decoder's own modules that have nothing but scales and shifts of a position's features."""
+    return [
+        child
+        for child in owner.children()
+        if not list(child.children())
+        and (parameters := list(child.parameters()))
+        and all(parameter.shape == (hidden_size,) for parameter in parameters)
+    ]
+
+
 def _holds_blocks(modules: nn.ModuleList) -> bool:
     return all(isinstance(module, GradientCheckpointingLayer) for module in modules) or all(
         "Block" in type(module).__name__ or "Layer" in type(module).__name__ for module in modules

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from petals_lightning.client import ClientConfig, RemoteSequential
+from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.loading import model_class
@@ -25,7 +26,6 @@ from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
 from petals_lightning.models.prompts import TuningMode
-from petals_lightning.models.read_rows import put_rows, take_rows
 from petals_lightning.models.thread_hooks import of_this_thread
 from petals_lightning.models.trainable import FrozenBody, attach_trainable
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix

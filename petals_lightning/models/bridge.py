@@ -22,10 +22,10 @@ from transformers.cache_utils import Cache
 
 from petals_lightning.client.inference import InferenceSession
 from petals_lightning.client.remote_sequential import Context, RemoteSequential
+from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.errors import UnsupportedInputError
-from petals_lightning.hf.skeleton import BlockLayout
+from petals_lightning.hf.skeleton import BlockLayout, norms_of
 from petals_lightning.models.prompts import Prompts
-from petals_lightning.models.read_rows import norms_of, put_rows, take_rows
 from petals_lightning.models.remote_cache import OffsetLayer, RemoteCache
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from petals_lightning.models.read_rows import take_rows
+from petals_lightning.client.rows import take_rows
 from petals_lightning.models.thread_hooks import of_this_thread
 
 

@@ -1,6 +1,6 @@
 """The one thread that computes. Requests wait in a queue that is fair between clients.
 
-Work of milliseconds may run on the event loop's own thread while that one is idle.
+While it is idle, work of milliseconds runs on the event loop's own thread.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ class JointWork(ABC, Generic[T]):
 
     Attributes:
         size: what of a batch's seconds it is charged goes with this.
+        is_brief: it takes so short that waking the compute thread and being woken by it would be a good part of that,
+            and nothing is likely to join it.
     """
 
     size: int
+    is_brief: bool = False
 
     @abstractmethod
     def __call__(self) -> T:
@@ -102,6 +105,7 @@ class ComputeThread:
         self._queue: FairQueue[_Job[Any]] = FairQueue()
         self._changed = threading.Condition()
         self._stopping = self._running = False
+        self._heap = HeapTrimmer()
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -112,27 +116,23 @@ class ComputeThread:
         return 0 if position is None else position + 1  # one is running
 
     async def run(
-        self,
-        priority: Priority,
-        work: Callable[[], T],
-        *,
-        client: str = "",
-        key: Hashable = None,
-        is_brief: bool = False,
+        self, priority: Priority, work: Callable[[], T], *, client: str = "", key: Hashable = None
     ) -> Timed[T]:
         """Runs `work` when its turn comes; if the caller is cancelled before that, it never runs.
+
+        Brief work runs here and now if nothing runs or waits; the event loop stands still meanwhile.
 
         Args:
             priority: among the requests of one client.
             work: a JointWork takes with it what waits at that moment and joins it; it never waits for company.
             client: whose share of the compute this counts on.
             key: names the request for `ahead`.
-            is_brief: it takes so short that waking another thread and being woken by it would be a good part of that.
-                If nothing runs or waits, it runs here and now, and the event loop stands still.
         """
-        if is_brief and self._is_idle():
+        if isinstance(work, JointWork) and work.is_brief and self._is_idle():
             started = time.perf_counter()  # nothing begins beside it: what is put into the queue comes from this thread
-            return Timed(work(), 0.0, time.perf_counter() - started)
+            timed = Timed(work(), 0.0, time.perf_counter() - started)
+            self._heap.trim()
+            return timed
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Timed[T]] = loop.create_future()
         job = _Job(work, result, loop, time.perf_counter())
@@ -161,7 +161,6 @@ class ComputeThread:
             return not (self._running or self._stopping or len(self._queue))
 
     def _work(self) -> None:
-        heap = HeapTrimmer()
         while True:
             with self._changed:
                 while not self._stopping and (ticket := self._queue.pop()) is None:
@@ -176,7 +175,7 @@ class ComputeThread:
             seconds = time.perf_counter() - began
             sizes = [(ticket.client, ticket.item.size) for ticket in tickets]
             del ticket, tickets  # or an idle thread would hold the last request's tensors
-            heap.trim()
+            self._heap.trim()
             with self._changed:
                 self._running = False
                 for client, size in sizes:

@@ -36,11 +36,14 @@ class SessionStep(JointWork[Outputs]):
     Args:
         span: the server's blocks.
         cache: the session, which has checked the request.
+        is_alone: no other session is in use, whose steps could join. It is brief then if the session's last step was,
+            and it is no larger.
     """
 
-    def __init__(self, span: BlockSpan, cache: SessionCache, request: StepRequest):
+    def __init__(self, span: BlockSpan, cache: SessionCache, request: StepRequest, *, is_alone: bool = False):
         self._span, self._cache, self._request = span, cache, request
         self.size = len(request.hidden) * request.hidden.shape[1]
+        self.is_brief = is_alone and self.size <= cache.last_size and cache.last_seconds < _BRIEF
         self._is_beyond = cache.turns_beyond(request)
         self._hypo_ids = request.hypo_ids
 
@@ -58,11 +61,6 @@ class SessionStep(JointWork[Outputs]):
         outputs = self._on_the_wire(self._cache.step(self._span, self._request))
         self._cache.last_size, self._cache.last_seconds = self.size, time.perf_counter() - began
         return outputs
-
-    @property
-    def is_brief(self) -> bool:
-        """Whether the session's last step took milliseconds, and this one is no larger."""
-        return self.size <= self._cache.last_size and self._cache.last_seconds < _BRIEF
 
     def joins(self, others: Sequence[JointWork[Outputs]]) -> bool:
         cache, request = self._cache, self._request

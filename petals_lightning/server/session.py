@@ -329,12 +329,9 @@ class Session:
         return Message(Method.OK, fields, tensors, int8_blockwise=request.wire_dtype == INT8_BLOCKWISE)
 
     async def _step(self, call_id: int, request: StepRequest, cache: SessionCache) -> Message:
-        step = SessionStep(self._backend.span, cache, request)
-        # Steps of several sessions join where they wait, so those do not run at once.
-        is_brief = step.is_brief and self._backend.caches.is_alone((self._number, request.session))
-        timed = await self._backend.compute.run(
-            Priority.DECODE, step, client=self._peer, key=(self._number, call_id), is_brief=is_brief
-        )
+        is_alone = self._backend.caches.is_alone((self._number, request.session))
+        step = SessionStep(self._backend.span, cache, request, is_alone=is_alone)
+        timed = await self._backend.compute.run(Priority.DECODE, step, client=self._peer, key=(self._number, call_id))
         fields = {"queue": timed.queued, "compute": timed.computed}
         return Message(Method.OK, fields, timed.value, int8_blockwise=request.wire_dtype == INT8_BLOCKWISE)
 

@@ -113,37 +113,6 @@ def test_a_request_that_was_cancelled_while_it_ran_is_dropped(compute):
     assert asyncio.run(main()) == 7
 
 
-def test_brief_work_runs_on_the_callers_thread_while_nothing_else_runs_or_waits(compute):
-    def brief() -> asyncio.Task:
-        return asyncio.create_task(compute.run(Priority.DECODE, threading.get_ident, is_brief=True))
-
-    async def main() -> list[bool]:
-        here = [(await brief()).value == threading.get_ident()]
-        release = await hold(compute)
-        beside_running = brief()
-        await asyncio.sleep(0)
-        release()
-        here.append((await beside_running).value == threading.get_ident())
-        release = await hold(compute)
-        waiting = asyncio.create_task(compute.run(Priority.FORWARD, lambda: None))
-        behind_waiting = brief()
-        await asyncio.sleep(0)
-        release()
-        here.append((await behind_waiting).value == threading.get_ident())
-        await waiting
-        return here
-
-    assert asyncio.run(main()) == [True, False, False]
-
-
-def test_an_exception_of_brief_work_reaches_its_caller(compute):
-    async def main() -> None:
-        with pytest.raises(ZeroDivisionError):
-            await compute.run(Priority.DECODE, lambda: 1 // 0, is_brief=True)
-
-    asyncio.run(main())
-
-
 class Adding(JointWork[list[int]]):
     """Gives the numbers of the batch that it was in."""
 
@@ -230,3 +199,36 @@ def test_stop_ends_the_thread_after_what_runs_and_drops_what_waits():
 
     assert asyncio.run(main()) == []
     assert not compute._thread.is_alive()
+
+
+class Brief(Adding):
+    """Gives the thread that it ran on."""
+
+    is_brief = True
+
+    def __call__(self) -> list[int]:
+        super().__call__()
+        return [threading.get_ident()]
+
+
+def test_brief_work_runs_on_the_callers_thread_while_nothing_else_runs(compute):
+    async def main() -> list[int]:
+        alone = await compute.run(Priority.DECODE, Brief(1))
+        release = await hold(compute)
+        beside = asyncio.create_task(compute.run(Priority.DECODE, Brief(2)))
+        await asyncio.sleep(0)
+        release()
+        behind = await beside
+        other = await compute.run(Priority.DECODE, threading.get_ident)
+        assert behind.value == [other.value]
+        return alone.value
+
+    assert asyncio.run(main()) == [threading.get_ident()]
+
+
+def test_an_exception_of_brief_work_reaches_its_caller(compute):
+    async def main() -> None:
+        with pytest.raises(ValueError, match="1 is wrong"):
+            await compute.run(Priority.DECODE, Brief(1, fails=True))
+
+    asyncio.run(main())

@@ -12,6 +12,7 @@ import torch
 
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.server import joint_steps
 from petals_lightning.server.backend import Refusal
 from petals_lightning.server.compute import ComputeThread, Priority
 from petals_lightning.server.inference import CacheStore, SessionCache
@@ -306,15 +307,19 @@ def test_a_step_is_brief_if_the_last_one_was_and_was_no_smaller(load_span):
     talk = Talk(load_span("llama"), 3)
     assert talk.cache.last_size == 3
     assert talk.cache.last_seconds > 0
-    step = talk.step()
+    one, three = talk.request(), talk.request(tokens=3)
+
+    def is_brief(request: StepRequest, **options) -> bool:
+        return SessionStep(talk.span, talk.cache, request, **options).is_brief
+
     talk.cache.last_seconds = 1.0
-    assert not step.is_brief
+    assert not is_brief(one, is_alone=True)
     talk.cache.last_seconds = 0.001
-    assert step.is_brief
-    step()
-    talk.cache.last_seconds = 0.001
-    assert talk.step().is_brief
-    assert not SessionStep(talk.span, talk.cache, talk.request(tokens=2)).is_brief
+    assert is_brief(three, is_alone=True)
+    assert not is_brief(three)
+    talk.cache.last_size = 1
+    assert is_brief(one, is_alone=True)
+    assert not is_brief(three, is_alone=True)
 
 
 def test_a_session_is_alone_while_no_other_was_used_of_late(load_span):
@@ -325,3 +330,29 @@ def test_a_session_is_alone_while_no_other_was_used_of_late(load_span):
     store.get((1, 0)).last_used -= 2
     assert store.is_alone((0, 0))
     assert not store.is_alone((1, 0))
+
+
+def test_steps_of_the_only_session_run_on_the_event_loops_thread(tiny_checkpoint, start_swarm, monkeypatch):
+    ran_on: list[str] = []
+    step = BlockSpan.step
+
+    def noted(span, *args, **kwargs):
+        ran_on.append(threading.current_thread().name)
+        return step(span, *args, **kwargs)
+
+    monkeypatch.setattr(BlockSpan, "step", noted)
+    monkeypatch.setattr(joint_steps, "_BRIEF", 60.0)
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)])
+    layers = remote_blocks(swarm.load(AutoDistributedModel, shared_peer=True))
+    position = torch.randn(1, 1, HIDDEN)
+    ran_on.clear()
+    with layers.inference_session(max_length=4) as first:
+        for _ in range(3):
+            first.step(position)
+        assert ran_on == ["compute", "swarm", "swarm"]
+        with layers.inference_session(max_length=4) as second:
+            second.step(position)
+            ran_on.clear()
+            first.step(position)
+            second.step(position)
+    assert ran_on == ["compute", "compute"]

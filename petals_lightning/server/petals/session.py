@@ -142,9 +142,8 @@ class PetalsSession:
         if not step.hidden.shape[1]:  # asks for room only
             return step.hidden.to(span.dtype)
 
-        work = SessionStep(span, cache, request)
-        is_brief = work.is_brief and self._backend.caches.is_alone(key)
-        timed = await self._backend.compute.run(Priority.DECODE, work, client=self._peer, is_brief=is_brief)
+        work = SessionStep(span, cache, request, is_alone=self._backend.caches.is_alone(key))
+        timed = await self._backend.compute.run(Priority.DECODE, work, client=self._peer)
         self._position += step.hidden.shape[1]
         return timed.value["hidden"]
 

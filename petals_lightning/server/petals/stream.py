@@ -152,9 +152,10 @@ async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Non
     and Petals clients take what came for the whole answer.
     """
     try:
-        with suppress(ConnectionError, TimeoutError, RuntimeError):  # RuntimeError: of uvloop, if it is closed already
-            writer.write_eof()
-            await asyncio.wait_for(_let_pass(reader), _FAREWELL)
+        with suppress(ConnectionError, TimeoutError):
+            if not writer.is_closing():
+                writer.write_eof()
+                await asyncio.wait_for(_let_pass(reader), _FAREWELL)
     finally:
         writer.close()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from petals_lightning.hf.skeleton import find_blocks
+from petals_lightning.client.rows import put_rows, take_rows
+from petals_lightning.hf.skeleton import find_blocks, norms_of
 from petals_lightning.models import AutoDistributedModelForSequenceClassification
 from petals_lightning.models.local import LocalModelForCausalLM
-from petals_lightning.models.read_rows import norms_of, put_rows, take_rows
 from tests.families import HIDDEN, TINY_CONFIGS
 from tests.models.test_parity import UNEVEN, right_padded_batch
 

@@ -9,7 +9,6 @@ Shapes: B batch, S tokens, N positions that are read, D features.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 
 def take_rows(batch: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -21,16 +20,5 @@ def put_rows(values: torch.Tensor, rows: torch.Tensor, batch_size: int, tokens: 
     """[1, N, D] or [N, D] → [B, S, D]: zeros but for `rows`."""
     features = values.shape[-1]
     batch = values.new_zeros(batch_size * tokens, features)
-    batch.index_copy_(0, rows.long().to(values.device), values.view(-1, features))
+    batch.index_copy_(0, rows.long().to(values.device), values.reshape(-1, features))
     return batch.view(batch_size, tokens, features)
-
-
-def norms_of(owner: nn.Module, hidden_size: int) -> list[nn.Module]:
-    """Those of a decoder's own modules that have nothing but scales and shifts of a position's features."""
-    return [
-        child
-        for child in owner.children()
-        if not list(child.children())
-        and (parameters := list(child.parameters()))
-        and all(parameter.shape == (hidden_size,) for parameter in parameters)
-    ]
