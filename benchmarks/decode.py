@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode                     # the rows of docs/performance.md
     python -m benchmarks.decode --new-tokens 128 --repeats 5
+    python -m benchmarks.decode --device cuda --dtype bfloat16 --hidden 4096 --blocks 16
 
 A random Llama (hidden 512, 8 blocks, float32 unless said otherwise). Rounds of both sides alternate in one run and
 medians are compared, since the machine may be noisy. Servers are processes of their own, each with as many threads as
@@ -39,12 +40,14 @@ def start_chain(
     spans: list[tuple[int, int]],
     threads: int,
     program: tuple[str, ...] = PROGRAM,
+    device: str = "cpu",
 ) -> tuple[list[subprocess.Popen[str]], str]:
     """A server for each span; returns their processes and the first one's address."""
     processes, maddr = [], ""
     for start, end in spans:
         join = ("--initial-peers", maddr) if maddr else ("--new-swarm",)
-        process, own = start_server(model, threads, "--block-indices", f"{start}:{end}", join=join, program=program)
+        options = ("--block-indices", f"{start}:{end}", "--device", device)
+        process, own = start_server(model, threads, *options, join=join, program=program)
         processes.append(process)
         maddr = maddr or own
     return processes, maddr
@@ -88,10 +91,10 @@ def rows_of_sessions(
     folder: str, maddr: str, sessions: list[int], prompt: torch.Tensor, new_tokens: int, repeats: int
 ) -> list[tuple[str, float, float]]:
     """A row for each number of sessions, against one; their prompts differ in length, and each is a peer of its own."""
-    models: list[torch.nn.Module] = [
-        AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=[maddr], dht_prefix=PREFIX)
-        for _ in range(max(sessions))
-    ]
+    models: list[torch.nn.Module] = []
+    for _ in range(max(sessions)):
+        model = AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=[maddr], dht_prefix=PREFIX)
+        models.append(model.to(prompt.device))
     prompts = [prompt[:, : max(prompt.shape[1] - index, 1)] for index in range(len(models))]
     evenness: dict[int, list[float]] = {count: [] for count in sessions}
 
@@ -120,28 +123,29 @@ def main(
     sessions: Annotated[str, typer.Option(help="Numbers of sessions at once, with commas.")] = "2,4,8",
     repeats: int = 5,
     threads: int = 2,
+    device: Annotated[str, typer.Option(help="Of both sides, and of the servers.")] = "cpu",
     output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
 ) -> None:
     """Prints a row per case."""
     torch.set_num_threads(threads)
-    prompt, long_prompt = torch.randint(1, 1000, (1, 16)), torch.randint(1, 1000, (1, prefill))
+    prompt, long_prompt = (torch.randint(1, 1000, (1, length), device=device) for length in (16, prefill))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         save_random_llama(folder, hidden=hidden, blocks=blocks, dtype=dtype)
         with quiet_transformers():
-            local = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+            local = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
         cuts = [round(blocks * part / 3) for part in range(4)]
         for name, spans in (("1 server", [(0, blocks)]), ("3 servers", list(itertools.pairwise(cuts)))):
-            servers, maddr = start_chain(folder, spans, threads)
+            servers, maddr = start_chain(folder, spans, threads, device=device)
             try:
                 remote = AutoDistributedModelForCausalLM.from_pretrained(
                     folder, initial_peers=[maddr], dht_prefix=PREFIX
                 )
-                models: dict[str, torch.nn.Module] = {"swarm": remote, "local": local}
+                models: dict[str, torch.nn.Module] = {"swarm": remote.to(device), "local": local}
                 if len(spans) > 1:
                     models["direct"] = AutoDistributedModelForCausalLM.from_pretrained(
                         folder, initial_peers=[maddr], dht_prefix=PREFIX, server_to_server=False
-                    )
+                    ).to(device)
                 seconds = alternate(rounds_of(models, prompt, new_tokens), repeats)
                 speeds = {side: new_tokens / elapsed for side, elapsed in seconds.items()}
                 rows.append((f"decode, {name}, tokens/s", speeds["swarm"], speeds["local"]))
@@ -160,7 +164,7 @@ def main(
                     server.terminate()
                 for server in servers:
                     server.wait()
-    title = f"Llama {hidden} × {blocks}, {dtype}, {threads} threads, batch 1, {new_tokens} new tokens"
+    title = f"Llama {hidden} × {blocks}, {dtype}, {device}, {threads} threads, batch 1, {new_tokens} new tokens"
     print_table(title, ("swarm", "reference", "swarm / reference"), rows)
     save_rows(rows, output)
 

@@ -117,12 +117,12 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
 
-def batch_of(batch: int, tokens: int) -> dict[str, torch.Tensor]:
-    input_ids = torch.randint(1, VOCABULARY, (batch, tokens))
+def batch_of(batch: int, tokens: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    input_ids = torch.randint(1, VOCABULARY, (batch, tokens), device=device)
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
-        "labels": torch.randint(0, 2, (batch,)),
+        "labels": torch.randint(0, 2, (batch,), device=device),
     }
 
 
@@ -132,6 +132,8 @@ def run_step(model: Callable[..., Any], optimizer: torch.optim.Optimizer, batch:
     optimizer.zero_grad()
     model(**batch).loss.backward()
     optimizer.step()
+    if batch["labels"].is_cuda:
+        torch.cuda.synchronize(batch["labels"].device)
     return time.perf_counter() - began
 
 

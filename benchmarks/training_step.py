@@ -2,6 +2,7 @@
 
     python -m benchmarks.training_step                       # the grid of docs/performance.md
     python -m benchmarks.training_step --cases 32x24x16 --dtype bfloat16 --repeats 30
+    python -m benchmarks.training_step --device cuda --dtype bfloat16 --hidden 4096 --blocks 16 --vocabulary 32000
 
 Both sides train the same prompts and head of the same random Llama (hidden 512, 8 blocks unless said otherwise); their
 steps are interleaved in one run and medians compared, since the machine may be noisy. The local side concatenates the
@@ -24,7 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rounds import save_rows
-from benchmarks.swarm import batch_of, classifier, optimizer_of, run_step, running_server, save_random_llama
+from benchmarks.swarm import (
+    VOCABULARY,
+    batch_of,
+    classifier,
+    optimizer_of,
+    run_step,
+    running_server,
+    save_random_llama,
+)
 from petals_lightning.models import remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 
@@ -37,23 +46,25 @@ def main(
     tuning_mode: str = "deep_ptune",
     repeats: int = 15,
     threads: int = 2,
+    device: Annotated[str, typer.Option(help="Of both sides, and of the server.")] = "cpu",
+    vocabulary: int = VOCABULARY,
     output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
 ) -> None:
     """Prints a row per case: seconds of both sides, their ratio, bytes on the streams."""
     torch.set_num_threads(threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        save_random_llama(folder, hidden=hidden, blocks=blocks, dtype=dtype)
-        with running_server(folder, threads) as (_, maddr):
+        save_random_llama(folder, hidden=hidden, blocks=blocks, dtype=dtype, vocabulary=vocabulary)
+        with running_server(folder, threads, "--device", device) as (_, maddr):
             for case in cases.split(","):
                 batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
                 options = {"tuning_mode": tuning_mode, "pre_seq_len": pre_seq_len, "num_labels": 2}
                 remote = classifier(folder, maddr, **options)
                 local = LocalModelForSequenceClassification.from_pretrained(folder, **options)
-                models = {"swarm": remote, "local": local}
+                models = {"swarm": remote.to(device), "local": local.to(device)}
                 optimizers = {name: optimizer_of(model) for name, model in models.items()}
                 seconds: dict[str, list[float]] = {"swarm": [], "local": []}
-                stats, batch = remote_blocks(remote).stats, batch_of(batch_size, tokens)
+                stats, batch = remote_blocks(remote).stats, batch_of(batch_size, tokens, device)
                 for repeat in range(repeats + 2):
                     before = stats.bytes_sent, stats.bytes_received
                     for name, model in models.items():
@@ -70,7 +81,9 @@ def main(
                         "bytes_received": moved[1],
                     }
                 )  # fmt: skip
-    table = Table(title=f"training step, Llama {hidden} × {blocks}, {dtype}, {tuning_mode}, {threads} threads")
+    table = Table(
+        title=f"training step, Llama {hidden} × {blocks}, {dtype}, {tuning_mode}, {device}, {threads} threads"
+    )
     for column in ("batch×tokens×P", "swarm ms", "local ms", "swarm / local", "MB sent", "MB received", "MB"):
         table.add_column(column, justify="right")
     for row in rows:

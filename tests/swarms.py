@@ -46,7 +46,7 @@ class InProcessSwarm:
         spans: blocks of each server.
         dtype, limits, rules, prefix: for all servers.
         servers: one of `SERVERS`.
-        share_prefix: as of `Server`.
+        share_prefix, device: as of `Server`.
     """
 
     def __init__(
@@ -61,10 +61,11 @@ class InProcessSwarm:
         initial_peers: Sequence[str] = (),
         servers: str = "ours",
         share_prefix: bool = True,
+        device: torch.device | str = "cpu",
     ):
         self._checkpoint, self._spans, self._kind, self._dtype = str(checkpoint), spans, servers, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
-        self._rules, self._share_prefix = rules, share_prefix
+        self._rules, self._share_prefix, self._device = rules, share_prefix, device
         self.servers: list[Server] = []
         self._models: list[Any] = []
         self._client: SwarmNode | None = None
@@ -98,6 +99,7 @@ class InProcessSwarm:
                 rules=self._rules,
                 petals_only=is_petals_only(self._kind, number),
                 share_prefix=self._share_prefix,
+                device=self._device,
                 update_period=30,
             )
             server.start()

@@ -140,11 +140,6 @@ def to_wire(tensor: torch.Tensor, wire_dtype: str, *, prompts: bool = False) -> 
     return tensor.detach().to(device="cpu", dtype=message_dtype(wire_dtype, prompts=prompts))
 
 
-def outputs_to_wire(outputs: dict[str, torch.Tensor], wire_dtype: str) -> dict[str, torch.Tensor]:
-    """`to_wire` of what a forward or a step gives: `hidden`, and the prefix if it was wanted."""
-    return {name: to_wire(tensor, wire_dtype, prompts=name == "prefix") for name, tensor in outputs.items()}
-
-
 def message_dtype(wire_dtype: str, *, prompts: bool = False) -> torch.dtype:
     """Of tensors in messages, on both ends.
 

@@ -1,12 +1,14 @@
 """The one thread that computes. Requests wait in a queue that is fair between clients.
 
-While it is idle, work of milliseconds runs on the event loop's own thread.
+While it is idle, work of milliseconds runs on the event loop's own thread. On a GPU, work only launches kernels: a
+second thread waits for their results, and the next request is launched meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -78,36 +80,60 @@ class _Job(Generic[T]):
     def size(self) -> int:
         return self.work.size if isinstance(self.work, JointWork) else 1
 
-    def run(self) -> None:
-        """Runs it alone, unless its caller is gone."""
-        if self.result.cancelled():
-            return
-        started = time.perf_counter()
+    def run(self) -> _Outcome[T]:
+        """Runs it alone."""
         try:
-            value = self.work()
+            return _Outcome(self, self.work())
         except BaseException as e:
-            self._settle(None, e)
-        else:
-            self.succeed(value, started)
+            return _Outcome(self, error=e)
 
-    def succeed(self, value: T, started: float) -> None:
-        self._settle(Timed(value, started - self.arrived, time.perf_counter() - started), None)
-
-    def _settle(self, value: Timed[T] | None, error: BaseException | None) -> None:
+    def settle(self, outcome: _Outcome[T], began: float, ended: float) -> None:
+        """Hands the outcome to who waits for it."""
+        timed: Timed[Any] = Timed(outcome.value, max(began - self.arrived, 0.0), ended - began)
         if not self.loop.is_closed():  # it is where the server has stopped without waiting for this
-            self.loop.call_soon_threadsafe(_set, self.result, value, error)
+            self.loop.call_soon_threadsafe(_set, self.result, timed, outcome.error)
+
+
+@dataclass
+class _Outcome(Generic[T]):
+    """What a job's work returned, or raised."""
+
+    job: _Job[T]
+    value: T | None = None
+    error: BaseException | None = None
+
+
+@dataclass
+class _Launch:
+    """Jobs that have run, as one batch or one job alone; `wait` returns when their results are there."""
+
+    outcomes: list[_Outcome[Any]]
+    shares: list[tuple[str, int]]  # of the seconds they take: client and size
+    began: float
+    wait: Callable[[], None] | None
 
 
 class ComputeThread:
-    """Runs functions one after another; torch releases the interpreter lock, so the event loop goes on."""
+    """Runs functions one after another; torch releases the interpreter lock, so the event loop goes on.
 
-    def __init__(self) -> None:
+    Args:
+        mark: where functions return before their results are there, as with a GPU: called after each, returns what
+            waits for them (`Transfers.mark`). Up to two functions are then under way.
+    """
+
+    def __init__(self, mark: Callable[[], Callable[[], None]] | None = None) -> None:
         self._queue: FairQueue[_Job[Any]] = FairQueue()
         self._changed = threading.Condition()
-        self._stopping = self._running = False
+        self._stopping = False
+        self._mark, self._depth = mark, 1 if mark is None else 2
+        self._under_way, self._ended = 0, 0.0
+        self._launches: queue.Queue[_Launch | None] = queue.Queue()
         self._heap = HeapTrimmer()
-        self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._work, name="compute", daemon=True)]
+        if mark is not None:
+            self._threads.append(threading.Thread(target=self._wait_for_results, name="results", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def ahead(self, key: Hashable) -> int:
         """About how many requests run before the one under `key`; 0 if it runs already or is done."""
@@ -128,7 +154,7 @@ class ComputeThread:
             client: whose share of the compute this counts on.
             key: names the request for `ahead`.
         """
-        if isinstance(work, JointWork) and work.is_brief and self._is_idle():
+        if isinstance(work, JointWork) and work.is_brief and self._mark is None and self._is_idle():
             started = time.perf_counter()  # nothing begins beside it: what is put into the queue comes from this thread
             timed = Timed(work(), 0.0, time.perf_counter() - started)
             self._heap.trim()
@@ -153,33 +179,66 @@ class ComputeThread:
         """
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        self._thread.join(timeout)
+            self._changed.notify_all()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
 
     def _is_idle(self) -> bool:
         with self._changed:
-            return not (self._running or self._stopping or len(self._queue))
+            return not (self._under_way or self._stopping or len(self._queue))
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not self._stopping and (ticket := self._queue.pop()) is None:
-                    self._changed.wait()
-                if self._stopping:
-                    return
-                assert ticket is not None
-                tickets = [ticket, *self._company(ticket.item)]
-                self._running = True
-            began = time.perf_counter()
-            _run([ticket.item for ticket in tickets])
-            seconds = time.perf_counter() - began
-            sizes = [(ticket.client, ticket.item.size) for ticket in tickets]
-            del ticket, tickets  # or an idle thread would hold the last request's tensors
+        while self._run_next():
             self._heap.trim()
-            with self._changed:
-                self._running = False
-                for client, size in sizes:
-                    self._queue.charge(client, seconds * size / sum(size for _, size in sizes))
+        self._launches.put(None)
+
+    def _run_next(self) -> bool:
+        """False if there is nothing more to run. (What it refers to is gone when it returns: an idle thread would hold
+        the last request's tensors.)"""
+        with self._changed:
+            while not self._stopping and (self._under_way == self._depth or not len(self._queue)):
+                self._changed.wait()
+            if self._stopping:
+                return False
+            first = self._queue.pop()
+            assert first is not None
+            tickets = [first, *self._company(first.item)]
+            self._under_way += 1
+        began = time.perf_counter()
+        outcomes = _run([ticket.item for ticket in tickets])
+        launch = _Launch(outcomes, [(ticket.client, ticket.item.size) for ticket in tickets], began, None)
+        if self._mark is None:
+            self._finish(launch)
+        else:
+            try:
+                launch.wait = self._mark()
+            except BaseException as e:  # a GPU says at any call that an earlier one failed
+                _fail(launch, e)
+            self._launches.put(launch)
+        return True
+
+    def _wait_for_results(self) -> None:
+        while (launch := self._launches.get()) is not None:
+            try:
+                if launch.wait is not None:
+                    launch.wait()
+            except BaseException as e:
+                _fail(launch, e)
+            self._finish(launch)
+            del launch
+
+    def _finish(self, launch: _Launch) -> None:
+        ended = time.perf_counter()
+        began, self._ended = max(launch.began, self._ended), ended  # of two launched, one is computed after the other
+        for outcome in launch.outcomes:
+            outcome.job.settle(outcome, began, ended)
+        size = sum(size for _, size in launch.shares)
+        with self._changed:
+            self._under_way -= 1
+            for client, own in launch.shares:
+                self._queue.charge(client, (ended - began) * own / size)
+            self._changed.notify()
 
     def _company(self, job: _Job[Any]) -> list[Ticket[_Job[Any]]]:
         """What waits and can run with a job."""
@@ -196,21 +255,22 @@ class ComputeThread:
         return self._queue.pop_company(joins)
 
 
-def _run(jobs: list[_Job[Any]]) -> None:
+def _run(jobs: list[_Job[Any]]) -> list[_Outcome[Any]]:
     """Runs jobs that join, as one batch; each alone if that fails, so that nobody pays for another's error."""
     jobs = [job for job in jobs if not job.result.cancelled()]
     if len(jobs) > 1 and isinstance(first := jobs[0].work, JointWork):
-        started = time.perf_counter()
         try:
             values = first.run_with([job.work for job in jobs[1:] if isinstance(job.work, JointWork)])
         except BaseException as e:
             logger.warning("%d requests failed as one batch; each is run alone", len(jobs), exc_info=e)
         else:
-            for job, value in zip(jobs, values, strict=True):
-                job.succeed(value, started)
-            return
-    for job in jobs:
-        job.run()
+            return [_Outcome(job, value) for job, value in zip(jobs, values, strict=True)]
+    return [job.run() for job in jobs if not job.result.cancelled()]
+
+
+def _fail(launch: _Launch, error: BaseException) -> None:
+    for outcome in launch.outcomes:
+        outcome.error = outcome.error or error
 
 
 def _set(future: asyncio.Future[Timed[T]], value: Timed[T] | None, error: BaseException | None) -> None:

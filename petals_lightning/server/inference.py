@@ -15,6 +15,7 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
 from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.transfers import Transfers
 
 _RECENT = 1.0  # seconds for which a session counts as in use after a step
 
@@ -128,15 +129,15 @@ class SessionCache:
         Returns:
             `hidden` [B, request.keep or n, H], and `prefix` [P, H] if wanted.
         """
-        inputs, length = self.begin(span.device, request), self.prefix_length
+        inputs, length = self.begin(span.transfers, request), self.prefix_length
         hidden, mask, positions = inputs.hidden, inputs.attention_mask, inputs.position_ids
         if request.prefix is not None:
-            prefix = request.prefix.to(span.device, hidden.dtype).expand(self.batch, -1, -1)
+            prefix = span.transfers.to_device(request.prefix).to(hidden.dtype).expand(self.batch, -1, -1)
             hidden = torch.cat([prefix, hidden], dim=1)
             if positions is not None:
                 counted = torch.arange(length, device=span.device).expand(self.batch, -1)
                 positions = torch.cat([counted, positions], dim=1)
-        deep = request.deep.to(span.device) if request.deep is not None else None
+        deep = span.transfers.to_device(request.deep) if request.deep is not None else None
         out = span.step(
             self.start, self.end, hidden, self.cache, deep=deep, attention_mask=mask, position_ids=positions
         )
@@ -145,14 +146,14 @@ class SessionCache:
             outputs["prefix"] = out[0, :length]  # the same in every sample
         return outputs
 
-    def begin(self, device: torch.device, request: StepRequest) -> StepInputs:
+    def begin(self, transfers: Transfers, request: StepRequest) -> StepInputs:
         """Drops positions that are held behind the step's."""
         length = 0 if request.prefix is not None else self.prefix_length + request.position
         for layer in self._layers:
             if (dropped := layer.get_seq_length() - length) > 0:
                 layer.crop(-dropped)
         hidden, mask, positions = (
-            tensor.to(device) if tensor is not None else None
+            transfers.to_device(tensor) if tensor is not None else None
             for tensor in (request.hidden, request.attention_mask, request.position_ids)
         )
         assert hidden is not None

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.protocol.requests import outputs_to_wire
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.backend import Refusal
 from petals_lightning.server.compute import JointWork
@@ -102,7 +101,7 @@ class SessionStep(JointWork[Outputs]):
             self._cache.reorder(hypo_ids)
 
     def _on_the_wire(self, outputs: Outputs) -> Outputs:
-        return outputs_to_wire(outputs, self._request.wire_dtype)
+        return self._span.transfers.outputs_to_wire(outputs, self._request.wire_dtype)
 
 
 @torch.inference_mode()
@@ -115,7 +114,7 @@ def step_together(span: BlockSpan, steps: Sequence[tuple[SessionCache, StepReque
         What `SessionCache.step` returns for each.
     """
     first, batches = steps[0][0], [cache.batch for cache, _ in steps]
-    begun = [cache.begin(span.device, request) for cache, request in steps]
+    begun = [cache.begin(span.transfers, request) for cache, request in steps]
     longest = max(inputs.length for inputs in begun)
     mask = positions = None
     if any(inputs.length < longest or inputs.attention_mask is not None for inputs in begun):

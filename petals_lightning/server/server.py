@@ -132,7 +132,7 @@ class Server:
             start, end = self._block_indices or self._choose_span(prefix, count)
             logger.info("loading blocks %d:%d of %s", start, end, self._checkpoint.name_or_path)
             span = self._load(start, end)
-            self._compute = ComputeThread()
+            self._compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None)
             self._backend = Backend(
                 span,
                 self._compute,

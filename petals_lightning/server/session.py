@@ -21,7 +21,7 @@ from petals_lightning.protocol.checks import floating, typed
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.handover import Envelope, Hop, carried_tensors, new_stream_key, read_route, split_reply
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
-from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, outputs_to_wire, to_wire
+from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 from petals_lightning.server.access import Gate
@@ -319,7 +319,7 @@ class Session:
             named = {"hidden": outputs[0]}
             if request.want_prefix and len(outputs) > 1:
                 named["prefix"] = outputs[1]
-            return graph, outputs_to_wire(named, request.wire_dtype)
+            return graph, backend.span.transfers.outputs_to_wire(named, request.wire_dtype)
 
         timed = await backend.compute.run(Priority.FORWARD, compute, client=self._peer, key=(self._number, call_id))
         graph, tensors = timed.value
@@ -351,8 +351,8 @@ class Session:
                 inputs = self._inputs(request.forward)
                 self._check_grads(request, inputs)
                 kept = span.forward_with_graph(inputs, input_grad=request.forward.input_grad)
-            grads = span.backward(kept, request.grad.to(span.device), _to(request.grad_prefix, span.device))
-            return {name: to_wire(grad, request.wire_dtype) for name, grad in grads.items()}
+            grads = span.backward(kept, request.grad, request.grad_prefix)
+            return {name: span.transfers.to_wire(grad, request.wire_dtype) for name, grad in grads.items()}
 
         timed = await self._backend.compute.run(
             Priority.BACKWARD, compute, client=self._peer, key=(self._number, call_id)
@@ -370,10 +370,8 @@ class Session:
         return graph
 
     def _inputs(self, request: ForwardRequest) -> SpanInputs:
-        device = self._backend.span.device
-        rows = request.rows.to(device, torch.int64) if request.rows is not None else None
-        prefix, deep = _to(request.prefix, device), _to(request.deep, device)
-        return SpanInputs(request.start, request.end, request.hidden.to(device), prefix, deep, rows)
+        rows = request.rows.long() if request.rows is not None else None
+        return SpanInputs(request.start, request.end, request.hidden, request.prefix, request.deep, rows)
 
     def _check_grads(self, request: BackwardRequest, inputs: SpanInputs) -> None:
         expected = list(inputs.hidden.shape) if inputs.rows is None else [len(inputs.rows), inputs.hidden.shape[2]]
@@ -396,7 +394,3 @@ def _failing(error: Refusal) -> Handler:
         raise error
 
     return fail
-
-
-def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return tensor.to(device) if tensor is not None else None

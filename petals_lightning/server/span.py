@@ -26,11 +26,12 @@ from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.cpu_decoding import threads_for
 from petals_lightning.server.kv_cache import SpanCache
 from petals_lightning.server.prefix_cache import KeysTaken, PrefixCache
+from petals_lightning.server.transfers import Transfers
 
 
 @dataclass
 class SpanInputs:
-    """What enters blocks [start, end).
+    """What enters blocks [start, end), on the host: the span moves what it needs.
 
     Attributes:
         hidden: [B, S, H].
@@ -118,6 +119,7 @@ class BlockSpan:
         self.share_prefix = self.skips_unread = self.joins_steps = True
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
+        self.transfers = Transfers(self.device)
         self.hidden_size = model.config.get_text_config().hidden_size
         self._config = model.config
         self.rotary_limit, self._window = rotary_limit(model.config), sliding_window(model.config)
@@ -141,7 +143,7 @@ class BlockSpan:
 
         Runs under whatever gradient mode the caller set. With a `prefix_cache` the prefix has been run before.
         """
-        hidden, prefix = inputs.hidden.to(self.dtype), inputs.prefix
+        hidden, prefix = self._moved(inputs.hidden), inputs.prefix
         prefix_out = None
         if prefix is None:
             out = self._run(_Call(inputs.start, inputs.end, hidden, self._deep(inputs)), None)
@@ -154,12 +156,12 @@ class BlockSpan:
             out = self._run(_Call(inputs.start, inputs.end, hidden, None), prefix_cache)
         else:
             count = len(prefix)
-            both = torch.cat([prefix.to(self.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
+            both = torch.cat([self._moved(prefix).expand(len(hidden), -1, -1), hidden], dim=1)
             both = self._run(_Call(inputs.start, inputs.end, both, self._deep(inputs)), None)
             # Every sample carries the same prefix, so any of them gives its output; the mean shares its gradient.
             prefix_out, out = both[:, :count].mean(0), both[:, count:]
         if inputs.rows is not None:
-            out = out.reshape(-1, out.shape[-1])[inputs.rows]
+            out = out.reshape(-1, out.shape[-1])[self.transfers.to_device(inputs.rows)]
         return out, prefix_out
 
     def run_prefix(self, inputs: SpanInputs, leaves: dict[str, torch.Tensor]) -> PrefixRun:
@@ -167,7 +169,7 @@ class BlockSpan:
         tracked = _with_leaves(inputs, leaves)
         assert tracked.prefix is not None
         cache = PrefixCache(len(self.blocks), inputs.start - self.start)
-        call = _Call(inputs.start, inputs.end, tracked.prefix.to(self.dtype)[None], self._deep(tracked))
+        call = _Call(inputs.start, inputs.end, self._moved(tracked.prefix)[None], self._deep(tracked))
         return PrefixRun(inputs, leaves, cache, self._run(call, cache)[0])
 
     def _reads_one_each(self, inputs: SpanInputs, prefix: int) -> bool:
@@ -179,7 +181,7 @@ class BlockSpan:
         (batch, tokens, _), rows = inputs.hidden.shape, inputs.rows
         if rows is None or len(rows) != batch or (self._window is not None and prefix + tokens > self._window):
             return False
-        return torch.equal(rows // tokens, torch.arange(batch, device=rows.device))
+        return torch.equal(rows // tokens, torch.arange(batch))
 
     def _run_skipping_unread(self, inputs: SpanInputs, hidden: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
         """Outputs [B, H] of the one position of each sample that is read.
@@ -199,14 +201,21 @@ class BlockSpan:
         with suppress(KeysTaken):
             self._run(_Call(last, inputs.end, hidden, None), taken)
             raise NotImplementedError("the block keeps no keys and values")
-        at, held = inputs.rows % tokens, taken.get_seq_length() + 1
+        at, held = self.transfers.to_device(inputs.rows % tokens), taken.get_seq_length() + 1
         positions = (held - tokens + at)[:, None]
         mask = torch.arange(held, device=at.device) <= positions
         read = hidden[torch.arange(batch, device=at.device), at][:, None]
         return self.step(last, inputs.end, read, taken, attention_mask=mask, position_ids=positions)[:, 0]
 
     def _deep(self, inputs: SpanInputs) -> torch.Tensor | None:
-        return inputs.deep.to(self.dtype) if inputs.deep is not None else None
+        return self._moved(inputs.deep) if inputs.deep is not None else None
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.transfers.to_device(tensor).to(self.dtype)
+
+    def _leaves(self, inputs: SpanInputs, *names: str) -> dict[str, torch.Tensor]:
+        given = {name: tensor for name in names if (tensor := getattr(inputs, name)) is not None}
+        return {name: self.transfers.to_device(tensor).detach().requires_grad_() for name, tensor in given.items()}
 
     def shares_prefix(self, prefix: int, tokens: int) -> bool:
         """Whether a prefix of so many positions runs once for samples of so many tokens.
@@ -228,17 +237,14 @@ class BlockSpan:
             input_grad: whether `hidden` needs a gradient.
             prefix_run: of an earlier call; used if it fits.
         """
-        leaves = {}
-        for name in ("hidden", "prefix", "deep"):
-            tensor = getattr(inputs, name)
-            if tensor is not None and (name != "hidden" or input_grad):
-                leaves[name] = tensor.detach().requires_grad_()
+        leaves = self._leaves(inputs, "hidden") if input_grad else {}
         with torch.enable_grad():
             if inputs.prefix is None or not self.shares_prefix(len(inputs.prefix), inputs.hidden.shape[1]):
+                leaves |= self._leaves(inputs, "prefix", "deep")
                 out, prefix_out = self.forward(_with_leaves(inputs, leaves))
                 return SpanGraph(inputs, [out] if prefix_out is None else [out, prefix_out], leaves)
             if prefix_run is None or not prefix_run.fits(inputs):
-                prefix_run = self.run_prefix(inputs, {name: leaf for name, leaf in leaves.items() if name != "hidden"})
+                prefix_run = self.run_prefix(inputs, self._leaves(inputs, "prefix", "deep"))
             leaves |= prefix_run.leaves
             cut = prefix_run.cache.detached()
             out, _ = self.forward(_with_leaves(inputs, leaves), cut)
@@ -254,8 +260,10 @@ class BlockSpan:
             grad: like the forward's output.
             grad_prefix: [P, H], or None where nothing behind this span reads the prefix.
         """
-        run, leaves, pairs = graph.prefix_run, graph.leaves, [(graph.outputs[0], grad)]
-        of_prefix = [(graph.outputs[1], grad_prefix)] if len(graph.outputs) > 1 and grad_prefix is not None else []
+        run, leaves, to_device = graph.prefix_run, graph.leaves, self.transfers.to_device
+        pairs, of_prefix = [(graph.outputs[0], to_device(grad))], []
+        if len(graph.outputs) > 1 and grad_prefix is not None:
+            of_prefix = [(graph.outputs[1], to_device(grad_prefix))]
         if run is None:
             grads = _gradients([*pairs, *of_prefix], leaves)
         else:

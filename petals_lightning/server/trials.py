@@ -43,7 +43,7 @@ def _changes_nothing(span: BlockSpan, option: str, rows: list[int] | None = None
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 5, span.hidden_size, generator=generator).to(span.device)
     prefix = torch.randn(3, span.hidden_size, generator=generator).to(span.device)
-    read = torch.tensor(rows, device=span.device) if rows is not None else None
+    read = torch.tensor(rows) if rows is not None else None
     inputs, chosen = SpanInputs(span.start, span.end, hidden, prefix, rows=read), getattr(span, option)
 
     def outputs(value: bool) -> torch.Tensor:

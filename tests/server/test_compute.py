@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 
@@ -198,7 +200,7 @@ def test_stop_ends_the_thread_after_what_runs_and_drops_what_waits():
         return ran
 
     assert asyncio.run(main()) == []
-    assert not compute._thread.is_alive()
+    assert not any(thread.is_alive() for thread in compute._threads)
 
 
 class Brief(Adding):
@@ -232,3 +234,106 @@ def test_an_exception_of_brief_work_reaches_its_caller(compute):
             await compute.run(Priority.DECODE, Brief(1, fails=True))
 
     asyncio.run(main())
+
+
+class Device:
+    """Results that are there only when a test says so, as a GPU's are when its kernels have run."""
+
+    def __init__(self) -> None:
+        self.marks: list[threading.Event] = []
+
+    def mark(self) -> Callable[[], None]:
+        self.marks.append(threading.Event())
+        return partial(self._wait, self.marks[-1])
+
+    def _wait(self, there: threading.Event) -> None:
+        if not there.wait(30):
+            raise TimeoutError("no kernel of this device ran")
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+@pytest.fixture
+def launching(device) -> Iterator[ComputeThread]:
+    thread = ComputeThread(device.mark)
+    yield thread
+    for there in device.marks:
+        there.set()
+    thread.stop(timeout=5)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_work_is_launched_while_the_results_of_one_before_are_awaited(device, launching):
+    async def main() -> None:
+        ran: list[int] = []
+        tasks = [
+            asyncio.create_task(launching.run(Priority.FORWARD, partial(ran.append, number))) for number in range(3)
+        ]
+        await until(lambda: len(device.marks) == 2)
+        await asyncio.sleep(0.05)
+        assert ran == [0, 1], "a third must wait until the first is there"
+        assert not tasks[0].done()
+        device.marks[0].set()
+        await tasks[0]
+        await until(lambda: len(device.marks) == 3)
+        assert not tasks[1].done()
+        device.marks[1].set()
+        device.marks[2].set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+
+
+def test_seconds_are_counted_until_results_are_there_and_once(device, launching, monkeypatch):
+    charged: list[float] = []
+    monkeypatch.setattr(launching._queue, "charge", lambda client, seconds: charged.append(seconds))
+
+    async def main() -> list[float]:
+        tasks = [asyncio.create_task(launching.run(Priority.FORWARD, lambda: None)) for _ in range(2)]
+        began = time.perf_counter()
+        await until(lambda: len(device.marks) == 2)
+        await asyncio.sleep(0.1)
+        device.marks[0].set()
+        first = await tasks[0]
+        device.marks[1].set()
+        second = await tasks[1]
+        took = time.perf_counter() - began
+        assert first.computed >= 0.1
+        assert first.computed + second.computed <= took
+        return [first.computed, second.computed]
+
+    assert asyncio.run(main()) == charged
+
+
+def test_a_kernel_that_fails_reaches_its_caller_and_the_thread_goes_on():
+    def fail() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    waits = iter([fail, lambda: None])
+    launching = ComputeThread(lambda: next(waits))
+
+    async def main() -> int:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            await asyncio.wait_for(launching.run(Priority.FORWARD, lambda: 1), 10)
+        return (await asyncio.wait_for(launching.run(Priority.FORWARD, lambda: 2), 10)).value
+
+    assert asyncio.run(main()) == 2
+    launching.stop(timeout=5)
+    assert not any(thread.is_alive() for thread in launching._threads)
+
+
+def test_brief_work_waits_for_its_results_elsewhere_than_on_the_callers_thread(device, launching):
+    async def main() -> list[int]:
+        task = asyncio.create_task(launching.run(Priority.DECODE, Brief(1)))
+        await until(lambda: len(device.marks) == 1)
+        device.marks[0].set()
+        return (await task).value
+
+    assert asyncio.run(main()) != [threading.get_ident()]

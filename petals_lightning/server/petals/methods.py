@@ -222,16 +222,16 @@ class PetalsMethods:
 
         def compute() -> ExpertResponse:
             graph = span.forward_with_graph(self._inputs(request), input_grad=True)
-            grads = span.backward(graph, request.grad.to(span.device), None)
+            grads = span.backward(graph, request.grad, None)
             return to_response([grad.to(span.dtype) for grad in grads.values()], request.output_compression)
 
         return (await self._backend.compute.run(Priority.BACKWARD, compute, client=peer)).value
 
     def _inputs(self, request: PetalsForward | PetalsBackward) -> SpanInputs:
-        device, prompts = self._backend.span.device, request.prompts
+        prompts = request.prompts
         if prompts is not None:  # their gradients are per sample, even where samples share them
-            prompts = prompts.to(device).expand(-1, len(request.hidden), -1, -1)
-        return SpanInputs(request.start, request.end, request.hidden.to(device), deep=prompts)
+            prompts = self._backend.span.transfers.to_device(prompts).expand(-1, len(request.hidden), -1, -1)
+        return SpanInputs(request.start, request.end, request.hidden, deep=prompts)
 
     async def _inference(self, stream: CallStream, peer: str) -> None:
         await PetalsSession(

@@ -1,0 +1,67 @@
+"""Tensors between host memory and the device that computes.
+
+A CPU needs none of this. To and from a GPU they go through pinned memory, on streams of their own, so that while one
+request computes, the inputs of the next and the outputs of the last travel. Nothing here waits: outputs are on their
+way when a request's work returns, and `ComputeThread` waits for `Transfers.mark` before anyone reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from petals_lightning.protocol.requests import message_dtype
+
+
+class Transfers:
+    """Copies to and from one device. For threads that compute; they share the device's current stream.
+
+    Args:
+        device: of the span's weights.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._inward = self._outward = None
+        if device.type == "cuda":
+            self._inward, self._outward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """For kernels that are launched from now on."""
+        if self._inward is None or tensor.device == self.device:
+            return tensor.to(self.device)
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._inward):
+            moved = tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
+        computing.wait_stream(self._inward)
+        moved.record_stream(computing)  # or its memory would be given to the next input while kernels still read it
+        return moved
+
+    def to_wire(self, tensor: torch.Tensor, wire_dtype: str, *, prompts: bool = False) -> torch.Tensor:
+        """As a message takes it (`protocol.requests.to_wire`); to be read once the next mark is reached."""
+        tensor = tensor.detach().to(message_dtype(wire_dtype, prompts=prompts))
+        if self._outward is None:
+            return tensor.cpu()
+        tensor = tensor.contiguous()
+        self._outward.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._outward):
+            sent = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            sent.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._outward)
+        return sent
+
+    def outputs_to_wire(self, outputs: dict[str, torch.Tensor], wire_dtype: str) -> dict[str, torch.Tensor]:
+        """`to_wire` of what a forward or a step gives: `hidden`, and the prefix if it was wanted."""
+        return {name: self.to_wire(tensor, wire_dtype, prompts=name == "prefix") for name, tensor in outputs.items()}
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether work returns before its outputs are there; see `mark`."""
+        return self._outward is not None
+
+    def mark(self) -> Callable[[], None]:
+        """What waits until all is there that was to be computed and to travel so far."""
+        assert self._outward is not None
+        self._outward.wait_stream(torch.cuda.current_stream(self.device))
+        return self._outward.record_event().synchronize
