@@ -231,14 +231,14 @@ class ComputeThread:
     def _finish(self, launch: _Launch) -> None:
         ended = time.perf_counter()
         began, self._ended = max(launch.began, self._ended), ended  # of two launched, one is computed after the other
-        for outcome in launch.outcomes:
-            outcome.job.settle(outcome, began, ended)
         size = sum(size for _, size in launch.shares)
         with self._changed:
             self._under_way -= 1
             for client, own in launch.shares:
                 self._queue.charge(client, (ended - began) * own / size)
             self._changed.notify()
+        for outcome in launch.outcomes:  # last, so that it is idle for who comes again at once
+            outcome.job.settle(outcome, began, ended)
 
     def _company(self, job: _Job[Any]) -> list[Ticket[_Job[Any]]]:
         """What waits and can run with a job."""

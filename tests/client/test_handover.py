@@ -267,7 +267,10 @@ def test_graphs_that_are_gone_are_computed_again_and_then_kept_here(tiny_checkpo
 
 
 @pytest.mark.parametrize("number", range(len(THREE)))
-def test_a_stream_that_ends_between_forward_and_backward_counts_as_a_retry(number, tiny_checkpoint, start_swarm):
+def test_a_stream_that_ends_between_forward_and_backward_counts_as_a_retry(
+    number, tiny_checkpoint, start_swarm, monkeypatch
+):
+    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)  # as above
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, *THREE])
     remote, local = load_pair(checkpoint, swarm)
