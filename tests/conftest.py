@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name != "training")  # the longest first: workers end together
     for item in items:
         mark, call = item.get_closest_marker("ours"), getattr(item, "callspec", None)
         servers = call.params.get("servers") if call is not None else None
