@@ -46,7 +46,7 @@ class InProcessSwarm:
         spans: blocks of each server.
         dtype, limits, rules, prefix: for all servers.
         servers: one of `SERVERS`.
-        share_prefix, device: as of `Server`.
+        share_prefix, device, throughput: as of `Server`.
     """
 
     def __init__(
@@ -62,10 +62,12 @@ class InProcessSwarm:
         servers: str = "ours",
         share_prefix: bool = True,
         device: torch.device | str = "cpu",
+        throughput: float | None = None,
     ):
         self._checkpoint, self._spans, self._kind, self._dtype = str(checkpoint), spans, servers, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
         self._rules, self._share_prefix, self._device = rules, share_prefix, device
+        self._throughput = throughput
         self.servers: list[Server] = []
         self._models: list[Any] = []
         self._client: SwarmNode | None = None
@@ -100,6 +102,7 @@ class InProcessSwarm:
                 petals_only=is_petals_only(self._kind, number),
                 share_prefix=self._share_prefix,
                 device=self._device,
+                throughput=self._throughput,
                 update_period=30,
             )
             server.start()

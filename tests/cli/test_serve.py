@@ -130,7 +130,8 @@ def test_a_bootstrap_peer_keeps_its_address_and_servers_join_where_they_are_need
     second = run("bootstrap", *identity).wait_ready()
     assert second.peer_id == first.peer_id
     checkpoint = tiny_checkpoint("llama")
-    start_swarm(checkpoint, [(0, 2), (1, 2), (3, 4)], initial_peers=[second.maddr])
+    # Throughput as on a quiet machine: where it is measured beside other tests, one server may seem worth two.
+    start_swarm(checkpoint, [(0, 2), (1, 2), (3, 4)], initial_peers=[second.maddr], throughput=1.0)
     chosen = run(*serve(checkpoint, "--initial-peers", second.maddr, "--num-blocks", "2")).wait_ready()
     assert chosen.ready.startswith("ready: blocks 2:4 "), "the swarm is thinnest there"
     client = join(second.maddr)
