@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve the servers
 
@@ -15,6 +16,9 @@ import pytest
 from tests.families import TINY_CONFIGS, save_heavier_checkpoint, save_tiny_checkpoint
 from tests.swarms import SERVERS, InProcessSwarm, ServerProcess, serve_options
 from tests.text_models import save_tiny_text_model, write_dataset
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that tests start are interrupted by tests
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
