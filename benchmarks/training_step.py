@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_step                       # the grid of docs/performance.md
     python -m benchmarks.training_step --cases 32x24x16 --dtype bfloat16 --repeats 30
-    python -m benchmarks.training_step --device cuda --dtype bfloat16 --hidden 4096 --blocks 16 --vocabulary 32000
+    python -m benchmarks.training_step --device cuda --dtype bfloat16 --hidden 4096 --blocks 16
 
 Both sides train the same prompts and head of the same random Llama (hidden 512, 8 blocks unless said otherwise); their
 steps are interleaved in one run and medians compared, since the machine may be noisy. The local side concatenates the
@@ -25,15 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rounds import save_rows
-from benchmarks.swarm import (
-    VOCABULARY,
-    batch_of,
-    classifier,
-    optimizer_of,
-    run_step,
-    running_server,
-    save_random_llama,
-)
+from benchmarks.swarm import batch_of, classifier, optimizer_of, run_step, running_server, save_random_llama
 from petals_lightning.models import remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 
@@ -47,14 +39,13 @@ def main(
     repeats: int = 15,
     threads: int = 2,
     device: Annotated[str, typer.Option(help="Of both sides, and of the server.")] = "cpu",
-    vocabulary: int = VOCABULARY,
     output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
 ) -> None:
     """Prints a row per case: seconds of both sides, their ratio, bytes on the streams."""
     torch.set_num_threads(threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        save_random_llama(folder, hidden=hidden, blocks=blocks, dtype=dtype, vocabulary=vocabulary)
+        save_random_llama(folder, hidden=hidden, blocks=blocks, dtype=dtype)
         with running_server(folder, threads, "--device", device) as (_, maddr):
             for case in cases.split(","):
                 batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))

@@ -87,12 +87,6 @@ class _Job(Generic[T]):
         except BaseException as e:
             return _Outcome(self, error=e)
 
-    def settle(self, outcome: _Outcome[T], began: float, ended: float) -> None:
-        """Hands the outcome to who waits for it."""
-        timed: Timed[Any] = Timed(outcome.value, max(began - self.arrived, 0.0), ended - began)
-        if not self.loop.is_closed():  # it is where the server has stopped without waiting for this
-            self.loop.call_soon_threadsafe(_set, self.result, timed, outcome.error)
-
 
 @dataclass
 class _Outcome(Generic[T]):
@@ -101,6 +95,12 @@ class _Outcome(Generic[T]):
     job: _Job[T]
     value: T | None = None
     error: BaseException | None = None
+
+    def settle(self, began: float, ended: float) -> None:
+        """Hands it to who waits for it."""
+        job, timed = self.job, Timed(self.value, max(began - self.job.arrived, 0.0), ended - began)
+        if not job.loop.is_closed():  # it is where the server has stopped without waiting for this
+            job.loop.call_soon_threadsafe(_set, job.result, timed, self.error)
 
 
 @dataclass
@@ -125,7 +125,7 @@ class ComputeThread:
         self._queue: FairQueue[_Job[Any]] = FairQueue()
         self._changed = threading.Condition()
         self._stopping = False
-        self._mark, self._depth = mark, 1 if mark is None else 2
+        self._mark = mark
         self._under_way, self._ended = 0, 0.0
         self._launches: queue.Queue[_Launch | None] = queue.Queue()
         self._heap = HeapTrimmer()
@@ -197,7 +197,7 @@ class ComputeThread:
         """False if there is nothing more to run. (What it refers to is gone when it returns: an idle thread would hold
         the last request's tensors.)"""
         with self._changed:
-            while not self._stopping and (self._under_way == self._depth or not len(self._queue)):
+            while not self._stopping and (self._under_way == (1 if self._mark is None else 2) or not len(self._queue)):
                 self._changed.wait()
             if self._stopping:
                 return False
@@ -238,7 +238,7 @@ class ComputeThread:
                 self._queue.charge(client, (ended - began) * own / size)
             self._changed.notify()
         for outcome in launch.outcomes:  # last, so that it is idle for who comes again at once
-            outcome.job.settle(outcome, began, ended)
+            outcome.settle(began, ended)
 
     def _company(self, job: _Job[Any]) -> list[Ticket[_Job[Any]]]:
         """What waits and can run with a job."""
@@ -273,11 +273,10 @@ def _fail(launch: _Launch, error: BaseException) -> None:
         outcome.error = outcome.error or error
 
 
-def _set(future: asyncio.Future[Timed[T]], value: Timed[T] | None, error: BaseException | None) -> None:
+def _set(future: asyncio.Future[Any], value: Timed[Any], error: BaseException | None) -> None:
     if future.cancelled():
         return
     if error is not None:
         future.set_exception(error)
     else:
-        assert value is not None
         future.set_result(value)

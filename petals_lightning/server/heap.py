@@ -12,7 +12,7 @@ _STATM = Path("/proc/self/statm")
 
 
 class HeapTrimmer:
-    """For the thread that computes on a CPU.
+    """For the threads that compute on a CPU; if two look at once, it is trimmed twice.
 
     glibc keeps freed memory in its heap, between tensors that stay: graphs and caches of 512 MiB made the process 690
     MiB larger. Its own remedy, a system mapping for each tensor (`MALLOC_MMAP_THRESHOLD_`), made steps take 1.37 times

@@ -31,14 +31,14 @@ from petals_lightning.server.transfers import Transfers
 
 @dataclass
 class SpanInputs:
-    """What enters blocks [start, end), on the host: the span moves what it needs.
+    """What enters blocks [start, end). The span moves to its device what it needs there.
 
     Attributes:
         hidden: [B, S, H].
         prefix: [P, H] hidden states of the prefix, or None without prompts.
         deep: [n, P, H] prompts added before each block, or None. Without a prefix they are added to the first P
             positions of `hidden`, and may be [n, B, P, H].
-        rows: [N] indices into the B·S positions whose outputs are wanted, or None for all.
+        rows: [N] indices into the B·S positions whose outputs are wanted, on the host, or None for all.
     """
 
     start: int

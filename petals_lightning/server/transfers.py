@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from petals_lightning.protocol.requests import message_dtype
+from petals_lightning.protocol.requests import message_dtype, to_wire
 
 
 class Transfers:
@@ -40,10 +40,9 @@ class Transfers:
 
     def to_wire(self, tensor: torch.Tensor, wire_dtype: str, *, prompts: bool = False) -> torch.Tensor:
         """As a message takes it (`protocol.requests.to_wire`); to be read once the next mark is reached."""
-        tensor = tensor.detach().to(message_dtype(wire_dtype, prompts=prompts))
         if self._outward is None:
-            return tensor.cpu()
-        tensor = tensor.contiguous()
+            return to_wire(tensor, wire_dtype, prompts=prompts)
+        tensor = tensor.detach().to(message_dtype(wire_dtype, prompts=prompts)).contiguous()
         self._outward.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._outward):
             sent = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -41,8 +41,8 @@ def verify_skipping(span: BlockSpan) -> bool:
 def _changes_nothing(span: BlockSpan, option: str, rows: list[int] | None = None) -> bool:
     """Whether a span's outputs are the same with an option and without; `rows` are of three samples of five tokens."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 5, span.hidden_size, generator=generator).to(span.device)
-    prefix = torch.randn(3, span.hidden_size, generator=generator).to(span.device)
+    hidden = torch.randn(3, 5, span.hidden_size, generator=generator)
+    prefix = torch.randn(3, span.hidden_size, generator=generator)
     read = torch.tensor(rows) if rows is not None else None
     inputs, chosen = SpanInputs(span.start, span.end, hidden, prefix, rows=read), getattr(span, option)
 

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,15 +118,13 @@ class TerminalProcess:
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
-    def type_until(self, keys: str, text: str) -> None:
-        """Types the keys until `text` is shown: a signal that reaches readline between its prompt and its wait
-        for keys is only looked at with the next key, and a loaded machine may pause it just there."""
-        for _ in range(10):
-            self.type(keys)
-            with suppress(AssertionError):
-                self.wait_for(text, timeout=5)
-                return
-        self.wait_for(text)
+    def wait_until_it_waits(self, timeout: float = 90.0) -> None:
+        """Returns when keys are waited for. readline looks at a signal that comes between its prompt and that only
+        with the next key, and a loaded machine may pause it just there."""
+        deadline = time.monotonic() + timeout
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
     def close(self) -> None:
         self.process.kill()
@@ -147,7 +145,9 @@ def test_a_chat_in_a_terminal(tmp_path, start_swarm):
         terminal.type("w1 w2\n")
         first = terminal.wait_for("> ")
         assert "tokens/s" in first
-        terminal.type_until("\x03", "/exit or Ctrl-D leaves")
+        terminal.wait_until_it_waits()
+        terminal.type("\x03")
+        assert "/exit or Ctrl-D leaves" in terminal.wait_for("> ")
         caches = [(server, server._backend.caches) for server in swarm.servers[1:]]
         used = [server for server, cache in caches if cache.free_bytes < cache.max_bytes]
         assert len(used) == 1
