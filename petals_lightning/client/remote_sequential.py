@@ -5,7 +5,6 @@ Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows tha
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,12 @@ import torch
 from torch import nn
 
 from petals_lightning.client.autograd import RemoteBlocks, RemoteRunner
+from petals_lightning.client.block_pass import BlockPass
 from petals_lightning.client.chain import BlockChain
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.inference import InferenceSession
 from petals_lightning.client.routing import RouteSpan
-from petals_lightning.client.rows import put_rows
+from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.view import SwarmView
 from petals_lightning.errors import UnsupportedInputError
@@ -38,52 +38,21 @@ class _Swarm:
     closed: bool = False
 
 
-@dataclass
-class Context:
-    """What the model around the blocks wants of the next pass, besides the hidden states.
-
-    Attributes:
-        prefix: [P, H] hidden states in front of every sample, or None.
-        deep: [L, P, H] prompts added before each block, or None.
-        rows: [N] indices into B·S whose outputs are read, None for all; others come back as zeros.
-        capture: do not run: keep the input in `captured` and return it.
-        session: take the input as the session's next positions, instead of running it for itself.
-        attention_mask, position_ids: for the session's step.
-        keep: how many of the last outputs of the step are read, 0 for all; others come back as zeros.
-    """
-
-    prefix: torch.Tensor | None = None
-    deep: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
-    capture: bool = False
-    captured: torch.Tensor | None = None
-    session: InferenceSession | None = None
-    attention_mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-    keep: int = 0
-
-
 class RemoteSequential(nn.Module):
     """Blocks [start, end) of a model on servers of a swarm; made by `connect`.
 
     `layers(hidden_states)` with [B, S, H] gives [B, S, H], with gradients. `layers[a:b]` is a sub-sequence, `layers[i]`
     one block. Iterating yields a single step that runs them all: decoders loop over their layers, and the swarm is
     one layer to them.
+
+    Attributes:
+        returns_tuple: put outputs into tuples, for a decoder that expects this of its blocks.
     """
 
     def __init__(self, swarm: _Swarm, start: int, end: int):
         super().__init__()
         self._swarm, self.start, self.end = swarm, start, end
-        self._thread = threading.local()
-
-    @property
-    def context(self) -> Context:
-        """Of this thread's next pass."""
-        return getattr(self._thread, "context", None) or Context()
-
-    @context.setter
-    def context(self, context: Context) -> None:
-        self._thread.context = context
+        self.returns_tuple = False
 
     @classmethod
     def connect(
@@ -94,7 +63,6 @@ class RemoteSequential(nn.Module):
         num_blocks: int,
         hidden_size: int,
         fingerprint: str | None = None,
-        returns_tuple: bool = False,
         config: ClientConfig | None = None,
         owns_node: bool = False,
         rotary_switch: int | None = None,
@@ -105,7 +73,6 @@ class RemoteSequential(nn.Module):
         Args:
             node: this process's peer, started.
             dht_prefix, num_blocks, hidden_size, fingerprint: the model; servers of another are not used.
-            returns_tuple: its blocks are known to return tuples; servers with our method say so themselves.
             config: timeouts, filters, wire dtype.
             owns_node: close the node with the blocks.
             rotary_switch: positions beyond which the model turns all of them by other rotary factors, if it does.
@@ -122,7 +89,6 @@ class RemoteSequential(nn.Module):
             num_blocks=num_blocks,
             hidden_size=hidden_size,
             fingerprint=fingerprint,
-            returns_tuple=returns_tuple,
             sliding_window=sliding_window,
             config=config,
             stats=stats,
@@ -153,25 +119,27 @@ class RemoteSequential(nn.Module):
         """Runs the blocks.
 
         Args:
-            hidden_states: [B, S, H]. What decoders pass besides (masks, rotary embeddings) is made anew on servers.
+            hidden_states: [B, S, H]. Of what decoders pass besides only a `BlockPass` is used; masks and rotary
+                embeddings are made on servers.
 
         Returns:
-            [B, S, H]; inside a tuple for families whose blocks return tuples.
+            [B, S, H]; with `returns_tuple`, inside a tuple.
 
         Raises:
             SwarmError: servers failed beyond what retries can mend.
         """
-        if self.context.capture:
-            self.context.captured = output = hidden_states
-        elif self.context.session is not None:
-            output = self._step(hidden_states, self.context.session)
+        call = BlockPass.among((*args, *kwargs.values())) or BlockPass()
+        call.entered = hidden_states
+        if call.session is not None:
+            output = self._step(hidden_states, call, call.session)
         else:
-            output, _ = self.run(
-                hidden_states, prefix=self.context.prefix, deep=self.context.deep, rows=self.context.rows
-            )
-            if self.context.rows is not None:
-                output = put_rows(output, self.context.rows, *hidden_states.shape[:2])
-        return (output,) if self._swarm.view.returns_tuple() else output
+            if not call.identity:
+                output, _ = self.run(hidden_states, prefix=call.prefix, deep=call.deep, rows=call.rows)
+            else:
+                output = hidden_states if call.rows is None else take_rows(hidden_states, call.rows)
+            if call.rows is not None:
+                output = put_rows(output, call.rows, *hidden_states.shape[:2])
+        return (output,) if self.returns_tuple else output
 
     def inference_session(
         self, *, max_length: int, prefix: torch.Tensor | None = None, deep: torch.Tensor | None = None
@@ -236,12 +204,10 @@ class RemoteSequential(nn.Module):
         )
         return out, prefix_out if want_prefix and prefix is not None else None
 
-    def _step(self, hidden_states: torch.Tensor, session: InferenceSession) -> torch.Tensor:
-        context, tokens = self.context, hidden_states.shape[1]
-        keep = min(context.keep, tokens)
-        out = session.step(
-            hidden_states, attention_mask=context.attention_mask, position_ids=context.position_ids, keep=keep
-        )
+    def _step(self, hidden_states: torch.Tensor, call: BlockPass, session: InferenceSession) -> torch.Tensor:
+        tokens = hidden_states.shape[1]
+        keep = min(call.keep, tokens)
+        out = session.step(hidden_states, attention_mask=call.attention_mask, position_ids=call.position_ids, keep=keep)
         return nn.functional.pad(out, (0, 0, tokens - out.shape[1], 0))
 
     def __len__(self) -> int:

@@ -58,7 +58,6 @@ class SwarmView:
         node: this process's peer, started.
         dht_prefix, num_blocks, hidden_size: the model.
         fingerprint: of the model's weights here; servers that state another one are not used.
-        returns_tuple: this family's blocks are known to return tuples.
         sliding_window: how far back the model's attention reaches, padding counted; None: to the first position.
         config: timeouts and filters.
         stats: counts bytes and retries.
@@ -72,7 +71,6 @@ class SwarmView:
         num_blocks: int,
         hidden_size: int,
         fingerprint: str | None,
-        returns_tuple: bool,
         sliding_window: int | None,
         config: ClientConfig,
         stats: TransferStats,
@@ -80,7 +78,7 @@ class SwarmView:
         self.node, self.dht_prefix, self.num_blocks, self.config = node, dht_prefix, num_blocks, config
         self.handover, self.paces = HandoverPolicy(config), Paces()
         self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
-        self._returns_tuple, self._window = returns_tuple, sliding_window
+        self._window = sliding_window
         self._directory = SwarmDirectory(node.dht)
         self._spans: dict[str, tuple[int, int]] = {}
         self._records: dict[str, ServerRecord] = {}
@@ -282,12 +280,6 @@ class SwarmView:
         """What a server says of itself, if we have met it."""
         connection = self._connections.get(peer)
         return connection.info if connection is not None else {}
-
-    def returns_tuple(self) -> bool:
-        """Whether this family's blocks return tuples, as is known of it or as its servers say."""
-        return self._returns_tuple or any(
-            connection.info.get("returns_tuple") for connection in self._connections.values()
-        )
 
     def _usable(self, tokens: int) -> list[ServerSpan]:
         spans = []

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-from transformers.utils import cached_file
 
 from petals_lightning.errors import CheckpointError, UnsupportedModelError
+from petals_lightning.hf.compat import find_file
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -162,15 +162,9 @@ class Checkpoint:
 
     def _find(self, file_name: str) -> Path | None:
         try:
-            path = cached_file(
-                self.name_or_path,
-                file_name,
-                _raise_exceptions_for_missing_entries=False,
-                **{k: v for k, v in self._hub.items() if v is not None},
-            )
+            return find_file(self.name_or_path, file_name, **self._hub)
         except OSError as e:
             raise CheckpointError(f"cannot fetch {file_name} of model {self.name_or_path!r}: {_first_line(e)}") from e
-        return Path(path) if path is not None else None
 
 
 # What a user or a fine-tuning run may change without another result of the blocks.

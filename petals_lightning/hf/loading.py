@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from petals_lightning.errors import CheckpointError, UnsupportedModelError
 from petals_lightning.hf.checkpoint import Checkpoint
+from petals_lightning.hf.compat import class_for, quiet_transformers
 from petals_lightning.hf.skeleton import BlockLayout, Part, num_blocks, prune
 
 logger = logging.getLogger(__name__)
@@ -26,14 +26,13 @@ def model_class(auto_class: Any, checkpoint: Checkpoint) -> type[PreTrainedModel
     Raises:
         UnsupportedModelError: the family has no such class.
     """
-    try:
-        found = auto_class._model_mapping[type(checkpoint.config)]
-    except KeyError as e:
+    found = class_for(auto_class, type(checkpoint.config))
+    if found is None:
         raise UnsupportedModelError(
             f"model type {checkpoint.config.model_type!r} of {checkpoint.name_or_path!r} has no class for "
             f"{auto_class.__name__}"
-        ) from e
-    return found[0] if isinstance(found, (list, tuple)) else found
+        )
+    return found
 
 
 def load_pruned(
@@ -103,20 +102,6 @@ def load_pruned(
         )
     model.requires_grad_(False)
     return model.eval(), layouts[-1]
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' loading report and bar off the screen: what is missing is checked here, in our own words."""
-    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bar:
-            hf_logging.enable_progress_bar()
 
 
 def _resolve_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint, lazy: dict[str, Any]) -> torch.dtype:

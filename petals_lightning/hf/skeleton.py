@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from petals_lightning.errors import UnsupportedModelError
+from petals_lightning.hf.compat import GradientCheckpointingLayer
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ class Part:
 
 def num_blocks(config: PreTrainedConfig) -> int:
     return config.get_text_config().num_hidden_layers
-
-
-def blocks_return_tuples(config: PreTrainedConfig) -> bool:
-    """Whether decoders of the family take tuples from their blocks. Servers of Petals do not say it."""
-    return config.model_type in ("bloom", "falcon", "gptj")
 
 
 def find_blocks(model: PreTrainedModel) -> BlockLayout:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +20,15 @@ from transformers import (
 
 from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.client.rows import put_rows, take_rows
-from petals_lightning.errors import ConfigurationError
+from petals_lightning.errors import ConfigurationError, UnsupportedInputError
 from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.loading import model_class
-from petals_lightning.hf.skeleton import BlockLayout, blocks_return_tuples, num_blocks
+from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
 from petals_lightning.models.prompts import TuningMode
+from petals_lightning.models.self_check import check_ends
 from petals_lightning.models.thread_hooks import of_this_thread
 from petals_lightning.models.trainable import FrozenBody, attach_trainable
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
@@ -42,6 +45,15 @@ class DistributedModel(FrozenBody):
     """Mixed into the family's own class, whose blocks are remote."""
 
     bridge: DecoderBridge
+    checkpoint: Checkpoint
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        family = next((base for base in cls.__mro__[1:] if issubclass(base, PreTrainedModel)), None)
+        for name in ("forward", "prepare_inputs_for_generation"):
+            own, replaced = getattr(cls, name, None), getattr(family, name, None)
+            if own is not None and replaced is not None and own is not replaced:
+                setattr(cls, name, _with_signature_of(replaced, own))
 
 
 class DistributedCausalLM(RemoteGeneration, DistributedModel):
@@ -51,15 +63,16 @@ class DistributedCausalLM(RemoteGeneration, DistributedModel):
 class DistributedClassifier(DistributedModel):
     """Reads one position a sample: the last real token, by Hugging Face's rule."""
 
-    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        rows, length = self._last_tokens(input_ids, kwargs.get("inputs_embeds"))
-        scores: list[torch.Tensor] = []
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(self.forward).bind_partial(*args, **kwargs).arguments
+        rows, length = self._last_tokens(
+            given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
+        )
 
         def take(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             return (take_rows(args[0], rows),)
 
         def put(head: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            scores.append(output[0])
             return put_rows(output, rows, len(rows), length)
 
         hooks = [
@@ -68,20 +81,24 @@ class DistributedClassifier(DistributedModel):
         ]
         self.bridge.rows = rows
         try:
-            output = super().forward(input_ids=input_ids, **kwargs)  # type: ignore[misc]
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.bridge.rows = None
             for hook in hooks:
                 hook.remove()
-        # Only these rows crossed the wire: a family that reads others would classify zeros without a word.
-        same = torch.allclose(scores[-1], output.logits, rtol=0, atol=0, equal_nan=True)
-        assert same, f"{type(self).__name__} does not read the last real token"
         return output
 
     def _last_tokens(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, int]:
-        """Indices [B] into B·S of the rightmost token that is not padding, and S."""
+        """Indices [B] into B·S of the rightmost token that is not padding, and S.
+
+        Raises:
+            UnsupportedInputError: it is padding by the mask, which Hugging Face reads though it is not `pad_token_id`.
+        """
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise ConfigurationError("give input_ids or inputs_embeds")
@@ -92,6 +109,13 @@ class DistributedClassifier(DistributedModel):
         else:
             positions = torch.arange(length, device=tokens.device)
             last = (positions * (input_ids != pad)).argmax(-1)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            padded = attention_mask.to(last.device).gather(1, last[:, None])[:, 0] == 0
+            if padded.any():
+                raise UnsupportedInputError(
+                    f"attention_mask: sample {int(padded.nonzero()[0, 0])} would be classified at a position that is "
+                    f"masked out. Pad with config.pad_token_id, which is {pad}, and give input_ids"
+                )
         return torch.arange(batch, device=tokens.device) * length + last, length
 
 
@@ -215,7 +239,12 @@ class _AutoDistributed:
         layers = _connect(
             model, checkpoint, config, node=node, dht=dht, initial_peers=initial_peers, identity_path=identity_path
         )
-        _assemble(model, checkpoint, layout, layers, tuning_mode, pre_seq_len)
+        try:
+            attach_trainable(model, layout, tuning_mode, pre_seq_len)
+            _assemble(model, family, checkpoint, DecoderBridge(model, layout, layers))
+        except BaseException:
+            layers.close()
+            raise
         if prompts is not None:
             load_prompts(model, prompts, token=token)
         return model
@@ -296,7 +325,6 @@ def _connect(
             num_blocks=num_blocks(model.config),
             hidden_size=model.config.get_text_config().hidden_size,
             fingerprint=checkpoint.fingerprint,
-            returns_tuple=blocks_return_tuples(model.config),
             config=config,
             owns_node=owns_node,
             rotary_switch=limit.positions if limit is not None and limit.has_one_form_beyond else None,
@@ -308,14 +336,16 @@ def _connect(
         raise
 
 
-def _assemble(
-    model: Any,
-    checkpoint: Checkpoint,
-    layout: BlockLayout,
-    layers: RemoteSequential,
-    tuning_mode: TuningMode | None,
-    pre_seq_len: int | None,
-) -> None:
-    model.checkpoint = checkpoint
-    attach_trainable(model, layout, tuning_mode, pre_seq_len)
-    model.bridge = DecoderBridge(model, layout, layers)
+def _assemble(model: Any, family: type[PreTrainedModel], checkpoint: Checkpoint, bridge: DecoderBridge) -> None:
+    model.checkpoint, model.bridge = checkpoint, bridge
+    check_ends(model, bridge, family)
+
+
+def _with_signature_of(replaced: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """`own`, which shows the parameters of the family's method that it replaces: transformers looks at them."""
+
+    @functools.wraps(replaced)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    return method

@@ -13,20 +13,23 @@ import functools
 import inspect
 import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
+from petals_lightning.client.block_pass import BlockPass
 from petals_lightning.client.inference import InferenceSession
-from petals_lightning.client.remote_sequential import Context, RemoteSequential
+from petals_lightning.client.remote_sequential import RemoteSequential
 from petals_lightning.client.rows import put_rows, take_rows
-from petals_lightning.errors import UnsupportedInputError
+from petals_lightning.errors import UnsupportedInputError, UnsupportedModelError
+from petals_lightning.hf.compat import cache_name, pop_cache, positions_of_logits, set_cache, versions
 from petals_lightning.hf.skeleton import BlockLayout, norms_of
 from petals_lightning.models.prompts import Prompts
-from petals_lightning.models.remote_cache import OffsetLayer, RemoteCache
+from petals_lightning.models.remote_cache import RemoteCache
 
 if TYPE_CHECKING:
     from petals_lightning.models.generation import GenerationSession
@@ -37,8 +40,8 @@ class _Pass(threading.local):
 
     rows: torch.Tensor | None = None
     output: weakref.ref[torch.Tensor] | None = None  # of the blocks, [B, S, H], where rows are read
-    cache: RemoteCache | None = None
     keep: int = 0
+    open_trial: Callable[[int], InferenceSession] | None = None  # a session of blocks that are left out
 
 
 class DecoderBridge:
@@ -52,6 +55,7 @@ class DecoderBridge:
     Attributes:
         rows: [N] indices into B·S that the next pass of this thread reads, None for all.
         session: the conversation that `generate` goes on with, if there is one.
+        cache_name: the keyword under which the model takes its cache.
     """
 
     def __init__(self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential):
@@ -62,12 +66,15 @@ class DecoderBridge:
         self._pass = _Pass()
         self.session: GenerationSession | None = None
         self._own_session: InferenceSession | None = None
+        self.cache_name = cache_name(model.forward)
+        self._owner_cache_name = cache_name(owner.forward)
         self._takes_position_ids = "position_ids" in inspect.signature(owner.forward).parameters
         if model is not owner:
             model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         owner.register_forward_pre_hook(self._before, with_kwargs=True)
-        owner.register_forward_hook(self._after)
-        layers.register_forward_hook(self._after_layers)
+        owner.register_forward_hook(self._after, with_kwargs=True)
+        layers.register_forward_hook(self._after_layers, with_kwargs=True)
+        layers.returns_tuple = self._expects_tuple()
         for norm in norms_of(owner, model.config.get_text_config().hidden_size):
             norm.forward = functools.partial(self._normalise, norm.forward)
 
@@ -81,6 +88,8 @@ class DecoderBridge:
 
     def open_session(self, max_length: int) -> InferenceSession:
         """A session of the blocks behind the model's prompts, as they are now."""
+        if self._pass.open_trial is not None:
+            return self._pass.open_trial(max_length)
         with torch.no_grad():
             prefix, deep = self._prompts_at_first_block()
         return self._layers.inference_session(max_length=max_length, prefix=prefix, deep=deep)
@@ -98,66 +107,104 @@ class DecoderBridge:
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A model that computes the logits of the last positions only reads no other position.
-        keep = kwargs.get("logits_to_keep")
-        self._pass.keep = keep if isinstance(keep, int) else 0
+        self._pass.keep = positions_of_logits(kwargs)
+
+    @contextmanager
+    def without_blocks(self, open_session: Callable[[int], InferenceSession]) -> Iterator[None]:
+        """This thread's passes leave out the blocks, and `open_session` opens its sessions: to try the ends alone."""
+        self._pass.open_trial = open_session
+        try:
+            yield
+        finally:
+            self._pass.open_trial = None
+
+    def first_block_input(self, embeds: torch.Tensor, preceding: int = 0, **padding: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, H] that reach the first block for embeddings [B, S, E].
+
+        Args:
+            preceding: positions before these.
+            padding: `attention_mask` and `position_ids`, as decoders take them.
+        """
+        call = BlockPass(preceding, identity=True)
+        self._run_owner(embeds, call, **padding)
+        assert call.entered is not None
+        return call.entered
+
+    def _run_owner(self, embeds: torch.Tensor, call: BlockPass, **padding: torch.Tensor) -> Any:
+        return self._owner(inputs_embeds=embeds, use_cache=True, **{self._owner_cache_name: call}, **padding)
+
+    @torch.no_grad()
+    def _expects_tuple(self) -> bool:
+        """Whether the decoder expects its blocks to return tuples: then a tensor loses its batch on the way."""
+        weight = next(self._embed.parameters())
+        embeds = weight.new_zeros(2, 3, weight.shape[1])
+        try:
+            output = self._run_owner(embeds, BlockPass(identity=True)).last_hidden_state
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
+            return True
+        return output.shape[:2] != embeds.shape[:2]
 
     def _before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._layers.context.capture:
+        if BlockPass.among(kwargs.values()) is not None:  # of `first_block_input`
             return None
         if args:
             kwargs["input_ids"], *rest = args
             if rest:
                 raise UnsupportedInputError("give everything behind input_ids by name")
-        cache = kwargs.get("past_key_values")
-        self._pass.cache = cache if isinstance(cache, RemoteCache) else None
-        self._check(kwargs)
+        cache = pop_cache(kwargs)
+        self._check(kwargs, cache)
         embeds = kwargs.pop("inputs_embeds", None)
         input_ids = kwargs.pop("input_ids", None)
         if embeds is None:
             embeds = self._embed(input_ids)
-        kwargs["inputs_embeds"] = embeds
-        if self._pass.cache is not None:
-            return (), kwargs | self._begin_step(self._pass.cache.session, **_padding(kwargs))
-        prefix, deep = self._prompts_at_first_block()
-        self._layers.context = Context(prefix=prefix, deep=deep, rows=self.rows)
-        return (), kwargs | {
-            "attention_mask": None,  # right padding needs none: no real token sees what stands behind it
-            "use_cache": False,
-            "past_key_values": Cache(layers=[OffsetLayer(self._prompts.pre_seq_len)]) if self._prompts else None,
-        }
+        kwargs |= {"inputs_embeds": embeds, "use_cache": True}
+        if isinstance(cache, RemoteCache):
+            step, counted = self._session_step(cache, **_padding(kwargs))
+            return (), kwargs | counted | {self._owner_cache_name: step}
+        is_trial, length = self._pass.open_trial is not None, self._prompts.pre_seq_len if self._prompts else 0
+        prefix, deep = (None, None) if is_trial else self._prompts_at_first_block()
+        call = BlockPass(length, prefix=prefix, deep=deep, rows=self.rows, identity=is_trial)
+        # Right padding needs no mask: no real token sees what stands behind it.
+        return (), kwargs | {"attention_mask": None, self._owner_cache_name: call}
 
-    def _begin_step(
-        self, session: InferenceSession, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-    ) -> dict[str, Any]:
-        """Tells the blocks of a step in a session; returns what its decoder is told, which counts the prefix in."""
+    def _session_step(
+        self, cache: RemoteCache, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> tuple[BlockPass, dict[str, Any]]:
+        """The pass for a step in a session, and mask and positions for its decoder, which count the prefix in."""
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
-        counted = position_ids
+        counted, position = position_ids, cache.session.position
         if attention_mask is not None and not self._takes_position_ids:  # such a family counts by the mask
-            counted = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, session.position :]
-        self._layers.context = Context(
-            session=session, attention_mask=attention_mask, position_ids=counted, keep=self._pass.keep
-        )
+            counted = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, position:]
         length = self._prompts.pre_seq_len if self._prompts is not None else 0
-        told: dict[str, Any] = {
-            "attention_mask": nn.functional.pad(attention_mask, (length, 0), value=1)
-            if attention_mask is not None
-            else None,
-            "past_key_values": Cache(layers=[OffsetLayer(length + session.position)]),
-            "use_cache": True,
-        }
-        return told | {"position_ids": position_ids + length} if position_ids is not None else told
+        step = BlockPass(
+            length + position,
+            session=cache.session,
+            attention_mask=attention_mask,
+            position_ids=counted,
+            keep=self._pass.keep,
+            given=cache,
+        )
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (length, 0), value=1)
+        told: dict[str, Any] = {"attention_mask": attention_mask}
+        return step, told | {"position_ids": position_ids + length} if position_ids is not None else told
 
-    def _after(self, owner: nn.Module, args: Any, output: Any) -> Any:
-        if not self._layers.context.capture:
-            self._layers.context = Context()
-            if "past_key_values" in output:
-                output.past_key_values = self._pass.cache
-            self._pass.cache = None
+    def _after(self, owner: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        call = BlockPass.among(kwargs.values())
+        if call is None or call.entered is None:
+            raise UnsupportedModelError(
+                f"{type(owner).__name__} of {versions()} does not hand the cache that it is given to its blocks: their "
+                "positions would be wrong; use a version of transformers that this package was tested with"
+            )
+        if isinstance(output, tuple):
+            return tuple(value for value in output if value is not call)
+        set_cache(output, call.given)
         return output
 
-    def _after_layers(self, layers: nn.Module, args: Any, output: Any) -> None:
-        if self.rows is not None and not self._layers.context.capture:
+    def _after_layers(self, layers: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        call = BlockPass.among((*args, *kwargs.values()))
+        if call is not None and call.rows is not None:
             self._pass.output = weakref.ref(output[0] if isinstance(output, tuple) else output)
 
     def _normalise(self, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -175,31 +222,25 @@ class DecoderBridge:
         if self._prompts is None:
             return None, None
         dtype = next(self._embed.parameters()).dtype
-        self._layers.context = capture = Context(capture=True)
-        try:
-            self._owner(inputs_embeds=self._prompts.input.to(dtype)[None], use_cache=False)
-        finally:
-            self._layers.context = Context()
-        assert capture.captured is not None
-        return capture.captured[0], self._prompts.deep
+        return self.first_block_input(self._prompts.input.to(dtype)[None])[0], self._prompts.deep
 
-    def _check(self, kwargs: dict[str, Any]) -> None:
+    def _check(self, kwargs: dict[str, Any], cache: Any) -> None:
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
                 raise UnsupportedInputError(
                     f"{name}=True: blocks run on servers, which return the last block's output only. "
                     "Leave it off, or run model.layers[a:b] piece by piece"
                 )
-        if self._pass.cache is not None:
+        if isinstance(cache, RemoteCache):
             if self.rows is not None or torch.is_grad_enabled():
                 raise UnsupportedInputError("an inference session gives no gradients: call it under torch.no_grad()")
             if (mask := kwargs.get("attention_mask")) is not None and mask.ndim != 2:
                 raise UnsupportedInputError(f"attention_mask must be [B, T] of 0 and 1, got {tuple(mask.shape)}")
             return
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        if cache is not None or kwargs.get("use_cache"):
             raise UnsupportedInputError(
-                "use_cache / past_key_values: keys and values live on servers; call generate, or open an "
-                "inference_session and give its `cache` as past_key_values"
+                f"use_cache / {self.cache_name}: keys and values live on servers; call generate, or open an "
+                f"inference_session and give its `cache` as {self.cache_name}"
             )
         position_ids = kwargs.get("position_ids")
         if position_ids is not None:

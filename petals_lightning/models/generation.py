@@ -13,9 +13,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from transformers import GenerationConfig
 
 from petals_lightning.client.inference import InferenceSession
 from petals_lightning.errors import UnsupportedInputError
+from petals_lightning.hf.compat import CacheFromOutside, pop_cache
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.remote_cache import RemoteCache
 
@@ -27,7 +29,7 @@ class GenerationSession:
         tokens: [B, T] all tokens so far, given and generated; None before the first call.
         attention_mask: [B, T] of them, 0 where they are padding.
         beams, eos_tokens: of the running call: their number, and what ends a turn, or None.
-        cache: `past_key_values` for those who call the model themselves.
+        cache: for those who call the model themselves: its `cache` (`past_key_values` before transformers 5.24).
     """
 
     def __init__(self, bridge: DecoderBridge, session: InferenceSession):
@@ -151,7 +153,7 @@ class GenerationSession:
         self.close()
 
 
-class RemoteGeneration:
+class RemoteGeneration(CacheFromOutside):
     """Mixed into a family's class with a language-model head: `generate` and sessions."""
 
     bridge: DecoderBridge
@@ -182,7 +184,7 @@ class RemoteGeneration:
                 return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
             finally:
                 self.bridge.close_own_session()
-        if kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None:
+        if kwargs.get("inputs_embeds") is not None or pop_cache(dict(kwargs)) is not None:
             raise UnsupportedInputError("inside an inference session give input_ids, neither embeddings nor a cache")
         inputs = kwargs.pop("input_ids", inputs)
         past = session.tokens.shape[1] if session.tokens is not None else 0
@@ -204,24 +206,20 @@ class RemoteGeneration:
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the family's own. Where it drops the cache (Phi-3, whose rotary factors change), servers do so too."""
-        cache = kwargs.get("past_key_values")
+        name = self.bridge.cache_name
+        cache = kwargs.get(name)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
-        if isinstance(cache, RemoteCache) and inputs.get("past_key_values") is None:
+        if isinstance(cache, RemoteCache) and inputs.get(name) is None:
             cache.session.position = 0
-            inputs["past_key_values"] = cache
+            inputs[name] = cache
         return inputs
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Where transformers makes its cache, once it knows the length; a user's own cache is left as it is."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-            return
+    def make_cache(self, generation_config: GenerationConfig) -> RemoteCache:
         session = self.bridge.session
         if session is None:
-            model_kwargs["past_key_values"] = RemoteCache(self.bridge.own_session(generation_config.max_length))
-            return
-        session.beams, session.eos_tokens = generation_config.num_beams, generation_config._eos_token_tensor
+            return RemoteCache(self.bridge.own_session(generation_config.max_length))
+        eos = generation_config.eos_token_id
+        session.eos_tokens = torch.as_tensor(eos).reshape(-1) if eos is not None else None
+        session.beams = generation_config.num_beams
         session.widen(max(generation_config.num_beams, generation_config.num_return_sequences))
-        model_kwargs["past_key_values"] = session.cache
+        return session.cache

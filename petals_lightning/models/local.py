@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from petals_lightning.hf import Checkpoint, find_blocks
-from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.skeleton import BlockLayout
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import Prompts, TuningMode

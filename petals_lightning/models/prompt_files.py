@@ -18,11 +18,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.utils import cached_file
 
 from petals_lightning import __version__
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.hf import Checkpoint
+from petals_lightning.hf.compat import find_file
 from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
 from petals_lightning.models.trainable import prompts_of
 
@@ -218,14 +218,16 @@ def _find(source: str | Path, name: str, token: str | bool | None) -> Path:
     if Path(source).is_dir():
         raise CheckpointError(f"folder {str(source)!r} has no {name}: give a folder written by save_prompts")
     try:
-        found = cached_file(str(source), name, token=token)
+        found = find_file(str(source), name, token=token)
+        reason = f"it has no {name}"
     except (OSError, ValueError) as e:
+        found, reason = None, str(e).strip().splitlines()[0]
+    if found is None:
         raise CheckpointError(
             f"no prompts at {str(source)!r}: neither a folder written by save_prompts nor such a repository on the hub "
-            f"that can be reached from here ({str(e).strip().splitlines()[0]})"
-        ) from e
-    assert found is not None, "cached_file raises where there is none"
-    return Path(found)
+            f"that can be reached from here ({reason})"
+        )
+    return found
 
 
 def _readme(card: PromptCard, checkpoint: Checkpoint) -> str:

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
 
+from petals_lightning.client.block_pass import LengthLayer
 from petals_lightning.client.inference import InferenceSession
 from petals_lightning.errors import UnsupportedInputError
+from petals_lightning.hf.compat import Cache
 
 
-class _LengthLayer(CacheLayerMixin):
-    """Claims to hold positions; holds nothing, since no block of this process ever asks for them."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise AssertionError("no attention runs in this process")
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("no attention runs in this process")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class OffsetLayer(_LengthLayer):
-    """Claims to hold `length` positions."""
-
-    def __init__(self, length: int):
-        super().__init__()
-        self._length = length
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-
-class RemoteLayer(_LengthLayer):
+class RemoteLayer(LengthLayer):
     """Speaks for a session: going back and reordering reach its servers with the next step."""
-
-    is_croppable = True
 
     def __init__(self, session: InferenceSession):
         super().__init__()
@@ -55,8 +23,8 @@ class RemoteLayer(_LengthLayer):
     def get_max_length(self) -> int:
         return self._session.max_length
 
-    def crop(self, tokens_to_remove: int) -> None:
-        self._session.position -= abs(tokens_to_remove)
+    def keep_first(self, length: int) -> None:
+        self._session.position = length
 
     def reset(self) -> None:
         self._session.position = 0
@@ -72,7 +40,7 @@ class RemoteLayer(_LengthLayer):
 
 
 class RemoteCache(Cache):
-    """`past_key_values` of a model whose blocks run in `session`."""
+    """The cache of a model whose blocks run in `session`."""
 
     def __init__(self, session: InferenceSession):
         super().__init__(layers=[RemoteLayer(session)])

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+
+from petals_lightning.hf.compat import Cache, CacheLayer
 
 _FIRST_CAPACITY = 64  # positions
 
 
-class GrowingLayer(CacheLayerMixin):
+class GrowingLayer(CacheLayer):
     """Holds keys and values [B, heads, T, D] in buffers that double when full, so that a step copies nothing old.
 
     Sliding windows are left to the attention mask, which sees all T positions: so any position can be rolled back to.
@@ -22,9 +23,6 @@ class GrowingLayer(CacheLayerMixin):
     Args:
         max_length: T never grows beyond this.
     """
-
-    is_sliding = False
-    is_croppable = True
 
     def __init__(self, max_length: int):
         super().__init__()
@@ -53,10 +51,9 @@ class GrowingLayer(CacheLayerMixin):
         assert self.values is not None
         return self.keys, self.values
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drops the last positions; their number is given as 0 or below, as in transformers."""
+    def keep_first(self, length: int) -> None:
         if self.is_initialized:
-            self._show(max(self._length - abs(tokens_to_remove), 0))
+            self._show(length)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for buffer in self._buffers:
@@ -64,9 +61,6 @@ class GrowingLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return self._length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._length + query_length, 0
 
     def get_max_length(self) -> int:
         return self._max_length
@@ -84,7 +78,7 @@ class GrowingLayer(CacheLayerMixin):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
-class StackedLayer(CacheLayerMixin):
+class StackedLayer(CacheLayer):
     """Layers of several sessions, read as one batch whose samples end at the same column.
 
     Each session's layer takes in its own new positions. What is returned is a copy, with zeros in front of the shorter
@@ -95,8 +89,6 @@ class StackedLayer(CacheLayerMixin):
         batches: samples of each.
         scratch: where copies are made; layers that run one after another share it.
     """
-
-    is_sliding = False
 
     def __init__(self, layers: Sequence[GrowingLayer], batches: Sequence[int], scratch: dict[Any, torch.Tensor]):
         super().__init__()
@@ -116,12 +108,6 @@ class StackedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return max(layer.get_seq_length() for layer in self._layers)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
     def _stack(self, kind: int, parts: list[torch.Tensor]) -> torch.Tensor:
         length = max(part.shape[2] for part in parts)
         shape = (sum(self._batches), parts[0].shape[1], length, parts[0].shape[3])
@@ -136,7 +122,7 @@ class StackedLayer(CacheLayerMixin):
 class SpanCache(Cache):
     """A layer per hosted block, of which a sub-span uses those from `first` on: lengths are read from them."""
 
-    def __init__(self, layers: Sequence[CacheLayerMixin], first: int):
+    def __init__(self, layers: Sequence[CacheLayer], first: int):
         super().__init__(layers=list(layers))
         self.attention_layers, self.first = layers, first
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
+from petals_lightning.hf.compat import CacheLayer
 from petals_lightning.server.kv_cache import SpanCache
 
 
-class PrefixLayer(CacheLayerMixin):
+class PrefixLayer(CacheLayer):
     """Keeps the first keys and values that it is given, [1, heads, P, D]; later ones are returned behind them.
 
     Nothing is updated in place and nothing detached: gradients flow back into the prefix. Sliding windows are left to
     the attention mask, which sees all P + S positions.
     """
-
-    is_sliding = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values, self.is_initialized = key_states, value_states, True
@@ -38,12 +36,6 @@ class PrefixLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return self.keys.shape[-2] if self.keys is not None else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class KeysTaken(Exception):

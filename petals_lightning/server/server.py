@@ -152,7 +152,6 @@ class Server:
                 "hidden_size": span.hidden_size,
                 "dtype": record.torch_dtype,
                 "wire_dtypes": sorted(WIRE_DTYPES),
-                "returns_tuple": bool(span.returns_tuple),
                 "fingerprint": record.fingerprint,
                 "version": __version__,
                 "max_batch_tokens": self._limits.max_batch_tokens,

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_lightning.hf.attention import sliding_window
+from petals_lightning.hf.compat import cache_name
 from petals_lightning.hf.rotary import rotary_limit
 from petals_lightning.hf.skeleton import BlockLayout, sliced_config
 from petals_lightning.protocol.tensors import is_same
@@ -123,8 +124,8 @@ class BlockSpan:
         self.hidden_size = model.config.get_text_config().hidden_size
         self._config = model.config
         self.rotary_limit, self._window = rotary_limit(model.config), sliding_window(model.config)
+        self._cache_name = cache_name(model.forward)
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
-        self.returns_tuple: bool | None = None  # as the family's blocks do; known after the first pass
         self._weight_bytes = [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
         self._views: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
         self._call: _Call | None = None
@@ -306,7 +307,8 @@ class BlockSpan:
         with self._narrowed(call.start, call.end):
             self._call = call
             try:
-                self.model(inputs_embeds=call.hidden, past_key_values=cache, use_cache=cache is not None, **padding)
+                cached = {self._cache_name: cache, "use_cache": cache is not None}
+                self.model(inputs_embeds=call.hidden, **cached, **padding)
             finally:
                 self._call = None
         assert call.output is not None
@@ -349,8 +351,7 @@ class BlockSpan:
             call = self._call
             assert call is not None
             if number == call.end - 1:
-                self.returns_tuple = isinstance(output, tuple)
-                call.output = output[0] if self.returns_tuple else output
+                call.output = output[0] if isinstance(output, tuple) else output
 
         return hook
 

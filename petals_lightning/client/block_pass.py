@@ -1,0 +1,78 @@
+"""One pass through remote blocks, in the shape of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from petals_lightning.client.inference import InferenceSession
+from petals_lightning.hf.compat import Cache, CacheLayer
+
+
+class LengthLayer(CacheLayer):
+    """Has a length and holds nothing: no attention runs in this process."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise AssertionError("no attention runs in this process")
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("no attention runs in this process")
+
+
+class _Offset(LengthLayer):
+    def __init__(self, length: int):
+        super().__init__()
+        self._length = length
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+
+class BlockPass(Cache):
+    """What the model around the blocks wants of one pass, besides the hidden states.
+
+    Decoders ask their cache how many positions precede the batch, and hand it to their blocks: so this is one, and
+    `RemoteSequential` finds it among its arguments. Nothing of a pass can reach another one that way, and a decoder
+    that drops the cache, whose positions would be wrong, is noticed.
+
+    Args:
+        length: positions that precede those of this pass, the prefix counted.
+        prefix: [P, H] hidden states before every sample, or None.
+        deep: [L, P, H] prompts added before each block, or None.
+        rows: [N] indices into B·S whose outputs are read, None for all; others come back as zeros.
+        identity: leave out the blocks, whose output is their input.
+        session: take the input as the session's next positions, instead of running it by itself.
+        attention_mask, position_ids: for the session's step.
+        keep: how many of the last outputs of the step are read, 0 for all; others come back as zeros.
+        given: the cache that the model's caller gave, and gets back.
+
+    Attributes:
+        entered: [B, S, H] hidden states that reached the blocks; None if the pass did not reach them.
+    """
+
+    def __init__(
+        self,
+        length: int = 0,
+        *,
+        prefix: torch.Tensor | None = None,
+        deep: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        identity: bool = False,
+        session: InferenceSession | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        keep: int = 0,
+        given: Cache | None = None,
+    ):
+        super().__init__(layers=[_Offset(length)])
+        self.prefix, self.deep, self.rows, self.identity = prefix, deep, rows, identity
+        self.session, self.attention_mask, self.position_ids, self.keep = session, attention_mask, position_ids, keep
+        self.given = given
+        self.entered: torch.Tensor | None = None
+
+    @staticmethod
+    def among(arguments: Iterable[Any]) -> BlockPass | None:
+        """The pass that a block is called with, under whatever name its family gives it; None if there is none."""
+        return next((value for value in arguments if isinstance(value, BlockPass)), None)

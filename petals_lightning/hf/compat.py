@@ -1,0 +1,173 @@
+"""All that this package knows of transformers' inner names; no other module may use one (tests/hf/test_boundary.py).
+
+transformers renames such things every few weeks. So signatures are looked at, not version numbers, and every model is
+tried when it is loaded (`models/self_check.py`, `server/trials.py`). docs/dependencies.md says which versions were run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
+
+from petals_lightning.errors import UnsupportedModelError
+
+__all__ = ["Cache", "CacheLayer", "GradientCheckpointingLayer"]
+
+_CACHE_NAMES = ("cache", "past_key_values")
+
+
+def versions() -> str:
+    """What a refusal names, so that a user can report it."""
+    return f"transformers {transformers.__version__}"
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """The keyword under which a model's `forward` takes keys and values: `cache` since 5.24, `past_key_values` before.
+
+    Raises:
+        UnsupportedModelError: it takes neither.
+    """
+    parameters = inspect.signature(forward).parameters
+    for name in _CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise UnsupportedModelError(
+        f"{forward.__qualname__} of {versions()} takes no cache under a name that is known here "
+        f"({', '.join(_CACHE_NAMES)}): the family keeps another kind of state, or transformers has renamed it"
+    )
+
+
+def pop_cache(kwargs: dict[str, Any]) -> Any:
+    """Removes the cache from the arguments of a model, whichever name the caller used; None if there is none.
+
+    Both names must go: from 5.24 on the new one wins where both arrive, even if it is None.
+    """
+    found = [kwargs.pop(name) for name in _CACHE_NAMES if name in kwargs]
+    return next((cache for cache in found if cache is not None), None)
+
+
+def set_cache(output: Any, cache: Cache | None) -> None:
+    """Puts `cache` into a model's output, where the family has a field for it: `cache` or `past_key_values`, as above.
+
+    The fields are looked at as a dataclass has them: from 5.24 on `past_key_values` is a deprecated property. A
+    `ModelOutput` keeps an item whose attribute becomes None, so that is removed too.
+    """
+    for name in _CACHE_NAMES:
+        if name in getattr(output, "__dataclass_fields__", ()):
+            if cache is None:
+                OrderedDict.pop(output, name, None)
+            setattr(output, name, cache)
+            return
+
+
+def positions_of_logits(kwargs: dict[str, Any]) -> int:
+    """How many of the last positions a causal model computes logits for, from its arguments; 0 for all.
+
+    `logits_to_keep` since 4.50; a tensor of positions counts as all.
+    """
+    count = kwargs.get("logits_to_keep")
+    return count if isinstance(count, int) else 0
+
+
+class CacheLayer(CacheLayerMixin):
+    """Base of our layers of caches.
+
+    Its longest length is asked for as `get_max_length` since 5.13, as `get_max_cache_shape` before; each was abstract.
+    """
+
+    is_sliding = False
+    is_croppable = True  # since 5.17: whether assisted generation may go back
+
+    def get_max_length(self) -> int:
+        """Positions that fit; -1 for any number."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return self.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the attention mask and the position of the first: all positions are seen."""
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, length: int) -> None:
+        """Drops the last positions: `-length` of them; up to 5.13 `generate` gave what remains, a positive number."""
+        remaining = self.get_seq_length() + length if length <= 0 else min(length, self.get_seq_length())
+        self.keep_first(max(remaining, 0))
+
+    def keep_first(self, length: int) -> None:
+        """Drops all positions behind the first `length`."""
+        raise NotImplementedError
+
+
+class CacheFromOutside:
+    """Mixed in front of a family's class: `generate` takes its cache from `make_cache`.
+
+    `_prepare_cache_for_generation(generation_config, model_kwargs, …)` is where transformers makes it, once the length
+    is known; it has been private and so called since 4.42.
+    """
+
+    def make_cache(self, generation_config: GenerationConfig) -> Cache:
+        """The cache for a `generate` with these settings, whose `max_length` is the final one."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        name = cache_name(self.forward)  # type: ignore[attr-defined]
+        if model_kwargs.get(name) is not None or generation_config.use_cache is False:  # a user's own
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        else:
+            model_kwargs[name] = self.make_cache(generation_config)
+
+
+def class_for(auto_class: Any, config_class: type) -> type[PreTrainedModel] | None:
+    """The class that `auto_class` (`AutoModel`, …) picks for a config's class; None if the family has none.
+
+    `_model_mapping`, whose values may be several classes, since 4.6.
+    """
+    try:
+        found = auto_class._model_mapping[config_class]
+    except KeyError:
+        return None
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def find_file(name_or_path: str, file_name: str, **hub: Any) -> Path | None:
+    """A file of a local folder or of a hub repository, downloaded if need be; None if there is none.
+
+    `cached_file(…, _raise_exceptions_for_missing_entries=False)` since 4.41.
+
+    Args:
+        hub: `revision`, `token`, `cache_dir`; None is left out.
+
+    Raises:
+        OSError: it cannot be fetched.
+    """
+    given = {name: value for name, value in hub.items() if value is not None}
+    path = cached_file(name_or_path, file_name, _raise_exceptions_for_missing_entries=False, **given)
+    return Path(path) if path is not None else None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' loading report and bar off the screen: what is missing is checked here, in our own words."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
