@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,18 +33,18 @@ def versions() -> str:
     return f"transformers {transformers.__version__}"
 
 
-def cache_name(forward: Callable[..., Any]) -> str:
-    """The keyword under which a model's `forward` takes keys and values: `cache` since 5.24, `past_key_values` before.
+def cache_name(model: nn.Module) -> str:
+    """The keyword under which a model takes keys and values: `cache` since 5.24, `past_key_values` before.
 
     Raises:
         UnsupportedModelError: it takes neither.
     """
-    parameters = inspect.signature(forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     for name in _CACHE_NAMES:
         if name in parameters:
             return name
     raise UnsupportedModelError(
-        f"{forward.__qualname__} of {versions()} takes no cache under a name that is known here "
+        f"{type(model).__name__} of {versions()} takes no cache under a name that is known here "
         f"({', '.join(_CACHE_NAMES)}): the family keeps another kind of state, or transformers has renamed it"
     )
 
@@ -124,7 +125,7 @@ class CacheFromOutside:
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        name = cache_name(self.forward)  # type: ignore[attr-defined]
+        name = cache_name(self)  # type: ignore[arg-type]
         if model_kwargs.get(name) is not None or generation_config.use_cache is False:  # a user's own
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         else:

@@ -66,8 +66,8 @@ class DecoderBridge:
         self._pass = _Pass()
         self.session: GenerationSession | None = None
         self._own_session: InferenceSession | None = None
-        self.cache_name = cache_name(model.forward)
-        self._owner_cache_name = cache_name(owner.forward)
+        self.cache_name = cache_name(model)
+        self._owner_cache_name = cache_name(owner)
         self._takes_position_ids = "position_ids" in inspect.signature(owner.forward).parameters
         if model is not owner:
             model.register_forward_pre_hook(self._before_model, with_kwargs=True)
@@ -140,6 +140,8 @@ class DecoderBridge:
         embeds = weight.new_zeros(2, 3, weight.shape[1])
         try:
             output = self._run_owner(embeds, BlockPass(identity=True)).last_hidden_state
+        except UnsupportedModelError:
+            raise
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
             return True
         return output.shape[:2] != embeds.shape[:2]

@@ -53,6 +53,8 @@ def check_ends(model: Any, bridge: DecoderBridge, family: type[PreTrainedModel])
                 _check_generate(model)
             elif model.base_model is not model:
                 _check_classifier(model, family)
+    except UnsupportedModelError:
+        raise
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError) as e:
         reason = f"{type(e).__name__}: {e}".strip().splitlines()[0]
         raise UnsupportedModelError(_refusal(model, f"its embeddings and head do not run alone ({reason})")) from e

@@ -124,7 +124,7 @@ class BlockSpan:
         self.hidden_size = model.config.get_text_config().hidden_size
         self._config = model.config
         self.rotary_limit, self._window = rotary_limit(model.config), sliding_window(model.config)
-        self._cache_name = cache_name(model.forward)
+        self._cache_name = cache_name(model)
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self._weight_bytes = [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
         self._views: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
