@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModel
 
 from petals_lightning.hf import Checkpoint, Part, load_pruned
-from petals_lightning.hf.loading import model_class
+from petals_lightning.hf.decoder import model_class
 from petals_lightning.server.span import BlockSpan
 from tests.families import TINY_CONFIGS, save_tiny_checkpoint
 

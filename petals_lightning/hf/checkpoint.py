@@ -5,6 +5,7 @@ Only the shards that hold wanted tensors are fetched, and of those only the want
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -62,13 +63,39 @@ class Checkpoint:
             return AutoConfig.from_pretrained(self.name_or_path, **self._hub)
         except OSError as e:
             raise CheckpointError(
-                f"cannot read model {self.name_or_path!r}: {_first_line(e)}. It must be a folder written by "
+                f"cannot read model {self.name_or_path!r}: {first_line(e)}. It must be a folder written by "
                 "save_pretrained or a hub id; a gated repository needs token=…"
             ) from e
         except ValueError as e:
             raise UnsupportedModelError(
-                f"model {self.name_or_path!r} has an architecture that transformers does not know: {_first_line(e)}"
+                f"model {self.name_or_path!r} has an architecture that transformers does not know: {first_line(e)}"
             ) from e
+
+    @cached_property
+    def decoder_config(self) -> PreTrainedConfig:
+        """The config of the text decoder: of the model itself, or of the text part of a multimodal wrapper.
+
+        Raises:
+            UnsupportedModelError: it is an encoder-decoder, whose decoder reads an encoder's output in every block.
+        """
+        config = self.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"model {self.name_or_path!r} ({config.model_type}) is an encoder-decoder: only decoders are served "
+                "(Llama, BLOOM, Falcon, Mixtral, …)"
+            )
+        text = config.get_text_config()
+        if text is not config:
+            text = copy.deepcopy(text)
+            # Whether the head is the embedding is said by the wrapper, in whose class transformers ties them.
+            text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+            text.dtype = text.dtype or config.dtype
+        return text
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether it is of a multimodal model that holds the text decoder beside other parts."""
+        return self.decoder_config is not self.config
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
@@ -153,7 +180,7 @@ class Checkpoint:
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as e:
-            raise self._damaged(path, _first_line(e)) from e
+            raise self._damaged(path, first_line(e)) from e
 
     def _damaged(self, path: Path, how: str) -> CheckpointError:
         return CheckpointError(
@@ -164,7 +191,7 @@ class Checkpoint:
         try:
             return find_file(self.name_or_path, file_name, **self._hub)
         except OSError as e:
-            raise CheckpointError(f"cannot fetch {file_name} of model {self.name_or_path!r}: {_first_line(e)}") from e
+            raise CheckpointError(f"cannot fetch {file_name} of model {self.name_or_path!r}: {first_line(e)}") from e
 
 
 # What a user or a fine-tuning run may change without another result of the blocks.
@@ -179,5 +206,6 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without a full stop."""
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

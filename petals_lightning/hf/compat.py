@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.modeling_layers import GradientCheckpointingLayer, GenericForSequenceClassification
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -142,6 +144,20 @@ def class_for(auto_class: Any, config_class: type) -> type[PreTrainedModel] | No
     except KeyError:
         return None
     return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def renamed_keys(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """For names of tensors in a checkpoint of `model`, the paths that loading gives them in it, or nearly so.
+
+    Old checkpoints and those of multimodal wrappers have other names than the classes. What merges tensors (experts of
+    a mixture) is left out: it changes only the end of a name.
+
+    `get_model_conversion_mapping` and `rename_source_key`, which `from_pretrained` itself uses, since 5.0.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    own = model.state_dict()
+    return {name: rename_source_key(name, renamings, [], model.base_model_prefix, own)[0] for name in names}
 
 
 def find_file(name_or_path: str, file_name: str, **hub: Any) -> Path | None:

@@ -14,25 +14,11 @@ from transformers import PreTrainedModel
 
 from petals_lightning.errors import CheckpointError, UnsupportedModelError
 from petals_lightning.hf.checkpoint import Checkpoint
-from petals_lightning.hf.compat import class_for, quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers, renamed_keys
+from petals_lightning.hf.decoder import names_in_decoder
 from petals_lightning.hf.skeleton import BlockLayout, Part, num_blocks, prune
 
 logger = logging.getLogger(__name__)
-
-
-def model_class(auto_class: Any, checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    """The class that `auto_class` (`AutoModel`, …) would pick for the checkpoint.
-
-    Raises:
-        UnsupportedModelError: the family has no such class.
-    """
-    found = class_for(auto_class, type(checkpoint.config))
-    if found is None:
-        raise UnsupportedModelError(
-            f"model type {checkpoint.config.model_type!r} of {checkpoint.name_or_path!r} has no class for "
-            f"{auto_class.__name__}"
-        )
-    return found
 
 
 def load_pruned(
@@ -63,7 +49,7 @@ def load_pruned(
     Raises:
         CheckpointError: tensors of the part are missing or have other shapes than the config says.
     """
-    config = copy.deepcopy(checkpoint.config)
+    config = copy.deepcopy(checkpoint.decoder_config)
     for name, value in (config_overrides or {}).items():
         setattr(config, name, value)
     count = num_blocks(config)
@@ -80,8 +66,8 @@ def load_pruned(
     pruned: Any = type(cls.__name__, bases, {"__init__": init, "__module__": cls.__module__})
 
     with torch.device("meta"):
-        layout = prune(cls(copy.deepcopy(config)), part)  # only its names are needed, to choose what to read
-    renamed = _names_to_read(cls, checkpoint, layout, part)
+        outline = cls(copy.deepcopy(config))  # only its names are needed, to choose what to read
+    renamed = _names_to_read(cls, checkpoint, outline, prune(outline, part), part)
     with ExitStack() as stack:
         lazy = checkpoint.tensors(renamed, stack, on_shard)
         with quiet_transformers():
@@ -109,7 +95,7 @@ def _resolve_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint, lazy: dict[
         return dtype
     if dtype != "auto":
         return getattr(torch, dtype)
-    declared = getattr(checkpoint.config.get_text_config(), "dtype", None)
+    declared = checkpoint.decoder_config.dtype
     if declared is not None:
         return getattr(torch, declared) if isinstance(declared, str) else declared
     names = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -120,21 +106,42 @@ def _resolve_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint, lazy: dict[
 
 
 def _names_to_read(
-    cls: type[PreTrainedModel], checkpoint: Checkpoint, layout: BlockLayout, part: Part
+    cls: type[PreTrainedModel], checkpoint: Checkpoint, model: PreTrainedModel, layout: BlockLayout, part: Part
 ) -> dict[str, str]:
-    """Maps the checkpoint's names of the tensors of `part` to the names that the pruned model gives them.
+    """Maps the checkpoint's names of the tensors of `part` to names under which transformers puts them into `model`.
 
-    Checkpoints carry a base model's tensors with or without the prefix (`transformer.h.0…` or `h.0…`); transformers
-    resolves that by itself, so names keep whatever prefix they have and only block numbers change.
+    Checkpoints carry a base model's tensors with or without the prefix (`transformer.h.0…` or `h.0…`), and old ones
+    under other names; transformers resolves that by itself, so only block numbers change here.
+
+    Args:
+        model: instance of `cls` from which `part` has been cut, without weights.
     """
     prefix = cls.base_model_prefix
     inner = layout.list_path.removeprefix(f"{prefix}.")
     block = re.compile(rf"^((?:{re.escape(prefix)}\.)?{re.escape(inner)}\.)(\d+)(\..*)$")
-    wanted = {}
-    for name in checkpoint.shard_of:
-        if (match := block.match(name)) is not None:
-            if part.start <= (number := int(match[2])) < part.end:
-                wanted[name] = f"{match[1]}{number - part.start}{match[3]}"
-        elif part.ends:
-            wanted[name] = name
+    wanted, moved = {}, {}
+    for name, path in names_in_decoder(cls, checkpoint, model).items():
+        if (match := block.match(path)) is None:
+            if part.ends:
+                wanted[name] = path
+        elif part.start <= (number := int(match[2])) < part.end:
+            moved[name] = number - part.start, match[3]
+            wanted[name] = f"{match[1]}{number - part.start}{match[3]}"
+    if checkpoint.is_wrapper:
+        return wanted
+    # transformers renames these itself, so each keeps the checkpoint's name: that which leads to the block's new number.
+    candidates = {name: _lowered(name, part.start) if name in moved and part.start else [name] for name in wanted}
+    paths = renamed_keys(model, [candidate for found in candidates.values() for candidate in found])
+    for name, found in candidates.items():
+        for candidate in found:
+            match = block.match(paths[candidate])
+            if name not in moved or (match is not None and (int(match[2]), match[3]) == moved[name]):
+                wanted[name] = candidate
+                break
     return wanted
+
+
+def _lowered(name: str, by: int) -> list[str]:
+    """`name` with one of its numbers lowered, for each number that can be."""
+    numbers = [match for match in re.finditer(r"(?<![^.])\d+(?![^.])", name) if int(match[0]) >= by]
+    return [f"{name[: match.start()]}{int(match[0]) - by}{name[match.end() :]}" for match in numbers]

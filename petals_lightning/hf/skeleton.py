@@ -8,7 +8,8 @@ family's own code for everything else (masks, rotary embeddings, sliding windows
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,25 +59,45 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
     """Finds the ModuleList of `num_hidden_layers` blocks.
 
     Raises:
-        UnsupportedModelError: there is none, or more than one (encoder-decoders, multi-tower models).
+        UnsupportedModelError: there is none, or more than one (encoder-decoders, multi-tower models), or the blocks
+            read more than the hidden states that the block before them made.
     """
+    name, count = f"{type(model).__name__} ({model.config.model_type})", num_blocks(model.config)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder: only decoders are served (Llama, BLOOM, Falcon, Mixtral, …)"
+            f"{name} is an encoder-decoder: only decoders are served (Llama, BLOOM, Falcon, Mixtral, …)"
         )
-    count = num_blocks(model.config)
     found = [
-        name
-        for name, module in model.named_modules()
+        path
+        for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count and _holds_blocks(module)
     ]
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(found)} lists of {count} blocks, not one: it is no "
-            "plain decoder of the kind that can be split (Llama, BLOOM, Falcon, Mixtral, Mistral, Qwen, GPT-2, …)"
+            f"{name} has {len(found)} lists of {count} blocks, not one: it is no plain decoder of the kind that can be "
+            "split (Llama, BLOOM, Falcon, Mixtral, Mistral, Qwen, GPT-2, …)"
         )
     owner_path, _, list_name = found[0].rpartition(".")
-    return BlockLayout(owner_path, list_name)
+    layout = BlockLayout(owner_path, list_name)
+    if (reason := _why_not_split(model, layout)) is not None:
+        raise UnsupportedModelError(f"{name} cannot be split into blocks on servers: {reason}")
+    return layout
+
+
+def _why_not_split(model: PreTrainedModel, layout: BlockLayout) -> str | None:
+    """What blocks need besides the hidden states of the block before, as far as it can be seen without running them."""
+    owner, text = layout.owner(model), model.config.get_text_config()
+    takes = set(inspect.signature(owner.forward).parameters)
+    blocks_take = {name for block in layout.blocks(model) for name in inspect.signature(block.forward).parameters}
+    if "inputs_embeds" not in takes:
+        return f"{type(owner).__name__}, which runs them, embeds no tokens, as encoders like BERT do"
+    if state := sorted(takes & {"cache_params", "state", "mems"}):
+        return f"it keeps a recurrent state of its own kind ({state[0]}) instead of keys and values"
+    if getattr(text, "hidden_size_per_layer_input", None) and any("per_layer_input" in name for name in blocks_take):
+        return "every block reads embeddings of the tokens (per-layer inputs)"
+    if getattr(text, "num_kv_shared_layers", None):
+        return f"its last {text.num_kv_shared_layers} blocks read the keys and values of blocks before them"
+    return None
 
 
 def norms_of(owner: nn.Module, hidden_size: int) -> list[nn.Module]:
@@ -99,12 +120,12 @@ def _holds_blocks(modules: nn.ModuleList) -> bool:
 def prune(model: PreTrainedModel, part: Part) -> BlockLayout:
     """Cuts `model` down to `part`, in place. Meant for models on the meta device, before weights are loaded."""
     layout = find_blocks(model)
-    owner, kept = layout.owner(model), list(layout.blocks(model))[part.start : part.end]
+    owner, blocks = layout.owner(model), list(layout.blocks(model))
+    kept = blocks[part.start : part.end]
+    numbers = _numbers_of_blocks(blocks, part)
     layout.set_blocks(model, nn.ModuleList(kept))
-    for block in kept:
-        for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx -= part.start
+    for module, name in numbers:
+        setattr(module, name, getattr(module, name) - part.start)
     if not part.ends:
         embedding = model.get_input_embeddings()
         for parent in _ancestors(model, layout.owner_path):
@@ -117,6 +138,31 @@ def prune(model: PreTrainedModel, part: Part) -> BlockLayout:
             if isinstance(module, PreTrainedModel):
                 module.config = sliced_config(module.config, part.start, part.end)
     return layout
+
+
+def _numbers_of_blocks(blocks: Sequence[nn.Module], part: Part) -> list[tuple[nn.Module, str]]:
+    """Modules in blocks of `part` and the attributes in which they keep their block's number.
+
+    Families call it `layer_idx`, `layer_id`, …; what counts is that it is the number of the block in every block that
+    has it.
+    """
+    found: dict[str, list[tuple[int, int, nn.Module]]] = {}
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            for name, value in vars(module).items():
+                if type(value) is int:
+                    found.setdefault(name, []).append((number, value, module))
+    numbers = {
+        name: uses
+        for name, uses in found.items()
+        if all(number == value for number, value, _ in uses) and len({number for number, _, _ in uses}) > 1
+    }
+    return [
+        (module, name)
+        for name, uses in numbers.items()
+        for number, _, module in uses
+        if part.start <= number < part.end
+    ]
 
 
 def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedConfig:

@@ -22,7 +22,7 @@ from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.errors import ConfigurationError, UnsupportedInputError
 from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit, sliding_window
-from petals_lightning.hf.loading import model_class
+from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration

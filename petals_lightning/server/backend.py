@@ -84,7 +84,13 @@ class Backend:
         return int(self.caches.free_bytes / self.cache_bytes_per_token) if self.cache_bytes_per_token else 0
 
     def open_cache(self, key: SessionKey, request: StepRequest) -> None:
-        """Reserves room for the session that a request opens; raises Refusal if there is too little."""
+        """Reserves room for the session that a request opens; raises Refusal if there is too little, ProtocolError if it cannot be."""
+        if not self.span.has_sessions:
+            raise ProtocolError(
+                f"{type(self.span.model).__name__} ({self.span.model.config.model_type}) keeps a state besides keys and "
+                "values, which inference sessions do not support: train and evaluate only; load the model locally to "
+                "generate"
+            )
         size = self.cache_size(request)
         if not self.caches.make_room(key, size):
             raise Refusal(

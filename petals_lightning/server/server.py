@@ -20,7 +20,7 @@ from transformers import AutoModel
 from petals_lightning import __version__
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.hf import Checkpoint, Part, load_pruned
-from petals_lightning.hf.loading import model_class
+from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.protocol.checks import WIRE_DTYPES
 from petals_lightning.protocol.messages import STREAM_METHOD
@@ -39,7 +39,7 @@ from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
 from petals_lightning.server.session import Session
 from petals_lightning.server.span import BlockSpan, SpanInputs
-from petals_lightning.server.trials import verify_shared_prefix, verify_skipping
+from petals_lightning.server.trials import check_family, verify_sessions, verify_shared_prefix, verify_skipping
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 
@@ -143,7 +143,7 @@ class Server:
                 links=Links(self.node.p2p),
             )
             self._backend.graph_cost = measure_graph_cost(span)
-            self._backend.cache_bytes_per_token = measure_cache_bytes(span)
+            self._backend.cache_bytes_per_token = measure_cache_bytes(span) if span.has_sessions else 0.0
             record = self._measure(span)
             self._backend.info = {
                 "start": start,
@@ -201,14 +201,18 @@ class Server:
         )
         order_weights_for_decoding(model.to(self._device))  # type: ignore[arg-type]
         span = BlockSpan(model, layout, start)
+        check_family(span)
         span.share_prefix = self._share_prefix and verify_shared_prefix(span)
         if self._share_prefix and not span.share_prefix:
             logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
         span.skips_unread = span.share_prefix and verify_skipping(span)
         if span.share_prefix and not span.skips_unread:
             logger.info("this family runs its last block on all positions: it is not of the ordinary kind")
-        span.joins_steps = verify_joint_steps(span)
-        if not span.joins_steps:
+        span.has_sessions = verify_sessions(span)
+        if not span.has_sessions:
+            logger.warning("this family keeps more than keys and values: it is served for training and evaluation only")
+        span.joins_steps = span.has_sessions and verify_joint_steps(span)
+        if span.has_sessions and not span.joins_steps:
             logger.info("this family runs the steps of each session alone: its attention is not of the ordinary kind")
         return span
 

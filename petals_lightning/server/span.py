@@ -110,6 +110,7 @@ class BlockSpan:
     Attributes:
         share_prefix: whether the prefix may run once for the batch; `verify_shared_prefix` finds out.
         skips_unread: whether the last block may leave out what is not read; `verify_skipping` finds out.
+        has_sessions: whether keys and values are all that the blocks keep; `verify_sessions` finds out.
         joins_steps: whether sessions of different lengths may run as one batch; `verify_joint_steps` finds out.
     """
 
@@ -117,7 +118,7 @@ class BlockSpan:
         self.model, self.layout, self.start = model, layout, start
         self.blocks = list(layout.blocks(model))
         self.end = start + len(self.blocks)
-        self.share_prefix = self.skips_unread = self.joins_steps = True
+        self.share_prefix = self.skips_unread = self.joins_steps = self.has_sessions = True
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self.transfers = Transfers(self.device)

@@ -1,4 +1,4 @@
-"""What the blocks of a family allow, tried on random hidden states when a server starts."""
+"""Whether the blocks of a family can be served, and what they allow: tried on random hidden states at the start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,69 @@ from collections.abc import Callable
 
 import torch
 
+from petals_lightning.errors import UnsupportedModelError
+from petals_lightning.hf.checkpoint import first_line
+from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
 from petals_lightning.server.span import BlockSpan, SpanInputs
+
+_TOKENS, _SAME = 8, 5  # of a sample in the trials of a family; that many are the same in both samples
+
+
+def check_family(span: BlockSpan) -> None:
+    """Tries whether blocks give one by one what they give in one pass, and read nothing that comes behind a position.
+
+    What is refused here would be wrong without a word: blocks that hand each other more than hidden states, and
+    attention in both directions, for which padding and the prefix may not be left out.
+
+    Raises:
+        UnsupportedModelError: they do not, or they do not run at all. It says why in one line.
+    """
+    name = f"{type(span.model).__name__} ({span.model.config.model_type})"
+    hidden = torch.randn(2, _TOKENS, span.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden[1, :_SAME] = hidden[0, :_SAME]
+    try:
+        graph = span.forward_with_graph(SpanInputs(span.start, span.end, hidden), input_grad=True)
+        whole = graph.outputs[0].detach()
+        span.backward(graph, torch.ones_like(whole), None)
+        with torch.no_grad():
+            pieces = hidden
+            for number in range(span.start, span.end):
+                pieces, _ = span.forward(SpanInputs(number, number + 1, pieces))
+    except (torch.OutOfMemoryError, UnsupportedModelError):
+        raise
+    except Exception as e:  # whatever the family's own code raises
+        reason = f"{type(e).__name__}: {first_line(e)}" if str(e) else type(e).__name__
+        raise UnsupportedModelError(f"{name} cannot be split: its blocks do not run by themselves ({reason})") from e
+    if whole.shape != hidden.shape:
+        raise UnsupportedModelError(
+            f"{name} cannot be split: its blocks make {tuple(whole.shape)} of hidden states {tuple(hidden.shape)}"
+        )
+    if not _is_same(span, pieces, whole):
+        raise UnsupportedModelError(
+            f"{name} cannot be split: its blocks give something else one by one than together, so they read more than "
+            "the hidden states of the block before them"
+        )
+    if not _is_same(span, whole[1, :_SAME], whole[0, :_SAME]):
+        raise UnsupportedModelError(
+            f"{name} is not served: its attention is bidirectional, positions read what comes behind them, where padding "
+            "and prompts would change every result"
+        )
+
+
+@torch.no_grad()
+def verify_sessions(span: BlockSpan) -> bool:
+    """Whether positions that come step by step, behind their keys and values, get what they get all at once.
+
+    False for families that keep another state (recurrent, convolutional): they serve training and evaluation only.
+    """
+    hidden = torch.randn(2, _TOKENS, span.hidden_size, generator=torch.Generator().manual_seed(0)).to(span.device)
+
+    def steps() -> torch.Tensor:
+        cache = SpanCache([GrowingLayer(_TOKENS) for _ in span.blocks], 0)
+        pieces = hidden.split([_SAME, *[1] * (_TOKENS - _SAME)], dim=1)
+        return torch.cat([span.step(span.start, span.end, piece, cache) for piece in pieces], dim=1)
+
+    return same_outputs(span, steps, lambda: span.forward(SpanInputs(span.start, span.end, hidden))[0])
 
 
 def same_outputs(span: BlockSpan, *ways: Callable[[], torch.Tensor]) -> bool:
@@ -15,9 +77,13 @@ def same_outputs(span: BlockSpan, *ways: Callable[[], torch.Tensor]) -> bool:
         outputs = [run().float() for run in ways]
     except (TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError, ValueError):
         return False
+    return _is_same(span, *outputs)
+
+
+def _is_same(span: BlockSpan, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    found, expected = found.float(), expected.float()
     tolerance = 1e-4 if span.dtype == torch.float32 else 5e-2
-    error = (outputs[0] - outputs[1]).norm() / outputs[1].norm()
-    return bool(error < tolerance)
+    return found.shape == expected.shape and bool((found - expected).norm() / expected.norm() < tolerance)
 
 
 def verify_shared_prefix(span: BlockSpan) -> bool:

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from petals_lightning.errors import CheckpointError, UnsupportedModelError
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf import checkpoint as checkpoint_module
-from petals_lightning.hf.loading import model_class
+from petals_lightning.hf.decoder import model_class
 from tests.families import HIDDEN, TINY_CONFIGS, VOCAB, save_tiny_checkpoint
 
 BLOCKS = 8

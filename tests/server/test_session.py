@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel
 
 from petals_lightning.hf import Checkpoint, Part, load_pruned
-from petals_lightning.hf.loading import model_class
+from petals_lightning.hf.decoder import model_class
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
