@@ -19,10 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import psutil
 import torch
@@ -32,13 +29,11 @@ from benchmarks.swarm import PREFIX, batch_of, save_random_llama
 from petals_lightning.client import ClientConfig
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
-from petals_lightning.strategies.server_process import ServerProcess
 from petals_lightning.swarm import SwarmNode
-from petals_lightning.swarm.guard import ProcessGuard
+from tests.swarms import LOOPBACK, ServerProcess
 
 BLOCKS = 4
-SPANS = ["0:4", "0:4", "0:2", "2:4"]
-LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+SPANS = [(0, 4), (0, 4), (0, 2), (2, 4)]
 OPTIONS: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 4, "num_labels": 2}
 
 
@@ -48,7 +43,6 @@ class Servers:
 
     model: str
     initial_peers: list[str]
-    logs: Path
     seed: int
     kills: int = 0
     hangs: int = 0
@@ -56,12 +50,10 @@ class Servers:
     down: set[int] = field(default_factory=set)
 
     def start(self) -> None:
-        self._guard, self._stop, self._random = ProcessGuard(), threading.Event(), random.Random(self.seed)
-        self._starts = 0
+        self._stop, self._random = threading.Event(), random.Random(self.seed)
         self.processes = [self._launch(number) for number in range(len(SPANS))]
-        deadline = time.monotonic() + 120
         for process in self.processes:
-            process.wait_until_ready(deadline)
+            process.wait_ready()
 
     def strike_forever(self, period: float, in_use: Callable[[], set[str]]) -> None:
         """Strikes a server every `period` seconds on average, mostly one that is `in_use` (peer ids)."""
@@ -72,28 +64,17 @@ class Servers:
         self._stop.set()
         self._thread.join()
         for process in self.processes:
-            process.interrupt()
-        deadline = time.monotonic() + 10
-        for process in self.processes:
-            process.wait(deadline)
-        self._guard.release()
+            process.stop()
 
     def _launch(self, number: int) -> ServerProcess:
-        self._starts += 1
-        join = [part for peer in self.initial_peers for part in ("--initial-peers", peer)]
-        process = ServerProcess(
-            [self.model, *join, "--dht-prefix", PREFIX, "--block-indices", SPANS[number], "--host-maddrs", LOOPBACK,
-             "--threads", "1", "--update-period", "10"],
-            self.logs / f"server_{number}_{self._starts}.log", f"server {number}",
-        )  # fmt: skip
-        self._guard.protect(process.pid)
-        process.wait_for_address(time.monotonic() + 120)
-        return process
+        return ServerProcess(
+            self.model, SPANS[number], self.initial_peers, "--dht-prefix", PREFIX, "--update-period", "10"
+        )
 
     def _strike(self, period: float, in_use: Callable[[], set[str]]) -> None:
         while not self._stop.wait(self._random.uniform(0.5 * period, 1.5 * period)):
             peers = in_use()
-            used = [n for n, process in enumerate(self.processes) if process.addresses[0].rsplit("/", 1)[1] in peers]
+            used = [n for n, process in enumerate(self.processes) if process.peer_id in peers]
             numbers = used if used and self._random.random() < 0.7 else list(range(len(SPANS)))
             number = self._random.choice(numbers)
             rest = set(range(len(SPANS))) - self.down - {number}
@@ -108,18 +89,17 @@ class Servers:
 
     def _kill(self, number: int, seconds: float) -> None:
         self.kills += 1
-        os.kill(self.processes[number].pid, signal.SIGKILL)
-        self.processes[number].wait(time.monotonic() + 5)
+        self.processes[number].signal(signal.SIGKILL)
+        self.processes[number].stop()
         self._stop.wait(seconds)
-        self.processes[number] = self._launch(number)
-        self.processes[number].wait_until_ready(time.monotonic() + 120)
+        self.processes[number] = self._launch(number).wait_ready()
         self.down.discard(number)
 
     def _hang(self, number: int, seconds: float) -> None:
         self.hangs += 1
-        os.kill(self.processes[number].pid, signal.SIGSTOP)
+        self.processes[number].signal(signal.SIGSTOP)
         self._stop.wait(seconds)
-        os.kill(self.processes[number].pid, signal.SIGCONT)
+        self.processes[number].signal(signal.SIGCONT)
         self.down.discard(number)
 
 
@@ -154,8 +134,8 @@ def main(
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         save_random_llama(folder, hidden=128, blocks=BLOCKS, dtype="float32")
-        bootstrap = SwarmNode(host_maddrs=[LOOPBACK]).start()
-        servers = Servers(folder, bootstrap.visible_maddrs(), Path(folder), seed)
+        bootstrap = SwarmNode(host_maddrs=LOOPBACK).start()
+        servers = Servers(folder, bootstrap.visible_maddrs(), seed)
         servers.start()
         torch.manual_seed(0)
         model = AutoDistributedModelForSequenceClassification.from_pretrained(
@@ -164,7 +144,9 @@ def main(
         )  # fmt: skip
         optimizer = optimizer_of(model)
         servers.strike_forever(period, lambda: {leg.peer_id for leg in remote_blocks(model).route(256)})
-        losses, seconds, early = [], [], None
+        losses: list[float] = []
+        seconds: list[float] = []
+        early = None
         began = time.monotonic()
         try:
             while (elapsed := time.monotonic() - began) < minutes * 60:

@@ -11,20 +11,18 @@ alternate, and medians are compared: all clients together with one client, and t
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Annotated
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from benchmarks.rounds import print_table, save_rows
-from benchmarks.swarm import running_server, save_random_llama
+from benchmarks.options import Case, Output, parse_case, parse_numbers
+from benchmarks.rounds import report
+from benchmarks.servers import running_server
+from benchmarks.swarm import save_random_llama
 from benchmarks.training_client import Client
 
 
@@ -40,21 +38,20 @@ def main(
     counts: Annotated[str, typer.Option(help="numbers of clients, comma separated; the first is the reference")] = (
         "1,2,4,8"
     ),
-    case: Annotated[str, typer.Option(help="batch×tokens×P of every client's steps")] = "16x64x16",
+    case: Case = "16x64x16",
     seconds: Annotated[float, typer.Option(help="of each round")] = 20.0,
     hidden: int = 512,
     blocks: int = 8,
     repeats: int = 3,
     threads: Annotated[int, typer.Option(help="of the server")] = 1,
-    output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
+    output: Output = None,
 ) -> None:
     """Prints two rows per number of clients."""
-    numbers = [int(part) for part in counts.split(",")]
-    samples = int(case.split("x")[0])
+    numbers, samples = parse_numbers(counts), parse_case(case)[0]
     rounds: dict[int, list[list[float]]] = {number: [] for number in numbers}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         save_random_llama(folder, hidden=hidden, blocks=blocks, dtype="float32")
-        _, maddr = stack.enter_context(running_server(folder, threads))
+        maddr = stack.enter_context(running_server(folder, threads)).maddr
         clients = [Client(folder, maddr, case) for _ in range(max(numbers))]
         for client in clients:
             stack.callback(client.close)
@@ -71,8 +68,7 @@ def main(
         rows.append((f"{number} clients together, against the first row", together[number], together[numbers[0]]))
         rows.append((f"the slowest of {number}, against an even share", slowest, even))
     title = f"samples/s, steps of {case}, Llama {hidden} × {blocks}, float32, server of {threads} threads, clients of 1"
-    print_table(title, ("samples/s", "reference", "ratio"), rows)
-    save_rows(rows, output)
+    report(title, ("samples/s", "reference", "ratio"), rows, output)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,22 @@ alternate in one run, medians are compared, and the metrics of all rounds must b
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Annotated, Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from typing import Annotated
 
 import pytorch_lightning as pl
 import torch
 import typer
 
-from benchmarks.rounds import alternate, print_table, save_rows
-from benchmarks.slow_link import Link
-from benchmarks.training_step import PREFIX
+from benchmarks.options import Mbits, Output, RoundTrip
+from benchmarks.rounds import alternate, report
+from benchmarks.servers import even_spans
+from benchmarks.slow_link import slow_chain
+from benchmarks.swarm import PREFIX
 from petals_lightning.data import TextClassificationDataModule
+from petals_lightning.hf import Checkpoint
 from petals_lightning.modules import SequenceClassificationModule
 from petals_lightning.sample import MODEL_DIR
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
@@ -47,41 +45,46 @@ class Stopwatch(pl.Callback):
 def main(
     in_flight: int = 4,
     batch_size: int = 32,
-    mbits: Annotated[float, typer.Option(help="of each connection and direction, in Mbit/s")] = 100.0,
-    round_trip: Annotated[float, typer.Option(help="seconds from the client to the server and back")] = 0.05,
+    batches: Annotated[int, typer.Option(help="of the validation split; 0 for all")] = 0,
+    mbits: Mbits = 100.0,
+    round_trip: RoundTrip = 0.05,
     repeats: int = 5,
-    output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
+    output: Output = None,
 ) -> None:
-    """Prints seconds of both, and their ratio."""
+    """Prints milliseconds of both, and their ratio."""
     torch.set_num_threads(1)
-    link, found = Link(round_trip / 2, mbits * 1e6 / 8), []
+    found = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        maddr = link.start_server(stack, str(MODEL_DIR), 1)
+        model = str(MODEL_DIR)
+        spans = even_spans(Checkpoint(model).config.num_hidden_layers, 1)
+        chain = slow_chain(model, spans, threads=1, delay=round_trip / 2, rate=mbits * 1e6 / 8)
+        maddr = stack.enter_context(chain)
+        data = TextClassificationDataModule(model, batch_size=batch_size)
 
         def validate(size: int) -> float:
             torch.manual_seed(0)
-            module = SequenceClassificationModule(str(MODEL_DIR), pre_seq_len=8, dht_prefix=PREFIX)
-            watch, options = Stopwatch(), {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+            module = SequenceClassificationModule(model, pre_seq_len=8, dht_prefix=PREFIX)
+            watch = Stopwatch()
             trainer = pl.Trainer(
-                strategy=RemoteBlockStrategy(PrivateSwarm([maddr], batches_in_flight=size)),
-                default_root_dir=folder, enable_model_summary=False, callbacks=[watch], **options,
+                strategy=RemoteBlockStrategy(PrivateSwarm([maddr], batches_in_flight=size)), accelerator="cpu",
+                limit_val_batches=batches or None, default_root_dir=folder, callbacks=[watch], logger=False,
+                enable_model_summary=False, enable_progress_bar=False,
             )  # fmt: skip
             found.append(trainer.validate(module, datamodule=data, verbose=False))
             return watch.seconds
 
-        data: Any = TextClassificationDataModule(str(MODEL_DIR), batch_size=batch_size)
-        rounds: dict[str, Callable[[], float]] = {"ours": lambda: validate(in_flight), "other": lambda: validate(1)}
-        seconds = alternate(rounds, repeats)
-    assert all(metrics == found[0] for metrics in found), "the metrics differ"
-    rows = [(f"{in_flight} batches in flight, one at a time", seconds["ours"], seconds["other"])]
-    print_table(
-        f"validation of {data.sizes['validation']} reviews in batches of {batch_size}, "
-        f"{mbits:g} Mbit/s, {round_trip * 1e3:g} ms round trip",
+        seconds = alternate({"ours": lambda: validate(in_flight), "other": lambda: validate(1)}, repeats)
+    if any(metrics != found[0] for metrics in found):
+        raise SystemExit(f"the metrics differ: {found}")
+    count = min(batches * batch_size or data.sizes["validation"], data.sizes["validation"])
+    report(
+        f"validation of {count} reviews in batches of {batch_size}, {mbits:g} Mbit/s, "
+        f"{round_trip * 1e3:g} ms round trip",
         ("first ms", "second ms", "second / first"),
-        [(case, ours * 1e3, other * 1e3) for case, ours, other in rows],
+        [(f"{in_flight} batches in flight, one at a time", seconds["ours"] * 1e3, seconds["other"] * 1e3)],
+        output,
         second_by_first=True,
     )
-    save_rows(rows, output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ come back for each sample.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,27 +22,19 @@ from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import typer
 
-from benchmarks.rounds import alternate, print_table, save_rows
+from benchmarks import full_last_block
+from benchmarks.options import Cases, Output, parse_case
+from benchmarks.rounds import Row, alternate, report
+from benchmarks.servers import Program, running_server
 from benchmarks.sst2_epoch import DATA, SAVINGS_OFF, Batch, grouped_batches, padded_batches, read_samples
-from benchmarks.swarm import (
-    PROGRAM,
-    Wasteful,
-    batch_of,
-    classifier,
-    optimizer_of,
-    run_step,
-    running_server,
-    save_random_llama,
-)
+from benchmarks.swarm import Wasteful, batch_of, classifier, optimizer_of, run_step, save_random_llama
+from petals_lightning.cli.main import main as serve
 from petals_lightning.client import ClientConfig
 from petals_lightning.models import prompts_of, remote_blocks
 
-Row = tuple[str, float, float]
 VOCABULARY = 8000
 SENTENCES = "train.jsonl", "train_phrases.jsonl"
 
@@ -57,7 +48,7 @@ class Variant:
     """One side: options of its server, its program, options of its client, and what is done to its model."""
 
     server: tuple[str, ...] = ()
-    program: tuple[str, ...] = PROGRAM
+    program: Program = serve
     client: ClientConfig | None = None
     wrap: Callable[[Any], Any] = as_it_is
 
@@ -66,7 +57,7 @@ OFF = {
     "kept graphs": Variant(server=("--graph-memory", "0")),
     "prefix once": Variant(server=("--no-share-prefix",)),
     "rows only": Variant(wrap=partial(Wasteful, input_grad=False)),
-    "last block for read positions": Variant(program=("benchmarks.full_last_block",)),
+    "last block for read positions": Variant(program=full_last_block.serve),
     "no input gradient": Variant(wrap=partial(Wasteful, all_positions=False)),
     "all of these": Variant(server=SAVINGS_OFF, wrap=Wasteful),
     "all, by Petals' methods": Variant(server=("--petals-only",), wrap=Wasteful),
@@ -78,9 +69,9 @@ class Side:
     """A server with a client; a round of it gives seconds, and is counted."""
 
     def __init__(self, stack: ExitStack, folder: str, variant: Variant, pre_seq_len: int, threads: int):
-        _, maddr = stack.enter_context(running_server(folder, threads, *variant.server, program=variant.program))
+        server = stack.enter_context(running_server(folder, threads, *variant.server, program=variant.program))
         torch.manual_seed(0)
-        self._model = classifier(folder, maddr, pre_seq_len, client_config=variant.client)
+        self._model = classifier(folder, server.maddr, pre_seq_len, client_config=variant.client)
         stack.callback(remote_blocks(self._model).close)
         self._wrapped, self._optimizer = variant.wrap(self._model), optimizer_of(self._model)
         self._rounds, self._stats = 0, remote_blocks(self._model).stats
@@ -135,24 +126,22 @@ class Comparison:
 
 
 def main(
-    cases: Annotated[str, typer.Option(help="batch×tokens×P, comma separated")] = "16x64x16,32x24x16",
+    cases: Cases = "16x64x16,32x24x16",
     data: Annotated[Path, typer.Option(help="Folder of SST-2 in JSON lines; without it that row is left out.")] = DATA,
     only: Annotated[str, typer.Option(help="Only mechanisms whose names contain this.")] = "",
     hidden: int = 512,
     blocks: int = 8,
     repeats: int = 7,
     threads: int = 2,
-    output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
+    output: Output = None,
 ) -> None:
     """Prints two rows per mechanism: time and bytes of a step, off and on."""
     torch.set_num_threads(threads)
     rows: list[Row] = []
     for case in cases.split(","):
-        batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
-        batch, comparison = (
-            batch_of(batch_size, tokens),
-            Comparison(only, hidden, blocks, pre_seq_len, threads, repeats),
-        )
+        batch_size, tokens, pre_seq_len = parse_case(case)
+        batch = batch_of(batch_size, tokens)
+        comparison = Comparison(only, hidden, blocks, pre_seq_len, threads, repeats)
 
         def training(side: Side, on: bool, batch: Batch = batch) -> Callable[[], float]:
             return lambda: side.train(repeat(batch))
@@ -176,9 +165,7 @@ def main(
 
         comparison.run(f"{name}, batches of 32 of similar length against padding to 64", Variant(), epoch)
         rows += comparison.rows
-    title = f"Llama {hidden} × {blocks}, {threads} threads"
-    print_table(title, ("off", "on", "off / on"), rows)
-    save_rows(rows, output)
+    report(f"Llama {hidden} × {blocks}, {threads} threads", ("off", "on", "off / on"), rows, output)
 
 
 if __name__ == "__main__":

@@ -22,33 +22,25 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import psutil
 import torch
 import typer
 
-from benchmarks.rounds import print_table, save_rows
-from benchmarks.swarm import (
-    batch_of,
-    classifier,
-    optimizer_of,
-    peak_memory,
-    running_server,
-    save_random_llama,
-)
+from benchmarks.options import Case, Output, parse_case
+from benchmarks.rounds import Row, report
+from benchmarks.servers import running_server
+from benchmarks.swarm import batch_of, classifier, optimizer_of, peak_memory, save_random_llama
 from benchmarks.training_client import Client
 from petals_lightning.models import remote_blocks
 
 MIB = 2**20
 SESSION_BATCH, SESSION_LENGTH = 4, 256
-Row = tuple[str, float, float]
 
 
 def hold(hidden: int, vocabulary: int, case: str, answer: Any) -> None:
     """The floor of a client, in a process of its own: its tensors and nothing done with them but a step."""
     torch.set_num_threads(1)
-    batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
+    batch_size, tokens, pre_seq_len = parse_case(case)
     embedding = torch.nn.Embedding.from_pretrained(torch.full((vocabulary, hidden), 0.5))
     trained = [torch.nn.Parameter(torch.zeros(shape, hidden)) for shape in (pre_seq_len, 2)]
     optimizer = torch.optim.AdamW(trained)
@@ -61,17 +53,17 @@ def hold(hidden: int, vocabulary: int, case: str, answer: Any) -> None:
     answer.put(peak_memory(os.getpid()))
 
 
-def client_peak(folder: str, maddr: str, case: str) -> float:
-    """MiB that a client has had at most after some steps."""
+def client_peak(folder: str, maddr: str, case: str, seconds: float) -> float:
+    """MiB that a client has had at most after so long a training."""
     client = Client(folder, maddr, case, "ptune")
     client.wait_until_ready()
-    client.start(time.time() + 3)
+    client.start(time.time() + seconds)
     _, peak = client.done()
     client.close()
     return peak / MIB
 
 
-def measure_client(hidden: int, vocabulary: int, counts: tuple[int, int], case: str) -> list[Row]:
+def measure_client(hidden: int, vocabulary: int, counts: tuple[int, int], case: str, seconds: float) -> list[Row]:
     spawn = multiprocessing.get_context("spawn")
     answer = spawn.Queue()
     process = spawn.Process(target=hold, args=(hidden, vocabulary, case, answer))
@@ -82,8 +74,8 @@ def measure_client(hidden: int, vocabulary: int, counts: tuple[int, int], case: 
     for blocks in counts:
         with tempfile.TemporaryDirectory() as folder:
             save_random_llama(folder, hidden=hidden, blocks=blocks, dtype="float32", vocabulary=vocabulary)
-            with running_server(folder, 1) as (_, maddr):
-                peaks.append(client_peak(folder, maddr, case))
+            with running_server(folder, 1) as server:
+                peaks.append(client_peak(folder, server.maddr, case, seconds))
     few, many = counts
     return [
         (f"client of {few} blocks, against its floor", peaks[0], floor),
@@ -93,7 +85,7 @@ def measure_client(hidden: int, vocabulary: int, counts: tuple[int, int], case: 
 
 def load(folder: str, maddr: str, case: str, rounds: int, sessions: int) -> None:
     """Trains with three clients, of whose forwards every second has no backward, while sessions are open."""
-    batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
+    batch_size, tokens, pre_seq_len = parse_case(case)
     models = [classifier(folder, maddr, pre_seq_len) for _ in range(3)]
     hidden = models[0].get_input_embeddings()(batch_of(SESSION_BATCH, SESSION_LENGTH)["input_ids"])
     talks = [remote_blocks(models[0]).inference_session(max_length=SESSION_LENGTH) for _ in range(sessions)]
@@ -115,11 +107,11 @@ def load(folder: str, maddr: str, case: str, rounds: int, sessions: int) -> None
 
 def server_growth(folder: str, case: str, gib: float, rounds: int, sessions: int) -> float:
     """MiB by which the peak of a server under load is over what it had when it was ready."""
-    with running_server(folder, 1, "--graph-memory", f"{gib}", "--cache-memory", f"{gib}") as (process, maddr):
-        ready = psutil.Process(process.pid).memory_info().rss
-        Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew: loading is over
-        load(folder, maddr, case, rounds, sessions)
-        return (peak_memory(process.pid) - ready) / MIB
+    with running_server(folder, 1, "--graph-memory", f"{gib}", "--cache-memory", f"{gib}") as server:
+        ready = psutil.Process(server.pid).memory_info().rss
+        Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # the peak begins anew: loading is over
+        load(folder, server.maddr, case, rounds, sessions)
+        return (peak_memory(server.pid) - ready) / MIB
 
 
 def measure_server(hidden: int, blocks: int, case: str, gib: float, rounds: int) -> list[Row]:
@@ -136,20 +128,21 @@ def measure_server(hidden: int, blocks: int, case: str, gib: float, rounds: int)
 
 
 def main(
-    case: Annotated[str, typer.Option(help="batch×tokens×P of training steps")] = "16x64x16",
+    case: Case = "16x64x16",
     vocabulary: Annotated[int, typer.Option(help="tokens whose embeddings the client holds")] = 100_000,
     hidden: int = 512,
     few: Annotated[int, typer.Option(help="blocks of the smaller model")] = 2,
     many: Annotated[int, typer.Option(help="blocks of the larger model")] = 16,
     budget: Annotated[float, typer.Option(help="GiB that the server may take for graphs, and for caches")] = 0.25,
     rounds: Annotated[int, typer.Option(help="of the three clients that load the server")] = 16,
-    output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
+    seconds: Annotated[float, typer.Option(help="that each client trains whose peak is measured")] = 3.0,
+    output: Output = None,
 ) -> None:
     """Prints peaks and floors in MiB."""
     torch.set_num_threads(1)
-    rows = measure_client(hidden, vocabulary, (few, many), case) + measure_server(hidden, few, case, budget, rounds)
-    print_table(f"peak memory, hidden {hidden}, float32, {case}", ("MiB", "floor or budget", "ratio"), rows)
-    save_rows(rows, output)
+    rows = measure_client(hidden, vocabulary, (few, many), case, seconds)
+    rows += measure_server(hidden, few, case, budget, rounds)
+    report(f"peak memory, hidden {hidden}, float32, {case}", ("MiB", "floor or budget", "ratio"), rows, output)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +12,11 @@ from rich.table import Table
 
 _WARM_UP = 2
 
+Row = tuple[str, float, float]
+"""A case, and what was measured of its two sides."""
 
-def alternate(rounds: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+
+def alternate(rounds: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
     """Median seconds of each side's round, of those after the warm-up: the machine may be noisy."""
     seconds: dict[str, list[float]] = {name: [] for name in rounds}
     for repeat in range(repeats + _WARM_UP):
@@ -24,16 +27,25 @@ def alternate(rounds: dict[str, Callable[[], float]], repeats: int) -> dict[str,
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[tuple[str, float, float]], *, second_by_first: bool = False
+def report(
+    title: str, columns: Sequence[str], rows: Sequence[Row], output: Path | None, *, second_by_first: bool = False
 ) -> None:
-    """A line for each (case, first, second), and their ratio: first / second unless said otherwise."""
-    table = Table(title=title)
-    for number, column in enumerate(("case", *columns)):
-        table.add_column(column, justify="left" if number == 0 else "right")
+    """Prints rows and their ratios, which are first / second unless said otherwise; saves them if a file is given."""
+    cells = []
     for case, first, second in rows:
         ratio = second / first if second_by_first else first / second
-        table.add_row(case, f"{first:.1f}", f"{second:.1f}", f"{ratio:.2f}")
+        cells.append((case, f"{first:.1f}", f"{second:.1f}", f"{ratio:.2f}"))
+    print_table(title, ("case", *columns), cells)
+    save_rows(rows, output)
+
+
+def print_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """The first column is text, the others are numbers."""
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for line in cells:
+        table.add_row(*line)
     Console().print(table)
 
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated
+from functools import partial
 
 import numpy as np
 import typer
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
 
-from benchmarks.rounds import alternate, print_table, save_rows
+from benchmarks.options import Output
+from benchmarks.rounds import alternate, report
 from petals_lightning.client.routing import ServerSpan, plan_route, route_seconds
 
 
@@ -58,7 +58,7 @@ def main(
     servers: int = 1000,
     blocks: int = 80,
     repeats: int = 9,
-    output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
+    output: Output = None,
 ) -> None:
     """Prints a row per kind of swarm, in milliseconds."""
     rows = []
@@ -75,14 +75,13 @@ def main(
             raise SystemExit(f"{name}: the planned route costs {ours} s, scipy's {theirs} s")
         seconds = alternate(
             {
-                "ours": lambda swarm=swarm: timed(lambda: plan_route(swarm, 0, blocks)),
-                "scipy": lambda swarm=swarm: timed(lambda: scipy_cost(swarm, blocks)),
+                "ours": partial(timed, partial(plan_route, swarm, 0, blocks)),
+                "scipy": partial(timed, partial(scipy_cost, swarm, blocks)),
             },
             repeats,
         )
         rows.append((name, seconds["ours"] * 1e3, seconds["scipy"] * 1e3))
-    print_table(f"a route over {servers} servers × {blocks} blocks, ms", ("ours", "scipy", "ours / scipy"), rows)
-    save_rows(rows, output)
+    report(f"a route over {servers} servers × {blocks} blocks, ms", ("ours", "scipy", "ours / scipy"), rows, output)
 
 
 if __name__ == "__main__":

@@ -20,23 +20,22 @@ Servers compute with real blocks, or with blocks that take a stated time (`throt
 
 from __future__ import annotations
 
-import os
-import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
 
+from benchmarks import throttled_server
 from benchmarks.decode import generate
-from benchmarks.rounds import alternate, print_table, save_rows
-from benchmarks.swarm import PREFIX, PROGRAM, batch_of, save_random_llama, start_server, training_rounds
+from benchmarks.options import Case, Chains, Mbits, Output, RoundTrip, parse_case, parse_numbers
+from benchmarks.rounds import Row, alternate, report
+from benchmarks.servers import Program, Span, even_spans, running_server
+from benchmarks.swarm import PREFIX, batch_of, save_random_llama, training_rounds
+from petals_lightning.cli.main import main as serve
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
@@ -44,12 +43,10 @@ from petals_lightning.models import (
 )
 from tests.faults.proxy import SharedLink, TcpProxy, free_port
 
-BLOCKS = 8
-
 
 @contextmanager
 def slow_chain(
-    model: str, count: int, *options: str, program: tuple[str, ...], threads: int, delay: float, rate: float
+    model: str, spans: Sequence[Span], *extra: str, program: Program = serve, threads: int, delay: float, rate: float
 ) -> Iterator[str]:
     """Servers with links of their own, and a link for whoever connects to them when all are up; gives an address.
 
@@ -59,60 +56,61 @@ def slow_chain(
     """
     with ExitStack() as stack:
         proxies: list[TcpProxy] = []
-        first = ""
-        for number in range(count):
+        first: list[str] = []
+        for span in spans:
             port = free_port()
             proxy = TcpProxy(port)
             stack.callback(proxy.close)
             proxies.append(proxy)
             # From the start: peers measure their round trip early, and take their windows from it.
             proxy.delay, proxy.link = delay, SharedLink(rate)
-            process, maddr = start_server(
-                model, threads, "--host-maddrs", f"/ip4/127.0.0.1/tcp/{port}",
-                "--announce-maddrs", f"/ip4/127.0.0.1/tcp/{proxy.port}", *options,
-                "--block-indices", f"{BLOCKS * number // count}:{BLOCKS * (number + 1) // count}",
-                join=("--initial-peers", first) if first else ("--new-swarm",), program=program,
+            addresses = (
+                "--host-maddrs", f"/ip4/127.0.0.1/tcp/{port}",
+                "--announce-maddrs", f"/ip4/127.0.0.1/tcp/{proxy.port}",
             )  # fmt: skip
-            stack.callback(_end, process)
-            first = first or f"/ip4/127.0.0.1/tcp/{proxy.port}/p2p/{maddr.split('/p2p/')[1]}"
+            server = stack.enter_context(
+                running_server(model, threads, *addresses, *extra, span=span, join=first, program=program)
+            )
+            first = first or [f"/ip4/127.0.0.1/tcp/{proxy.port}/p2p/{server.peer_id}"]
         of_client = SharedLink(rate)
         for proxy in proxies:
             proxy.link = of_client
-        yield first
+        yield first[0]
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    process.wait()
+def in_ms(seconds: dict[str, float], tokens: int = 1) -> dict[str, float]:
+    """Milliseconds of a round, or of each of its tokens."""
+    return {side: taken * 1e3 / tokens for side, taken in seconds.items()}
 
 
 def main(
-    case: Annotated[str, typer.Option(help="batch×tokens×P of the training steps")] = "16x64x16",
-    mbits: Annotated[float, typer.Option(help="of each link and direction, in Mbit/s")] = 100.0,
-    round_trip: Annotated[float, typer.Option(help="seconds to a server and back")] = 0.05,
-    servers: Annotated[str, typer.Option(help="lengths of the chains, comma separated")] = "1,2,4",
+    case: Case = "16x64x16",
+    mbits: Mbits = 100.0,
+    round_trip: RoundTrip = 0.05,
+    servers: Chains = "1,2,4",
     block_us: Annotated[
         float | None, typer.Option(help="µs that a block takes for a position", show_default="real blocks")
     ] = None,
+    hidden: int = 512,
+    blocks: int = 8,
     new_tokens: int = 16,
     repeats: int = 7,
     threads: int = 2,
-    output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
+    output: Output = None,
 ) -> None:
     """Prints a row per comparison."""
     torch.set_num_threads(threads)
-    batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
-    batch, prompt, rows = batch_of(batch_size, tokens), torch.randint(1, 1000, (1, 16)), []
-    program = PROGRAM
-    if block_us is not None:
-        program = "benchmarks.throttled_server", str(block_us)
+    batch_size, tokens, pre_seq_len = parse_case(case)
+    batch, prompt = batch_of(batch_size, tokens), torch.randint(1, 1000, (1, 16))
+    rows: list[Row] = []
+    program = serve if block_us is None else partial(throttled_server.serve, block_us)
     start = partial(slow_chain, program=program, threads=threads, delay=round_trip / 2, rate=mbits * 1e6 / 8)
     with tempfile.TemporaryDirectory() as folder:
-        save_random_llama(folder, hidden=512, blocks=BLOCKS, dtype="float32", is_thin=block_us is not None)
-        for count in (int(part) for part in servers.split(",")):
+        save_random_llama(folder, hidden=hidden, blocks=blocks, dtype="float32", is_thin=block_us is not None)
+        for count in parse_numbers(servers):
             with ExitStack() as stack:
-                ours = stack.enter_context(start(folder, count))
-                petals = stack.enter_context(start(folder, count, "--petals-only"))
+                ours = stack.enter_context(start(folder, even_spans(blocks, count)))
+                petals = stack.enter_context(start(folder, even_spans(blocks, count), "--petals-only"))
 
                 def load(auto_class: Any, maddr: str, stack: ExitStack = stack, **options: Any) -> Any:
                     options = {"wire_dtype": "float32", **options}
@@ -127,29 +125,31 @@ def main(
                 models = {"ours": classifier(ours), "petals": classifier(petals)}
                 models["petals, coarse"] = classifier(petals, min_microbatch_tokens=batch_size * tokens)
                 models["16 bit"] = classifier(ours, wire_dtype="bfloat16")
-                ways = {"ours": {}, "direct": {"server_to_server": False}} if count > 1 else {}
-                if ways:
+                if count > 1:
                     models["direct"] = classifier(ours, server_to_server=False)
-                seconds = alternate(training_rounds(models, batch), repeats)
+                step = in_ms(alternate(training_rounds(models, batch), repeats))
                 name = f"training step, {count} server{'s' * (count > 1)}"
-                rows.append((f"{name}: ours, Petals' methods", seconds["ours"], seconds["petals"]))
-                rows.append((f"{name}: ours, Petals' methods and cuts", seconds["ours"], seconds["petals, coarse"]))
-                rows.append((f"{name}: ours in bfloat16, Petals' methods", seconds["16 bit"], seconds["petals"]))
-                if not ways:
+                rows.append((f"{name}: ours, Petals' methods", step["ours"], step["petals"]))
+                rows.append((f"{name}: ours, Petals' methods and cuts", step["ours"], step["petals, coarse"]))
+                rows.append((f"{name}: ours in bfloat16, Petals' methods", step["16 bit"], step["petals"]))
+                if count == 1:
                     continue
-                rows.append((f"{name}: handed over, direct", seconds["ours"], seconds["direct"]))
-                talkers = {n: load(AutoDistributedModelForCausalLM, ours, **way) for n, way in ways.items()}
-                decoding = {n: lambda m=m: generate(m, prompt, new_tokens) / new_tokens for n, m in talkers.items()}
-                seconds = alternate(decoding, max(repeats // 2, 2))
-                rows.append((f"decoded token, {count} servers: handed over, direct", *seconds.values()))
-    blocks = "real blocks" if block_us is None else f"blocks of {block_us:g} µs a position"
-    print_table(
-        f"{mbits:g} Mbit/s, {round_trip * 1e3:g} ms round trip, 512 × {BLOCKS} in float32, {blocks}, {case}",
+                rows.append((f"{name}: handed over, direct", step["ours"], step["direct"]))
+                talkers = {
+                    "ours": load(AutoDistributedModelForCausalLM, ours),
+                    "direct": load(AutoDistributedModelForCausalLM, ours, server_to_server=False),
+                }
+                decoding = {name: partial(generate, model, prompt, new_tokens) for name, model in talkers.items()}
+                token = in_ms(alternate(decoding, max(repeats // 2, 2)), new_tokens)
+                rows.append((f"decoded token, {count} servers: handed over, direct", token["ours"], token["direct"]))
+    kind = "real blocks" if block_us is None else f"blocks of {block_us:g} µs a position"
+    report(
+        f"{mbits:g} Mbit/s, {round_trip * 1e3:g} ms round trip, {hidden} × {blocks} in float32, {kind}, {case}",
         ("first ms", "second ms", "second / first"),
-        [(name, ours * 1e3, other * 1e3) for name, ours, other in rows],
+        rows,
+        output,
         second_by_first=True,
     )
-    save_rows(rows, output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ byte-level BPE trained on the file. The epoch is cut into pieces which the sides
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -24,16 +23,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import datasets
 import tokenizers
 import torch
 import typer
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.options import Output
 from benchmarks.rounds import print_table, save_rows
-from benchmarks.swarm import Wasteful, classifier, optimizer_of, run_step, running_server, save_random_llama
+from benchmarks.servers import running_server
+from benchmarks.swarm import Wasteful, classifier, optimizer_of, run_step, save_random_llama
 from petals_lightning.data.loader import LengthGroupedSampler
 from petals_lightning.data.tokenizers import EncodedTexts, PadRight
 from petals_lightning.models import remote_blocks
@@ -109,9 +108,9 @@ def compare(
         save_random_llama(folder, hidden=hidden, blocks=blocks, dtype="float32", vocabulary=8000)
         loaded = {}
         for side, options in {"ours": (), "off": SAVINGS_OFF}.items():
-            _, maddr = stack.enter_context(running_server(folder, threads, *options))
+            server = stack.enter_context(running_server(folder, threads, *options))
             torch.manual_seed(0)
-            loaded[side] = classifier(folder, maddr, pre_seq_len)
+            loaded[side] = classifier(folder, server.maddr, pre_seq_len)
             stack.callback(remote_blocks(loaded[side]).close)
         models = {"ours": loaded["ours"], "off": Wasteful(loaded["off"])}
         with torch.no_grad():
@@ -137,7 +136,7 @@ def main(
     hidden: int = 512,
     blocks: int = 8,
     threads: int = 2,
-    output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
+    output: Output = None,
 ) -> None:
     """Prints a row per file."""
     torch.set_num_threads(threads)
@@ -150,17 +149,15 @@ def main(
     ]  # fmt: skip
     print_table(
         f"SST-2, Llama {hidden} × {blocks}, float32, batches of {batch_size}, P = {pre_seq_len}, {threads} threads",
-        ("ours s", "savings off s", "off / ours"),
+        ("case", "ours s", "savings off s", "off / ours"),
         [
             (
                 f"{row['file']}: {row['samples']} samples of {row['mean_tokens']:.1f} tokens",
-                row["ours_seconds"],
-                row["off_seconds"],
+                f"{row['ours_seconds']:.1f}", f"{row['off_seconds']:.1f}", f"{row['ratio']:.2f}",
             )
             for row in rows
         ],
-        second_by_first=True,
-    )
+    )  # fmt: skip
     save_rows(rows, output)
 
 

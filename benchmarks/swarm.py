@@ -1,12 +1,9 @@
-"""What benchmarks run on: a random Llama, servers of it in processes of their own, classifiers and their steps."""
+"""What benchmarks run on: a random Llama, classifiers and their steps."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +16,6 @@ from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForSequenceClassification
 
 PREFIX = "benchmark"
-PROGRAM = ("petals_lightning.cli.main",)
 VOCABULARY = 1000
 
 
@@ -38,44 +34,6 @@ def save_random_llama(
     torch.manual_seed(0)
     with quiet_transformers():
         transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
-
-
-def start_server(
-    model: str,
-    threads: int,
-    *extra: str,
-    join: tuple[str, ...] = ("--new-swarm",),
-    program: tuple[str, ...] = PROGRAM,
-) -> tuple[subprocess.Popen[str], str]:
-    """A server, of all blocks unless `extra` says otherwise; returns its process and address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *program, "serve", model, *join, "--dht-prefix", PREFIX,
-         "--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--threads", str(threads), *extra],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    maddr = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("multiaddress:"):
-            maddr = line.split()[1]
-        if line.startswith("ready"):
-            return process, maddr
-    raise RuntimeError("the server did not start")
-
-
-@contextmanager
-def running_server(
-    model: str, threads: int, *extra: str, program: tuple[str, ...] = PROGRAM
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """As `start_server`, until the end of the `with`."""
-    process, maddr = start_server(model, threads, *extra, program=program)
-    try:
-        yield process, maddr
-    finally:
-        process.terminate()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 def classifier(model: str, maddr: str, pre_seq_len: int, **options: Any) -> Any:

@@ -11,14 +11,11 @@ sample is read.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -37,7 +34,7 @@ def throttle(seconds: float) -> None:
         yield
         time.sleep(max(0.0, stated - (time.perf_counter() - began)))
 
-    def throttled_run(span: BlockSpan, call: Any, *args: Any, **padding: torch.Tensor) -> torch.Tensor:
+    def throttled_run(span: BlockSpan, call: Any, *args: Any, **padding: Any) -> torch.Tensor:
         batch, tokens, _ = call.hidden.shape
         with lasting(seconds * (call.end - call.start) * batch * tokens):
             return run(span, call, *args, **padding)
@@ -54,7 +51,12 @@ def throttle(seconds: float) -> None:
     BlockSpan._run, BlockSpan.backward = throttled_run, throttled_backward  # type: ignore[method-assign, assignment]
 
 
-if __name__ == "__main__":
-    throttle(float(sys.argv.pop(1)) * 1e-6)
+def serve(microseconds: float) -> None:
+    """`petals-lightning` with such blocks."""
+    throttle(microseconds * 1e-6)
     torch.set_num_threads(1)
     main()
+
+
+if __name__ == "__main__":
+    serve(float(sys.argv.pop(1)))

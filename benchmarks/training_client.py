@@ -11,11 +11,10 @@ import subprocess
 import sys
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import typer
 
+from benchmarks.options import parse_case
 from benchmarks.swarm import batch_of, classifier, optimizer_of, peak_memory, run_step
 from petals_lightning.models import remote_blocks
 
@@ -60,7 +59,7 @@ class Client:
 def train(folder: str, maddr: str, case: str, tuning_mode: str) -> None:
     """What the process does."""
     torch.set_num_threads(1)
-    batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
+    batch_size, tokens, pre_seq_len = parse_case(case)
     model = classifier(folder, maddr, pre_seq_len, tuning_mode=tuning_mode)
     optimizer, batch = optimizer_of(model), batch_of(batch_size, tokens)
     for _ in range(2):

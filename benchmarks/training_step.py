@@ -11,80 +11,73 @@ prefix to every sample. The server is a process of its own with as many threads 
 
 from __future__ import annotations
 
-import os
-import statistics
 import tempfile
-from pathlib import Path
-from typing import Annotated
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from typing import Any, NamedTuple
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.rounds import save_rows
-from benchmarks.swarm import batch_of, classifier, optimizer_of, run_step, running_server, save_random_llama
+from benchmarks.options import Cases, Device, Output, parse_case
+from benchmarks.rounds import alternate, print_table, save_rows
+from benchmarks.servers import running_server
+from benchmarks.swarm import batch_of, classifier, save_random_llama, training_rounds
 from petals_lightning.models import remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 
 
+class Row(NamedTuple):
+    case: str
+    swarm_seconds: float
+    local_seconds: float
+    ratio: float
+    bytes_sent: int
+    bytes_received: int
+
+
 def main(
-    cases: Annotated[str, typer.Option(help="batch×tokens×P, comma separated")] = "16x64x16,32x24x16,8x256x16,16x16x16",
+    cases: Cases = "16x64x16,32x24x16,8x256x16,16x16x16",
     hidden: int = 512,
     blocks: int = 8,
     dtype: str = "float32",
     tuning_mode: str = "deep_ptune",
     repeats: int = 15,
     threads: int = 2,
-    device: Annotated[str, typer.Option(help="Of both sides, and of the server.")] = "cpu",
-    output: Annotated[Path | None, typer.Option(help="Save the rows as JSON.")] = None,
+    device: Device = "cpu",
+    output: Output = None,
 ) -> None:
     """Prints a row per case: seconds of both sides, their ratio, bytes on the streams."""
     torch.set_num_threads(threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         save_random_llama(folder, hidden=hidden, blocks=blocks, dtype=dtype)
-        with running_server(folder, threads, "--device", device) as (_, maddr):
+        with running_server(folder, threads, "--device", device) as server:
             for case in cases.split(","):
-                batch_size, tokens, pre_seq_len = (int(part) for part in case.split("x"))
-                options = {"tuning_mode": tuning_mode, "pre_seq_len": pre_seq_len, "num_labels": 2}
-                remote = classifier(folder, maddr, **options)
-                local = LocalModelForSequenceClassification.from_pretrained(folder, **options)
+                batch_size, tokens, pre_seq_len = parse_case(case)
+                options: dict[str, Any] = {"tuning_mode": tuning_mode, "pre_seq_len": pre_seq_len, "num_labels": 2}
+                remote = classifier(folder, server.maddr, **options)
+                local: Any = LocalModelForSequenceClassification.from_pretrained(folder, **options)
                 models = {"swarm": remote.to(device), "local": local.to(device)}
-                optimizers = {name: optimizer_of(model) for name, model in models.items()}
-                seconds: dict[str, list[float]] = {"swarm": [], "local": []}
-                stats, batch = remote_blocks(remote).stats, batch_of(batch_size, tokens, device)
-                for repeat in range(repeats + 2):
-                    before = stats.bytes_sent, stats.bytes_received
-                    for name, model in models.items():
-                        elapsed = run_step(model, optimizers[name], batch)
-                        if repeat >= 2:
-                            seconds[name].append(elapsed)
-                    moved = stats.bytes_sent - before[0], stats.bytes_received - before[1]
+                step = training_rounds(models, batch_of(batch_size, tokens, device))
+                seconds = alternate(step, repeats)
+                stats = remote_blocks(remote).stats
+                before = stats.bytes_sent, stats.bytes_received
+                step["swarm"]()
+                moved = stats.bytes_sent - before[0], stats.bytes_received - before[1]
                 remote_blocks(remote).close()
-                medians = {name: statistics.median(values) for name, values in seconds.items()}
-                rows.append(
-                    {
-                        "case": case, "swarm_seconds": medians["swarm"], "local_seconds": medians["local"],
-                        "ratio": medians["swarm"] / medians["local"], "bytes_sent": moved[0],
-                        "bytes_received": moved[1],
-                    }
-                )  # fmt: skip
-    table = Table(
-        title=f"training step, Llama {hidden} × {blocks}, {dtype}, {tuning_mode}, {device}, {threads} threads"
-    )
-    for column in ("batch×tokens×P", "swarm ms", "local ms", "swarm / local", "MB sent", "MB received", "MB"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        sent, received = row["bytes_sent"] / 1e6, row["bytes_received"] / 1e6
-        table.add_row(
-            row["case"], f"{row['swarm_seconds'] * 1e3:.0f}", f"{row['local_seconds'] * 1e3:.0f}",
-            f"{row['ratio']:.2f}", f"{sent:.2f}", f"{received:.2f}", f"{sent + received:.2f}",
-        )  # fmt: skip
-    Console().print(table)
-    save_rows(rows, output)
+                rows.append(Row(case, seconds["swarm"], seconds["local"], seconds["swarm"] / seconds["local"], *moved))
+    print_table(
+        f"training step, Llama {hidden} × {blocks}, {dtype}, {tuning_mode}, {device}, {threads} threads",
+        ("batch×tokens×P", "swarm ms", "local ms", "swarm / local", "MB sent", "MB received", "MB"),
+        [
+            (
+                row.case, f"{row.swarm_seconds * 1e3:.0f}", f"{row.local_seconds * 1e3:.0f}", f"{row.ratio:.2f}",
+                f"{row.bytes_sent / 1e6:.2f}", f"{row.bytes_received / 1e6:.2f}",
+                f"{(row.bytes_sent + row.bytes_received) / 1e6:.2f}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    save_rows([row._asdict() for row in rows], output)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -122,16 +122,31 @@ class ServerProcess:
     """`petals-lightning serve` with these options, in a process of its own.
 
     It is forked from one that has imported what every server imports, which takes several seconds of a core each time.
+
+    Args:
+        checkpoint: the model.
+        span: blocks that it holds; None for all.
+        initial_peers: of the swarm to join; none for a new swarm.
+        extra: further options.
+        program: what is run in place of the executable `petals-lightning`.
     """
 
-    def __init__(self, checkpoint: Path | str, span: tuple[int, int], initial_peers: Sequence[str] = (), *extra: str):
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        span: tuple[int, int] | None,
+        initial_peers: Sequence[str] = (),
+        *extra: str,
+        program: Callable[[], None] = main,
+    ):
         join = [item for peer in initial_peers for item in ("--initial-peers", peer)] or ["--new-swarm"]
+        blocks = ["--block-indices", f"{span[0]}:{span[1]}"] if span is not None else []
         command = [
-            "serve", str(checkpoint), *join, "--dht-prefix", PREFIX, "--block-indices", f"{span[0]}:{span[1]}",
-            "--host-maddrs", *LOOPBACK, "--threads", "1", *extra,
+            "serve", str(checkpoint), *join, *blocks, "--dht-prefix", PREFIX, "--host-maddrs", *LOOPBACK,
+            "--threads", "1", *extra,
         ]  # fmt: skip
         (self._output, output), (self._errors, errors) = _FORKS.Pipe(duplex=False), _FORKS.Pipe(duplex=False)
-        self.process = _FORKS.Process(target=_run_command, args=(command, output, errors), daemon=True)
+        self.process = _FORKS.Process(target=_run, args=(program, command, output, errors), daemon=True)
         self.process.start()
         for end in (output, errors):
             end.close()
@@ -152,12 +167,16 @@ class ServerProcess:
         raise RuntimeError(f"the server ended: {''.join(self.errors)}")
 
     @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
     def peer_id(self) -> str:
         return self.maddr.rsplit("/", 1)[-1]
 
     def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        os.kill(self.pid, number)
 
     def wait(self, seconds: float) -> int | None:
         """How the process ended (minus the signal's number), or None if it has not."""
@@ -182,12 +201,12 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["petals_lightning.cli.main", "petals_lightning.server.server"])
 
 
-def _run_command(command: list[str], output: Connection, errors: Connection) -> None:
-    """What the executable `petals-lightning` does, with `output` and `errors` as its standard streams."""
+def _run(program: Callable[[], None], command: list[str], output: Connection, errors: Connection) -> None:
+    """What an executable does with a command line, with `output` and `errors` as its standard streams."""
     os.dup2(output.fileno(), 1)
     os.dup2(errors.fileno(), 2)
     sys.argv = ["petals-lightning", *command]
-    main()
+    program()
 
 
 def peer_with_the_graph(loss: torch.Tensor) -> str:
@@ -207,7 +226,7 @@ def micro_batches(loss: torch.Tensor) -> int:
 
 
 def _parts(loss: torch.Tensor) -> list[Any]:
-    nodes = [loss.grad_fn]
+    nodes: list[Any] = [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if hasattr(node, "parts"):

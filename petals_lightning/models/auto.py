@@ -270,7 +270,7 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
     mixin = DistributedClassifier
 
 
-def remote_blocks(model: torch.nn.Module) -> RemoteSequential | None:
+def remote_blocks(model: torch.nn.Module) -> RemoteSequential | Any:
     """The remote blocks of a model, or None if all of it is local."""
     return next((module for module in model.modules() if isinstance(module, RemoteSequential)), None)
 

@@ -56,8 +56,8 @@ def attach_trainable(
         head.register_forward_pre_hook(_cast_to_weight)
 
 
-def prompts_of(model: nn.Module) -> Prompts | None:
-    """The prompts attached to a model, or None."""
+def prompts_of(model: nn.Module) -> Any:
+    """The `Prompts` attached to a model, or None."""
     return next((module for module in model.modules() if isinstance(module, Prompts)), None)
 
 

@@ -1,62 +1,117 @@
-"""Benchmarks run, on a scale that says nothing about speed."""
+"""Every benchmark runs, on a scale that says nothing about speed."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import pkgutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
+from typer.testing import CliRunner
 
-from benchmarks import clients, mechanisms, routing, sst2_epoch
+import benchmarks
+from benchmarks import sst2_epoch
 
-TINY = {"hidden": 64, "blocks": 1, "threads": 1}
+Run = Callable[..., list[Any]]
+
+MODULES = sorted(found.name for found in pkgutil.iter_modules(benchmarks.__path__))
+TINY = "--repeats 1 --threads 1 --hidden 64"
+COMMANDS = {
+    "churn": "--minutes 0.05 --period 1",
+    "clients": f"{TINY} --blocks 1 --counts 1,2 --case 2x8x2 --seconds 0.5",
+    "decode": f"{TINY} --blocks 2 --servers 1,2 --sessions 2 --new-tokens 2 --prefill 16",
+    "evaluation": "--repeats 1 --batches 2 --batch-size 8 --in-flight 2 --round-trip 0.01",
+    "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
+    "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",
+    "pipeline": "--repeats 1 --hidden 64 --blocks 2 --servers 2 --case 4x8x2 --microbatches 2 --block-ms 1",
+    "routing": "--repeats 1 --servers 50 --blocks 8",
+    "slow_link": f"{TINY} --blocks 2 --servers 2 --case 4x8x2 --new-tokens 2 --round-trip 0.01",
+    "sst2_epoch": "--threads 1 --hidden 64 --blocks 1 --files train.jsonl --limit 24 --batch-size 4 --pre-seq-len 2",
+    "training_step": f"{TINY} --blocks 1 --cases 4x8x2",
+    "wire_precision": "--hidden 64 --blocks 2 --case 4x8x2 --batches 1",
+}
+"""The smallest sizes of each. The other modules of benchmarks are what these commands start or import."""
+
+
+@pytest.fixture(autouse=True)
+def restored_threads() -> Iterator[None]:
+    """Benchmarks set the number of threads of their process, which here is that of other tests too."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def rows(tmp_path):
-    """Calls a benchmark and gives what it saved."""
+def run(tmp_path: Path) -> Run:
+    """Runs a benchmark as its command line does and gives the rows that it saved."""
 
-    def run(main, **options):
-        main(output=tmp_path / "rows.json", **options)
-        return json.loads((tmp_path / "rows.json").read_text())
+    def run(name: str, options: str = "", *more: str) -> list[Any]:
+        command = typer.Typer()
+        command.command()(importlib.import_module(f"benchmarks.{name}").main)
+        output = [] if name == "churn" else ["--output", str(tmp_path / "rows.json")]
+        result = CliRunner().invoke(command, [*options.split(), *more, *output], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads((tmp_path / "rows.json").read_text()) if output else result.output.splitlines()
 
     return run
 
 
 @pytest.fixture
-def sentences(tmp_path):
+def sentences(tmp_path: Path) -> Path:
     """A folder with a few sentences of 1 to 30 words, as SST-2 is stored."""
     lines = [{"sentence": "a moving film " * (1 + n % 10), "label": n % 2} for n in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
 
-def test_routing(rows):
-    assert [len(row) for row in rows(routing.main, servers=50, blocks=8, repeats=1)] == [3, 3, 3]
+def test_every_module_is_imported_and_every_command_has_its_sizes() -> None:
+    commands = []
+    for name in MODULES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        if getattr(getattr(module, "main", None), "__module__", None) == module.__name__:
+            commands.append(name)
+    assert commands == list(COMMANDS)
 
 
-def test_clients(rows):
-    found = rows(clients.main, counts="1,2", case="2x8x2", seconds=1.0, repeats=1, **TINY)
-    assert len(found) == 4
-    assert all(rate > 0 for _, rate, _ in found)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("churn", "sst2_epoch", "wire_precision")])
+def test_a_command_runs(name: str, run: Run) -> None:
+    rows = run(name, COMMANDS[name])
+    assert rows
+    for row in rows:
+        case, *numbers = row.values() if isinstance(row, dict) else row
+        assert isinstance(case, str)
+        assert len(numbers) >= 2
+        assert all(math.isfinite(number) and number >= 0 for number in numbers)
 
 
-def test_sst2_epoch_moves_fewer_bytes_than_without_its_savings(rows, sentences):
-    (row,) = rows(
-        sst2_epoch.main, data=sentences, files="train.jsonl", limit=24, batch_size=4, pre_seq_len=2, **TINY
-    )  # fmt: skip
+def test_churn_loses_no_step(run: Run) -> None:
+    output = run("churn", COMMANDS["churn"])
+    assert any("none lost" in line for line in output)
+
+
+def test_wire_precision_is_exact_in_float32_only(run: Run) -> None:
+    rows = {row["wire_dtype"]: row for row in run("wire_precision", COMMANDS["wire_precision"])}
+    assert rows["float32"]["deep"] < 1e-5 < 1e-3 < rows["bfloat16"]["deep"]
+
+
+def test_sst2_epoch_moves_fewer_bytes_than_without_its_savings(run: Run, sentences: Path) -> None:
+    (row,) = run("sst2_epoch", COMMANDS["sst2_epoch"], "--data", str(sentences))
     assert row["samples"] == 24
     assert row["ours_bytes"] < row["off_bytes"]
 
 
-def test_sst2_epoch_says_what_is_missing(rows, tmp_path):
+def test_sst2_epoch_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match=r"train\.jsonl is not there: give the folder of SST-2 with --data"):
-        rows(sst2_epoch.main, data=tmp_path, files="train.jsonl", limit=1, batch_size=1, pre_seq_len=1, **TINY)
+        sst2_epoch.read_samples(tmp_path / "train.jsonl", vocabulary=100)
 
 
-def test_a_mechanism_is_switched_off(rows, tmp_path):
-    (time, size) = rows(
-        mechanisms.main, cases="4x8x2", data=tmp_path / "none", only="rows only", repeats=1, **TINY
-    )  # fmt: skip
+def test_a_mechanism_is_switched_off(run: Run) -> None:
+    time, size = run("mechanisms", COMMANDS["mechanisms"].replace("last", "rows"))
     assert time[0] == "4x8x2, rows only, ms"
     assert size[1] > size[2]  # all positions weigh more
