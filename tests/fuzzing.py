@@ -48,7 +48,7 @@ class Budget:
 
 def make_span(folder: Path) -> BlockSpan:
     checkpoint = Checkpoint(str(save_tiny_checkpoint(TINY_CONFIGS["llama"](), folder)))
-    model, layout = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(1, 3, ends=False))
+    model, layout, _ = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(1, 3, ends=False))
     return BlockSpan(model, layout, 1)
 
 

@@ -31,6 +31,9 @@ class Samples(Protocol):
     @property
     def lengths(self) -> list[int]: ...
 
+    @property
+    def largest_token(self) -> int: ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
@@ -97,6 +100,7 @@ class TextDataModule(pl.LightningDataModule):
         self.max_length, self.batch_size = max_length, batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self._splits: dict[str, Any] = {}
+        self._pad_token_id = 0
         self._collate: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -107,6 +111,7 @@ class TextDataModule(pl.LightningDataModule):
             return
         raw = load_splits(self.source, self.name, split_names=self.split_names, bundled=self.bundled)
         tokenizer = load_tokenizer(self.tokenizer_name, revision=self.tokenizer_revision, token=self.token)
+        self._pad_token_id = tokenizer.pad_token_id
         self._collate = self.collate(tokenizer.pad_token_id)
         self._splits = dict(self.encoded(raw, tokenizer))
 
@@ -127,6 +132,17 @@ class TextDataModule(pl.LightningDataModule):
     def sizes(self) -> dict[str, int]:
         """Samples of each split."""
         return {split: len(samples) for split, samples in self._splits.items()}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample of all splits."""
+        return max((max(samples.lengths, default=0) for samples in self._splits.values()), default=0)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of all splits, the padding's among them."""
+        found = [samples.largest_token for samples in self._splits.values() if len(samples)]
+        return max([*found, self._pad_token_id])
 
     @property
     def description(self) -> str:

@@ -77,6 +77,11 @@ class EncodedTexts(torch.utils.data.Dataset):
         """Tokens of each sample."""
         return [len(ids) for ids in self.input_ids]
 
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of all samples."""
+        return max(max(ids) for ids in self.input_ids)
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -117,6 +122,11 @@ class LabelledTokens(torch.utils.data.Dataset):
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
         return [len(ids) for ids, _ in self._samples]
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of all samples."""
+        return max(max(ids) for ids, _ in self._samples)
 
     def __len__(self) -> int:
         return len(self._samples)

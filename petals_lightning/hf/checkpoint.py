@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import cached_property
@@ -52,7 +53,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: there is no such folder or repository, or it has no config.
-            UnsupportedModelError: transformers does not know the architecture.
+            UnsupportedModelError: transformers does not know the architecture, or the weights are quantised.
         """
         if self.is_local and not (Path(self.name_or_path) / "config.json").is_file():
             raise CheckpointError(
@@ -60,7 +61,7 @@ class Checkpoint:
                 "or a hub id"
             )
         try:
-            return AutoConfig.from_pretrained(self.name_or_path, **self._hub)
+            config = AutoConfig.from_pretrained(self.name_or_path, **self._hub)
         except OSError as e:
             raise CheckpointError(
                 f"cannot read model {self.name_or_path!r}: {first_line(e)}. It must be a folder written by "
@@ -70,6 +71,14 @@ class Checkpoint:
             raise UnsupportedModelError(
                 f"model {self.name_or_path!r} has an architecture that transformers does not know: {first_line(e)}"
             ) from e
+        for part in (config, config.get_text_config()):
+            if (quantization := getattr(part, "quantization_config", None)) is not None:
+                kind = quantization.get("quant_method", "of a kind that it does not name")
+                raise UnsupportedModelError(
+                    f"model {self.name_or_path!r} is quantised ({kind}): quantised checkpoints are not served; give the "
+                    "checkpoint that it was made from"
+                )
+        return config
 
     @cached_property
     def decoder_config(self) -> PreTrainedConfig:
@@ -203,7 +212,8 @@ _CONFIG_KEYS_THAT_DO_NOT_MATTER = {
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    # The format before torch 1.6 is no zip archive and cannot be memory-mapped.
+    return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -7,18 +7,32 @@ import logging
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from petals_lightning.errors import CheckpointError, UnsupportedModelError
+from petals_lightning.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from petals_lightning.hf.checkpoint import Checkpoint
 from petals_lightning.hf.compat import quiet_transformers, renamed_keys
 from petals_lightning.hf.decoder import names_in_decoder
 from petals_lightning.hf.skeleton import BlockLayout, Part, num_blocks, prune
 
 logger = logging.getLogger(__name__)
+
+
+class LoadedPart(NamedTuple):
+    """A part of a checkpoint.
+
+    Attributes:
+        model: in eval mode, frozen.
+        layout: where its blocks are.
+        fresh: names of its parameters that the checkpoint does not have, or of another shape, for the caller to draw.
+    """
+
+    model: PreTrainedModel
+    layout: BlockLayout
+    fresh: frozenset[str]
 
 
 def load_pruned(
@@ -31,7 +45,7 @@ def load_pruned(
     mixin: type | None = None,
     may_miss: Callable[[str], bool] = lambda key: False,
     on_shard: Callable[[str, int, int], None] | None = None,
-) -> tuple[PreTrainedModel, BlockLayout]:
+) -> LoadedPart:
     """Loads `part` of `checkpoint` as an instance of (a pruned subclass of) `cls`.
 
     Args:
@@ -40,18 +54,17 @@ def load_pruned(
         dtype: of the weights; "auto" takes the checkpoint's.
         config_overrides: attributes to set on the config, e.g. `num_labels`.
         mixin: put in front of `cls` in the subclass.
-        may_miss: tells for a missing parameter whether the caller initialises it (a fresh classification head).
+        may_miss: tells for a missing parameter whether the caller draws it (a fresh classification head).
         on_shard: progress, see `Checkpoint.tensors`.
 
-    Returns:
-        The model in eval mode with frozen parameters, and where its blocks are.
-
     Raises:
+        ConfigurationError: padding has no embedding.
         CheckpointError: tensors of the part are missing or have other shapes than the config says.
     """
     config = copy.deepcopy(checkpoint.decoder_config)
     for name, value in (config_overrides or {}).items():
         setattr(config, name, value)
+    check_pad_token(config)
     count = num_blocks(config)
     if not 0 <= part.start <= part.end <= count:
         raise UnsupportedModelError(f"blocks {part.start}:{part.end} of a model that has {count}")
@@ -77,17 +90,39 @@ def load_pruned(
                 state_dict={renamed[name]: tensor for name, tensor in lazy.items()},
                 dtype=_resolve_dtype(dtype, checkpoint, lazy),
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told below
+                ignore_mismatched_sizes=True,  # `fresh_parameters` tells of them
             )
-    missing = sorted(key for key in info["missing_keys"] if not may_miss(key))
-    if missing or info["mismatched_keys"]:
-        wrong = missing or sorted(str(key) for key in info["mismatched_keys"])
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name_or_path!r} does not fit {cls.__name__}: "
-            f"{'missing' if missing else 'of another shape'}: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}"
-        )
+    fresh = fresh_parameters(cls, checkpoint, info, may_miss)
     model.requires_grad_(False)
-    return model.eval(), layouts[-1]
+    return LoadedPart(model.eval(), layouts[-1], fresh)
+
+
+def check_pad_token(config: PreTrainedConfig) -> None:
+    """Raises ConfigurationError if padding has no embedding."""
+    text = config.get_text_config()
+    if text.pad_token_id is not None and text.pad_token_id >= text.vocab_size:
+        raise ConfigurationError(
+            f"pad_token_id is {text.pad_token_id}, the model has embeddings for 0…{text.vocab_size - 1}: pad with a token "
+            "that the model knows, e.g. the tokenizer's eos_token, and name it as pad_token in tokenizer_config.json"
+        )
+
+
+def fresh_parameters(
+    cls: type[PreTrainedModel], checkpoint: Checkpoint, info: dict[str, Any], may_miss: Callable[[str], bool]
+) -> frozenset[str]:
+    """Names of the parameters that transformers' loading `info` says were not in the checkpoint as they should be.
+
+    Raises:
+        CheckpointError: the caller does not draw them (`may_miss`).
+    """
+    missing, misshapen = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
+    for kind, keys in (("missing", missing), ("of another shape", misshapen)):
+        if wrong := sorted(key for key in keys if not may_miss(key)):
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name_or_path!r} does not fit {cls.__name__}: {kind}: {', '.join(wrong[:5])}"
+                f"{' …' if len(wrong) > 5 else ''}"
+            )
+    return frozenset(missing | misshapen)
 
 
 def _resolve_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint, lazy: dict[str, Any]) -> torch.dtype:

@@ -23,10 +23,16 @@ from petals_lightning.hf.compat import GradientCheckpointingLayer
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where a model keeps its blocks, e.g. owner `model`, list `layers`; owner `""` is the model itself."""
+    """Where a model keeps its blocks, e.g. owner `model`, list `layers`; owner `""` is the model itself.
+
+    Attributes:
+        max_positions: positions that its tables hold, learned (GPT-2, OPT) or computed in advance (GPT-J); None: it
+            counts on.
+    """
 
     owner_path: str
     list_name: str
+    max_positions: int | None = None
 
     @property
     def list_path(self) -> str:
@@ -78,7 +84,7 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
             "split (Llama, BLOOM, Falcon, Mixtral, Mistral, Qwen, GPT-2, …)"
         )
     owner_path, _, list_name = found[0].rpartition(".")
-    layout = BlockLayout(owner_path, list_name)
+    layout = BlockLayout(owner_path, list_name, _max_positions(model))
     if (reason := _why_not_split(model, layout)) is not None:
         raise UnsupportedModelError(f"{name} cannot be split into blocks on servers: {reason}")
     return layout
@@ -98,6 +104,22 @@ def _why_not_split(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     if getattr(text, "num_kv_shared_layers", None):
         return f"its last {text.num_kv_shared_layers} blocks read the keys and values of blocks before them"
     return None
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Tokens that have an embedding."""
+    return next(model.get_input_embeddings().parameters()).shape[0]
+
+
+def _max_positions(model: PreTrainedModel) -> int | None:
+    """Positions that the tables of a whole model hold. A few rows more than that are offsets (OPT has two)."""
+    limit, tokens = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        model.get_input_embeddings(),
+    )
+    embeddings = (m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    tables = [*embeddings, *(buffer for buffer in model.buffers() if buffer.ndim > 1)]
+    return limit if limit and any(limit <= table.shape[-2] <= limit + 2 for table in tables) else None
 
 
 def norms_of(owner: nn.Module, hidden_size: int) -> list[nn.Module]:

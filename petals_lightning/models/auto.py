@@ -30,7 +30,7 @@ from petals_lightning.models.prompt_files import PromptCard, check_base_model, l
 from petals_lightning.models.prompts import TuningMode
 from petals_lightning.models.self_check import check_ends
 from petals_lightning.models.thread_hooks import of_this_thread
-from petals_lightning.models.trainable import FrozenBody, attach_trainable
+from petals_lightning.models.trainable import FrozenBody, attach_trainable, has_head_of_its_own, parameters_to_draw
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
 from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
@@ -225,14 +225,14 @@ class _AutoDistributed:
             check_base_model(PromptCard.read(prompts, token=token), checkpoint, prompts)  # before anything is loaded
         family = model_class(cls.auto_class, checkpoint)
         with torch.random.fork_rng(devices=[]):  # loading must not move the generator that start values come from
-            model, layout = load_pruned(
+            model, layout, fresh = load_pruned(
                 family,
                 checkpoint,
                 Part(0, 0, ends=True),
                 dtype=dtype or torch_dtype or "auto",
                 config_overrides={**config_overrides, "dht_prefix": model_config.dht_prefix},
                 mixin=cls.mixin,
-                may_miss=lambda name: not name.startswith(f"{family.base_model_prefix}."),
+                may_miss=has_head_of_its_own(family),
             )
         if model.can_generate() and checkpoint.generation_config is not None:
             model.generation_config = checkpoint.generation_config
@@ -240,7 +240,7 @@ class _AutoDistributed:
             model, checkpoint, config, node=node, dht=dht, initial_peers=initial_peers, identity_path=identity_path
         )
         try:
-            attach_trainable(model, layout, tuning_mode, pre_seq_len)
+            attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh))
             _assemble(model, family, checkpoint, DecoderBridge(model, layout, layers))
         except BaseException:
             layers.close()
@@ -337,7 +337,7 @@ def _connect(
 
 
 def _assemble(model: Any, family: type[PreTrainedModel], checkpoint: Checkpoint, bridge: DecoderBridge) -> None:
-    model.checkpoint, model.bridge = checkpoint, bridge
+    model.checkpoint, model.bridge, model.max_positions = checkpoint, bridge, bridge.max_positions
     check_ends(model, bridge, family)
 
 

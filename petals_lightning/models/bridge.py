@@ -27,7 +27,7 @@ from petals_lightning.client.remote_sequential import RemoteSequential
 from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.errors import UnsupportedInputError, UnsupportedModelError
 from petals_lightning.hf.compat import cache_name, pop_cache, positions_of_logits, set_cache, versions
-from petals_lightning.hf.skeleton import BlockLayout, norms_of
+from petals_lightning.hf.skeleton import BlockLayout, norms_of, vocabulary_size
 from petals_lightning.models.prompts import Prompts
 from petals_lightning.models.remote_cache import RemoteCache
 
@@ -56,6 +56,7 @@ class DecoderBridge:
         rows: [N] indices into B·S that the next pass of this thread reads, None for all.
         session: the conversation that `generate` goes on with, if there is one.
         cache_name: the keyword under which the model takes its cache.
+        max_positions: virtual tokens and tokens that it has positions for; None: any number.
     """
 
     def __init__(self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential):
@@ -64,6 +65,7 @@ class DecoderBridge:
         self._layers, self._owner, self._embed = layers, owner, model.get_input_embeddings()
         self._prompts: Prompts | None = getattr(owner, "prompts", None)
         self._pass = _Pass()
+        self._vocab_size, self.max_positions = vocabulary_size(model), layout.max_positions
         self.session: GenerationSession | None = None
         self._own_session: InferenceSession | None = None
         self.cache_name = cache_name(model)
@@ -158,11 +160,13 @@ class DecoderBridge:
         embeds = kwargs.pop("inputs_embeds", None)
         input_ids = kwargs.pop("input_ids", None)
         if embeds is None:
+            self._check_tokens(input_ids)
             embeds = self._embed(input_ids)
         kwargs |= {"inputs_embeds": embeds, "use_cache": True}
         if isinstance(cache, RemoteCache):
-            step, counted = self._session_step(cache, **_padding(kwargs))
+            step, counted = self._session_step(cache, embeds.shape[1], **_padding(kwargs))
             return (), kwargs | counted | {self._owner_cache_name: step}
+        self._check_length(embeds.shape[1])
         is_trial, length = self._pass.open_trial is not None, self._prompts.pre_seq_len if self._prompts else 0
         prefix, deep = (None, None) if is_trial else self._prompts_at_first_block()
         call = BlockPass(length, prefix=prefix, deep=deep, rows=self.rows, identity=is_trial)
@@ -170,7 +174,11 @@ class DecoderBridge:
         return (), kwargs | {"attention_mask": None, self._owner_cache_name: call}
 
     def _session_step(
-        self, cache: RemoteCache, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+        self,
+        cache: RemoteCache,
+        tokens: int,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
     ) -> tuple[BlockPass, dict[str, Any]]:
         """The pass for a step in a session, and mask and positions for its decoder, which count the prefix in."""
         if attention_mask is not None and attention_mask.all():
@@ -179,6 +187,7 @@ class DecoderBridge:
         if attention_mask is not None and not self._takes_position_ids:  # such a family counts by the mask
             counted = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, position:]
         length = self._prompts.pre_seq_len if self._prompts is not None else 0
+        self._check_length(int(position_ids.max()) + 1 if position_ids is not None else position + tokens)
         step = BlockPass(
             length + position,
             session=cache.session,
@@ -256,6 +265,22 @@ class DecoderBridge:
                     "attention_mask has padding on the left or inside: training through a swarm takes right padding "
                     "only; set tokenizer.padding_side = 'right'"
                 )
+
+    def _check_tokens(self, input_ids: torch.Tensor) -> None:
+        """Token ids are checked here, since a GPU only says that some kernel failed, and spoils the process."""
+        unknown = input_ids[(input_ids < 0) | (input_ids >= self._vocab_size)]
+        if len(unknown):
+            raise UnsupportedInputError(
+                f"input_ids has the token {int(unknown[0])}, the model has embeddings for 0…{self._vocab_size - 1}: "
+                "use the model's own tokenizer, without added tokens"
+            )
+
+    def _check_length(self, positions: int) -> None:
+        prefix = self._prompts.pre_seq_len if self._prompts is not None else 0
+        if self.max_positions is not None and prefix + positions > self.max_positions:
+            raise UnsupportedInputError(
+                f"{prefix} virtual tokens and {positions} tokens: this model has {self.max_positions} positions"
+            )
 
 
 def _padding(kwargs: dict[str, Any]) -> dict[str, torch.Tensor | None]:

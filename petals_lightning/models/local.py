@@ -6,6 +6,7 @@ What distributed training is compared with, in tests, in benchmarks and by anybo
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from petals_lightning.hf import Checkpoint, find_blocks
 from petals_lightning.hf.compat import quiet_transformers
+from petals_lightning.hf.loading import check_pad_token, fresh_parameters
 from petals_lightning.hf.skeleton import BlockLayout
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import Prompts, TuningMode
-from petals_lightning.models.trainable import FrozenBody, attach_trainable
+from petals_lightning.models.trainable import FrozenBody, attach_trainable, has_head_of_its_own, parameters_to_draw
 
 
 class _LocalModel:
@@ -53,23 +55,31 @@ class _LocalModel:
         """
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
         checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
-        config = checkpoint.config
+        config = copy.deepcopy(checkpoint.config)
         for name, value in config_overrides.items():
             setattr(config, name, value)
+        check_pad_token(config)
         with (
             torch.random.fork_rng(devices=[]),
             quiet_transformers(),
         ):  # loading must not move the generator that start values come from
-            model = cls.auto_class.from_pretrained(
-                name_or_path, config=config, dtype=dtype, token=token, **({"revision": revision} if revision else {})
+            model, info = cls.auto_class.from_pretrained(
+                name_or_path,
+                config=config,
+                dtype=dtype,
+                token=token,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `fresh_parameters` tells of them
+                **({"revision": revision} if revision else {}),
             )
         family = type(model)
+        fresh = fresh_parameters(family, checkpoint, info, has_head_of_its_own(family))
         model.__class__ = type(family.__name__, (FrozenBody, family), {"__module__": family.__module__})
         layout = find_blocks(model)
-        attach_trainable(model, layout, tuning_mode, pre_seq_len)
+        attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh))
         if tuning_mode is not None:
             concatenate_prompts(model, layout)
-        model.checkpoint = checkpoint
+        model.checkpoint, model.max_positions = checkpoint, layout.max_positions
         if prompts is not None:
             load_prompts(model, prompts, token=token)
         return model

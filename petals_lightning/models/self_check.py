@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.compat import quiet_transformers, versions
+from petals_lightning.hf.skeleton import vocabulary_size
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.token_logits import token_logits
 
@@ -111,9 +112,8 @@ def _check_classifier(model: Any, family: type[PreTrainedModel]) -> None:
 
 
 def _tokens(model: PreTrainedModel, batch: int) -> torch.Tensor:
-    table: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, table.shape[0], (batch, _TOKENS), generator=generator).to(table.device)
+    return torch.randint(0, vocabulary_size(model), (batch, _TOKENS), generator=generator).to(model.device)
 
 
 def _compare(model: PreTrainedModel, what: str, found: torch.Tensor, expected: torch.Tensor) -> None:

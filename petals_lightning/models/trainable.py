@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from petals_lightning.hf.checkpoint import Checkpoint
 from petals_lightning.hf.skeleton import BlockLayout, num_blocks
 from petals_lightning.models.prompts import Prompts, TuningMode
+
+logger = logging.getLogger(__name__)
 
 
 class FrozenBody:
@@ -23,12 +28,19 @@ class FrozenBody:
 
 
 def attach_trainable(
-    model: PreTrainedModel, layout: BlockLayout, tuning_mode: TuningMode | None, pre_seq_len: int | None
+    model: PreTrainedModel,
+    layout: BlockLayout,
+    tuning_mode: TuningMode | None,
+    pre_seq_len: int | None,
+    drawn: frozenset[str],
 ) -> None:
-    """Freezes the model, attaches `prompts` to its owner and makes its task head (if it has a fresh one) trainable.
+    """Freezes the model, attaches `prompts` to its owner and makes its task head (if it has one) trainable.
 
     Prompts and head are float32 whatever the model's dtype. They are drawn from torch's global generator, prompts
     first, so that one seed gives one start for local and distributed models alike.
+
+    Args:
+        drawn: names of the head's parameters that are to be drawn; the others go on from the checkpoint.
     """
     model.requires_grad_(False)
     owner = layout.owner(model)
@@ -45,15 +57,60 @@ def attach_trainable(
         ).to(embedding.device)
         prompts.reset_parameters(embedding.float().std().item())
         owner.prompts = prompts
-    for head in _heads(model):
+    for head_name, head in _heads(model):
         head.float().requires_grad_(True)
         for name, parameter in head.named_parameters():
+            if f"{head_name}.{name}" not in drawn:
+                continue
             with torch.no_grad():
                 if name.endswith("bias"):
                     parameter.zero_()
                 else:
                     parameter.normal_(0.0, getattr(config, "initializer_range", None) or 0.02)
         head.register_forward_pre_hook(_cast_to_weight)
+
+
+def has_head_of_its_own(family: type[PreTrainedModel]) -> Callable[[str], bool]:
+    """Tells by its name whether a parameter of a family's task model is of a head that may be drawn.
+
+    The head of a language model may not: it would make random text.
+    """
+    if family.can_generate():
+        return lambda name: False
+    return lambda name: not name.startswith(f"{family.base_model_prefix}.")
+
+
+def parameters_to_draw(model: PreTrainedModel, checkpoint: Checkpoint, fresh: frozenset[str]) -> frozenset[str]:
+    """Names of the parameters of a head that are drawn: of all that are fresh, and of a head for other classes.
+
+    A head of the checkpoint is kept if its classes are those of the model, by number and, if both have names, by name;
+    where it is not, the log says so.
+
+    Args:
+        fresh: what loading did not find in the checkpoint, see `LoadedPart`.
+    """
+    head = {f"{path}.{name}" for path, module in _heads(model) for name, _ in module.named_parameters()}
+    if not any(name in checkpoint.shard_of for name in head):
+        return fresh
+    saved, wanted = _class_names(checkpoint.config), _class_names(model.config)
+    is_for_them = saved == wanted or (len(saved) == len(wanted) and (_are_numbers(saved) or _are_numbers(wanted)))
+    if is_for_them and not fresh & head:
+        logger.info("the classification head of %s is trained on", checkpoint.name_or_path)
+        return fresh
+    logger.warning(
+        "the classification head of %s is for the classes %s, this one for %s: a new one is drawn",
+        checkpoint.name_or_path, ", ".join(saved.values()), ", ".join(wanted.values()),
+    )  # fmt: skip
+    return fresh | head
+
+
+def _class_names(config: PreTrainedConfig) -> dict[int, str]:
+    return {int(number): str(name) for number, name in (config.id2label or {}).items()}
+
+
+def _are_numbers(names: Mapping[int, str]) -> bool:
+    """Whether classes have no names of their own."""
+    return all(name in (f"LABEL_{number}", str(number)) for number, name in names.items())
 
 
 def prompts_of(model: nn.Module) -> Any:
@@ -66,12 +123,14 @@ def trainable_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _heads(model: PreTrainedModel) -> list[nn.Module]:
+def _heads(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The classification head: what a task model has beside its base model, unless that is the language-model head."""
     if model.base_model is model or model.can_generate():
         return []
     return [
-        child for child in model.children() if child is not model.base_model and any(True for _ in child.parameters())
+        (name, child)
+        for name, child in model.named_children()
+        if child is not model.base_model and any(True for _ in child.parameters())
     ]
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from petals_lightning.data import load_tokenizer
+from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError
+from petals_lightning.hf.skeleton import vocabulary_size
 from petals_lightning.models import trainable_state_dict
 from petals_lightning.strategies import BEGUN, RemoteBlockStrategy, ServedModel, load_trained_weights
 
@@ -92,6 +93,30 @@ class TuningModule(pl.LightningModule):
         if kept is not None:
             load_trained_weights(self, kept)
         self._session = session
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, TextDataModule):
+            self._check_sizes(data)
+
+    def _check_sizes(self, data: TextDataModule) -> None:
+        """Finds before the first step what would fail at some later one.
+
+        Raises:
+            ConfigurationError: the model has no embedding for a token, or too few positions for a sample.
+        """
+        name: str = self.hparams["model_name"]
+        known, prefix = vocabulary_size(self.model), self.hparams["pre_seq_len"] if self.hparams["tuning_mode"] else 0
+        if data.largest_token >= known:
+            raise ConfigurationError(
+                f"the tokenizer of {data.tokenizer_name!r} gives the token {data.largest_token}, "
+                f"{name!r} has embeddings for 0…{known - 1}: use the model's own tokenizer, "
+                "without added tokens, and pad with a token that the model knows"
+            )
+        positions: int | None = self.model.max_positions  # type: ignore[assignment]
+        if positions is not None and prefix + data.longest > positions:
+            raise ConfigurationError(
+                f"tuning.pre_seq_len={prefix} and a sample of {data.longest} tokens: {name!r} has {positions} "
+                f"positions; set data.max_length={positions - prefix} or less"
+            )
 
     def auto_classes(self) -> tuple[Any, Any]:
         """The distributed and the local class of the task's model."""

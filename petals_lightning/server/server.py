@@ -192,7 +192,7 @@ class Server:
         return thinnest_span(held, wanted)
 
     def _load(self, start: int, end: int) -> BlockSpan:
-        model, layout = load_pruned(
+        model, layout, _ = load_pruned(
             model_class(AutoModel, self._checkpoint),
             self._checkpoint,
             Part(start, end, ends=False),

@@ -131,22 +131,36 @@ def test_a_clients_size_does_not_depend_on_the_number_of_blocks(family, tmp_path
 
 
 @pytest.mark.parametrize("shards", [1, 4])
-def test_bin_checkpoints_load(shards, sharded, tmp_path):
+@pytest.mark.parametrize("is_zip", [True, False])  # False: as written before torch 1.6
+def test_bin_checkpoints_load(shards, is_zip, sharded, tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(sharded)
     whole.config.save_pretrained(tmp_path)
     state = list(whole.state_dict().items())
     if shards == 1:
-        torch.save(dict(state), tmp_path / "pytorch_model.bin")
+        torch.save(dict(state), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
     else:
         names = {}
         for number in range(shards):
-            torch.save(dict(state[number::shards]), tmp_path / f"pytorch_model-{number}.bin")
+            file = tmp_path / f"pytorch_model-{number}.bin"
+            torch.save(dict(state[number::shards]), file, _use_new_zipfile_serialization=is_zip)
             names |= {name: f"pytorch_model-{number}.bin" for name, _ in state[number::shards]}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
     part = load(tmp_path, Part(6, 8, ends=False))
     assert torch.equal(part.layers[1].mlp.up_proj.weight, whole.model.layers[7].mlp.up_proj.weight)
     ends = load(tmp_path, Part(0, 0, ends=True), AutoModelForCausalLM)
     assert torch.equal(ends.lm_head.weight, whole.lm_head.weight)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8", "mxfp4"])
+def test_quantised_checkpoints_are_refused_in_one_line(kind, tmp_path):
+    folder = save_tiny_checkpoint(TINY_CONFIGS["llama"](), tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": kind}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for part in (Part(0, 2, ends=False), Part(0, 0, ends=True)):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"is quantised \({kind}\): quantised checkpoints are not served"
+        ):
+            load(folder, part)
 
 
 def test_safetensors_are_preferred_to_bin_files_beside_them(tmp_path):

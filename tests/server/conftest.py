@@ -20,7 +20,7 @@ def load_span(tiny_checkpoint) -> Callable[..., BlockSpan]:
 
     def load(model: str | Path, start: int = 0, end: int = NUM_BLOCKS) -> BlockSpan:
         checkpoint = Checkpoint(str(tiny_checkpoint(model) if isinstance(model, str) else model))
-        pruned, layout = load_pruned(
+        pruned, layout, _ = load_pruned(
             model_class(AutoModel, checkpoint), checkpoint, Part(start, end, ends=False), dtype="float32"
         )
         return BlockSpan(pruned, layout, start)

@@ -28,7 +28,7 @@ LIMITS = ServerLimits(max_batch_tokens=64, max_message_bytes=8 << 20, max_open_r
 @pytest.fixture(scope="module")
 def span(tiny_checkpoint) -> BlockSpan:
     checkpoint = Checkpoint(str(tiny_checkpoint("llama")))
-    model, layout = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(1, 3, ends=False))
+    model, layout, _ = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(1, 3, ends=False))
     return BlockSpan(model, layout, 1)
 
 
