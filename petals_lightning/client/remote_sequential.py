@@ -5,9 +5,11 @@ Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows tha
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.view import SwarmView
-from petals_lightning.errors import UnsupportedInputError
+from petals_lightning.errors import SwarmConnectionError, UnsupportedInputError
 from petals_lightning.swarm import SwarmNode
 
 
@@ -35,7 +37,46 @@ class _Swarm:
     stats: TransferStats
     owns_node: bool
     rotary_switch: int | None
-    closed: bool = False
+
+    def __post_init__(self) -> None:
+        # The runner is held by whatever may still need the swarm: modules, their copies, graphs that wait for backward.
+        self._finalizer = weakref.finalize(self.runner, _close_unused, self.node, self.view, self.owns_node)
+        self._finalizer.atexit = False
+
+    def check_open(self) -> None:
+        """Raises SwarmConnectionError if it is closed."""
+        if not self._finalizer.alive:
+            raise SwarmConnectionError(
+                "this model's connection to its swarm is closed: load it again by from_pretrained or, if a Trainer "
+                "closed it at its end, give the module to a Trainer again"
+            )
+
+    def close(self) -> None:
+        if self._finalizer.detach() is not None:
+            _close(self.node, self.view, self.owns_node)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Swarm:
+        """A copied model (weight averaging, say) goes through the same connections."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedInputError(
+            "a model whose blocks are remote cannot be pickled: its connections belong to this process. Save what was "
+            "trained (save_pretrained, or state_dict) and load the model where it is needed"
+        )
+
+
+def _close(node: SwarmNode, view: SwarmView, owns_node: bool) -> None:
+    if node.is_running:  # a caller's own may have been closed before
+        node.run(view.close())
+    if owns_node:
+        node.close()
+
+
+def _close_unused(node: SwarmNode, view: SwarmView, owns_node: bool) -> None:
+    """For the garbage collector, which may run in any thread, also that of the loop: so nothing waits here."""
+    if node.is_running:
+        threading.Thread(target=_close, args=(node, view, owns_node), name="close swarm").start()
 
 
 class RemoteSequential(nn.Module):
@@ -104,16 +145,12 @@ class RemoteSequential(nn.Module):
 
     def route(self, tokens: int = 1024) -> list[RouteSpan]:
         """The servers that a request of `tokens` tokens would go through now."""
+        self._swarm.check_open()
         return self._swarm.node.run(self._swarm.view.route(self.start, self.end, tokens=tokens))
 
     def close(self) -> None:
         """Ends the streams (and this process's peer, if it was made for these blocks)."""
-        if self._swarm.closed:
-            return
-        self._swarm.closed = True
-        self._swarm.node.run(self._swarm.view.close())
-        if self._swarm.owns_node:
-            self._swarm.node.close()
+        self._swarm.close()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the blocks.
@@ -155,6 +192,7 @@ class RemoteSequential(nn.Module):
             UnsupportedInputError: shapes do not fit. (Servers are asked with the first step.)
         """
         swarm = self._swarm
+        swarm.check_open()
         return InferenceSession(
             swarm.node, swarm.view, swarm.stats, self.start, self.end, max_length=max_length, prefix=prefix, deep=deep,
             rotary_switch=swarm.rotary_switch,

@@ -31,7 +31,7 @@ class Checkpoint:
 
     Args:
         name_or_path: folder or hub id.
-        revision, token, cache_dir: as in `from_pretrained`.
+        revision, token, cache_dir, local_files_only, subfolder: as in `from_pretrained`.
     """
 
     def __init__(
@@ -41,11 +41,19 @@ class Checkpoint:
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
     ):
         self.name_or_path = str(name_or_path)
         self.is_local = Path(self.name_or_path).is_dir()
         self.revision = revision
-        self._hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        self._hub: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "subfolder": subfolder,
+        }
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -55,7 +63,7 @@ class Checkpoint:
             CheckpointError: there is no such folder or repository, or it has no config.
             UnsupportedModelError: transformers does not know the architecture, or the weights are quantised.
         """
-        if self.is_local and not (Path(self.name_or_path) / "config.json").is_file():
+        if self.is_local and not (Path(self.name_or_path) / self._hub["subfolder"] / "config.json").is_file():
             raise CheckpointError(
                 f"model folder {self.name_or_path!r} has no config.json: give a folder written by save_pretrained, "
                 "or a hub id"

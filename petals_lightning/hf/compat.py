@@ -120,8 +120,8 @@ class CacheFromOutside:
     is known; it has been private and so called since 4.42.
     """
 
-    def make_cache(self, generation_config: GenerationConfig) -> Cache:
-        """The cache for a `generate` with these settings, whose `max_length` is the final one."""
+    def make_cache(self, generation_config: GenerationConfig, max_length: int) -> Cache:
+        """The cache for a `generate` with these settings, which may come to so many positions."""
         raise NotImplementedError
 
     def _prepare_cache_for_generation(
@@ -130,8 +130,11 @@ class CacheFromOutside:
         name = cache_name(self)  # type: ignore[arg-type]
         if model_kwargs.get(name) is not None or generation_config.use_cache is False:  # a user's own
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        else:
-            model_kwargs[name] = self.make_cache(generation_config)
+            return
+        theirs = super()._prepare_cache_for_generation  # type: ignore[misc]
+        given = inspect.signature(theirs).bind(generation_config, model_kwargs, *args, **kwargs).arguments
+        # One more than they ask for: the last token is not read. Embeddings that were given are counted here only.
+        model_kwargs[name] = self.make_cache(generation_config, given["max_cache_length"] + 1)
 
 
 def class_for(auto_class: Any, config_class: type) -> type[PreTrainedModel] | None:

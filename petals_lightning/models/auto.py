@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
 import inspect
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from transformers import (
@@ -24,6 +28,7 @@ from petals_lightning.errors import ConfigurationError, UnsupportedInputError
 from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.skeleton import num_blocks
+from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
@@ -54,6 +59,30 @@ class DistributedModel(FrozenBody):
             own, replaced = getattr(cls, name, None), getattr(family, name, None)
             if own is not None and replaced is not None and own is not replaced:
                 setattr(cls, name, _with_signature_of(replaced, own))
+
+    def close(self) -> None:
+        """Leaves the swarm: ends the streams to servers, and this process's peer if it was made for this model."""
+        self.bridge.layers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A model with weights of its own that goes through the same connections (weight averaging makes such)."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedInputError(
+            f"{type(self).__name__} cannot be pickled: its connections belong to this process. Save what was trained "
+            "(save_pretrained, or state_dict) and load the model where it is needed"
+        )
 
 
 class DistributedCausalLM(RemoteGeneration, DistributedModel):
@@ -124,14 +153,15 @@ class AutoDistributedConfig:
 
     @staticmethod
     def from_pretrained(
-        name_or_path: str,
+        pretrained_model_name_or_path: str | Path,
         *,
         dht_prefix: str | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
     ) -> PreTrainedConfig:
         """Raises CheckpointError, UnsupportedModelError, or ConfigurationError (a local folder without dht_prefix)."""
-        return _config_with_prefix(Checkpoint(name_or_path, token=token, revision=revision), dht_prefix)
+        checkpoint = Checkpoint(str(pretrained_model_name_or_path), token=token, revision=revision)
+        return _config_with_prefix(checkpoint, dht_prefix)
 
 
 class _AutoDistributed:
@@ -141,9 +171,9 @@ class _AutoDistributed:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        pretrained_model_name_or_path: str | Path,
         *,
-        initial_peers: Sequence[str] | None = None,
+        initial_peers: str | Sequence[str] | None = None,
         dht: hivemind.DHT | None = None,
         node: SwarmNode | None = None,
         dht_prefix: str | None = None,
@@ -154,6 +184,9 @@ class _AutoDistributed:
         torch_dtype: torch.dtype | str | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
         connect_timeout: float = ClientConfig.connect_timeout,
         request_timeout: float = ClientConfig.request_timeout,
         max_retries: int = ClientConfig.max_retries,
@@ -167,19 +200,19 @@ class _AutoDistributed:
         allowed_servers: Sequence[str] | None = None,
         blocked_servers: Sequence[str] | None = None,
         client_config: ClientConfig | None = None,
-        **config_overrides: Any,
-    ) -> PreTrainedModel:
+        **config_values: Any,
+    ) -> Any:
         """Loads embeddings, norms and head, connects to servers of the blocks.
 
         Args:
-            name_or_path: folder or hub id; only tensors outside of blocks are read.
+            pretrained_model_name_or_path: folder or hub id; only tensors outside of blocks are read.
             initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT of it; or `node`: a started
                 SwarmNode, which stays the caller's to close. None of them is the public Petals network.
             dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
             tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
             dtype (or torch_dtype): of what is held here; "auto", the default, takes the checkpoint's.
-            token, revision: as in transformers.
+            token, revision, cache_dir, local_files_only, subfolder: as in transformers.
             connect_timeout, request_timeout: seconds; max_retries: failures that a part of a step survives.
             recovery_timeout: seconds to wait for a block whose every holder has failed.
             audit_rate: share of requests that are computed again on another server and compared.
@@ -193,13 +226,14 @@ class _AutoDistributed:
                 servers with --allow-peers know it.
             allowed_servers, blocked_servers: peer ids.
             client_config: all of the above and more, instead of the single arguments.
-            config_overrides: set on the config, e.g. `num_labels`, `pad_token_id`.
+            config_values: set on the config, e.g. `num_labels`, `pad_token_id`.
 
         Returns:
-            An instance of the family's own class. Only prompts and a classification head require gradients.
+            An instance of the family's own class, a `DistributedModel`: a context manager, to be closed by `close` or
+            when it is no longer used. Only prompts and a classification head require gradients.
 
         Raises:
-            ConfigurationError: two ways into a swarm given, or a value out of range.
+            ConfigurationError: two ways into a swarm given, an unknown argument, or a value out of range.
             CheckpointError, UnsupportedModelError: the model cannot be read, or is no decoder.
             SwarmConnectionError: no initial peer answers.
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
@@ -219,7 +253,17 @@ class _AutoDistributed:
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers or ()),
         )
-        checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
+        checkpoint = Checkpoint(
+            str(pretrained_model_name_or_path),
+            token=token,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        overrides = config_overrides(
+            checkpoint.decoder_config, config_values, inspect.signature(cls.from_pretrained).parameters
+        )
         model_config = _config_with_prefix(checkpoint, dht_prefix)
         if prompts is not None:
             check_base_model(PromptCard.read(prompts, token=token), checkpoint, prompts)  # before anything is loaded
@@ -230,7 +274,7 @@ class _AutoDistributed:
                 checkpoint,
                 Part(0, 0, ends=True),
                 dtype=dtype or torch_dtype or "auto",
-                config_overrides={**config_overrides, "dht_prefix": model_config.dht_prefix},
+                config_overrides={**overrides, "dht_prefix": model_config.dht_prefix},
                 mixin=cls.mixin,
                 may_miss=has_head_of_its_own(family),
             )
@@ -291,7 +335,7 @@ def _connect(
     *,
     node: SwarmNode | None,
     dht: hivemind.DHT | None,
-    initial_peers: Sequence[str] | None,
+    initial_peers: str | Sequence[str] | None,
     identity_path: str | None,
 ) -> RemoteSequential:
     if sum(given is not None for given in (node, dht, initial_peers)) > 1 or initial_peers == []:
@@ -304,12 +348,14 @@ def _connect(
             "identity_path: the node given has its identity already; give SwarmNode(identity_path=…)"
         )
     owns_node = node is None
+    gc.collect()  # models that are no longer used have streams, of which a server grants each client a few
     if node is None and dht is None and initial_peers is None:
         initial_peers = PUBLIC_INITIAL_PEERS
         logger.warning("no initial_peers given, so this is %s (initial_peers=[…])", PUBLIC_NOTICE)
     if node is None:
         # A peer of our own joins through the caller's DHT process: its daemon's handlers belong to that process.
-        peers = [str(maddr) for maddr in dht.get_visible_maddrs()] if dht is not None else list(initial_peers or ())
+        given = re.split(r"[\s,]+", initial_peers.strip()) if isinstance(initial_peers, str) else initial_peers or ()
+        peers = [str(maddr).strip() for maddr in (dht.get_visible_maddrs() if dht is not None else given)]
         node = SwarmNode(
             peers,
             host_maddrs=(),

@@ -9,13 +9,14 @@ Shapes: B batch, S tokens, P virtual tokens, E embedding width, H hidden size, N
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,12 +28,9 @@ from petals_lightning.client.remote_sequential import RemoteSequential
 from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.errors import UnsupportedInputError, UnsupportedModelError
 from petals_lightning.hf.compat import cache_name, pop_cache, positions_of_logits, set_cache, versions
-from petals_lightning.hf.skeleton import BlockLayout, norms_of, vocabulary_size
+from petals_lightning.hf.skeleton import BlockLayout, norms_of
 from petals_lightning.models.prompts import Prompts
 from petals_lightning.models.remote_cache import RemoteCache
-
-if TYPE_CHECKING:
-    from petals_lightning.models.generation import GenerationSession
 
 
 class _Pass(threading.local):
@@ -41,6 +39,7 @@ class _Pass(threading.local):
     rows: torch.Tensor | None = None
     output: weakref.ref[torch.Tensor] | None = None  # of the blocks, [B, S, H], where rows are read
     keep: int = 0
+    session: InferenceSession | None = None  # of a `generate` without a conversation
     open_trial: Callable[[int], InferenceSession] | None = None  # a session of blocks that are left out
 
 
@@ -54,7 +53,7 @@ class DecoderBridge:
 
     Attributes:
         rows: [N] indices into B·S that the next pass of this thread reads, None for all.
-        session: the conversation that `generate` goes on with, if there is one.
+        layers: the remote blocks.
         cache_name: the keyword under which the model takes its cache.
         max_positions: virtual tokens and tokens that it has positions for; None: any number.
     """
@@ -62,12 +61,11 @@ class DecoderBridge:
     def __init__(self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential):
         layout.set_blocks(model, layers)
         owner = layout.owner(model)
-        self._layers, self._owner, self._embed = layers, owner, model.get_input_embeddings()
+        self.layers, self._owner = layers, owner
         self._prompts: Prompts | None = getattr(owner, "prompts", None)
+        self._embeddings = model.get_input_embeddings  # asked each time: they may be resized
         self._pass = _Pass()
-        self._vocab_size, self.max_positions = vocabulary_size(model), layout.max_positions
-        self.session: GenerationSession | None = None
-        self._own_session: InferenceSession | None = None
+        self.max_positions = layout.max_positions
         self.cache_name = cache_name(model)
         self._owner_cache_name = cache_name(owner)
         self._takes_position_ids = "position_ids" in inspect.signature(owner.forward).parameters
@@ -88,22 +86,29 @@ class DecoderBridge:
     def rows(self, rows: torch.Tensor | None) -> None:
         self._pass.rows = rows
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecoderBridge:
+        """The hooks of a copied model; its passes are its own."""
+        copied = memo[id(self)] = object.__new__(DecoderBridge)
+        memo[id(self._pass)] = _Pass()
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def open_session(self, max_length: int) -> InferenceSession:
         """A session of the blocks behind the model's prompts, as they are now."""
         if self._pass.open_trial is not None:
             return self._pass.open_trial(max_length)
         with torch.no_grad():
             prefix, deep = self._prompts_at_first_block()
-        return self._layers.inference_session(max_length=max_length, prefix=prefix, deep=deep)
+        return self.layers.inference_session(max_length=max_length, prefix=prefix, deep=deep)
 
     def own_session(self, max_length: int) -> InferenceSession:
         """The session of a single `generate`, to be closed at its end."""
         self.close_own_session()
-        self._own_session = self.open_session(max_length)
-        return self._own_session
+        self._pass.session = self.open_session(max_length)
+        return self._pass.session
 
     def close_own_session(self) -> None:
-        session, self._own_session = self._own_session, None
+        session, self._pass.session = self._pass.session, None
         if session is not None:
             session.close()
 
@@ -138,7 +143,7 @@ class DecoderBridge:
     @torch.no_grad()
     def _expects_tuple(self) -> bool:
         """Whether the decoder expects its blocks to return tuples: then a tensor loses its batch on the way."""
-        weight = next(self._embed.parameters())
+        weight = next(self._embeddings().parameters())
         embeds = weight.new_zeros(2, 3, weight.shape[1])
         try:
             output = self._run_owner(embeds, BlockPass(identity=True)).last_hidden_state
@@ -161,7 +166,7 @@ class DecoderBridge:
         input_ids = kwargs.pop("input_ids", None)
         if embeds is None:
             self._check_tokens(input_ids)
-            embeds = self._embed(input_ids)
+            embeds = self._embeddings()(input_ids)
         kwargs |= {"inputs_embeds": embeds, "use_cache": True}
         if isinstance(cache, RemoteCache):
             step, counted = self._session_step(cache, embeds.shape[1], **_padding(kwargs))
@@ -232,7 +237,7 @@ class DecoderBridge:
         """The prefix's hidden states [P, H] before the first block and deep prompts [L, P, H], or None."""
         if self._prompts is None:
             return None, None
-        dtype = next(self._embed.parameters()).dtype
+        dtype = next(self._embeddings().parameters()).dtype
         return self.first_block_input(self._prompts.input.to(dtype)[None])[0], self._prompts.deep
 
     def _check(self, kwargs: dict[str, Any], cache: Any) -> None:
@@ -253,10 +258,12 @@ class DecoderBridge:
                 f"use_cache / {self.cache_name}: keys and values live on servers; call generate, or open an "
                 f"inference_session and give its `cache` as {self.cache_name}"
             )
-        position_ids = kwargs.get("position_ids")
-        if position_ids is not None:
-            raise UnsupportedInputError("position_ids: servers number positions from the start; leave it off")
-        mask = kwargs.get("attention_mask")
+        mask, positions = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
+        if positions is not None:
+            counted = torch.arange(positions.shape[-1], device=positions.device)
+            is_read = mask.bool() if mask is not None and mask.shape == positions.shape else True
+            if not ((positions == counted) | ~torch.as_tensor(is_read)).all():
+                raise UnsupportedInputError("position_ids: servers number positions from the start; leave it off")
         if mask is not None:
             if mask.ndim != 2:
                 raise UnsupportedInputError(f"attention_mask must be [B, S] of 0 and 1, got {tuple(mask.shape)}")
@@ -268,10 +275,11 @@ class DecoderBridge:
 
     def _check_tokens(self, input_ids: torch.Tensor) -> None:
         """Token ids are checked here, since a GPU only says that some kernel failed, and spoils the process."""
-        unknown = input_ids[(input_ids < 0) | (input_ids >= self._vocab_size)]
+        known = next(self._embeddings().parameters()).shape[0]
+        unknown = input_ids[(input_ids < 0) | (input_ids >= known)]
         if len(unknown):
             raise UnsupportedInputError(
-                f"input_ids has the token {int(unknown[0])}, the model has embeddings for 0…{self._vocab_size - 1}: "
+                f"input_ids has the token {int(unknown[0])}, the model has embeddings for 0…{known - 1}: "
                 "use the model's own tokenizer, without added tokens"
             )
 

@@ -9,6 +9,7 @@ is masked out. Beams, and several return sequences of a sample, widen the batch 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
@@ -141,16 +142,24 @@ class GenerationSession:
         self._session.close()
 
     def __enter__(self) -> Self:
-        if self._bridge.session is not None:
+        if _conversation(self._bridge) is not None:
             raise UnsupportedInputError("the model is inside another inference session: leave that one first")
-        self._bridge.session = self
+        _conversations.set((*_conversations.get(), self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bridge.session = None
+        _conversations.set(tuple(other for other in _conversations.get() if other is not self))
         self.close()
+
+
+_conversations: ContextVar[tuple[GenerationSession, ...]] = ContextVar("conversations", default=())
+"""Those whose `with` the running code is inside of, of all models."""
+
+
+def _conversation(bridge: DecoderBridge) -> GenerationSession | None:
+    return next((session for session in _conversations.get() if session._bridge is bridge), None)
 
 
 class RemoteGeneration(CacheFromOutside):
@@ -163,6 +172,9 @@ class RemoteGeneration(CacheFromOutside):
 
         Servers reserve memory for all of it with the first step, or refuse (NoCacheRoomError); it is freed at the end
         of the `with`. Consecutive `generate` calls take new tokens only, and return them and what was generated.
+
+        Each thread and each asyncio task has conversations of its own. A thread that is to go on with this one, as with
+        a streamer, is started inside the `with` by `Thread(target=contextvars.copy_context().run, args=[…])`.
         """
         return GenerationSession(self.bridge, self.bridge.open_session(max_length))
 
@@ -178,7 +190,7 @@ class RemoteGeneration(CacheFromOutside):
             UnsupportedInputError: what is asked for does not go together with a session.
             SwarmError: servers failed beyond what retries can mend.
         """
-        session = self.bridge.session
+        session = _conversation(self.bridge)
         if session is None:
             try:
                 return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
@@ -214,10 +226,10 @@ class RemoteGeneration(CacheFromOutside):
             inputs[name] = cache
         return inputs
 
-    def make_cache(self, generation_config: GenerationConfig) -> RemoteCache:
-        session = self.bridge.session
+    def make_cache(self, generation_config: GenerationConfig, max_length: int) -> RemoteCache:
+        session = _conversation(self.bridge)
         if session is None:
-            return RemoteCache(self.bridge.own_session(generation_config.max_length))
+            return RemoteCache(self.bridge.own_session(max_length))
         eos = generation_config.eos_token_id
         session.eos_tokens = torch.as_tensor(eos).reshape(-1) if eos is not None else None
         session.beams = generation_config.num_beams

@@ -7,6 +7,7 @@ What distributed training is compared with, in tests, in benchmarks and by anybo
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from petals_lightning.hf import Checkpoint, find_blocks
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.loading import check_pad_token, fresh_parameters
 from petals_lightning.hf.skeleton import BlockLayout
+from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import Prompts, TuningMode
 from petals_lightning.models.trainable import FrozenBody, attach_trainable, has_head_of_its_own, parameters_to_draw
@@ -29,7 +31,7 @@ class _LocalModel:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        pretrained_model_name_or_path: str | Path,
         *,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int | None = None,
@@ -37,26 +39,27 @@ class _LocalModel:
         dtype: torch.dtype | str = "auto",
         token: str | bool | None = None,
         revision: str | None = None,
-        **config_overrides: Any,
-    ) -> PreTrainedModel:
+        **config_values: Any,
+    ) -> Any:
         """Loads the whole model, frozen but for prompts and head.
 
         Args:
-            name_or_path: folder or hub id.
+            pretrained_model_name_or_path: folder or hub id.
             tuning_mode: None, "ptune" or "deep_ptune".
             pre_seq_len: P, the number of virtual tokens.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
             dtype: of the frozen weights; "auto" takes the checkpoint's.
             token, revision: as in transformers.
-            config_overrides: set on the config, e.g. `num_labels`.
+            config_values: set on the config, e.g. `num_labels`.
 
         Raises:
             ConfigurationError, CheckpointError, UnsupportedModelError: as the distributed classes.
         """
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
-        checkpoint = Checkpoint(name_or_path, token=token, revision=revision)
+        checkpoint = Checkpoint(str(pretrained_model_name_or_path), token=token, revision=revision)
         config = copy.deepcopy(checkpoint.config)
-        for name, value in config_overrides.items():
+        arguments = inspect.signature(cls.from_pretrained).parameters
+        for name, value in config_overrides(config, config_values, arguments).items():
             setattr(config, name, value)
         check_pad_token(config)
         with (
@@ -64,7 +67,7 @@ class _LocalModel:
             quiet_transformers(),
         ):  # loading must not move the generator that start values come from
             model, info = cls.auto_class.from_pretrained(
-                name_or_path,
+                checkpoint.name_or_path,
                 config=config,
                 dtype=dtype,
                 token=token,

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import os
 import threading
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import uvloop
 from hivemind.dht.node import DHTNode
@@ -66,6 +68,7 @@ class SwarmNode:
         self._client_mode, self._connect_timeout = client_mode, connect_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._process = os.getpid()
         self._p2p: P2P | None = None
         self._dht: DHTNode | None = None
 
@@ -107,7 +110,7 @@ class SwarmNode:
         Raises:
             SwarmConnectionError: the daemon does not start, or no initial peer answers in `connect_timeout` seconds.
         """
-        started = threading.Event()
+        started, self._process = threading.Event(), os.getpid()
         self._thread = threading.Thread(target=self._run_loop, args=(started,), name="swarm", daemon=True)
         self._thread.start()
         started.wait()
@@ -117,6 +120,19 @@ class SwarmNode:
             self.close()
             raise
         return self
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started in this process and not closed yet."""
+        return self._thread is not None and self._process == os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Runs a coroutine on the loop and waits for its result; cancels it if the wait is interrupted."""
@@ -128,7 +144,17 @@ class SwarmNode:
             raise
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Starts a coroutine on the loop."""
+        """Starts a coroutine on the loop.
+
+        Raises:
+            SwarmConnectionError: this process is a fork of the one that joined the swarm.
+        """
+        if self._process != os.getpid():
+            coroutine.close()
+            raise SwarmConnectionError(
+                "this process was forked from the one that joined the swarm, and has none of its threads: load the "
+                "model here, or start the process by 'spawn' (multiprocessing.get_context('spawn'))"
+            )
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def visible_maddrs(self) -> list[str]:

@@ -1,0 +1,52 @@
+"""Keyword arguments of `from_pretrained`. Unknown ones are refused: a misspelt `initial_peers` must not mean none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from petals_lightning.errors import ConfigurationError
+
+_NOT_HERE = {
+    "trust_remote_code": "code that comes with a checkpoint is never run, here or on servers",
+    "device_map": "what is held here is loaded on the CPU; move it by model.to(device)",
+    "attn_implementation": "attention runs on the servers, each of which chooses its own",
+    "quantization_config": "blocks are on the servers; only embeddings, norm and head are held here",
+    "load_in_8bit": "blocks are on the servers; only embeddings, norm and head are held here",
+    "load_in_4bit": "blocks are on the servers; only embeddings, norm and head are held here",
+    "config": "the checkpoint's own config is used; change single values by their names, e.g. num_labels=3",
+    "state_dict": "weights are read from the checkpoint",
+    "adapter_kwargs": "adapters are not supported",
+}
+"""Arguments of Hugging Face's `from_pretrained` that have no meaning here, and why."""
+
+
+def config_overrides(config: PreTrainedConfig, given: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
+    """Those of the `given` keywords that set values of a model's config.
+
+    Args:
+        config: the model's.
+        given: keywords that `from_pretrained` does not name itself.
+        arguments: names that it does, to suggest one.
+
+    Raises:
+        ConfigurationError: a keyword is none that can be set.
+    """
+    settable = {name for name in dir(config) if not name.startswith("_") and not callable(getattr(config, name, None))}
+    overrides = {}
+    for name, value in given.items():
+        if name in _NOT_HERE:
+            if value not in (None, False):
+                raise ConfigurationError(f"{name}={value!r} does not go together with remote blocks: {_NOT_HERE[name]}")
+        elif name not in settable:
+            near = difflib.get_close_matches(name, {*arguments, *settable}, n=1)
+            advice = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigurationError(
+                f"from_pretrained has no argument {name!r}, nor has {type(config).__name__} such a value{advice}"
+            )
+        else:
+            overrides[name] = value
+    return overrides
