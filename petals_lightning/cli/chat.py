@@ -44,6 +44,12 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
+    chat_template: Annotated[
+        bool, typer.Option(help="Use the tokenizer's chat template, as tuning did; else the simple form User: …")
+    ] = True,
+    merge_system: Annotated[
+        bool, typer.Option("--merge-system", help="Put the --system text in front of the first message.")
+    ] = False,
 ) -> None:
     """Talk to MODEL. Lines on stdin are messages, answers go to stdout; /help lists commands."""
     for name, value in (("--max-length", max_length), ("--max-new-tokens", max_new_tokens)):
@@ -62,8 +68,9 @@ def chat(
         if (tuned := prompts_of(network)) is not None:
             limit -= tuned.pre_seq_len  # virtual tokens have positions, too
         with network.inference_session(max_length=max_length or min(limit, 2048)) as session:
+            form = DialogueFormat(tokenizer, use_chat_template=chat_template, merge_system=merge_system)
             conversation = Conversation(
-                network, DialogueFormat(tokenizer), session, system=system, max_new_tokens=max_new_tokens,
+                network, form, session, system=system, max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id, **choices,
             )  # fmt: skip
             if is_interactive:
@@ -71,6 +78,8 @@ def chat(
                 assert blocks is not None
                 servers = len({span.peer_id for span in blocks.route()})
                 screen.note(f"{len(blocks)} blocks on {servers} server{'s' * (servers != 1)}; /help lists commands")
+                ends = [tokenizer.convert_ids_to_tokens(end) or str(end) for end in conversation.end_ids]
+                screen.note(f"an answer ends with {', '.join(ends) or 'nothing but --max-new-tokens'}")
             Terminal(conversation, tokenizer, screen, is_interactive).run()
 
 
@@ -135,7 +144,7 @@ class Terminal:
 
         began = time.perf_counter()
         try:
-            _, count = self._conversation.reply(text, word_streamer(self._tokenizer, write))
+            _, count = self._conversation.reply(text, word_streamer(self._tokenizer, write, self._conversation.end_ids))
         except KeyboardInterrupt:
             self._screen.note("stopped; this message and its answer are left out of the conversation")
             return

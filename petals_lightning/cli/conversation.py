@@ -15,7 +15,10 @@ from petals_lightning.models.generation import GenerationSession
 
 
 class Conversation:
-    """Turns of a user and a model. Each turn sends only tokens that are not on servers yet.
+    """Turns of a user and a model, which answers to what the chat template makes of the whole conversation.
+
+    Each turn sends only tokens that servers do not hold yet. Where the template writes earlier turns in another way
+    now, or the model's words are other tokens when they are read again, the session goes back to the first difference.
 
     Args:
         model: with a language-model head.
@@ -24,7 +27,13 @@ class Conversation:
         system: what stands in front of all turns, or None.
         max_new_tokens: of one reply.
         options: further ones for `generate`.
+
+    Raises:
+        DataError: the template refuses the system text, or a conversation of one question and one answer.
     """
+
+    end_ids: list[int]
+    """Tokens that end a turn of the model: its generation config's, the tokenizer's eos, and the template's."""
 
     def __init__(
         self,
@@ -40,11 +49,16 @@ class Conversation:
         self._max_new_tokens, self._options = max_new_tokens, options
         self._opening = [Message(role="system", content=system)] if system else []
         self.messages: list[Message] = list(self._opening)
+        dialogue_format.prompt([*self._opening, Message(role="user", content="a")])
+        named = model.generation_config.eos_token_id
+        self.end_ids = list(named) if isinstance(named, list) else [named] if named is not None else []
+        self.end_ids += [end for end in dialogue_format.end_ids if end not in self.end_ids]
 
     def reply(self, text: str, streamer: Any = None) -> tuple[str, int]:
         """The model's answer to a turn of the user, and its number of tokens.
 
         Raises:
+            DataError: the template refuses the conversation; it is as it was.
             UnsupportedInputError: there is no room left for an answer; the conversation is as it was.
             SwarmError: servers failed beyond what retries can mend; the same.
         """
@@ -64,12 +78,12 @@ class Conversation:
         out = self._model.generate(
             new,
             max_new_tokens=min(self._max_new_tokens, room),
-            eos_token_id=self._format.end_ids,
+            eos_token_id=self.end_ids or None,
             streamer=streamer,
             **self._options,
         )
         said = out[0, new.shape[1] :].tolist()
-        answer = self._format.decode(said)
+        answer = self._format.decode(said[:-1] if said[-1] in self.end_ids else said)
         self.messages = [*messages, Message(role="assistant", content=answer)]
         return answer, len(said)
 

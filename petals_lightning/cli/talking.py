@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -165,11 +165,15 @@ def sampling(temperature: float, top_p: float, seed: int | None) -> dict[str, An
     return {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
 
-def word_streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
-    """A streamer for `generate` that hands on words as soon as they are complete."""
+def word_streamer(tokenizer: Any, write: Callable[[str], None], end_ids: Sequence[int] = ()) -> Any:
+    """A streamer for `generate` that hands on words as soon as they are complete, without special tokens and ends."""
     from transformers import TextStreamer
 
     class Words(TextStreamer):
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt or value.item() not in end_ids:
+                super().put(value)
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             write(text)
 

@@ -1,39 +1,63 @@
 """Dialogues as token ids, the same in training and in chat, and which of the tokens the assistant says.
 
-A tokenizer with a chat template is used with it. Without one, dialogues have this form, where <bos> and <eos> are the
-tokenizer's, a line break stands for a missing <eos>, and the assistant says what is behind each `Assistant:`
+All token ids are those of `apply_chat_template` for a whole dialogue. None are put together from pieces, because
+templates may write earlier turns in another way once later ones follow, and tokenizers may treat the start of a text in
+another way than its middle. See `DialogueFormat.answers` for how the assistant's tokens are found.
+
+A tokenizer without a chat template uses this one, where a line break stands for a missing <eos>:
 
     <bos>SYSTEM TEXT\\nUser: …\\nAssistant: …<eos>User: …\\nAssistant: …<eos>
-
-Every piece is tokenized for itself, so that the assistant's tokens are exactly known and do not depend on what follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.tokenizers import IGNORED
 from petals_lightning.errors import DataError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+
+_SIMPLE_TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{{ message.content + '\\n' }}
+    {%- elif message.role == 'user' %}{{ 'User: ' + message.content + '\\n' }}
+    {%- elif message.role == 'assistant' %}{{ 'Assistant: ' + message.content + (eos_token or '\\n') }}
+    {%- else %}{{ raise_exception('the simple form has no turns of ' + message.role) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}Assistant:{% endif %}"""
 
 
 class Message(TypedDict):
-    """One turn, as in OpenAI's format."""
+    """One turn, as in OpenAI's format; the template sees all of it."""
 
     role: str
     content: str
+    weight: NotRequired[int]
+    """0 for a turn of the assistant that is not to be learnt."""
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[Any]]
+    tool_call_id: NotRequired[str]
+    reasoning_content: NotRequired[str]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    text: str
-    is_said: bool = False  # by the assistant
-    ends: bool = False  # with the end of a turn that the assistant says, too
+class Answer(NamedTuple):
+    """The tokens of a dialogue up to a turn of the assistant, which says those from `start` to `end`."""
+
+    ids: list[int]
+    start: int
+    end: int
+
+    def is_within(self, ids: list[int]) -> bool:
+        """Whether a longer dialogue has the same tokens up to the end of this answer."""
+        return ids[: self.end] == self.ids[: self.end]
 
 
 class DialogueFormat:
@@ -42,89 +66,182 @@ class DialogueFormat:
     Args:
         tokenizer: the model's.
         use_chat_template: False takes the simple form even if the tokenizer has a template.
+        merge_system: put the system's text in front of the first user turn, for templates without a system turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, use_chat_template: bool = True):
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, use_chat_template: bool = True, merge_system: bool = False
+    ):
+        self._tokenizer, self._use_chat_template, self._merge_system = tokenizer, use_chat_template, merge_system
         self.has_template = use_chat_template and tokenizer.chat_template is not None
 
-    @property
+    @cached_property
     def end_ids(self) -> list[int]:
-        """Tokens that end a turn of the assistant."""
-        eos = self._tokenizer.eos_token_id
-        return [eos] if eos is not None else self._encode("\n")[-1:]
+        """Tokens that end a turn of the assistant: the tokenizer's eos, and what the template writes behind a turn.
+
+        Raises:
+            DataError: the template refuses a dialogue of one question and one answer.
+        """
+        question = Message(role="user", content="a")
+        one, other = (self._render([question, Message(role="assistant", content=said)]) for said in "bc")
+        tail = self._tokenize(one[len(one) - _count_equal(one[::-1], other[::-1]) :])
+        added = self._tokenizer.added_tokens_decoder
+        ends = [self._tokenizer.eos_token_id, next((token for token in tail if token in added), None)]
+        return list(dict.fromkeys(end for end in ends if end is not None)) or tail[-1:]
 
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Token ids of a dialogue, and as many labels: the ids themselves where the assistant speaks, else IGNORED.
 
+        Turns that the template writes in another way now than when the assistant said them have no labels; they are
+        samples of their own, see `samples`.
+
         Raises:
-            DataError: an unknown role, or a template that rewrites earlier turns when later ones follow.
+            DataError: as `answers`.
         """
-        input_ids: list[int] = self._start()
-        labels = [IGNORED] * len(input_ids)
-        for piece in self._template_pieces(messages) if self.has_template else _simple_pieces(messages):
-            ids = self._encode(piece.text) + (self.end_ids if piece.ends else [])
-            input_ids += ids
-            labels += ids if piece.is_said else [IGNORED] * len(ids)
-        return input_ids, labels
+        ids = self._tokenize(self._render(messages))
+        return _labelled(ids, [answer for answer in self.answers(messages) if answer.is_within(ids)])
+
+    def answers(self, messages: Sequence[Message], first: int = 0) -> Iterator[Answer]:
+        """The turns of the assistant among `messages[first:]`, each with what stands in front of it, as in a chat.
+
+        The assistant says what follows the prompt of the turn, up to the first token that ends a turn. Where the
+        template does not begin the turn with its prompt, the answer is what depends on its content: behind the same
+        text (DeepSeek-R1's prompt goes on with <think>), or behind the prompt, if the template writes earlier turns in
+        another way once the answer is there (Mistral drops the system's text).
+
+        Raises:
+            DataError: the template refuses the dialogue, or writes it so that the answer's tokens cannot be told.
+        """
+        for index, message in enumerate(messages):
+            if index >= first and message["role"] == "assistant" and message.get("weight") != 0:
+                yield self._answer(messages[:index], message)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to where the assistant is to speak next."""
-        if not self.has_template:
-            return self.encode(messages)[0] + self._encode("Assistant:")
-        before = self.encode(messages)[0]
-        return before + self._encode(self._render(messages, speaks=True)[len(self._render(messages, speaks=False)) :])
+        """Token ids up to where the assistant is to speak next.
+
+        Raises:
+            DataError: the template refuses the dialogue.
+        """
+        return self._tokenize(self._render(messages, add_generation_prompt=True))
 
     def decode(self, ids: Sequence[int]) -> str:
         """What the assistant has said."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _start(self) -> list[int]:
-        bos = self._tokenizer.bos_token_id
-        return [bos] if bos is not None and not self.has_template else []  # templates write it themselves
+    def _answer(self, before: Sequence[Message], message: Message) -> Answer:
+        text = self._render([*before, message])
+        prompt = self._render(before, add_generation_prompt=True) if before else ""
+        ids, begin = self._tokenize(text), len(prompt)
+        if not before or not text.startswith(prompt):
+            begin = self._find_content(text, before, message["content"])
+        if text.startswith(prompt[:begin]):
+            start = self._count_tokens(ids, text, begin)
+        else:
+            begin = self._find_prompt(text[:begin], prompt, before[-1]["content"], message["content"])
+            said = ids[self._count_tokens(ids, text, begin) :]
+            ids = self._tokenize(prompt)
+            start = len(ids)
+            ids += said
+        end = next((at + 1 for at in range(start, len(ids)) if ids[at] in self.end_ids), len(ids))
+        return Answer(ids, start, end)
 
-    def _template_pieces(self, messages: Sequence[Message]) -> list[_Piece]:
-        pieces, done = [], ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], speaks=True)
-            after = self._render(messages[: index + 1], speaks=False)
-            if not (before.startswith(done) and after.startswith(before)):
-                raise DataError(
-                    "the tokenizer's chat template rewrites earlier turns when later ones follow, so that the "
-                    "assistant's tokens cannot be told; set data.use_chat_template=false for the simple form"
-                )
-            pieces += [_Piece(before[len(done) :]), _Piece(after[len(before) :], is_said=True)]
-            done = after
-        rest = self._render(messages, speaks=False)
-        return [*pieces, _Piece(rest[len(done) :])]
+    def _find_content(self, text: str, before: Sequence[Message], content: str) -> int:
+        """Where the content of the last turn begins in a text: where the text of another content differs."""
+        another = Message(role="assistant", content="c" if content.lstrip().startswith("b") else "b")
+        other = self._render([*before, another])
+        begin = _count_equal(text, other)
+        differing = text[begin : len(text) - _count_equal(text[begin:][::-1], other[begin:][::-1])]
+        if differing not in content or (content.strip() and not differing):
+            raise self._cannot_tell(content)
+        return begin
 
-    def _render(self, messages: Sequence[Message], *, speaks: bool) -> str:
-        if not messages:
-            return ""
-        return str(
-            self._tokenizer.apply_chat_template(
-                [{"role": message["role"], "content": message["content"]} for message in messages],
-                tokenize=False,
-                add_generation_prompt=speaks,
-            )
+    def _find_prompt(self, text: str, prompt: str, question: str, content: str) -> int:
+        """Where the last turn's prompt ends in the text in front of its content, which shares the prompt's end only."""
+        shared = bisect_left(range(len(prompt)), True, key=lambda size: prompt[len(prompt) - size - 1 :] not in text)
+        end = prompt[len(prompt) - shared :]
+        if question.strip()[-8:] not in end:
+            raise self._cannot_tell(content)
+        return text.rindex(end) + shared
+
+    def _count_tokens(self, ids: list[int], text: str, begin: int) -> int:
+        """Tokens in front of a character; one that reaches across counts to what is behind."""
+        before = self._tokenize(text[:begin])
+        if ids[: len(before)] == before:
+            return len(before)
+        if not self._tokenizer.is_fast:
+            raise self._cannot_tell(text[begin:])
+        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return next((at for at, (_, end) in enumerate(offsets["offset_mapping"]) if end > begin), len(ids))
+
+    def _cannot_tell(self, content: str) -> DataError:
+        return DataError(
+            f"the chat template writes the dialogue so that the tokens of the answer {content!r:.60} cannot be told; "
+            "data.use_chat_template=false takes the simple form"
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                _merged(messages) if self._merge_system else list(messages),  # type: ignore[arg-type]
+                chat_template=None if self.has_template else _SIMPLE_TEMPLATE,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"the chat template refuses the dialogue ({reason}){self._advice(messages)}") from error
+        return str(text)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """As `apply_chat_template` does it; longer than the model takes is no reason to warn, since it is cut later."""
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _advice(self, messages: Sequence[Message]) -> str:
+        if not self._merge_system and _merged(messages) != list(messages):
+            merging = DialogueFormat(self._tokenizer, use_chat_template=self._use_chat_template, merge_system=True)
+            try:
+                merging.prompt(messages)
+            except DataError:
+                pass  # for another reason, too
+            else:
+                return (
+                    "; data.merge_system=true (chat: --merge-system) puts the system's text in front of the first "
+                    "user turn"
+                )
+        if not self.has_template:
+            return ""
+        return "; change it, or take the simple form with data.use_chat_template=false (chat: --no-chat-template)"
 
 
-def _simple_pieces(messages: Sequence[Message]) -> list[_Piece]:
-    pieces = []
-    for message in messages:
-        match message["role"]:
-            case "system":
-                pieces.append(_Piece(f"{message['content']}\n"))
-            case "user":
-                pieces.append(_Piece(f"User: {message['content']}\n"))
-            case "assistant":
-                pieces += [_Piece("Assistant:"), _Piece(f" {message['content']}", is_said=True, ends=True)]
-            case role:
-                raise DataError(f"a dialogue has a turn of {role!r}: roles are {', '.join(ROLES)}")
-    return pieces
+def samples(answers: Sequence[Answer]) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels from which all answers of a dialogue are learnt, each as it was said.
+
+    One sample is enough as long as the template leaves earlier turns as they were; where it does not, another begins.
+    """
+    groups: list[list[Answer]] = []
+    for answer in answers:
+        if groups and groups[-1][-1].is_within(answer.ids):
+            groups[-1].append(answer)
+        else:
+            groups.append([answer])
+    return [_labelled(group[-1].ids, group) for group in groups]
+
+
+def _labelled(ids: list[int], answers: Sequence[Answer]) -> tuple[list[int], list[int]]:
+    labels = [IGNORED] * len(ids)
+    for answer in answers:
+        labels[answer.start : answer.end] = ids[answer.start : answer.end]
+    return ids, labels
+
+
+def _merged(messages: Sequence[Message]) -> list[Message]:
+    match messages:
+        case [{"role": "system"} as system, {"role": "user"} as user, *rest]:
+            return [Message(role="user", content=f"{system['content']}\n\n{user['content']}"), *rest]
+    return list(messages)
+
+
+def _count_equal(one: str, other: str) -> int:
+    """Characters with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -5,57 +5,120 @@ Shapes: B batch, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.base import Splits, TextDataModule
-from petals_lightning.data.dialogue_format import IGNORED, ROLES, DialogueFormat, Message
-from petals_lightning.data.tokenizers import LabelledTokens, PadLabelled
+from petals_lightning.data.dialogue_format import ROLES, Answer, DialogueFormat, Message, samples
+from petals_lightning.data.tokenizers import IGNORED, LabelledTokens, PadLabelled
 from petals_lightning.errors import ConfigurationError, DataError
 from petals_lightning.sample import DIALOGUES_DIR
 
+_ROW = "row in its file"  # the column of row numbers, which stay known when a part is cut off for validation
+
+COLUMNS = ("messages", "conversations", "conversation", "turns", "utterances", "personality", "system", "prompt",
+           "completion", "response", "instruction", "input", "output")  # fmt: skip
+"""The columns that `read_dialogue` looks at."""
+
+_ROLE_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "developer": "system",  # OpenAI's newer name for it; templates know the older one
+    "function": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+}
+"""What other formats call `ROLES`."""
+
 
 def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
-    """The turns of a row in any of three forms.
+    """The turns of a row, in any of these forms:
 
-    `messages`: a list of role and content, as OpenAI's; `turns`: a list of texts of user and assistant in turn;
-    PersonaChat's `utterances`, whose last entry has the `history` and, as the last of its `candidates`, the true reply,
-    with a `personality` of the assistant that stands in front.
+    - `messages`, `conversations`, `conversation` or `turns`: a list of turns. A turn is an object with `role` and
+      `content`, as OpenAI's, or with `from` and `value`, as ShareGPT's; or a text, where the user begins and the
+      speakers alternate. Content is a text or a list of text parts.
+    - `prompt` and `completion` (or `response`): a question and its answer; texts, or lists of turns.
+    - `instruction`, `output` and perhaps `input`: Alpaca's; the input stands below the instruction.
+    - `utterances`: PersonaChat's, whose last entry has the `history` and, as the last of its `candidates`, the true
+      reply; a `personality` of the assistant stands in front.
+
+    A text in `system` stands in front of any of them.
 
     Raises:
         DataError: it is none of these; the message says where.
     """
+    system = row.get("system")
     match row:
-        case {"messages": list(messages)}:
-            found = [_message(message, where) for message in messages]
-        case {"turns": list(turns)}:
-            found = _alternating(turns)
+        case (
+            {"messages": list(turns)}
+            | {"conversations": list(turns)}
+            | {"conversation": list(turns)}
+            | {"turns": list(turns)}
+        ):
+            found = _turns(turns, where)
+        case {"prompt": prompt, "completion": answer} | {"prompt": prompt, "response": answer}:
+            found = [*_side(prompt, "user", where), *_side(answer, "assistant", where)]
+        case {"instruction": task, "output": answer}:
+            texts = [_text(task, where), _text(row.get("input") or "", where)]
+            found = _turns(["\n\n".join(text for text in texts if text), answer], where)
         case {"utterances": [*_, {"history": list(history), "candidates": [*_, str(reply)]}]}:
-            persona = row.get("personality") or []
-            opening = [Message(role="system", content=" ".join(persona))] if persona else []
-            found = [*opening, *_alternating([*history, reply])]
+            found = _turns([*history, reply], where)
+            system = " ".join(row.get("personality") or [])
         case _:
             raise DataError(
-                f"{where} has {', '.join(sorted(row))}: a dialogue needs `turns` (texts), `messages` (role and "
-                "content) or PersonaChat's `utterances`"
+                f"{where} has {', '.join(sorted(row))}: a dialogue needs `turns` (texts), `messages` or "
+                "`conversations` (of role and content, or from and value), `prompt` and `completion`, `instruction` "
+                "and `output`, or PersonaChat's `utterances`; data.columns={messages: …} names other columns"
             )
-    for message in found:
-        if not isinstance(message["content"], str):
-            raise DataError(f"{where} has a turn without a text: {message['content']!r:.60}")
-    return found
+    return [Message(role="system", content=_text(system, where)), *found] if system else found
 
 
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise DataError(f"{where} has the message {message!r:.100}: it needs role ({', '.join(ROLES)}) and content")
-    return Message(role=message["role"], content=message.get("content"))  # type: ignore[typeddict-item]
+def _side(given: Any, role: str, where: str) -> list[Message]:
+    """A question or an answer that is a text, or messages."""
+    if isinstance(given, list):
+        return _turns(given, where)
+    return [Message(role=role, content=_text(given, where))]
 
 
-def _alternating(texts: Iterable[str]) -> list[Message]:
-    return [Message(role=ROLES[1 + number % 2], content=text) for number, text in enumerate(texts)]
+def _turns(turns: list[Any], where: str) -> list[Message]:
+    """Messages of objects, or of texts, which are the user's and the assistant's by turns."""
+    return [
+        _message(turn, where)
+        if isinstance(turn, dict)
+        else Message(role=("user", "assistant")[number % 2], content=_text(turn, where))
+        for number, turn in enumerate(turns)
+    ]
+
+
+def _message(given: dict[str, Any], where: str) -> Message:
+    turn = {name: value for name, value in given.items() if value is not None}
+    said = str(turn.pop("role", turn.pop("from", ""))).strip().lower()
+    role = _ROLE_NAMES.get(said, said)
+    if role not in ROLES:
+        names = ", ".join((*ROLES, *_ROLE_NAMES))
+        raise DataError(f"{where} has the message {given!r:.100}: it needs role and content; roles are {names}")
+    content = turn.pop("content", turn.pop("value", "" if "tool_calls" in turn else None))
+    return Message(role=role, content=_text(content, where), **turn)  # type: ignore[typeddict-item]
+
+
+def _text(content: Any, where: str) -> str:
+    """A text, or the text parts of a list put together."""
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise DataError(f"{where} has a turn without a text: {part!r:.60}")
+        texts.append(text)
+    return "".join(texts)
 
 
 def windows(messages: list[Message], form: DialogueFormat, max_length: int) -> list[tuple[list[int], list[int]]]:
@@ -63,6 +126,9 @@ def windows(messages: list[Message], form: DialogueFormat, max_length: int) -> l
 
     Cuts are in front of a turn of the user; what the system says stands in front of every sample. A single exchange
     that is longer is cut off at the end. Samples without anything that the assistant says are left out.
+
+    Raises:
+        DataError: as `DialogueFormat.answers`.
     """
     opening = [message for message in messages[:1] if message["role"] == "system"]
     exchanges: list[list[Message]] = []
@@ -70,34 +136,38 @@ def windows(messages: list[Message], form: DialogueFormat, max_length: int) -> l
         if message["role"] == "user" or not exchanges:
             exchanges.append([])
         exchanges[-1].append(message)
-    samples, current = [], list(opening)
-    encoded: tuple[list[int], list[int]] | None = None
+    window, answers, found = list(opening), list[Answer](), []
     for exchange in exchanges:
-        longer = form.encode([*current, *exchange])
-        if encoded is not None and len(longer[0]) > max_length:
-            samples.append(encoded)
-            current, longer = list(opening), form.encode([*opening, *exchange])
-        current, encoded = [*current, *exchange], longer
-    if encoded is not None:
-        samples.append(encoded)
-    cut = [(ids[:max_length], labels[:max_length]) for ids, labels in samples]
+        new = list(form.answers([*window, *exchange], first=len(window)))
+        if answers and new and len(new[-1].ids) > max_length:
+            found += samples(answers)
+            window, answers = list(opening), []
+            new = list(form.answers([*window, *exchange], first=len(window)))
+        window += exchange
+        answers += new
+    found += samples(answers)
+    cut = [(ids[:max_length], labels[:max_length]) for ids, labels in found]
     return [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels[1:])]
 
 
 class DialogueDataModule(TextDataModule):
     """Batches `{"input_ids", "attention_mask", "labels"}`, each [B, S]; labels are -100 but where the assistant speaks.
 
-    Token ids are those of `DialogueFormat`; dialogues of more than `max_length` tokens become several samples.
+    Token ids are those of `DialogueFormat`. A dialogue becomes several samples where it has more than `max_length`
+    tokens, or where the template writes an answer in another way once the next question follows.
 
     Args:
         tokenizer: the model's hub id or folder.
         source: `bundled`, or dialogues from elsewhere; see `TextDataModule`, and `read_dialogue` for the forms.
         limit: dialogues a split at most, the first ones; None takes all.
+        columns: names of columns that are called otherwise than `read_dialogue` expects, by its name, e.g.
+            `{"prompt": "question", "completion": "reply"}`; no others are looked at then.
         use_chat_template: False takes the simple form even if the tokenizer has a chat template.
+        merge_system: put the system's text in front of the first user turn, for templates without a system turn.
         options: as of `TextDataModule`.
 
     Raises (besides what `TextDataModule` raises, in `setup`):
-        DataError: a row is no dialogue, or the assistant never speaks.
+        DataError: a row is no dialogue, the template refuses it, or the assistant never speaks.
     """
 
     bundled = DIALOGUES_DIR
@@ -108,7 +178,9 @@ class DialogueDataModule(TextDataModule):
         source: str = "bundled",
         *,
         limit: int | None = None,
+        columns: dict[str, str] | None = None,
         use_chat_template: bool = True,
+        merge_system: bool = False,
         max_length: int = 256,
         batch_size: int = 16,
         **options: Any,
@@ -116,11 +188,23 @@ class DialogueDataModule(TextDataModule):
         super().__init__(tokenizer, source, max_length=max_length, batch_size=batch_size, **options)
         if limit is not None and limit < 1:
             raise ConfigurationError(f"data.limit={limit}: must be at least 1, or null to take all")
-        self.limit, self.use_chat_template = limit, use_chat_template
+        if unknown := set(columns or {}) - set(COLUMNS):
+            raise ConfigurationError(f"data.columns names {', '.join(sorted(unknown))}: give {', '.join(COLUMNS)}")
+        self.limit, self.columns = limit, dict(columns or {})
+        self.use_chat_template, self.merge_system = use_chat_template, merge_system
 
     def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, LabelledTokens]:
-        form = DialogueFormat(tokenizer, use_chat_template=self.use_chat_template)
-        return {split: self._samples(split, rows, form) for split, rows in self.with_validation(raw).items()}
+        form = DialogueFormat(tokenizer, use_chat_template=self.use_chat_template, merge_system=self.merge_system)
+        for split, rows in raw.items():
+            for column in self.columns.values():
+                if column not in rows.column_names:
+                    there = ", ".join(rows.column_names)
+                    raise DataError(f"data.columns: {split} of {self.source} has no column {column!r}; it has {there}")
+        numbered = {split: rows.add_column(_ROW, list(range(len(rows)))) for split, rows in raw.items()}
+        return {
+            split: self._samples(f"{split if split in raw else 'train'} of {self.source}", rows, form)
+            for split, rows in self.with_validation(numbered).items()
+        }
 
     def collate(self, pad_token_id: int) -> PadLabelled:
         return PadLabelled(pad_token_id)
@@ -129,16 +213,21 @@ class DialogueDataModule(TextDataModule):
     def description(self) -> str:
         return f"dialogues of up to {self.max_length} tokens"
 
-    def _samples(self, split: str, rows: datasets.Dataset, form: DialogueFormat) -> LabelledTokens:
+    def _samples(self, part: str, rows: datasets.Dataset, form: DialogueFormat) -> LabelledTokens:
         rows = rows.select(range(min(len(rows), self.limit))) if self.limit is not None else rows
-        samples = []
-        for number, row in enumerate(rows):
-            present = {name: value for name, value in row.items() if value is not None}
-            messages = read_dialogue(present, f"row {number} of {split} of {self.source}")
-            samples += windows(messages, form, self.max_length)
-        if not samples:
+        found = []
+        for row in rows:
+            where = f"row {row.pop(_ROW)} of {part}"
+            if self.columns:
+                row = {ours: row[theirs] for ours, theirs in self.columns.items()}
+            messages = read_dialogue({name: value for name, value in row.items() if value is not None}, where)
+            try:
+                found += windows(messages, form, self.max_length)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+        if not found:
             raise DataError(
-                f"{split} of {self.source}: the assistant says nothing in {len(rows)} dialogues (the second speaker is "
-                "the assistant where roles are not given)"
+                f"{part}: the assistant says nothing in {len(rows)} dialogues (the second speaker is the assistant "
+                "where roles are not given)"
             )
-        return LabelledTokens(samples)
+        return LabelledTokens(found)

@@ -131,8 +131,12 @@ class DialogueDataConfig(DataConfig):
     """Dialogues a split at most."""
     max_length: int = 256
     """Tokens a sample at most; longer dialogues become several samples."""
+    columns: dict[str, str] | None = None
+    """Columns with unusual names, by the usual name: {prompt: question, completion: reply}."""
     use_chat_template: bool = True
     """False takes the simple form even if the tokenizer has a chat template."""
+    merge_system: bool = False
+    """True puts the system's text in front of the first user turn, for templates without a system turn."""
     batch_size: int = 16
 
 

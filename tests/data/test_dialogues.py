@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from petals_lightning.data import DialogueDataModule, load_tokenizer
-from petals_lightning.data.dialogue_format import IGNORED, DialogueFormat, Message
+from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.data.dialogues import read_dialogue, windows
-from petals_lightning.errors import DataError
+from petals_lightning.data.tokenizers import IGNORED
+from petals_lightning.errors import ConfigurationError, DataError
+from tests.chat_templates import GEMMA, QWEN3, make_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s>\n{% endfor %}"
@@ -48,14 +51,6 @@ def test_a_chat_template_is_used_and_gives_the_same_tokens(text_model):
     assert form.prompt(messages[:3]) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
-def test_a_template_that_rewrites_the_past_is_refused(text_model):
-    tokenizer = load_tokenizer(str(text_model))
-    tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
-    with pytest.raises(DataError, match="use_chat_template=false"):
-        DialogueFormat(tokenizer).encode(talk("w1", "w2"))
-    assert DialogueFormat(tokenizer, use_chat_template=False).encode(talk("w1", "w2"))
-
-
 def test_a_prompt_is_where_training_begins_to_read(text_model):
     """What chat feeds is, token for token, what the labels were trained behind."""
     form = DialogueFormat(load_tokenizer(str(text_model)))
@@ -69,23 +64,105 @@ def test_every_form_of_dialogues_is_read():
     expected = talk("a", "b", "c", "d")
     assert read_dialogue({"turns": ["a", "b", "c", "d"], "id": 3}, "row 0") == expected
     assert read_dialogue({"messages": [dict(message) for message in expected]}, "row 0") == expected
+    speakers = ("human", "gpt", "User", "ASSISTANT")
+    shared = [{"from": who, "value": text} for who, text in zip(speakers, "abcd", strict=True)]
+    assert read_dialogue({"conversations": shared}, "row 0") == expected
+    assert read_dialogue({"conversation": shared, "prompt": "x", "completion": "y"}, "row 0") == expected
+    assert read_dialogue({"prompt": "a", "completion": "b"}, "row 0") == expected[:2]
+    assert read_dialogue({"prompt": expected[:3], "completion": expected[3:]}, "row 0") == expected
+    assert read_dialogue({"prompt": expected[:3], "response": "d"}, "row 0") == expected
+    assert read_dialogue({"instruction": "a", "input": "", "output": "b"}, "row 0") == expected[:2]
+    assert read_dialogue({"instruction": "a", "input": "x", "output": "b"}, "row 0") == talk("a\n\nx", "b")
+    assert read_dialogue({"system": "s", "turns": ["a"]}, "row 0") == [{"role": "system", "content": "s"}, expected[0]]
     last = {"history": ["a", "b", "c"], "candidates": ["wrong", "d"]}
     persona = {"personality": ["i sing .", "i fly ."], "utterances": [{"history": ["a"], "candidates": ["b"]}, last]}
     assert read_dialogue(persona, "row 0") == [Message(role="system", content="i sing . i fly ."), *expected]
+
+
+def test_content_may_be_in_parts_and_other_roles_have_one_meaning():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image_url": None}]
+    call = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    given = [
+        {"role": "developer", "content": "s", "name": None},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": call},
+        {"role": "tool", "content": "1", "tool_call_id": "c1"},
+        {"from": "observation", "value": "2"},
+        {"role": "assistant", "content": ["c"], "weight": 0},
+    ]
+    assert read_dialogue({"messages": given}, "row 0") == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "", "tool_calls": call},
+        {"role": "tool", "content": "1", "tool_call_id": "c1"},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "c", "weight": 0},
+    ]
 
 
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
         ({"text": "a"}, "row 3 of train has text: a dialogue needs `turns`"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "needs role"),
-        ({"messages": [{"role": "user"}]}, "turn without a text"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "needs role and content; roles are system, user, .*, gpt"),
+        ({"messages": [{"role": "user"}]}, "turn without a text: None"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "turn without a text: {'type': 'image"),
         ({"turns": ["a", None]}, "turn without a text"),
+        ({"prompt": "a", "completion": 1}, "turn without a text: 1"),
     ],
 )
 def test_what_is_no_dialogue_is_named(row, complaint):
     with pytest.raises(DataError, match=complaint):
         read_dialogue(row, "row 3 of train")
+
+
+def write_rows(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def learnt(data: DialogueDataModule, tokenizer) -> set[tuple[str, ...]]:
+    """What each sample of all splits teaches."""
+    data.setup()
+    batches = [batch for loader in (data.train_dataloader(), data.val_dataloader()) for batch in loader]
+    return {tuple(words(tokenizer, row[row != IGNORED].tolist())) for batch in batches for row in batch["labels"]}
+
+
+def test_columns_are_found_in_files_or_named(text_model, tmp_path):
+    tokenizer = load_tokenizer(str(text_model))
+    alpaca = [{"instruction": f"w{row}", "input": "w90" if row % 2 else "", "output": f"w2{row}"} for row in range(6)]
+    path = write_rows(tmp_path / "alpaca.jsonl", alpaca)
+    assert learnt(DialogueDataModule(str(text_model), path), tokenizer) == {(f"w2{row}", "</s>") for row in range(6)}
+    questions = [{"question": f"w{row}", "reply": f"w3{row}", "messages": "w1"} for row in range(6)]
+    path = write_rows(tmp_path / "questions.jsonl", questions)
+    columns = {"prompt": "question", "completion": "reply"}
+    data = DialogueDataModule(str(text_model), path, columns=columns)
+    assert learnt(data, tokenizer) == {(f"w3{row}", "</s>") for row in range(6)}
+    with pytest.raises(
+        DataError, match=r"data.columns: train of .*questions.jsonl has no column 'answer'; it has quest"
+    ):
+        DialogueDataModule(str(text_model), path, columns={**columns, "completion": "answer"}).setup()
+    with pytest.raises(ConfigurationError, match=r"data.columns names answer: give messages, "):
+        DialogueDataModule(str(text_model), path, columns={"answer": "reply"})
+
+
+def test_a_row_that_the_template_refuses_is_named_by_its_number_in_the_file(tmp_path):
+    tokenizer = make_tokenizer("byte_level", GEMMA)
+    tokenizer.save_pretrained(tmp_path)
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=3)
+    config.save_pretrained(tmp_path)
+    rows = [{"messages": talk("So?", "no")} for _ in range(20)]
+    rows[13]["messages"].insert(0, Message(role="system", content="Be kind."))
+    source = write_rows(tmp_path / "talks.jsonl", rows)
+    with pytest.raises(DataError) as refused:
+        DialogueDataModule(str(tmp_path), source).setup()
+    assert str(refused.value) == (
+        f"row 13 of train of {source}: the chat template refuses the dialogue (System role not supported); "
+        "data.merge_system=true (chat: --merge-system) puts the system's text in front of the first user turn"
+    )
+    data = DialogueDataModule(str(tmp_path), source, merge_system=True)
+    data.setup()
+    assert sum(data.sizes.values()) == 20
 
 
 def test_long_dialogues_become_samples_of_whole_exchanges(text_model):
@@ -96,6 +173,20 @@ def test_long_dialogues_become_samples_of_whole_exchanges(text_model):
     encoded = [form.encode(part) for part in parts]
     assert [ids for ids, _ in samples] == [ids[:12] for ids, _ in encoded]
     assert windows(talk("w1"), form, 12) == [], "nobody answers"
+
+
+def test_windows_of_a_template_that_rewrites_the_past():
+    """Each answer is learnt once, behind as many whole exchanges as there is room for."""
+    tokenizer = make_tokenizer("byte_level", QWEN3, "<|im_end|>")
+    form, messages = DialogueFormat(tokenizer), talk(*["So?", "no"] * 7)
+    lengths = [len(form.encode(messages[:size])[0]) for size in (2, 4, 6)]
+    found = windows(messages, form, max_length=lengths[-1])
+    assert [len(ids) for ids, _ in found] == [*lengths, *lengths, lengths[0]]
+    for ids, labels in found:
+        assert (
+            tokenizer.decode([label for label in labels if label != IGNORED]) == "<think>\n\n</think>\n\nno<|im_end|>"
+        )
+        assert labels[-2] == ids[-2] == tokenizer.eos_token_id
 
 
 def test_batches_are_padded_and_cut_from_files(text_model, tmp_path):
