@@ -5,6 +5,7 @@ Shapes: B batch, S tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -18,9 +19,8 @@ from petals_lightning.sample import DIALOGUES_DIR
 
 _ROW = "row in its file"  # the column of row numbers, which stay known when a part is cut off for validation
 
-COLUMNS = ("messages", "conversations", "conversation", "turns", "utterances", "personality", "system", "prompt",
-           "completion", "response", "instruction", "input", "output")  # fmt: skip
-"""The columns that `read_dialogue` looks at."""
+COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "system")
+"""Columns of `read_dialogue` that may be called otherwise."""
 
 _ROLE_NAMES = {
     "human": "user",
@@ -160,7 +160,7 @@ class DialogueDataModule(TextDataModule):
         tokenizer: the model's hub id or folder.
         source: `bundled`, or dialogues from elsewhere; see `TextDataModule`, and `read_dialogue` for the forms.
         limit: dialogues a split at most, the first ones; None takes all.
-        columns: names of columns that are called otherwise than `read_dialogue` expects, by its name, e.g.
+        columns: the data's names of `COLUMNS` that are called otherwise, e.g.
             `{"prompt": "question", "completion": "reply"}`; no others are looked at then.
         use_chat_template: False takes the simple form even if the tokenizer has a chat template.
         merge_system: put the system's text in front of the first user turn, for templates without a system turn.
@@ -178,7 +178,7 @@ class DialogueDataModule(TextDataModule):
         source: str = "bundled",
         *,
         limit: int | None = None,
-        columns: dict[str, str] | None = None,
+        columns: Mapping[str, str | None] | None = None,
         use_chat_template: bool = True,
         merge_system: bool = False,
         max_length: int = 256,
@@ -190,7 +190,8 @@ class DialogueDataModule(TextDataModule):
             raise ConfigurationError(f"data.limit={limit}: must be at least 1, or null to take all")
         if unknown := set(columns or {}) - set(COLUMNS):
             raise ConfigurationError(f"data.columns names {', '.join(sorted(unknown))}: give {', '.join(COLUMNS)}")
-        self.limit, self.columns = limit, dict(columns or {})
+        self.limit = limit
+        self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
         self.use_chat_template, self.merge_system = use_chat_template, merge_system
 
     def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, LabelledTokens]:

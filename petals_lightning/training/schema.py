@@ -125,14 +125,26 @@ class LabelledDataConfig(DataConfig):
 
 
 @dataclass
+class DialogueColumns:
+    """Columns of dialogues that are called otherwise: data.columns={prompt: question, completion: reply}."""
+
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    system: str | None = None
+
+
+@dataclass
 class DialogueDataConfig(DataConfig):
     _target_: str = "petals_lightning.data.DialogueDataModule"
     limit: int | None = None
     """Dialogues a split at most."""
     max_length: int = 256
     """Tokens a sample at most; longer dialogues become several samples."""
-    columns: dict[str, str] | None = None
-    """Columns with unusual names, by the usual name: {prompt: question, completion: reply}."""
+    columns: DialogueColumns = field(default_factory=DialogueColumns)
     use_chat_template: bool = True
     """False takes the simple form even if the tokenizer has a chat template."""
     merge_system: bool = False

@@ -24,6 +24,7 @@ from petals_lightning.cli.talking import Screen
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.server.access import AccessRules
+from tests.chat_templates import GEMMA
 from tests.swarms import PREFIX, InProcessSwarm
 from tests.text_models import save_tiny_text_model
 
@@ -141,7 +142,9 @@ def test_a_chat_in_a_terminal(tmp_path, start_swarm):
         "--initial-peers", swarm.initial_peers[0], "--temperature", "0", "--max-new-tokens", "5",
     )  # fmt: skip
     try:
-        assert "4 blocks on 2 servers; /help lists commands" in terminal.wait_for("> ")
+        greeting = terminal.wait_for("> ")
+        assert "4 blocks on 2 servers; /help lists commands" in greeting
+        assert "an answer ends with </s>" in greeting
         terminal.type("w1 w2\n")
         first = terminal.wait_for("> ")
         assert "tokens/s" in first
@@ -190,7 +193,9 @@ def test_notes_are_short_and_wait_for_who_is_typing(monkeypatch, capsys):
 
 def test_mistakes_are_one_line(served):
     run, _, _, folder = served
+    (folder / "model" / "chat_template.jinja").write_text(GEMMA)
     for arguments, words in (
+        (("--system", "w2"), "the chat template refuses the dialogue (System role not supported); "),
         (("--prompts", str(folder)), "has no prompts.json"),
         (("--temperature", "-1"), "--temperature is -1: it must be 0 or more"),
     ):

@@ -27,6 +27,10 @@ WRONG = {
     "recipe=sst2_ptune model.name={folder}": "model.name must be a hub id or a folder with a config.json",
     "recipe=sst2_ptune data.source={folder}/unlabelled.jsonl {model}": "the columns are 'sentence', 'stars'",
     "recipe=sst2_ptune data.source={folder}/three.jsonl data.num_labels=2 {model}": "set data.num_labels=3",
+    "recipe=dialogue_ptune data.columns.promt=x": "data.columns.promt; did you mean data.columns.prompt?",
+    "recipe=dialogue_ptune data.source={folder}/three.jsonl data.columns.prompt=question {model}": (
+        "three.jsonl has no column 'question'; it has "
+    ),
     "recipe=sst2_ptune resume=true {model}": "resume=true: no earlier run to continue",
     "recipe=sst2_ptune ckpt_path=no.ckpt {model}": "ckpt_path=no.ckpt: no such file",
     "recipe=customer_reviews_deep_ptune": "data.source",
