@@ -72,7 +72,7 @@ def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
             found = _turns(["\n\n".join(text for text in texts if text), answer], where)
         case {"utterances": [*_, {"history": list(history), "candidates": [*_, str(reply)]}]}:
             found = _turns([*history, reply], where)
-            system = " ".join(row.get("personality") or [])
+            system = system or " ".join(row.get("personality") or [])
         case _:
             raise DataError(
                 f"{where} has {', '.join(sorted(row))}: a dialogue needs `turns` (texts), `messages` or "
