@@ -31,7 +31,15 @@ from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
-from petals_lightning.models.prompt_files import PromptCard, check_base_model, load_prompts, tuning_of
+from petals_lightning.models.prompt_files import (
+    PromptCard,
+    check_base_model,
+    find_card,
+    load_prompts,
+    load_tuned,
+    save_tuned,
+    tuning_of,
+)
 from petals_lightning.models.prompts import TuningMode
 from petals_lightning.models.self_check import check_ends
 from petals_lightning.models.thread_hooks import of_this_thread
@@ -63,6 +71,20 @@ class DistributedModel(FrozenBody):
     def close(self) -> None:
         """Leaves the swarm: ends the streams to servers, and this process's peer if it was made for this model."""
         self.bridge.layers.close()
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Saves what was trained, kilobytes; `from_pretrained(save_directory)` loads the base model with it.
+
+        Args:
+            save_directory: made if missing.
+            options: of Hugging Face's method; what they say of large weights has no meaning here.
+
+        Raises:
+            ConfigurationError: nothing was trained.
+        """
+        if options.pop("push_to_hub", False):
+            raise ConfigurationError("save_pretrained(push_to_hub=True): call push_to_hub(repo_id) instead")
+        save_tuned(self, save_directory)  # type: ignore[arg-type]
 
     def __enter__(self) -> Self:
         return self
@@ -205,7 +227,8 @@ class _AutoDistributed:
         """Loads embeddings, norms and head, connects to servers of the blocks.
 
         Args:
-            pretrained_model_name_or_path: folder or hub id; only tensors outside of blocks are read.
+            pretrained_model_name_or_path: folder or hub id, of a model or of what `save_pretrained` wrote of a tuned
+                one; only tensors outside of blocks are read.
             initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT of it; or `node`: a started
                 SwarmNode, which stays the caller's to close. None of them is the public Petals network.
             dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
@@ -239,6 +262,14 @@ class _AutoDistributed:
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
             AccessDeniedError: the servers let this peer not in.
         """
+        name = str(pretrained_model_name_or_path)
+        hub: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+        card = find_card(name, revision=revision, token=token, subfolder=subfolder, **hub)
+        if card is not None:
+            tuning_mode, pre_seq_len, revision = card.tuning_mode, card.pre_seq_len, card.revision
+            name, dht_prefix, subfolder = card.base_model, dht_prefix or card.dht_prefix, ""
+            if card.id2label is not None:
+                config_values.setdefault("id2label", {int(number): label for number, label in card.id2label.items()})
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
         config = client_config or ClientConfig(
             connect_timeout=connect_timeout,
@@ -253,14 +284,7 @@ class _AutoDistributed:
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers or ()),
         )
-        checkpoint = Checkpoint(
-            str(pretrained_model_name_or_path),
-            token=token,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            subfolder=subfolder,
-        )
+        checkpoint = Checkpoint(name, token=token, revision=revision, subfolder=subfolder, **hub)
         overrides = config_overrides(
             checkpoint.decoder_config, config_values, inspect.signature(cls.from_pretrained).parameters
         )
@@ -291,6 +315,8 @@ class _AutoDistributed:
             raise
         if prompts is not None:
             load_prompts(model, prompts, token=token)
+        elif card is not None:
+            load_tuned(model, pretrained_model_name_or_path, token=token)
         return model
 
 

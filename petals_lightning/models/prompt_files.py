@@ -1,8 +1,9 @@
-"""Prompts that travel: a folder with their values and a card that says whose they are and how they were made.
+"""Tuned weights that travel: a folder with their values and a card that says whose they are and how they were made.
 
     prompts.safetensors   `input` [P, E], and with deep_ptune `deep` [L, P, H]
     prompts.json          the card, for programs
     README.md             the card, for people and the hub
+    model.safetensors     by `save_tuned` only: all that was trained, a classification head too, by parameter name
 
 Shapes: P virtual tokens, E embedding width, L blocks, H hidden size.
 """
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,9 +26,9 @@ from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.hf import Checkpoint
 from petals_lightning.hf.compat import find_file
 from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
-from petals_lightning.models.trainable import prompts_of
+from petals_lightning.models.trainable import prompts_of, trainable_state_dict
 
-WEIGHTS, CARD, README = "prompts.safetensors", "prompts.json", "README.md"
+WEIGHTS, CARD, README, TRAINED = "prompts.safetensors", "prompts.json", "README.md", "model.safetensors"
 THIS_FOLDER = "THIS_FOLDER"  # in the README, until it has a home on the hub
 
 
@@ -37,7 +39,9 @@ class PromptCard:
     Attributes:
         base_model, revision: hub id or folder of the model that they were trained for.
         fingerprint: digest of that model's config and tensor names; prompts are for no other.
-        tuning_mode, pre_seq_len: "ptune" or "deep_ptune", and P.
+        tuning_mode, pre_seq_len: "ptune" or "deep_ptune", and P; None where a head alone was tuned.
+        dht_prefix: the name of that model's blocks in the swarm; None: it follows from `base_model`.
+        id2label: names of the classes of a head by number, as in Hugging Face's configs; None without a head.
         metrics: what they reached, by name, e.g. {"val/perplexity": 21.3}.
         command: the command that made them.
         version: of this package.
@@ -46,8 +50,10 @@ class PromptCard:
     base_model: str
     revision: str | None
     fingerprint: str
-    tuning_mode: TuningMode
-    pre_seq_len: int
+    tuning_mode: TuningMode | None
+    pre_seq_len: int | None
+    dht_prefix: str | None = None
+    id2label: dict[str, str] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     command: str | None = None
     version: str = __version__
@@ -82,21 +88,86 @@ def save_prompts(
     Raises:
         ConfigurationError: the model has no prompts.
     """
-    prompts, checkpoint = _prompts(model), _checkpoint(model)
+    prompts = _prompts(model)
+    rounded = {name: round(float(value), 6) for name, value in (metrics or {}).items()}
+    card = _write_card(model, prompts, Path(folder), metrics=rounded, command=command)
+    _save(prompts.state_dict(), Path(folder) / WEIGHTS)
+    return card
+
+
+def save_tuned(model: nn.Module, folder: str | Path) -> PromptCard:
+    """Writes all that was trained of a model, prompts and head, and its card, into `folder`, which is made if missing.
+
+    `from_pretrained(folder)` loads the base model with it; `prompts=folder` takes the prompts alone.
+
+    Raises:
+        ConfigurationError: nothing of the model is trained.
+    """
+    trained, prompts = trainable_state_dict(model), prompts_of(model)
+    if not trained:
+        raise ConfigurationError(
+            f"{type(model).__name__} has nothing of its own to save: its weights are those of "
+            f"{_checkpoint(model).name_or_path!r}; load it with tuning_mode='ptune' or 'deep_ptune' to train prompts"
+        )
+    card = _write_card(model, prompts, Path(folder), id2label=_class_names(model, trained))
+    _save(trained, Path(folder) / TRAINED)
+    if prompts is not None:
+        _save(prompts.state_dict(), Path(folder) / WEIGHTS)
+    return card
+
+
+def load_tuned(model: nn.Module, folder: str | Path, *, token: str | bool | None = None) -> None:
+    """Loads what `save_tuned` wrote, from a folder or the hub, into its base model, loaded as its card says.
+
+    Raises:
+        CheckpointError: it was made for another model, or with other settings.
+    """
+    card, path = PromptCard.read(folder, token=token), _find(folder, TRAINED, token)
+    check_base_model(card, _checkpoint(model), folder)
+    found, expected = load_file(path), trainable_state_dict(model)
+    if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in expected.items()}:
+        wrong = sorted(set(found) ^ set(expected)) or sorted(expected)
+        raise CheckpointError(
+            f"{path} does not hold what this model trains: {', '.join(wrong[:5])} differ; load it by the class and "
+            "with the settings that it was saved from"
+        )
+    model.load_state_dict(found, strict=False)
+
+
+def find_card(source: str | Path, **hub: Any) -> PromptCard | None:
+    """The card of what `save_tuned` wrote, where `source` is such a folder or hub repository and no model's."""
+    try:
+        has_config = (find_file(str(source), "config.json", **hub)) is not None
+        card = None if has_config else find_file(str(source), TRAINED, **hub) and find_file(str(source), CARD, **hub)
+    except (OSError, ValueError):
+        return None  # whatever it is, loading says so
+    return PromptCard.read(source, token=hub.get("token")) if card else None
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+def _class_names(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
+    """Of a head, which is trained beside prompts."""
+    if all(".prompts." in f".{name}" for name in trained):
+        return None
+    id2label: dict[int, str] = model.config.id2label  # type: ignore[union-attr, assignment]
+    return {str(number): name for number, name in id2label.items()}
+
+
+def _write_card(model: nn.Module, prompts: Prompts | None, folder: Path, **known: Any) -> PromptCard:
+    checkpoint = _checkpoint(model)
     card = PromptCard(
         base_model=checkpoint.name_or_path,
         revision=checkpoint.revision,
         fingerprint=checkpoint.fingerprint,
-        tuning_mode=prompts.tuning_mode,
-        pre_seq_len=prompts.pre_seq_len,
-        metrics={name: round(float(value), 6) for name, value in (metrics or {}).items()},
-        command=command,
+        tuning_mode=prompts.tuning_mode if prompts is not None else None,
+        pre_seq_len=prompts.pre_seq_len if prompts is not None else None,
+        dht_prefix=getattr(model.config, "dht_prefix", None) if checkpoint.is_local else None,
+        **known,
     )
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in prompts.state_dict().items()}, folder / WEIGHTS
-    )
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
     (folder / README).write_text(_readme(card, checkpoint), encoding="utf-8")
     return card
@@ -146,6 +217,10 @@ def tuning_of(
         check_tuning(tuning_mode, pre_seq_len)
         return tuning_mode, pre_seq_len
     card = PromptCard.read(source, token=token)
+    if card.tuning_mode is None:
+        raise ConfigurationError(
+            f"{str(source)!r} holds a classification head and no prompts: give it in the place of the model's name"
+        )
     if tuning_mode not in (None, card.tuning_mode) or pre_seq_len not in (None, card.pre_seq_len):
         raise ConfigurationError(
             f"prompts {str(source)!r} are {card.tuning_mode} with pre_seq_len={card.pre_seq_len}, but "
@@ -238,12 +313,23 @@ def _readme(card: PromptCard, checkpoint: Checkpoint) -> str:
     table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
     command = ["", "Made by", "", f"    {card.command}"] if card.command else []
     revision = f" at revision `{card.revision}`" if card.revision else ""
+    prompts = f"{card.tuning_mode} prompts, {card.pre_seq_len} virtual tokens" if card.tuning_mode else ""
+    head = f"a classification head ({', '.join(card.id2label.values())})" if card.id2label else ""
+    what = " and ".join(filter(None, [prompts, head]))
+    if card.id2label:
+        use = [
+            "Classify with it:",
+            "",
+            f'    AutoDistributedModelForSequenceClassification.from_pretrained("{THIS_FOLDER}")',
+        ]
+    else:
+        chat = f"petals-lightning chat {card.base_model} --prompts {THIS_FOLDER} --initial-peers …"
+        use = ["Talk to the model with them:", "", f"    {chat}"]
     return "\n".join(
         [
             "---", *(f"{name}: {json.dumps(value)}" for name, value in metadata.items()), "---",
             "# Prompts", "",
-            f"{card.tuning_mode} prompts, {card.pre_seq_len} virtual tokens, for `{card.base_model}`{revision}.",
-            *table, *command, "", "Talk to the model with them:", "",
-            f"    petals-lightning chat {card.base_model} --prompts {THIS_FOLDER} --initial-peers …", "",
+            f"{what}, for `{card.base_model}`{revision}.",
+            *table, *command, "", *use, "",
         ]
     )  # fmt: skip

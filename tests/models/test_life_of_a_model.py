@@ -72,11 +72,12 @@ def test_a_with_statement_closes_a_model(swarm, tiny_checkpoint, plain):
 
 
 def test_a_deleted_model_leaves_nothing(swarm, tiny_checkpoint):
-    with load(swarm, tiny_checkpoint) as model:  # what is made once in a process is made now
-        model(input_ids=IDS)
+    options = {"tuning_mode": "deep_ptune", "pre_seq_len": 2}
+    with load(swarm, tiny_checkpoint, **options) as model:  # servers meet, and open a stream between them
+        model(input_ids=IDS, labels=IDS).loss.backward()
     processes, files = children(), psutil.Process().num_fds()
     streams = [len(server._backend.sessions) for server in swarm.servers]
-    model = load(swarm, tiny_checkpoint, tuning_mode="deep_ptune", pre_seq_len=2)
+    model = load(swarm, tiny_checkpoint, **options)
     loss = model(input_ids=IDS, labels=IDS).loss
     prompts = prompts_of(model)
     del model
