@@ -68,7 +68,7 @@ def test_tokens_are_those_of_apply_chat_template(kind, tokenizer_kind):
 
 
 @pytest.mark.parametrize("tokenizer_kind", TOKENIZERS)
-@pytest.mark.parametrize("kind", set(TEMPLATES) - {"qwen3", "counted", "mistral_v3"})
+@pytest.mark.parametrize("kind", sorted(set(TEMPLATES) - {"qwen3", "counted", "mistral_v3"}))
 def test_templates_that_leave_the_past_alone_give_one_sample(kind, tokenizer_kind):
     tokenizer = make_tokenizer(tokenizer_kind, *TEMPLATES[kind])
     text, spans = tokenizer.apply_chat_template(DIALOGUE, tokenize=False), []
