@@ -9,37 +9,54 @@ os.environ.setdefault("USE_LEGACY_BFLOAT16", "0")
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "AutoDistributedConfig": "petals_lightning.models",
-    "AutoDistributedModel": "petals_lightning.models",
-    "AutoDistributedModelForCausalLM": "petals_lightning.models",
-    "AutoDistributedModelForSequenceClassification": "petals_lightning.models",
-    "RemoteSequential": "petals_lightning.client",
-    "RemoteBlockStrategy": "petals_lightning.strategies",
-}
-__all__ = [
-    "AutoDistributedConfig",
-    "AutoDistributedModel",
-    "AutoDistributedModelForCausalLM",
-    "AutoDistributedModelForSequenceClassification",
-    "RemoteBlockStrategy",
-    "RemoteSequential",
-    "__version__",
-]
-
 if TYPE_CHECKING:
-    from petals_lightning.client import RemoteSequential
+    from petals_lightning import errors as errors
+    from petals_lightning.client import ClientConfig as ClientConfig
+    from petals_lightning.client import RemoteSequential as RemoteSequential
+    from petals_lightning.data import DialogueDataModule as DialogueDataModule
+    from petals_lightning.data import PlainTextDataModule as PlainTextDataModule
+    from petals_lightning.data import TextClassificationDataModule as TextClassificationDataModule
+    from petals_lightning.models import AutoDistributedConfig as AutoDistributedConfig
+    from petals_lightning.models import AutoDistributedModel as AutoDistributedModel
+    from petals_lightning.models import AutoDistributedModelForCausalLM as AutoDistributedModelForCausalLM
     from petals_lightning.models import (
-        AutoDistributedConfig,
-        AutoDistributedModel,
-        AutoDistributedModelForCausalLM,
-        AutoDistributedModelForSequenceClassification,
+        AutoDistributedModelForSequenceClassification as AutoDistributedModelForSequenceClassification,
     )
-    from petals_lightning.strategies import RemoteBlockStrategy
+    from petals_lightning.models import export_peft as export_peft
+    from petals_lightning.models import load_prompts as load_prompts
+    from petals_lightning.models import prompts_of as prompts_of
+    from petals_lightning.models import push_prompts_to_hub as push_prompts_to_hub
+    from petals_lightning.models import save_prompts as save_prompts
+    from petals_lightning.modules import CausalLMModule as CausalLMModule
+    from petals_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
+    from petals_lightning.strategies import LocalSwarm as LocalSwarm
+    from petals_lightning.strategies import PrivateSwarm as PrivateSwarm
+    from petals_lightning.strategies import PublicSwarm as PublicSwarm
+    from petals_lightning.strategies import RemoteBlockStrategy as RemoteBlockStrategy
+    from petals_lightning.swarm import SwarmNode as SwarmNode
+
+_EXPORTS = {
+    "client": "ClientConfig RemoteSequential",
+    "data": "DialogueDataModule PlainTextDataModule TextClassificationDataModule",
+    "models": "AutoDistributedConfig AutoDistributedModel AutoDistributedModelForCausalLM "
+    "AutoDistributedModelForSequenceClassification "
+    "export_peft load_prompts prompts_of push_prompts_to_hub save_prompts",
+    "modules": "CausalLMModule SequenceClassificationModule",
+    "strategies": "LocalSwarm PrivateSwarm PublicSwarm RemoteBlockStrategy",
+    "swarm": "SwarmNode",
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
+__all__ = ["__version__", "errors", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
     # The command line and the guard process must start without importing torch and transformers.
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name == "errors":
+        return import_module(f"{__name__}.errors")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
