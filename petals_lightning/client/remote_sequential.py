@@ -87,7 +87,8 @@ class RemoteSequential(nn.Module):
     one layer to them.
 
     Attributes:
-        returns_tuple: put outputs into tuples, for a decoder that expects this of its blocks.
+        returns_tuple: put outputs into tuples, for a decoder that expects this of its blocks; attention weights, which
+            some take out of them too, are None.
     """
 
     def __init__(self, swarm: _Swarm, start: int, end: int):
@@ -176,7 +177,7 @@ class RemoteSequential(nn.Module):
                 output = hidden_states if call.rows is None else take_rows(hidden_states, call.rows)
             if call.rows is not None:
                 output = put_rows(output, call.rows, *hidden_states.shape[:2])
-        return (output,) if self.returns_tuple else output
+        return (output, None) if self.returns_tuple else output
 
     def inference_session(
         self, *, max_length: int, prefix: torch.Tensor | None = None, deep: torch.Tensor | None = None

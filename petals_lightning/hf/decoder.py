@@ -38,7 +38,7 @@ def model_class(auto_class: Any, checkpoint: Checkpoint) -> type[PreTrainedModel
     config = checkpoint.decoder_config
     found = class_for(auto_class, type(config))
     if found is None and checkpoint.is_wrapper:
-        base = class_for(AutoModel, type(config)) or type(_decoder_in(_wrapper(checkpoint), config)[1])
+        base = class_for(AutoModel, type(config)) or type(text_decoder_in(_wrapper(checkpoint), config)[1])
         found = base if auto_class is AutoModel else _with_head(auto_class, base)
     if found is None:
         raise UnsupportedModelError(
@@ -56,7 +56,7 @@ def names_in_decoder(cls: type[PreTrainedModel], checkpoint: Checkpoint, model: 
     if not checkpoint.is_wrapper:
         return renamed_keys(model, names)
     wrapper = _wrapper(checkpoint)
-    path, _ = _decoder_in(wrapper, config)
+    path, _ = text_decoder_in(wrapper, config)
     prefix = wrapper.base_model_prefix
     inside = re.compile(rf"^(?:{re.escape(prefix)}\.)?{re.escape(path.removeprefix(f'{prefix}.'))}\.(.+)$")
     base = f"{cls.base_model_prefix}." if model.base_model is not model else ""
@@ -91,7 +91,7 @@ def _wrapper(checkpoint: Checkpoint) -> PreTrainedModel:
         ) from e
 
 
-def _decoder_in(wrapper: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel]:
+def text_decoder_in(wrapper: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel]:
     """Path and module of the text decoder in a wrapper.
 
     Raises:

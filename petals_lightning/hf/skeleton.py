@@ -192,11 +192,25 @@ def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedC
     count = num_blocks(config)
     config = copy.deepcopy(config)
     text_config = config.get_text_config()
-    for name, value in list(vars(text_config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == count:
-            setattr(text_config, name, value[start:end])
+    given = {name: value[start:end] for name, value in vars(text_config).items() if _is_per_block(value, count)}
+    computed = {
+        name: value[start:end]
+        for name in dir(type(text_config))
+        if isinstance(getattr(type(text_config), name), property)
+        and _is_per_block(value := getattr(text_config, name, None), count)
+    }
     text_config.num_hidden_layers = end - start
+    for name, value in given.items():
+        setattr(text_config, name, value)
+    if computed:  # from a period or from numbers of blocks, which would count from the first block kept
+        cls = type(text_config)
+        members = {name: property(lambda self, value=value: value) for name, value in computed.items()}
+        text_config.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **members})
     return config
+
+
+def _is_per_block(value: Any, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count
 
 
 def _ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
