@@ -1,43 +1,36 @@
-"""Which families of decoders are served exactly, tried with a tiny random model of each: `python -m benchmarks.families`.
+"""Which families of decoders are served exactly, tried with a tiny random model of each.
+
+    python -m benchmarks.families                                # all that this version of transformers knows
+    python -m benchmarks.families --family llama --family gemma3
+    python -m benchmarks.families --page docs/families.md        # how that page is made
 
 Each model runs on two servers on this machine, with deep prompts and padded samples, and is compared with the family's
-own class of transformers: logits, gradients of the prompts, class scores, and what `generate` writes. The table is
-printed, and written with `--output`; docs/families.md is made so. `--family` tries some only.
+own class of transformers: logits, gradients of the prompts, class scores, and what `generate` writes.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import copy
+import dataclasses
 import datetime
-import gc
-import os
+import functools
+import json
+import logging
 import tempfile
-import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from typing import Annotated, Any
 
 import torch
 import transformers
+import typer
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from benchmarks.options import Output
 from benchmarks.tiny_configs import VOCABULARY, families, tiny_config
-from petals_lightning.errors import PetalsLightningError, RemoteRequestError, UnsupportedModelError
+from petals_lightning.errors import RemoteRequestError, UnsupportedModelError
 from petals_lightning.hf import Checkpoint, find_blocks
 from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.hf.compat import quiet_transformers
@@ -47,14 +40,12 @@ from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
     prompts_of,
-    remote_blocks,
 )
-from petals_lightning.server.server import Server
-from petals_lightning.swarm import SwarmNode
+from tests.swarms import InProcessSwarm
 
 _P, _B, _S, _NEW = 3, 4, 9, 6
 _EXACT = 1e-5
-_NAME = "family"
+EXACT, REFUSED, WRONG, FAILED, UNTRIED = "exact", "refused", "WRONG", "FAILED", "not tried"
 
 
 @dataclass
@@ -63,97 +54,95 @@ class Verdict:
 
     family: str
     training: str
-    sessions: str = ""
+    sessions: str
     note: str = ""
-    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"| {self.family} | {self.training} | {self.sessions} | {self.note} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", action="append", help="model_type; may be given several times; all by default")
-    parser.add_argument("--output", type=Path, help="also write the table there, as Markdown")
-    parser.add_argument("--traceback", action="store_true", help="print what went wrong in full")
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
+def main(
+    family: Annotated[list[str] | None, typer.Option(help="model_type; several may be given. All by default.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the table there, as Markdown.")] = None,
+    show_errors: Annotated[bool, typer.Option(help="Print what goes wrong in full.")] = False,
+    output: Output = None,
+) -> None:
+    """Prints a row for each family: whether training and sessions are exact, or why they are refused."""
     known = families()
-    for name in args.family or ():
-        if name not in known:
-            parser.error(f"--family {name}: not a decoder that transformers {transformers.__version__} knows")
+    if unknown := sorted(set(family or ()) - known.keys()):
+        raise typer.BadParameter(f"{unknown[0]}: no decoder that transformers {transformers.__version__} knows")
+    logging.getLogger("petals_lightning").setLevel(logging.ERROR)
     print(_HEAD, flush=True)
     rows = []
-    for name in args.family or known:
-        rows.append(check(name, known[name], show=args.traceback))
-        print(_row(rows[-1]), flush=True)
-        gc.collect()
-    if args.output is not None:
-        args.output.write_text(document(rows))
+    for name in family or known:
+        rows.append(check(name, known[name], show_errors))
+        print(rows[-1], flush=True)
+    if page is not None:
+        page.write_text(document(rows))
+    if output is not None:
+        output.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
 
 
-def check(family: str, auto_class: Any, *, show: bool = False) -> Verdict:
-    """Serves a tiny random model of a family, and uses it."""
-    began = time.monotonic()
-    try:
-        config = tiny_config(family)
-        torch.manual_seed(0)
-        with quiet_transformers():
-            model = auto_class.from_config(config).eval()
-        _spread(model)
-        with torch.no_grad():
-            model(input_ids=_batch()["input_ids"])
-    except Exception as e:
-        if show:
-            traceback.print_exc()
-        return Verdict(family, "not tried", note=f"no tiny model of it could be made ({type(e).__name__}: {_short(e)})")
-    with tempfile.TemporaryDirectory() as folder:
-        with quiet_transformers():
-            model.save_pretrained(folder)
-        del model
+def check(family: str, auto_class: Any, show_errors: bool = False) -> Verdict:
+    """Serves a tiny random model of a family, and uses it.
+
+    Args:
+        auto_class: that of transformers which makes it.
+        show_errors: print the traceback of what goes wrong.
+    """
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet_transformers():
+        warnings.simplefilter("ignore")
         try:
-            verdict = _tried(family, auto_class, folder)
-        except UnsupportedModelError as e:
-            verdict = Verdict(family, "refused", "refused", _short(e))
-        except Exception as e:
-            if show:
+            _save(auto_class, tiny_config(family), folder)
+        except Exception as e:  # whatever the family's own code raises
+            if show_errors:
                 traceback.print_exc()
-            verdict = Verdict(family, "FAILED", note=f"{type(e).__name__}: {_short(e)}")
-    verdict.seconds = time.monotonic() - began
-    return verdict
+            return Verdict(family, UNTRIED, UNTRIED, f"no tiny model could be made: {type(e).__name__}: {_short(e)}")
+        try:
+            return _tried(family, auto_class, folder)
+        except UnsupportedModelError as e:
+            return Verdict(family, REFUSED, REFUSED, _short(e))
+        except Exception as e:
+            if show_errors:
+                traceback.print_exc()
+            return Verdict(family, FAILED, FAILED, f"{type(e).__name__}: {_short(e)}")
+
+
+def _save(auto_class: Any, config: Any, folder: str) -> None:
+    torch.manual_seed(0)
+    model = auto_class.from_config(config).eval()
+    for name, parameter in model.named_parameters():  # wider than a fresh model, so that every block matters
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.15)
+        elif "bias" in name:
+            nn.init.normal_(parameter, std=0.05)
+    with torch.no_grad():
+        model(input_ids=_batch()["input_ids"])
+    model.save_pretrained(folder)
 
 
 def _tried(family: str, auto_class: Any, folder: str) -> Verdict:
-    count = num_blocks(Checkpoint(folder).config)
-    with contextlib.ExitStack() as stack:
-        peers: list[str] = []
-        for span in ((0, 1), (1, count)):
-            server = Server(
-                Checkpoint(folder), SwarmNode(peers, host_maddrs=["/ip4/127.0.0.1/tcp/0"]), block_indices=span,
-                dht_prefix=_NAME, dtype="float32", throughput=1.0, update_period=60,
-            )  # fmt: skip
-            server.start()
-            stack.callback(server.stop, 0.5)
-            peers = peers or server.node.visible_maddrs()
-        node = stack.enter_context(contextlib.closing(SwarmNode(peers, host_maddrs=(), client_mode=True).start()))
-        options = {"node": node, "dht_prefix": _NAME, "dtype": torch.float32}
-        with quiet_transformers():
-            plain = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
-        errors = _train(stack, folder, plain, options)
-        errors |= _classify(stack, folder, options)
-        wrong = {name: error for name, error in errors.items() if not error < _EXACT}
-        training = f"WRONG ({', '.join(f'{k} {v:.0e}' for k, v in wrong.items())})" if wrong else "exact"
-        note = "" if "class scores" in errors else "no class for sequence classification"
+    count = num_blocks(Checkpoint(folder).decoder_config)
+    with InProcessSwarm(folder, [(0, 1), (1, count)], dtype="float32", throughput=1.0) as swarm:
+        load = functools.partial(swarm.load, shared_peer=True, dtype=torch.float32)
+        plain = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
+        errors = _train(load, plain) | _classify(load, folder, plain)
+        wrong = [f"{name} off by {error:.0e}" for name, error in errors.items() if not error < _EXACT]
+        notes = ["; ".join(wrong)] if wrong else []
+        if "class scores" not in errors:
+            notes.append("no class for sequence classification")
         try:
-            wrong = _generate(stack, folder, plain, options)
-        except RemoteRequestError as e:
-            return Verdict(family, training, "refused", "; ".join(filter(None, [note, "keeps a recurrent state"])))
-        return Verdict(family, training, f"WRONG ({', '.join(wrong)})" if wrong else "exact", note)
+            cases = _generate(load, plain)
+            sessions = WRONG if cases else EXACT
+            notes += [f"generate differs: {case}" for case in cases]
+        except RemoteRequestError:
+            sessions = REFUSED
+            notes.append("keeps more than keys and values, so it does not generate")
+        return Verdict(family, WRONG if wrong else EXACT, sessions, "; ".join(notes))
 
 
-def _train(stack: contextlib.ExitStack, folder: str, plain: Any, options: dict[str, Any]) -> dict[str, float]:
-    model = AutoDistributedModelForCausalLM.from_pretrained(
-        folder, tuning_mode="deep_ptune", pre_seq_len=_P, **options
-    )
-    stack.callback(remote_blocks(model).close)
+def _train(load: Any, plain: Any) -> dict[str, float]:
+    model = load(AutoDistributedModelForCausalLM, tuning_mode="deep_ptune", pre_seq_len=_P)
     prompts = prompts_of(model)
     with torch.no_grad():
         prompts.input.normal_(0, 0.3)
@@ -197,31 +186,34 @@ def _plain_logits(
     return logits, given, deep
 
 
-def _classify(stack: contextlib.ExitStack, folder: str, options: dict[str, Any]) -> dict[str, float]:
+def _classify(load: Any, folder: str, plain: PreTrainedModel) -> dict[str, float]:
     try:
-        config = AutoConfig.from_pretrained(folder)
-        config.num_labels = config.get_text_config().num_labels = 3
-        config.get_text_config().pad_token_id = 0
-        with quiet_transformers():
-            plain = AutoModelForSequenceClassification.from_pretrained(
+        model = load(AutoDistributedModelForSequenceClassification, num_labels=3, pad_token_id=0)
+    except UnsupportedModelError as e:
+        if "has no class for" in str(e):
+            return {}
+        raise
+    config, batch = AutoConfig.from_pretrained(folder), _batch()
+    text = config.get_text_config()
+    text.num_labels, text.pad_token_id = 3, 0
+    with torch.no_grad():
+        found = model(**batch).logits
+        if text is config:
+            scorer = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=torch.float32
             ).eval()
-    except ValueError:  # the family has no such class
-        return {}
-    model = AutoDistributedModelForSequenceClassification.from_pretrained(
-        folder, num_labels=3, pad_token_id=0, **options
-    )
-    stack.callback(remote_blocks(model).close)
-    head = next(child for name, child in plain.named_children() if name in ("score", "classifier"))
-    head.load_state_dict(model.score.state_dict())
-    batch = _batch()
-    with torch.no_grad():
-        return {"class scores": _error(model(**batch).logits, plain(**batch).logits)}
+            head: Any = next(child for name, child in scorer.named_children() if name in ("score", "classifier"))
+            head.load_state_dict(model.score.state_dict())
+            expected = scorer(**batch).logits
+        else:  # the wrapper has none: its decoder, and the scores of the last token
+            decoder = text_decoder_in(plain, text)[1]
+            last = batch["attention_mask"].sum(1) - 1
+            expected = model.score(decoder(**batch).last_hidden_state[torch.arange(_B), last])
+    return {"class scores": _error(found, expected)}
 
 
-def _generate(stack: contextlib.ExitStack, folder: str, plain: Any, options: dict[str, Any]) -> list[str]:
-    model = AutoDistributedModelForCausalLM.from_pretrained(folder, **options)
-    stack.callback(remote_blocks(model).close)
+def _generate(load: Any, plain: Any) -> list[str]:
+    model = load(AutoDistributedModelForCausalLM)
     batch, wrong = _batch(), []
     ids, mask = batch["input_ids"], batch["attention_mask"]
     order = mask.argsort(dim=1, stable=True)
@@ -246,15 +238,6 @@ def _blocks_of(plain: PreTrainedModel) -> nn.ModuleList:
     return find_blocks(text).blocks(text)
 
 
-def _spread(model: nn.Module) -> None:
-    """Weights wider than a fresh model's, so that every block matters in the result."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.15)
-        elif "bias" in name:
-            nn.init.normal_(parameter, std=0.05)
-
-
 def _batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY - 8, (_B, _S), generator=generator)
@@ -274,14 +257,27 @@ def _short(error: BaseException) -> str:
 _HEAD = "| family | training | sessions | note |\n|---|---|---|---|"
 
 
-def _row(row: Verdict) -> str:
-    return f"| {row.family} | {row.training} | {row.sessions} | {row.note} |"
-
-
 def document(rows: list[Verdict]) -> str:
     """The table as a page."""
-    return ""
+    counts = {word: sum(row.training == word for row in rows) for word in (EXACT, REFUSED, WRONG, FAILED, UNTRIED)}
+    sessions = sum(row.sessions == EXACT for row in rows)
+    return f"""# Families of decoders
+
+Made by `python -m benchmarks.families --page docs/families.md` with transformers {transformers.__version__} and torch
+{torch.__version__.split("+")[0]} on {datetime.date.today()}. Run it with the versions that you have.
+
+A tiny random model of each family that transformers lists under `AutoModelForCausalLM` or `AutoModelForImageTextToText`
+runs on two servers and is compared with the family's own class: *training* is exact if logits, class scores and the
+gradients of deep prompts are within {_EXACT:.0e} of it, with padded samples; *sessions* are exact if greedy generation
+writes the same tokens, also with padding on the left. Of wrappers (Gemma 3, Qwen2-VL, LLaVA, …) the text decoder is
+served. What is refused is refused when a server starts or a client loads, with the words in the note.
+
+Of {len(rows)} families {counts[EXACT]} train exactly, {sessions} have exact sessions too; {counts[REFUSED]} are
+refused, {counts[UNTRIED]} could not be tried, {counts[WRONG] + counts[FAILED]} fail.
+
+{_HEAD}
+""" + "".join(f"{row}\n" for row in rows)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

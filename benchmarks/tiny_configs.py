@@ -12,24 +12,27 @@ from transformers.models.auto.modeling_auto import (
 )
 
 VOCABULARY = 96
-_SMALL: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=32, n_embd=32, d_model=32, dim=32, num_hidden_layers=4, n_layer=4, n_layers=4,
-    num_layers=4, intermediate_size=48, ffn_dim=48, n_inner=48, d_ff=48, num_attention_heads=4, n_head=4, n_heads=4,
-    num_heads=4, head_dim=8, num_key_value_heads=2, num_kv_heads=2, max_position_embeddings=64, n_positions=64,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2, num_experts=4, num_local_experts=4, n_routed_experts=4,
-    moe_num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-    shared_intermediate_size=16, expert_ffn_hidden_size=16, moe_k=2, moe_topk=2, n_group=1, topk_group=1,
-    n_shared_experts=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-    sliding_window=5, attention_window=5, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
-    linear_num_value_heads=4, mamba_d_state=8, mamba_d_head=8, mamba_n_heads=8, mamba_n_groups=1, mamba_expand=2,
-    mamba_d_ssm=64, mamba_chunk_size=4, mamba_dt_rank=4, chunk_size=4, state_size=8, time_step_rank=4,
-    mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1, lru_width=32, first_k_dense_replace=1,
-    index_head_dim=16, index_n_heads=2, index_topk=4, attention_chunk_size=5, rotary_dim=4, word_embed_proj_dim=32,
-    embedding_size=32, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY, image_size=16,
-    patch_size=4, depth=2, embed_dim=32, num_channels=3, out_hidden_size=32, projection_dim=32, encoder_layers=2,
-    decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
-    num_decoder_layers=2, dropout=0.0,
-)  # fmt: skip
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "num_hidden_layers": 4,
+    "n_layer": 4, "n_layers": 4, "num_layers": 4, "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "d_ff": 48,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "head_dim": 8, "num_key_value_heads": 2,
+    "num_kv_heads": 2, "max_position_embeddings": 64, "n_positions": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 16, "expert_ffn_hidden_size": 16, "moe_k": 2, "moe_topk": 2, "n_group": 1,
+    "topk_group": 1, "n_shared_experts": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "sliding_window": 5, "attention_window": 5, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "mamba_d_state": 8,
+    "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_d_ssm": 64,
+    "mamba_chunk_size": 4, "mamba_dt_rank": 4, "chunk_size": 4, "state_size": 8, "time_step_rank": 4,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "lru_width": 32,
+    "first_k_dense_replace": 1, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 4, "attention_chunk_size": 5,
+    "rotary_dim": 4, "word_embed_proj_dim": 32, "embedding_size": 32, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY, "image_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 32,
+    "num_channels": 3, "out_hidden_size": 32, "projection_dim": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "num_decoder_layers": 2, "dropout": 0.0,
+}  # fmt: skip
 
 
 def families() -> dict[str, Any]:

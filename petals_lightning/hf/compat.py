@@ -17,15 +17,19 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.modeling_layers import GradientCheckpointingLayer, GenericForSequenceClassification
+from transformers.conversion_mapping import (
+    extract_weight_conversions_for_model,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from petals_lightning.errors import UnsupportedModelError
 
-__all__ = ["Cache", "CacheLayer", "GradientCheckpointingLayer"]
+__all__ = ["Cache", "CacheLayer", "GenericForSequenceClassification", "GradientCheckpointingLayer"]
 
 _CACHE_NAMES = ("cache", "past_key_values")
 
@@ -161,6 +165,17 @@ def renamed_keys(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     own = model.state_dict()
     return {name: rename_source_key(name, renamings, [], model.base_model_prefix, own)[0] for name in names}
+
+
+def share_conversions(wrapper: PreTrainedModel, text: PreTrainedModel) -> None:
+    """Lets the text part of a wrapper be loaded by itself: transformers may know only the wrapper's merging of experts.
+
+    `register_checkpoint_conversion_mapping` since 5.0.
+    """
+    if extract_weight_conversions_for_model(text) is None:
+        shared = get_model_conversion_mapping(wrapper, add_legacy=False)
+        own = [each for each in shared if isinstance(each, WeightConverter) and not each.scope_prefix]
+        register_checkpoint_conversion_mapping(text.config.model_type, [*own], overwrite=True)
 
 
 def find_file(name_or_path: str, file_name: str, **hub: Any) -> Path | None:

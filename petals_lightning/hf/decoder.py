@@ -8,38 +8,49 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    GenerationMixin,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.generation import GenerationMixin
-from torch import nn
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.checkpoint import Checkpoint, first_line
-from petals_lightning.hf.compat import GenericForSequenceClassification, class_for, quiet_transformers, renamed_keys
+from petals_lightning.hf.compat import (
+    GenericForSequenceClassification,
+    class_for,
+    quiet_transformers,
+    renamed_keys,
+    share_conversions,
+)
 
 
 def model_class(auto_class: Any, checkpoint: Checkpoint) -> type[PreTrainedModel]:
     """The class that `auto_class` (`AutoModel`, …) would pick for the checkpoint's text decoder.
 
     Raises:
-        UnsupportedModelError: the family has no such class.
+        UnsupportedModelError: the family has no such class, or its wrapper computes logits in a way of its own.
     """
     config = checkpoint.decoder_config
     found = class_for(auto_class, type(config))
-    if found is None and checkpoint.is_wrapper:
-        base = class_for(AutoModel, type(config)) or type(text_decoder_in(_wrapper(checkpoint), config)[1])
-        found = base if auto_class is AutoModel else _with_head(auto_class, base)
+    if checkpoint.is_wrapper and (found is None or auto_class is AutoModelForCausalLM):
+        wrapper = wrapper_of(checkpoint)
+        base = class_for(AutoModel, type(config)) or type(text_decoder_in(wrapper, config)[1])
+        if auto_class is AutoModel:
+            found = base
+        elif auto_class is AutoModelForSequenceClassification:
+            found = _classifier(base)
+        elif auto_class is AutoModelForCausalLM:
+            found = _causal_class(wrapper, config, [found] if found is not None else [], base)
     if found is None:
         raise UnsupportedModelError(
             f"model type {config.model_type!r} of {checkpoint.name_or_path!r} has no class for {auto_class.__name__}"
@@ -48,14 +59,15 @@ def model_class(auto_class: Any, checkpoint: Checkpoint) -> type[PreTrainedModel
 
 
 def names_in_decoder(cls: type[PreTrainedModel], checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
-    """For the checkpoint's tensors, their paths in `model`, an instance of `cls`; those of a wrapper's towers are left out.
+    """For the checkpoint's tensors, their paths in `model`, an instance of `cls`; a wrapper's towers are left out.
 
     The paths may lack the prefix of the base model, or have one that the model has not.
     """
     config, names = checkpoint.decoder_config, checkpoint.shard_of
     if not checkpoint.is_wrapper:
         return renamed_keys(model, names)
-    wrapper = _wrapper(checkpoint)
+    wrapper = wrapper_of(checkpoint)
+    share_conversions(wrapper, model)
     path, _ = text_decoder_in(wrapper, config)
     prefix = wrapper.base_model_prefix
     inside = re.compile(rf"^(?:{re.escape(prefix)}\.)?{re.escape(path.removeprefix(f'{prefix}.'))}\.(.+)$")
@@ -70,7 +82,7 @@ def names_in_decoder(cls: type[PreTrainedModel], checkpoint: Checkpoint, model: 
     return found
 
 
-def _wrapper(checkpoint: Checkpoint) -> PreTrainedModel:
+def wrapper_of(checkpoint: Checkpoint) -> PreTrainedModel:
     """The multimodal model that a checkpoint is of, without weights.
 
     Raises:
@@ -99,7 +111,7 @@ def text_decoder_in(wrapper: PreTrainedModel, config: PreTrainedConfig) -> tuple
     """
     for path, module in wrapper.named_modules():
         if isinstance(module, PreTrainedModel) and type(module.config) is type(config):
-            base = module.base_model
+            base: Any = module.base_model
             return (path, module) if base is module else (f"{path}.{module.base_model_prefix}", base)
     raise UnsupportedModelError(f"{type(wrapper).__name__} has no text decoder of {type(config).__name__}")
 
@@ -109,32 +121,111 @@ def _head_path(model: PreTrainedModel) -> str | None:
     return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
 
 
-def _with_head(auto_class: Any, base: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
-    """A class for a text decoder to which transformers gives a head in its wrapper only.
+def _causal_class(
+    wrapper: PreTrainedModel, config: PreTrainedConfig, found: list[type[PreTrainedModel]], base: type[PreTrainedModel]
+) -> type[PreTrainedModel]:
+    """The class that computes logits as `wrapper` does: the text part's own (`found`) or one with a plain linear head.
 
-    It is put together from transformers' own parts: the family's base class, a linear head, a forward that is generic.
+    They differ where a wrapper leaves out what the text part's own class does, such as Cohere's scaling of the logits.
     """
+    if "." in str(_head_path(wrapper)) and found:  # the wrapper holds the text part with its head
+        return found[0]
+    expected = _trial_logits(wrapper)
+    for cls in (*found, _plain_causal(base)):
+        with torch.device("meta"), quiet_transformers():
+            model = cls(copy.deepcopy(config))
+        logits = _trial_logits(model)
+        if expected is not None and logits is not None and torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
+            return cls
+    raise UnsupportedModelError(
+        f"{type(wrapper).__name__} ({wrapper.config.model_type}) computes logits in a way of its own, which its text "
+        "decoder alone does not have"
+    )
+
+
+def _trial_logits(model: PreTrainedModel) -> torch.Tensor | None:
+    """Logits [1, S, V] that a model without weights makes of given hidden states; None if its code does not run so."""
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.get_text_config().hidden_size
+    hidden, path = torch.randn(1, 3, size, generator=generator), _head_path(model)
+    head = nn.Linear(size, 5, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(5, size, generator=generator))
+    setattr(model, model.base_model_prefix, _Given(hidden))
+    setattr(model, str(path), head)
+    try:
+        with torch.no_grad():
+            return model.eval()(input_ids=torch.ones(1, 3, dtype=torch.long)).logits
+    except Exception:  # whatever the family's own code raises
+        return None
+
+
+class _Given(nn.Module):
+    """Stands for a base model."""
+
+    def __init__(self, hidden: torch.Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> _Output:
+        return _Output(self.hidden)
+
+
+class _Output:
+    """Of a base model: hidden states and nothing else."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _plain_causal(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A text decoder with a linear head, put together from transformers' own parts."""
     family = next(cls for cls in base.__mro__[1:] if issubclass(cls, PreTrainedModel))
 
-    def causal(self: Any, config: PreTrainedConfig) -> None:
+    def init(self: Any, config: Any) -> None:
         family.__init__(self, config)
         self.model, self.vocab_size = base(config), config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def classifier(self: Any, config: PreTrainedConfig) -> None:
+    return type(
+        f"{base.__name__.removesuffix('Model')}ForCausalLM",
+        (family, GenerationMixin),
+        {
+            "__module__": base.__module__,
+            "__init__": init,
+            "forward": LlamaForCausalLM.forward,
+            "config_class": base.config_class,
+            "base_model_prefix": "model",
+            "_tied_weights_keys": {"lm_head.weight": "model.embed_tokens.weight"},
+        },
+    )
+
+
+def _classifier(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A text decoder with the classification head that most families have, of transformers' own parts."""
+    family = next(cls for cls in base.__mro__[1:] if issubclass(cls, PreTrainedModel))
+
+    def init(self: Any, config: Any) -> None:
         family.__init__(self, config)
         self.model, self.num_labels = base(config), config.num_labels
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    name = base.__name__.removesuffix("Model")
-    common = {"__module__": base.__module__, "config_class": base.config_class, "base_model_prefix": "model"}
-    if auto_class is AutoModelForCausalLM:
-        tied = {"lm_head.weight": "model.embed_tokens.weight"}
-        parts = {"__init__": causal, "forward": LlamaForCausalLM.forward, "_tied_weights_keys": tied}
-        return type(f"{name}ForCausalLM", (family, GenerationMixin), common | parts)
-    if auto_class is AutoModelForSequenceClassification:
-        parts = {"__init__": classifier, "forward": GenericForSequenceClassification.forward}
-        return type(f"{name}ForSequenceClassification", (family,), common | parts)
-    return None
+    return type(
+        f"{base.__name__.removesuffix('Model')}ForSequenceClassification",
+        (family,),
+        {
+            "__module__": base.__module__,
+            "__init__": init,
+            "forward": GenericForSequenceClassification.forward,
+            "config_class": base.config_class,
+            "base_model_prefix": "model",
+        },
+    )

@@ -164,7 +164,7 @@ def _names_to_read(
             wanted[name] = f"{match[1]}{number - part.start}{match[3]}"
     if checkpoint.is_wrapper:
         return wanted
-    # transformers renames these itself, so each keeps the checkpoint's name: that which leads to the block's new number.
+    # transformers renames these itself: each keeps the checkpoint's name, but for the number of its block.
     candidates = {name: _lowered(name, part.start) if name in moved and part.start else [name] for name in wanted}
     paths = renamed_keys(model, [candidate for found in candidates.values() for candidate in found])
     for name, found in candidates.items():

@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -93,12 +93,9 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
 def _why_not_split(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     """What blocks need besides the hidden states of the block before, as far as it can be seen without running them."""
     owner, text = layout.owner(model), model.config.get_text_config()
-    takes = set(inspect.signature(owner.forward).parameters)
     blocks_take = {name for block in layout.blocks(model) for name in inspect.signature(block.forward).parameters}
-    if "inputs_embeds" not in takes:
+    if "inputs_embeds" not in inspect.signature(owner.forward).parameters:
         return f"{type(owner).__name__}, which runs them, embeds no tokens, as encoders like BERT do"
-    if state := sorted(takes & {"cache_params", "state", "mems"}):
-        return f"it keeps a recurrent state of its own kind ({state[0]}) instead of keys and values"
     if getattr(text, "hidden_size_per_layer_input", None) and any("per_layer_input" in name for name in blocks_take):
         return "every block reads embeddings of the tokens (per-layer inputs)"
     if getattr(text, "num_kv_shared_layers", None):
@@ -192,24 +189,24 @@ def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedC
     count = num_blocks(config)
     config = copy.deepcopy(config)
     text_config = config.get_text_config()
-    given = {name: value[start:end] for name, value in vars(text_config).items() if _is_per_block(value, count)}
-    computed = {
-        name: value[start:end]
-        for name in dir(type(text_config))
-        if isinstance(getattr(type(text_config), name), property)
-        and _is_per_block(value := getattr(text_config, name, None), count)
-    }
+    given = {name: value for name, value in vars(text_config).items() if _is_per_block(value, count)}
+    cls = type(text_config)
+    properties = [name for name in dir(cls) if isinstance(getattr(cls, name), property)]
+    computed = {name: value for name in properties if _is_per_block(value := getattr(text_config, name, None), count)}
     text_config.num_hidden_layers = end - start
     for name, value in given.items():
-        setattr(text_config, name, value)
+        setattr(text_config, name, value[start:end])
     if computed:  # from a period or from numbers of blocks, which would count from the first block kept
-        cls = type(text_config)
-        members = {name: property(lambda self, value=value: value) for name, value in computed.items()}
+        members = {name: _constant(value[start:end]) for name, value in computed.items()}
         text_config.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **members})
     return config
 
 
-def _is_per_block(value: Any, count: int) -> bool:
+def _constant(value: Any) -> property:
+    return property(lambda self: value)
+
+
+def _is_per_block(value: Any, count: int) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, (list, tuple)) and len(value) == count
 
 
@@ -225,7 +222,7 @@ def _substitute(child: nn.Module, input_embedding: nn.Module | None) -> nn.Modul
         return _NoTokens()
     if isinstance(child, nn.Embedding):
         return _ZeroEmbedding()
-    return nn.Identity()
+    return _Passage()
 
 
 class _NoTokens(nn.Module):
@@ -233,6 +230,13 @@ class _NoTokens(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise AssertionError("a span of blocks takes hidden states, not tokens")
+
+
+class _Passage(nn.Module):
+    """Stands for what only embedding and head need, such as the last norm."""
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden
 
 
 class _ZeroEmbedding(nn.Module):

@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from petals_lightning.hf import Checkpoint, find_blocks
+from petals_lightning.hf import Checkpoint, Part, find_blocks, load_pruned
 from petals_lightning.hf.compat import quiet_transformers
+from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.loading import check_pad_token, fresh_parameters
-from petals_lightning.hf.skeleton import BlockLayout
+from petals_lightning.hf.skeleton import BlockLayout, num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import Prompts, TuningMode
@@ -58,25 +59,37 @@ class _LocalModel:
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
         checkpoint = Checkpoint(str(pretrained_model_name_or_path), token=token, revision=revision)
         config = copy.deepcopy(checkpoint.config)
-        arguments = inspect.signature(cls.from_pretrained).parameters
-        for name, value in config_overrides(config, config_values, arguments).items():
+        overrides = config_overrides(config, config_values, inspect.signature(cls.from_pretrained).parameters)
+        for name, value in overrides.items():
             setattr(config, name, value)
         check_pad_token(config)
         with (
             torch.random.fork_rng(devices=[]),
             quiet_transformers(),
         ):  # loading must not move the generator that start values come from
-            model, info = cls.auto_class.from_pretrained(
-                checkpoint.name_or_path,
-                config=config,
-                dtype=dtype,
-                token=token,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `fresh_parameters` tells of them
-                **({"revision": revision} if revision else {}),
-            )
-        family = type(model)
-        fresh = fresh_parameters(family, checkpoint, info, has_head_of_its_own(family))
+            if checkpoint.is_wrapper:  # of which the text decoder is all that is wanted
+                family = model_class(cls.auto_class, checkpoint)
+                whole = load_pruned(
+                    family,
+                    checkpoint,
+                    Part(0, num_blocks(config), ends=True),
+                    dtype=dtype,
+                    config_overrides=overrides,
+                    may_miss=has_head_of_its_own(family),
+                )
+                model, fresh = cast(Any, whole.model), whole.fresh
+            else:
+                model, info = cls.auto_class.from_pretrained(
+                    checkpoint.name_or_path,
+                    config=config,
+                    dtype=dtype,
+                    token=token,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # `fresh_parameters` tells of them
+                    **({"revision": revision} if revision else {}),
+                )
+                family = type(model)
+                fresh = fresh_parameters(family, checkpoint, info, has_head_of_its_own(family))
         model.__class__ = type(family.__name__, (FrozenBody, family), {"__module__": family.__module__})
         layout = find_blocks(model)
         attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh))

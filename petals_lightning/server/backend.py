@@ -84,12 +84,17 @@ class Backend:
         return int(self.caches.free_bytes / self.cache_bytes_per_token) if self.cache_bytes_per_token else 0
 
     def open_cache(self, key: SessionKey, request: StepRequest) -> None:
-        """Reserves room for the session that a request opens; raises Refusal if there is too little, ProtocolError if it cannot be."""
+        """Reserves room for the session that a request opens.
+
+        Raises:
+            Refusal: there is too little.
+            ProtocolError: the family has no sessions.
+        """
         if not self.span.has_sessions:
             raise ProtocolError(
-                f"{type(self.span.model).__name__} ({self.span.model.config.model_type}) keeps a state besides keys and "
-                "values, which inference sessions do not support: train and evaluate only; load the model locally to "
-                "generate"
+                f"{type(self.span.model).__name__} ({self.span.model.config.model_type}) keeps more than keys and "
+                "values, which inference sessions do not support: it is served for training and evaluation; load the "
+                "model locally to generate"
             )
         size = self.cache_size(request)
         if not self.caches.make_room(key, size):

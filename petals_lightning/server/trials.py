@@ -50,8 +50,8 @@ def check_family(span: BlockSpan) -> None:
         )
     if not _is_same(span, whole[1, :_SAME], whole[0, :_SAME]):
         raise UnsupportedModelError(
-            f"{name} is not served: its attention is bidirectional, positions read what comes behind them, where padding "
-            "and prompts would change every result"
+            f"{name} is not served: its attention is bidirectional. Positions read what comes behind them, so padding "
+            "would change every result"
         )
 
 
