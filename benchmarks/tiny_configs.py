@@ -94,6 +94,8 @@ def _small(cls: type[PreTrainedConfig], own: dict[str, Any], depth: int = 0) -> 
         part_class = type(made) if isinstance(made, PreTrainedConfig) else part
         if part_class is not AutoConfig and depth < 3:
             given[name] = _small(part_class, own.get(name, {}) | _OWN.get(part_class.model_type, {}), depth + 1)
+    others = sorted(name for name in names if name.endswith(("_token_id", "_token_index")) and name not in given)
+    given |= {name: VOCABULARY - 1 - number for number, name in enumerate(others)}  # of images and the like
     if "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):
         given["rope_parameters"] = _MROPE
     parts = getattr(cls, "sub_configs", None) or {}

@@ -9,8 +9,8 @@ import copy
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from petals_lightning.errors import CheckpointError, UnsupportedModelError
+from petals_lightning.errors import CheckpointError, PetalsLightningError, UnsupportedModelError
 from petals_lightning.hf.compat import find_file
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -222,6 +222,22 @@ _CONFIG_KEYS_THAT_DO_NOT_MATTER = {
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     # The format before torch 1.6 is no zip archive and cannot be memory-mapped.
     return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Around a family's own code, whatever that raises.
+
+    Raises:
+        UnsupportedModelError: `what`, and the first line of the error in there. Files that cannot be read and memory
+            that is lacking are no fault of the family.
+    """
+    try:
+        yield
+    except (PetalsLightningError, OSError, MemoryError, SafetensorError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        raise UnsupportedModelError(f"{what} ({type(e).__name__}: {first_line(e)})") from e
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from petals_lightning.errors import UnsupportedModelError
-from petals_lightning.hf.checkpoint import Checkpoint, first_line
+from petals_lightning.hf.checkpoint import Checkpoint, refusing
 from petals_lightning.hf.compat import (
     GenericForSequenceClassification,
     class_for,
@@ -94,13 +94,8 @@ def wrapper_of(checkpoint: Checkpoint) -> PreTrainedModel:
             break
     else:
         raise UnsupportedModelError(f"model type {config.model_type!r} of {checkpoint.name_or_path!r} has no class")
-    try:
-        with torch.device("meta"), quiet_transformers():
-            return cls(config)
-    except Exception as e:  # whatever a family's own code raises
-        raise UnsupportedModelError(
-            f"{cls.__name__}, the class of {checkpoint.name_or_path!r}, cannot be made: {first_line(e)}"
-        ) from e
+    with refusing(f"{cls.__name__} cannot be made"), torch.device("meta"), quiet_transformers():
+        return cls(config)
 
 
 def text_decoder_in(wrapper: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel]:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from petals_lightning.hf.checkpoint import Checkpoint
+from petals_lightning.hf.checkpoint import Checkpoint, refusing
 from petals_lightning.hf.compat import quiet_transformers, renamed_keys
 from petals_lightning.hf.decoder import names_in_decoder
 from petals_lightning.hf.skeleton import BlockLayout, Part, num_blocks, prune
@@ -78,12 +78,12 @@ def load_pruned(
     # The name and module stay the family's own: transformers derives behaviour from them.
     pruned: Any = type(cls.__name__, bases, {"__init__": init, "__module__": cls.__module__})
 
-    with torch.device("meta"):
+    with refusing(f"{cls.__name__} cannot be made"), torch.device("meta"):
         outline = cls(copy.deepcopy(config))  # only its names are needed, to choose what to read
     renamed = _names_to_read(cls, checkpoint, outline, prune(outline, part), part)
     with ExitStack() as stack:
         lazy = checkpoint.tensors(renamed, stack, on_shard)
-        with quiet_transformers():
+        with refusing(f"{cls.__name__} cannot be cut into blocks"), quiet_transformers():
             model, info = pruned.from_pretrained(
                 None,
                 config=config,
@@ -100,9 +100,10 @@ def load_pruned(
 def check_pad_token(config: PreTrainedConfig) -> None:
     """Raises ConfigurationError if padding has no embedding."""
     text = config.get_text_config()
-    if text.pad_token_id is not None and text.pad_token_id >= text.vocab_size:
+    pad = getattr(text, "pad_token_id", None)
+    if pad is not None and pad >= text.vocab_size:
         raise ConfigurationError(
-            f"pad_token_id is {text.pad_token_id}, the model has embeddings for 0…{text.vocab_size - 1}: pad with a token "
+            f"pad_token_id is {pad}, the model has embeddings for 0…{text.vocab_size - 1}: pad with a token "
             "that the model knows, e.g. the tokenizer's eos_token, and name it as pad_token in tokenizer_config.json"
         )
 

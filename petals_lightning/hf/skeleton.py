@@ -233,10 +233,11 @@ class _NoTokens(nn.Module):
 
 
 class _Passage(nn.Module):
-    """Stands for what only embedding and head need, such as the last norm."""
+    """Stands for what only embedding and head need, such as the last norm; gives back the hidden states it is given."""
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = (*args, *kwargs.values())
+        return next(value for value in given if isinstance(value, torch.Tensor) and value.is_floating_point())
 
 
 class _ZeroEmbedding(nn.Module):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.attention import sliding_window
 from petals_lightning.hf.compat import cache_name
 from petals_lightning.hf.rotary import rotary_limit
@@ -312,7 +313,8 @@ class BlockSpan:
                 self.model(inputs_embeds=call.hidden, **cached, **padding)
             finally:
                 self._call = None
-        assert call.output is not None
+        if call.output is None:
+            raise UnsupportedModelError(f"{type(self.model).__name__} left out its last block")
         return call.output
 
     @contextmanager
