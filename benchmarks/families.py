@@ -116,7 +116,7 @@ def _save(auto_class: Any, config: Any, folder: str) -> None:
     model = auto_class.from_config(config).eval()
     for name, parameter in model.named_parameters():  # wider than a fresh model, so that every block matters
         if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.15)
+            nn.init.normal_(parameter, std=0.1)
         elif "bias" in name:
             nn.init.normal_(parameter, std=0.05)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import TINY_CONFIGS, save_heavier_checkpoint, save_tiny_checkpoint
+from tests.families import RECURRENT_CONFIGS, RECURRENT_STD, TINY_CONFIGS, save_heavier_checkpoint, save_tiny_checkpoint
 from tests.swarms import SERVERS, InProcessSwarm, ServerProcess, serve_options
 from tests.text_models import save_tiny_text_model, write_dataset
 
@@ -43,10 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_checkpoint("llama")` is the folder of a random 4-block model of that family."""
     made: dict[str, Path] = {}
+    configs = TINY_CONFIGS | RECURRENT_CONFIGS
 
     def make(family: str) -> Path:
         if family not in made:
-            made[family] = save_tiny_checkpoint(TINY_CONFIGS[family](), tmp_path_factory.mktemp(family))
+            std = {"std": RECURRENT_STD} if family in RECURRENT_CONFIGS else {}
+            made[family] = save_tiny_checkpoint(configs[family](), tmp_path_factory.mktemp(family), **std)
         return made[family]
 
     return make

@@ -94,7 +94,7 @@ def _why_not_split(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     """What blocks need besides the hidden states of the block before, as far as it can be seen without running them."""
     owner, text = layout.owner(model), model.config.get_text_config()
     blocks_take = {name for block in layout.blocks(model) for name in inspect.signature(block.forward).parameters}
-    if "inputs_embeds" not in inspect.signature(owner.forward).parameters:
+    if not isinstance(owner, PreTrainedModel):
         return f"{type(owner).__name__}, which runs them, embeds no tokens, as encoders like BERT do"
     if getattr(text, "hidden_size_per_layer_input", None) and any("per_layer_input" in name for name in blocks_take):
         return "every block reads embeddings of the tokens (per-layer inputs)"

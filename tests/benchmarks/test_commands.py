@@ -27,6 +27,7 @@ COMMANDS = {
     "clients": f"{TINY} --blocks 1 --counts 1,2 --case 2x8x2 --seconds 0.5",
     "decode": f"{TINY} --blocks 2 --servers 1,2 --sessions 2 --new-tokens 2 --prefill 16",
     "evaluation": "--repeats 1 --batches 2 --batch-size 8 --in-flight 2 --round-trip 0.01",
+    "families": "--family llama --family gemma3 --family qwen3_next --family mamba",
     "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
     "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",
     "pipeline": "--repeats 1 --hidden 64 --blocks 2 --servers 2 --case 4x8x2 --microbatches 2 --block-ms 1",
@@ -79,7 +80,10 @@ def test_every_module_is_imported_and_every_command_has_its_sizes() -> None:
     assert commands == list(COMMANDS)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("churn", "sst2_epoch", "wire_precision")])
+_WITH_TESTS_OF_THEIR_OWN = ("churn", "families", "sst2_epoch", "wire_precision")
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in _WITH_TESTS_OF_THEIR_OWN])
 def test_a_command_runs(name: str, run: Run) -> None:
     rows = run(name, COMMANDS[name])
     assert rows
@@ -93,6 +97,18 @@ def test_a_command_runs(name: str, run: Run) -> None:
 def test_churn_loses_no_step(run: Run) -> None:
     output = run("churn", COMMANDS["churn"])
     assert any("none lost" in line for line in output)
+
+
+def test_families_are_exact_or_refused_with_a_reason(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "families.md"
+    rows = {row["family"]: row for row in run("families", COMMANDS["families"], "--page", str(page))}
+    found = {family: (row["training"], row["sessions"]) for family, row in rows.items()}
+    assert found == {
+        "llama": ("exact", "exact"), "gemma3": ("exact", "exact"), "qwen3_next": ("exact", "refused"),
+        "mamba": ("refused", "refused"),
+    }  # fmt: skip
+    assert "another kind of state" in rows["mamba"]["note"]
+    assert "| llama | exact | exact |  |" in page.read_text().splitlines()
 
 
 def test_wire_precision_is_exact_in_float32_only(run: Run) -> None:

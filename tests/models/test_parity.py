@@ -16,7 +16,7 @@ from petals_lightning.models import (
     trainable_state_dict,
 )
 from petals_lightning.models.local import LocalModel, LocalModelForCausalLM, LocalModelForSequenceClassification
-from tests.families import CAUSAL_ONLY, HIDDEN, NUM_BLOCKS, TINY_CONFIGS, VOCAB
+from tests.families import CAUSAL_ONLY, HIDDEN, NUM_BLOCKS, RECURRENT_CONFIGS, TINY_CONFIGS, VOCAB
 from tests.swarms import PREFIX
 
 P = 3
@@ -64,7 +64,7 @@ def assert_same_gradients(remote: torch.nn.Module, local: torch.nn.Module, toler
         assert relative_error(got[name], grad) < tolerance, name
 
 
-@pytest.mark.parametrize("family", TINY_CONFIGS)
+@pytest.mark.parametrize("family", [*TINY_CONFIGS, *RECURRENT_CONFIGS])
 def test_every_family_equals_local_hugging_face(family, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint(family)
     swarm = start_swarm(checkpoint, UNEVEN)
