@@ -6,8 +6,16 @@ from transformers import PreTrainedConfig
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Positions that attention reaches back in some block, padding counted; None if it reaches to the first in all."""
+    """Positions that attention reaches back in some block, padding counted; None if it reaches to the first in all.
+
+    Families call it `sliding_window`, `window_size`, `attention_window_size`, …; the shortest counts.
+    """
     text = config.get_text_config()
     if set(getattr(text, "layer_types", None) or ()) == {"full_attention"}:
         return None
-    return getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    lengths = [value for name, value in vars(text).items() if type(value) is int and value > 0 and _is_window(name)]
+    return min(lengths, default=None)
+
+
+def _is_window(name: str) -> bool:
+    return ("window" in name and "layer" not in name and "pattern" not in name) or name in ("attention_chunk_size", "local_attention")

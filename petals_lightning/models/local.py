@@ -59,7 +59,9 @@ class _LocalModel:
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
         checkpoint = Checkpoint(str(pretrained_model_name_or_path), token=token, revision=revision)
         config = copy.deepcopy(checkpoint.config)
-        overrides = config_overrides(config, config_values, inspect.signature(cls.from_pretrained).parameters)
+        overrides = config_overrides(
+            checkpoint.decoder_config, config_values, inspect.signature(cls.from_pretrained).parameters
+        )
         for name, value in overrides.items():
             setattr(config, name, value)
         check_pad_token(config)
