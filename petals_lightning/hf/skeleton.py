@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -28,11 +28,13 @@ class BlockLayout:
     Attributes:
         max_positions: positions that its tables hold, learned (GPT-2, OPT) or computed in advance (GPT-J); None: it
             counts on.
+        attributes: plain values that a block has as attributes, which some decoders look at (Nemotron-H).
     """
 
     owner_path: str
     list_name: str
     max_positions: int | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def list_path(self) -> str:
@@ -84,7 +86,12 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
             "split (Llama, BLOOM, Falcon, Mixtral, Mistral, Qwen, GPT-2, …)"
         )
     owner_path, _, list_name = found[0].rpartition(".")
-    layout = BlockLayout(owner_path, list_name, _max_positions(model))
+    plain = {
+        name: value
+        for name, value in vars(model.get_submodule(f"{found[0]}.0")).items()
+        if isinstance(value, (str, int, float)) and not name.startswith("_")
+    }
+    layout = BlockLayout(owner_path, list_name, _max_positions(model), plain)
     if (reason := _why_not_split(model, layout)) is not None:
         raise UnsupportedModelError(f"{name} cannot be split into blocks on servers: {reason}")
     return layout

@@ -60,6 +60,9 @@ class DecoderBridge:
 
     def __init__(self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential):
         layout.set_blocks(model, layers)
+        for name, value in layout.attributes.items():
+            if not hasattr(layers, name):
+                setattr(layers, name, value)
         owner = layout.owner(model)
         self.layers, self._owner = layers, owner
         self._prompts: Prompts | None = getattr(owner, "prompts", None)
