@@ -83,8 +83,8 @@ class Checkpoint:
             if (quantization := getattr(part, "quantization_config", None)) is not None:
                 kind = quantization.get("quant_method", "of a kind that it does not name")
                 raise UnsupportedModelError(
-                    f"model {self.name_or_path!r} is quantised ({kind}): quantised checkpoints are not served; give the "
-                    "checkpoint that it was made from"
+                    f"model {self.name_or_path!r} is quantised ({kind}): quantised checkpoints are not served; give "
+                    "the checkpoint that it was made from"
                 )
         return config
 

@@ -117,10 +117,8 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def _max_positions(model: PreTrainedModel) -> int | None:
     """Positions that the tables of a whole model hold. A few rows more than that are offsets (OPT has two)."""
-    limit, tokens = (
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        model.get_input_embeddings(),
-    )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
     embeddings = (m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
     tables = [*embeddings, *(buffer for buffer in model.buffers() if buffer.ndim > 1)]
     return limit if limit and any(limit <= table.shape[-2] <= limit + 2 for table in tables) else None
