@@ -15,7 +15,8 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.loader import LengthGroupedSampler, ResumableDataLoader
-from petals_lightning.data.sources import BUNDLED, load_splits
+from petals_lightning.data.opening import TextFormat
+from petals_lightning.data.sources import BUNDLED, LocatedSplits, load_splits
 from petals_lightning.data.tokenizers import load_tokenizer
 from petals_lightning.errors import ConfigurationError, DataError
 from petals_lightning.sample import REVIEWS_DIR
@@ -48,10 +49,12 @@ class TextDataModule(pl.LightningDataModule):
 
     Args:
         tokenizer: the model's hub id or folder.
-        source: `bundled` (the sample in this package), a hub dataset id, or a file or folder in jsonl, tsv, csv, txt or
-            parquet.
+        source: `bundled` (the sample in this package), a hub dataset id, or a file or folder in jsonl, json, csv, tsv,
+            txt or parquet, also compressed (.gz, …); a folder may be the clone of a hub dataset, or of `save_to_disk`.
         name: the configuration of a hub dataset, e.g. `sst2` of `nyu-mll/glue`.
         train_split, validation_split, test_split: names of splits or files (without suffix) where they are unusual.
+        encoding: of text files; None is UTF-8, or what a byte order mark tells.
+        delimiter: between the cells of csv and tsv files; None finds it.
         validation_fraction: share of the training part that becomes validation where there is none.
         max_length: tokens a sample at most.
         batch_size: samples a training batch.
@@ -78,6 +81,8 @@ class TextDataModule(pl.LightningDataModule):
         train_split: str | None = None,
         validation_split: str | None = None,
         test_split: str | None = None,
+        encoding: str | None = None,
+        delimiter: str | None = None,
         validation_fraction: float = 0.1,
         max_length: int = 128,
         batch_size: int = 32,
@@ -94,6 +99,7 @@ class TextDataModule(pl.LightningDataModule):
             raise ConfigurationError(f"data.validation_fraction={validation_fraction}: must be between 0 and 1")
         self.tokenizer_name, self.tokenizer_revision, self.token = tokenizer, tokenizer_revision, token
         self.source, self.name = source, name
+        self.text_format = TextFormat(encoding, delimiter)
         named = {"train": train_split, "validation": validation_split, "test": test_split}
         self.split_names = {split: given for split, given in named.items() if given is not None}
         self.validation_fraction, self.seed = validation_fraction, seed
@@ -109,13 +115,15 @@ class TextDataModule(pl.LightningDataModule):
         warnings.filterwarnings("ignore", ".*does not have many workers")
         if self._splits:
             return
-        raw = load_splits(self.source, self.name, split_names=self.split_names, bundled=self.bundled)
+        raw = load_splits(
+            self.source, self.name, split_names=self.split_names, bundled=self.bundled, form=self.text_format
+        )
         tokenizer = load_tokenizer(self.tokenizer_name, revision=self.tokenizer_revision, token=self.token)
         self._pad_token_id = tokenizer.pad_token_id
         self._collate = self.collate(tokenizer.pad_token_id)
         self._splits = dict(self.encoded(raw, tokenizer))
 
-    def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def encoded(self, raw: LocatedSplits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """`Samples` of each split, `validation` among them."""
         raise NotImplementedError
 
@@ -171,9 +179,12 @@ class TextDataModule(pl.LightningDataModule):
             return raw
         if len(raw["train"]) < 2:
             raise DataError(f"{self.source} has one row and no validation part: give more rows, or a validation file")
-        cut = raw["train"].train_test_split(self.validation_fraction, seed=self.seed)
+        # Row numbers are cut, not rows: `datasets` would write the cut into the folder that a split is mapped from.
+        numbers = datasets.Dataset.from_dict({"row": range(len(raw["train"]))})
+        cut = numbers.train_test_split(self.validation_fraction, seed=self.seed)
         log.info("%s has no validation part: %d rows of train", self.source, len(cut["test"]))
-        return {**raw, "train": cut["train"], "validation": cut["test"]}
+        train, validation = (raw["train"].select(cut[part]["row"][:]) for part in ("train", "test"))
+        return {**raw, "train": train, "validation": validation}
 
     def _by_length(self, samples: Any) -> DataLoader:
         # Longest first: a batch that is too large for memory fails at once. Metrics do not depend on the order.

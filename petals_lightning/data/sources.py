@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
+from petals_lightning.data.files import SUFFIXES, is_data_file, read_file, read_files, stem_of
+from petals_lightning.data.opening import TextFormat
 from petals_lightning.errors import DataError
 from petals_lightning.sample import REVIEWS_DIR
+
+__all__ = ["BUNDLED", "SPLIT_NAMES", "LocatedSplits", "load_splits", "read_file"]
 
 BUNDLED = "bundled"
 SPLIT_NAMES = {
@@ -22,9 +24,33 @@ SPLIT_NAMES = {
 }
 """The names by which each split is known, the preferred one first."""
 
-_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet", ".txt")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SHARD = re.compile(r"-\d+-of-\d+$")
+_INTEGER = datasets.Value("int64")
+_LOADING_FAILS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+_SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
+
+
+class LocatedSplits(dict[str, datasets.Dataset]):
+    """The splits of a source by name, and where their rows were found."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self._source = source
+        self._files: dict[str, list[tuple[Path, int]]] = {}
+
+    def read(self, split: str, paths: list[Path], form: TextFormat | None) -> None:
+        """Reads a split from its files."""
+        self[split], counts = read_files(paths, form)
+        self._files[split] = list(zip(paths, counts, strict=True))
+
+    def where(self, split: str, row: int) -> str:
+        """A row of a split in words: its file, and its number in it, from 0."""
+        for path, count in self._files.get(split, []):
+            if row < count:
+                return f"row {row} of {path}"
+            row -= count
+        return f"row {row} of {split} of {self._source}"
 
 
 def load_splits(
@@ -33,109 +59,137 @@ def load_splits(
     *,
     split_names: dict[str, str] | None = None,
     bundled: Path = REVIEWS_DIR,
-) -> dict[str, datasets.Dataset]:
+    form: TextFormat | None = None,
+) -> LocatedSplits:
     """Reads a source's splits under the keys `train`, `validation` and `test`; those that it lacks are left out.
 
     Args:
-        source: `bundled`, a file (.jsonl, .tsv, .csv, .parquet, .txt), a folder of such files named after their split,
-            or the id of a dataset on the hub.
-        name: the configuration of a hub dataset, e.g. `sst2` of `nyu-mll/glue`.
+        source: `bundled`, a file (see `files.SUFFIXES`, also compressed), a folder of such files named after their
+            split, the clone of a dataset on the hub, a folder of `save_to_disk`, or the id of a dataset on the hub.
+        name: the configuration of a hub dataset or of its clone, e.g. `sst2` of `nyu-mll/glue`.
         split_names: what a split is called where it has an unusual name, e.g. `{"validation": "validation_matched"}`.
         bundled: the folder that `bundled` stands for.
+        form: how text files are written.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it has no train split.
     """
     split_names = split_names or {}
-    if source == BUNDLED:
-        return _load_folder(bundled, split_names)
-    path = Path(source).expanduser()
+    path = bundled if source == BUNDLED else Path(source).expanduser()
     if path.is_dir():
-        return _load_folder(path, split_names)
+        return _load_folder(path, name, split_names, form)
     if path.is_file():
-        return {"train": read_file(path)}
-    if path.suffix in _SUFFIXES or not _HUB_ID.fullmatch(source):
+        splits = LocatedSplits(source)
+        splits.read("train", [path], form)
+        return splits
+    if is_data_file(path) or not _HUB_ID.fullmatch(source):
         raise DataError(
             f"data.source={source}: no such file or folder (looked in {Path.cwd()}); give 'bundled', a path to "
-            f"{'/'.join(_SUFFIXES)} data, or a hub dataset id such as nyu-mll/glue"
+            f"{'/'.join(SUFFIXES)} data, or a hub dataset id such as nyu-mll/glue"
         )
     return _load_hub(source, name, split_names)
 
 
-def read_file(path: Path) -> datasets.Dataset:
-    """Reads one file into memory; its suffix tells the format. TSV has no quoting, as in GLUE; CSV has.
-
-    Raises:
-        DataError: the suffix is unknown, the file does not parse, or it has no rows.
-    """
-    try:
-        table = _read_table(path)
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
-    if table.num_rows == 0:
-        raise DataError(f"{path}: holds no rows")
-    return datasets.Dataset(table)
-
-
-def _read_table(path: Path) -> pa.Table:
-    match path.suffix:
-        case ".jsonl" | ".json":
-            return pa.json.read_json(path, read_options=pa.json.ReadOptions(block_size=64 << 20))
-        case ".csv":
-            return pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(newlines_in_values=True))
-        case ".tsv":
-            return pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False))
-        case ".parquet":
-            return pa.parquet.read_table(path)
-        case ".txt":  # one text, line breaks and all
-            return pa.table({"text": [path.read_text(encoding="utf-8")]})
-    raise DataError(f"{path}: unknown format; use one of {', '.join(_SUFFIXES)}")
-
-
-def _load_folder(folder: Path, split_names: dict[str, str]) -> dict[str, datasets.Dataset]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
-    splits = {}
-    for split in SPLIT_NAMES:
-        for wanted in _candidates(split, split_names):
-            # Shards are numbered; `train_phrases.jsonl` beside `train.jsonl` is another set, not a part of it.
-            parts = [file for file in files if _SHARD.sub("", file.stem).lower() == wanted.lower()]
-            if parts:
-                splits[split] = datasets.concatenate_datasets([read_file(part) for part in parts])
-                break
+def _load_folder(folder: Path, name: str | None, split_names: dict[str, str], form: TextFormat | None) -> LocatedSplits:
+    if any((folder / file).is_file() for file in _SAVED_BY_DATASETS):
+        return _load_saved(folder, split_names)
+    files = sorted(file for file in folder.iterdir() if file.is_file() and is_data_file(file))
+    # Shards are numbered; `train_phrases.jsonl` beside `train.jsonl` is another set, not a part of it.
+    parts: dict[str, list[Path]] = {}
+    for file in files:
+        parts.setdefault(_SHARD.sub("", stem_of(file)).lower(), []).append(file)
+    if name is not None or ("train" not in _chosen(parts, split_names) and _is_clone(folder)):
+        return _load_clone(folder, name, split_names, form)
+    splits = LocatedSplits(str(folder))
+    for split, wanted in _chosen(parts, split_names).items():
+        splits.read(split, parts[wanted], form)
     found = ", ".join(file.name for file in files) or "no data files"
     return _checked(splits, split_names, f"{folder} (has {found})")
 
 
-def _load_hub(source: str, name: str | None, split_names: dict[str, str]) -> dict[str, datasets.Dataset]:
+def _is_clone(folder: Path) -> bool:
+    """Whether files lie as in a dataset of the hub: the README tells where, or they are in folders."""
+    readme = folder / "README.md"
+    if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+        return True
+    return any(is_data_file(file) for file in folder.glob("*/*"))
+
+
+def _load_clone(folder: Path, name: str | None, split_names: dict[str, str], form: TextFormat | None) -> LocatedSplits:
+    """A hub dataset on this disk: `datasets` tells which files make its splits."""
+    try:
+        builder = datasets.load_dataset_builder(str(folder), name)
+    except _LOADING_FAILS as error:
+        raise DataError(
+            f"data.source={folder}{_named(name)}: cannot be read as the clone of a hub dataset ({_reason(error)}); "
+            "set data.name to one of its configurations, or give one of its files"
+        ) from error
+    parts = {str(split): [Path(file) for file in files] for split, files in builder.config.data_files.items()}
+    splits = LocatedSplits(str(folder))
+    for split, wanted in _chosen(parts, split_names).items():
+        splits.read(split, parts[wanted], form)
+        for column, feature in (builder.info.features or {}).items():
+            if isinstance(feature, datasets.ClassLabel) and splits[split].features.get(column) == _INTEGER:
+                splits[split] = splits[split].cast_column(column, feature)  # the README names the classes
+    return _checked(splits, split_names, f"{folder} (has {', '.join(parts)})")
+
+
+def _load_saved(folder: Path, split_names: dict[str, str]) -> LocatedSplits:
+    """What `save_to_disk` has written; it stays on the disk, mapped to memory."""
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (*_LOADING_FAILS, pa.ArrowException) as error:
+        raise DataError(f"{folder}: cannot be read as a dataset of save_to_disk: {_reason(error)}") from error
+    return _of_dict(saved if isinstance(saved, dict) else {"train": saved}, str(folder), split_names)
+
+
+def _load_hub(source: str, name: str | None, split_names: dict[str, str]) -> LocatedSplits:
     import httpx
 
     try:
         available = datasets.load_dataset(source, name)
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (*_LOADING_FAILS, httpx.HTTPError) as error:
         raise DataError(
-            f"data.source={source}{f' data.name={name}' if name else ''}: cannot be loaded from the hub ({reason}); "
+            f"data.source={source}{_named(name)}: cannot be loaded from the hub ({_reason(error)}); "
             "check the id and the network, or give a local file or folder"
         ) from error
-    splits = {}
-    for split in SPLIT_NAMES:
-        for wanted in _candidates(split, split_names):
-            if wanted in available:
-                splits[split] = available[wanted]
-                break
+    return _of_dict(available, source, split_names)
+
+
+def _of_dict(available: dict[str, datasets.Dataset], source: str, split_names: dict[str, str]) -> LocatedSplits:
+    splits = LocatedSplits(source)
+    for split, wanted in _chosen(available, split_names).items():
+        splits[split] = available[wanted].with_format(None)
     return _checked(splits, split_names, f"{source} (has {', '.join(available)})")
 
 
-def _candidates(split: str, split_names: dict[str, str]) -> tuple[str, ...]:
-    return (split_names[split],) if split in split_names else SPLIT_NAMES[split]
+def _chosen(available: Iterable[str], split_names: dict[str, str]) -> dict[str, str]:
+    """What each split that there is goes by."""
+    by_lower = {name.lower(): name for name in available}
+    chosen = {}
+    for split, usual in SPLIT_NAMES.items():
+        wanted = (split_names[split],) if split in split_names else usual
+        found = next((by_lower[name.lower()] for name in wanted if name.lower() in by_lower), None)
+        if found is not None:
+            chosen[split] = found
+    return chosen
 
 
-def _checked(
-    splits: dict[str, datasets.Dataset], split_names: dict[str, str], where: str
-) -> dict[str, datasets.Dataset]:
+def _checked(splits: LocatedSplits, split_names: dict[str, str], where: str) -> LocatedSplits:
     for split, wanted in split_names.items():
         if split not in splits:
             raise DataError(f"data.{split}_split={wanted}: not in {where}")
     if "train" not in splits:
         raise DataError(f"no train split in {where}; name a file train.jsonl, or set data.train_split")
+    for split, rows in splits.items():
+        if len(rows) == 0:
+            raise DataError(f"{split} of {where} holds no rows")
     return splits
+
+
+def _named(name: str | None) -> str:
+    return f" data.name={name}" if name else ""
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__

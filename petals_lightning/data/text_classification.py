@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from petals_lightning.data.base import Splits, TextDataModule
-from petals_lightning.data.columns import LabelEncoder, find_label_column, find_text_column
+from petals_lightning.data.base import TextDataModule
+from petals_lightning.data.columns import find_label_column, find_text_column
+from petals_lightning.data.labels import LabelEncoder
+from petals_lightning.data.sources import LocatedSplits
 from petals_lightning.data.tokenizers import EncodedTexts, PadRight
-from petals_lightning.errors import ConfigurationError
+from petals_lightning.errors import ConfigurationError, DataError
+
+log = logging.getLogger(__name__)
+
+_CLASS = "class code"
 
 
 class TextClassificationDataModule(TextDataModule):
@@ -25,10 +34,12 @@ class TextClassificationDataModule(TextDataModule):
         text_pair_column: the second text of a sample, for tasks on pairs.
         label_column: None finds it by name.
         num_labels: classes; None counts them in the training part.
+        label_map: labels that are read as others, e.g. `{-1: 0}` or `{"Pos": "pos"}`; as None: as no label.
+        drop_unlabelled: leave out rows whose label is empty or -1, instead of refusing them.
         options: as of `TextDataModule`; texts of more than `max_length` tokens are cut off.
 
     Raises (besides what `TextDataModule` raises, in `setup`):
-        DataError: there is no label column, or labels are outside `num_labels`.
+        DataError: there is no label column, or a row has no text, or no label within `num_labels`.
     """
 
     num_labels: int
@@ -45,33 +56,65 @@ class TextClassificationDataModule(TextDataModule):
         text_pair_column: str | None = None,
         label_column: str | None = None,
         num_labels: int | None = None,
+        label_map: Mapping[Any, Any] | None = None,
+        drop_unlabelled: bool = False,
         **options: Any,
     ):
         super().__init__(tokenizer, source, **options)
         if num_labels is not None and num_labels < 2:
             raise ConfigurationError(f"data.num_labels={num_labels}: must be at least 2, or null to count the classes")
+        if label_map is not None and not isinstance(label_map, Mapping):
+            raise ConfigurationError(f"data.label_map={label_map}: must be a mapping of labels, e.g. {{-1:0}}")
         self.text_column, self.text_pair_column, self.label_column = text_column, text_pair_column, label_column
         self.requested_num_labels = num_labels
+        self.label_map, self.drop_unlabelled = label_map, drop_unlabelled
 
-    def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedTexts]:
-        text = find_text_column(raw["train"], self.text_column)
+    def encoded(self, raw: LocatedSplits, tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedTexts]:
+        texts = [find_text_column(raw["train"], self.text_column)]
+        if self.text_pair_column is not None:
+            texts.append(find_text_column(raw["train"], self.text_pair_column, setting="text_pair_column"))
         label = find_label_column(raw["train"], self.label_column, where=self.source)
-        raw = self.with_validation(raw)
-        encoder = LabelEncoder(raw["train"], label, self.requested_num_labels)
+        encoder = LabelEncoder(
+            raw["train"], label, self.requested_num_labels,
+            label_map=self.label_map, drop_unlabelled=self.drop_unlabelled, where=raw.where,
+        )  # fmt: skip
         self.num_labels, self.class_names = len(encoder.names), encoder.names
-        splits = {}
-        for split, rows in raw.items():
-            hidden = split == "test" and encoder.is_unlabelled(rows)
-            if not hidden:
-                find_label_column(rows, label, where=f"{split} of {self.source}")
-            splits[split] = EncodedTexts(
+        hidden = {split for split, rows in raw.items() if split == "test" and encoder.is_unlabelled(rows)}
+        checked = {split: self._checked(raw, split, texts, None if split in hidden else encoder) for split in raw}
+        return {
+            split: EncodedTexts(
                 tokenizer,
-                _column(rows, find_text_column(rows, text)),
-                _column(rows, find_text_column(rows, self.text_pair_column)) if self.text_pair_column else None,
-                None if hidden else encoder.encode(rows, split),
+                rows[texts[0]][:],
+                rows[texts[1]][:] if len(texts) > 1 else None,
+                None if split in hidden else rows[_CLASS][:],
                 self.max_length,
             )
-        return splits
+            for split, rows in self.with_validation(checked).items()
+        }
+
+    def _checked(
+        self, raw: LocatedSplits, split: str, texts: list[str], encoder: LabelEncoder | None
+    ) -> datasets.Dataset:
+        """The rows of a split with their texts and, where it is labelled, their classes."""
+        rows = raw[split]
+        columns = [find_text_column(rows, text) for text in texts]
+        codes: list[int | None] = [0] * len(rows)
+        if encoder is not None:
+            find_label_column(rows, encoder.column, where=f"{split} of {self.source}")
+            codes = encoder.encode(rows, split)
+        labelled = [row for row, code in enumerate(codes) if code is not None]
+        for column in columns:
+            values = rows[column][:]
+            for row in labelled:
+                if values[row] is None:
+                    raise DataError(f"{raw.where(split, row)} has no text in column {column!r}; remove it or fill it")
+        if not labelled:
+            raise DataError(f"{split} of {self.source} has no labelled rows")
+        rows = rows.select_columns(columns).add_column(_CLASS, np.array(codes, dtype=object))
+        if len(labelled) == len(rows):
+            return rows
+        log.info("%s of %s: %d rows without a label are left out", split, self.source, len(rows) - len(labelled))
+        return rows.select(labelled)
 
     def collate(self, pad_token_id: int) -> PadRight:
         return PadRight(pad_token_id)
@@ -91,7 +134,3 @@ class TextClassificationDataModule(TextDataModule):
         return DataLoader(
             samples, batch_size=self.eval_batch_size, collate_fn=self._collate, generator=torch.Generator()
         )
-
-
-def _column(rows: datasets.Dataset, name: str) -> list[str]:
-    return rows[name][:]

@@ -6,6 +6,7 @@ Values are in conf/; a default here means "let the class decide". `MISSING` must
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -100,9 +101,13 @@ class AmpConfig:
 class DataConfig:
     _target_: str = MISSING
     source: str = MISSING
-    """`bundled`, a hub dataset id, or a file or folder in jsonl, tsv, csv, txt or parquet."""
+    """`bundled`, a hub dataset id, or a file or folder in jsonl, json, csv, tsv, txt or parquet."""
     name: str | None = None
     """The configuration of a hub dataset."""
+    encoding: str | None = None
+    """Of text files; null: UTF-8, or what a byte order mark tells."""
+    delimiter: str | None = None
+    """Between the cells of csv and tsv files; null finds it. One character, or tab, comma, semicolon, pipe."""
     train_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
@@ -122,6 +127,10 @@ class LabelledDataConfig(DataConfig):
     label_column: str | None = None
     num_labels: int | None = None
     """Classes; null counts them."""
+    label_map: Any = None  # a mapping: OmegaConf lets no override replace a typed one
+    """Labels that are read as others: {-1:0}, {Pos:pos}."""
+    drop_unlabelled: bool = False
+    """Leave out rows whose label is empty or -1."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from petals_lightning.data import TextClassificationDataModule, load_tokenizer
-from petals_lightning.data.columns import LabelEncoder
+from petals_lightning.data.labels import LabelEncoder
 from petals_lightning.data.sources import load_splits, read_file
 from petals_lightning.errors import CheckpointError, ConfigurationError, DataError
 
@@ -44,7 +44,8 @@ def set_up(text_model: Path, source: Path | str, **settings: object) -> TextClas
 @pytest.mark.parametrize("suffix", ["jsonl", "tsv", "csv", "parquet"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     rows = read_file(write(tmp_path / f"some.{suffix}"))
-    assert list(zip(rows["sentence"][:], rows["label"][:], strict=True)) == ROWS
+    labels = LabelEncoder(rows, "label").encode(rows, "train")
+    assert list(zip(rows["sentence"][:], labels, strict=True)) == ROWS
 
 
 def test_splits_are_found_by_file_name(tmp_path: Path) -> None:

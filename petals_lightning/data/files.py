@@ -1,0 +1,91 @@
+"""Which files can be read: the suffix tells the reader.
+
+What is read is in memory as an Arrow table, about as large as the text. Arrow's and pandas' own readers of CSV and JSON
+are not used: they take texts for numbers, dates or missing values, and cannot tell the line of an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+
+from petals_lightning.data.delimited import read_csv, read_tsv
+from petals_lightning.data.json_rows import read_json, read_json_lines
+from petals_lightning.data.opening import UNREADABLE, TextFormat, open_bytes, open_text, suffixes, why_undecodable
+from petals_lightning.data.tables import joined
+from petals_lightning.errors import DataError
+
+
+def _read_parquet(path: Path, form: TextFormat) -> pa.Table:
+    with open_bytes(path) as file:
+        table = pa.parquet.ParquetFile(pa.BufferReader(file.read()) if suffixes(path)[1] else path).read()
+    for number, field in enumerate(table.schema):
+        if field.type == pa.string_view():  # `datasets` does not know it
+            table = table.set_column(number, field.name, table[field.name].cast(pa.string()))
+    return table
+
+
+def _read_text(path: Path, form: TextFormat) -> pa.Table:
+    """One text, line breaks and all."""
+    with open_text(path, form) as text:
+        return pa.table({"text": [text.read()]})
+
+
+_READERS: dict[str, Callable[[Path, TextFormat], pa.Table]] = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".tsv": read_tsv,
+    ".csv": read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+SUFFIXES = tuple(_READERS)
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether there is a reader for files of this name."""
+    return suffixes(path)[0] in _READERS
+
+
+def stem_of(path: Path) -> str:
+    """A data file's name without the suffixes of its format and its compression."""
+    return path.name[: -len("".join(suffixes(path)))]
+
+
+def read_file(path: Path, form: TextFormat | None = None) -> datasets.Dataset:
+    """Reads one file into memory; its suffix tells the format. All columns of csv and tsv files are strings.
+
+    Raises:
+        DataError: the suffix is unknown, the file does not parse, or it has no rows.
+    """
+    return datasets.Dataset(_read_table(path, form or TextFormat()))
+
+
+def read_files(paths: Sequence[Path], form: TextFormat | None = None) -> tuple[datasets.Dataset, list[int]]:
+    """Reads the parts of one split, and says how many rows each has."""
+    tables = [_read_table(path, form or TextFormat()) for path in paths]
+    return datasets.Dataset(joined(tables)), [table.num_rows for table in tables]
+
+
+def _read_table(path: Path, form: TextFormat) -> pa.Table:
+    suffix = suffixes(path)[0]
+    if suffix not in _READERS:
+        raise DataError(f"{path}: unknown format; use one of {', '.join(SUFFIXES)}, as it is or as .gz")
+    try:
+        table = _READERS[suffix](path, form)
+    except UnicodeError as error:
+        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {why_undecodable(path, form)}") from error
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {reason}") from error
+    if table.num_rows == 0:
+        raise DataError(f"{path}: holds no rows")
+    for name in table.column_names:
+        if table.column_names.count(name) > 1:
+            raise DataError(f"{path}: two columns are called {name!r}; rename one of them")
+    return table

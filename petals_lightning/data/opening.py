@@ -1,0 +1,136 @@
+"""Data files as bytes and as text: how they are packed, and how they are encoded."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from petals_lightning.errors import ConfigurationError
+
+_BOMS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it starts with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|"}
+_LFS_POINTER = b"version https://git-lfs.github.com"
+
+
+class Malformed(ValueError):
+    """A file breaks the rules of its format; the message names the line or the row."""
+
+
+UNREADABLE = (Malformed, pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+"""What reading a broken file raises, but for `UnicodeError`."""
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How text files are written, where it is not found out.
+
+    Args:
+        encoding: of files without a byte order mark; None is UTF-8.
+        delimiter: between the cells of csv and tsv files, or its name in `_DELIMITERS`; None finds it.
+
+    Raises:
+        ConfigurationError: there is no such encoding, or the delimiter is not one character.
+    """
+
+    encoding: str | None = None
+    delimiter: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError:
+            raise ConfigurationError(
+                f"data.encoding={self.encoding}: no such encoding; there are utf-8, latin-1, cp1252, utf-16, …"
+            ) from None
+        delimiter = _DELIMITERS.get(self.delimiter or "", self.delimiter)
+        if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+            raise ConfigurationError(
+                f"data.delimiter={delimiter}: must be one character, or one of {', '.join(_DELIMITERS)}"
+            )
+        object.__setattr__(self, "delimiter", delimiter)
+
+
+def suffixes(path: Path) -> tuple[str, str]:
+    """The suffixes of a file's format and of its compression, in lower case; the second is empty if there is none."""
+    name = path.name.lower()
+    compression = next(suffix for suffix in _OPENERS if name.endswith(suffix))
+    return Path(name.removesuffix(compression)).suffix, compression
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked.
+
+    Raises:
+        Malformed: git-lfs has not fetched the file, or an archive holds several.
+        OSError, …: see `UNREADABLE`.
+    """
+    opener = _OPENERS[suffixes(path)[1]]
+    with opener(path) as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise Malformed("only git-lfs's pointer to the data is here; fetch them with `git lfs pull`")
+    return opener(path)
+
+
+def open_text(path: Path, form: TextFormat, newline: str | None = None) -> IO[str]:
+    """A file's text, without a byte order mark; `newline` as of Python's `open`."""
+    return io.TextIOWrapper(open_bytes(path), encoding=_encoding(path, form), newline=newline)  # type: ignore[type-var]
+
+
+def why_undecodable(path: Path, form: TextFormat) -> str:
+    """Which byte of a file is not of its encoding, and what to do about it."""
+    encoding = _encoding(path, form)
+    with open_bytes(path) as file:
+        data = file.read()
+    place = "it"
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode(encoding, errors="replace")
+        line = 1 + before.replace("\r\n", "\n").replace("\r", "\n").count("\n")
+        place = f"byte 0x{data[error.start]:02x} in line {line}"
+    except UnicodeError:  # UTF-16 without its mark
+        pass
+    name = encoding.removesuffix("-sig").upper()
+    return f"{place} is not {name}; set data.encoding to what it is written in (latin-1, cp1252, utf-16, …)"
+
+
+def _encoding(path: Path, form: TextFormat) -> str:
+    """That of the byte order mark; else the one that was given; else UTF-8."""
+    with open_bytes(path) as file:
+        start = file.read(4)
+    return next((name for mark, name in _BOMS.items() if start.startswith(mark)), form.encoding or "utf-8")
+
+
+def _open_archive(path: Path) -> IO[bytes]:
+    archive = zipfile.ZipFile(path)
+    names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    if len(names) != 1:
+        raise Malformed(f"the archive holds {len(names)} files, not one: unpack it")
+    return archive.open(names[0])
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: pa.input_stream(path, compression="zstd"),
+    ".zip": _open_archive,
+    "": lambda path: path.open("rb"),
+}

@@ -1,0 +1,89 @@
+"""Rows as Arrow tables, also where the types of a column differ from row to row or from file to file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from petals_lightning.data.opening import Malformed
+
+BATCH_ROWS = 10_000
+"""Rows that are Python objects at once."""
+
+
+def table_of(rows: Iterable[Any]) -> pa.Table:
+    """The table of rows {column: value}; what a row lacks is null.
+
+    Raises:
+        Malformed: a row is not a dict, or holds half of a surrogate pair.
+    """
+    rows, tables, done = iter(rows), [], 0
+    while batch := list(islice(rows, BATCH_ROWS)):
+        for number, row in enumerate(batch, done):
+            if not isinstance(row, dict):
+                raise Malformed(f"row {number} is {row!r:.60}, not an object whose keys are the columns")
+        columns = dict.fromkeys(name for row in batch for name in row)
+        tables.append(pa.table({name: _array([row.get(name) for row in batch], name, done) for name in columns}))
+        done += len(batch)
+    return joined(tables) if tables else pa.table({})
+
+
+def joined(tables: list[pa.Table]) -> pa.Table:
+    """The rows of all tables. Types of a column that differ become the wider one, or else strings, or else JSON."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        alike = [_with_common_types(table, tables) for table in tables]
+        return pa.concat_tables(alike, promote_options="permissive")
+
+
+def _with_common_types(table: pa.Table, tables: list[pa.Table]) -> pa.Table:
+    for number, name in enumerate(table.column_names):
+        types = {other.schema.field(name).type for other in tables if name in other.column_names}
+        try:
+            pa.unify_schemas([pa.schema([(name, type_)]) for type_ in types], promote_options="permissive")
+        except pa.ArrowException:
+            if table.schema.field(name).type != pa.json_():
+                values = table[name].to_pylist()
+                simple = not any(pa.types.is_nested(type_) or type_ == pa.json_() for type_ in types)
+                table = table.set_column(number, name, _as_strings(values) if simple else _as_json(values))
+    return table.replace_schema_metadata(None)  # it may tell the old types
+
+
+def _array(values: list[Any], column: str, first_row: int) -> pa.Array:
+    try:
+        return pa.array(values)
+    except UnicodeEncodeError as error:
+        row = next(row for row, value in enumerate(values, first_row) if not _is_unicode(value))
+        raise Malformed(f"row {row} has half of a surrogate pair in column {column!r}") from error
+    except (pa.ArrowException, OverflowError):
+        simple = all(value is None or isinstance(value, (str, bool, int, float)) for value in values)
+        return _as_strings(values) if simple else _as_json(values)
+
+
+def _as_strings(values: list[Any]) -> pa.Array:
+    return pa.array([_written(value) for value in values], pa.string())
+
+
+def _written(value: Any) -> str | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas writes nothing
+        return None
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _as_json(values: list[Any]) -> pa.Array:
+    """Values of any kind: `datasets` gives them back as they were (its feature `Json`)."""
+    return pa.ExtensionArray.from_storage(pa.json_(), pa.array([json.dumps(value) for value in values], pa.string()))
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
