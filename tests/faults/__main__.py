@@ -17,14 +17,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.families import save_heavier_checkpoint
 from tests.faults.harness import (
-    BOUNDS,
     FAULTS,
     LIMITS,
     PHASES,
     FaultySwarm,
+    make_yardstick,
     run_case,
     steps_until_recovery,
-    train,
     train_remotely,
 )
 from tests.swarms import SERVERS
@@ -43,14 +42,16 @@ def main() -> None:
         FaultySwarm(save_heavier_checkpoint(Path(folder)), arguments.servers) as swarm,
     ):
         undisturbed = train_remotely(swarm)
-        print(f"undisturbed, the swarm is {undisturbed.differs_from(train(swarm.load_local())):.1e} off a local run")
+        yardstick = make_yardstick(swarm)
+        print(f"off float64: in one process {yardstick.rounding:.1e}, ", end="")
+        print(f"undisturbed {undisturbed.differs_from(yardstick.exact):.1e}, without a sample {yardstick.share:.1e}")
         print(f"a usual step takes {min(undisturbed.seconds):.2f} s, loading {undisturbed.loading:.2f} s; stalls in s")
         print(f"{'fault':18}{'phase':12}{'stall':>7}{'later':>7}{'difference':>12}  retries  hedges", flush=True)
         for fault in arguments.faults.split(","):
             for phase in arguments.phases.split(","):
-                case = run_case(swarm, fault, phase, undisturbed)
+                case = run_case(swarm, fault, phase, undisturbed, yardstick.exact)
                 limit = LIMITS.get(fault)
-                good = case.difference < BOUNDS[arguments.servers] and (limit is None or case.stall <= limit)
+                good = case.difference < yardstick.bound and (limit is None or case.stall <= limit)
                 failed |= not good
                 print(
                     f"{fault:18}{phase:12}{case.stall:7.2f}{case.later_stall:7.2f}{case.difference:12.1e}"

@@ -1,11 +1,12 @@
 """Faults × phases: what they cost, and that training ends as if they had not been.
 
 Two servers hold all blocks, as processes, each behind a TCP proxy whose address is the only one that others know. The
-one in use is struck; a short training run goes on and its losses and gradients are compared with an undisturbed one.
+one in use is struck; a short training run goes on, and its losses and gradients are compared with those of float64.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import threading
@@ -19,24 +20,25 @@ from typing import Any
 import torch
 
 from petals_lightning.client import ClientConfig
-from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
+from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.swarm import SwarmNode
 from tests.families import HEAVIER_BLOCKS
-from tests.faults.proxy import TcpProxy, free_port
+from tests.faults.proxy import SharedLink, TcpProxy, free_port
 from tests.swarms import LOOPBACK, PREFIX, ServerProcess, serve_options
 
-STEPS, STRUCK_STEP = 4, 1
+STEPS, STRUCK_STEP, BATCH = 4, 1, 32
 PHASES = ("connect", "forward", "backward", "between", "validation")
 OPTIONS: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 4, "num_labels": 2}
 
 
 @dataclass
 class Holder:
-    """A server of all blocks behind its proxy."""
+    """A server of all blocks behind its proxy, whose connections share the link."""
 
     process: ServerProcess
     proxy: TcpProxy
+    link: SharedLink
     stop_slowness: threading.Event
 
 
@@ -92,6 +94,7 @@ class FaultySwarm:
         for number, holder in enumerate(self.holders):
             holder.stop_slowness.set()
             holder.proxy.heal()
+            holder.link.rate = math.inf
             if holder.process.process.is_alive():
                 holder.process.signal(signal.SIGCONT)
             else:
@@ -103,12 +106,13 @@ class FaultySwarm:
     def _start(self, number: int) -> Holder:
         port = free_port()
         proxy = TcpProxy(port)
+        proxy.link = link = SharedLink(math.inf)
         process = ServerProcess(
             self._checkpoint, (0, HEAVIER_BLOCKS), self.initial_peers, "--host-maddrs", f"/ip4/127.0.0.1/tcp/{port}",
             "--announce-maddrs", f"/ip4/127.0.0.1/tcp/{proxy.port}", "--update-period", "10",
             *serve_options(self._kind, number),
         )  # fmt: skip
-        return Holder(process, proxy, threading.Event())
+        return Holder(process, proxy, link, threading.Event())
 
 
 def slow_down(holder: Holder, factor: int = 10, period: float = 0.1) -> None:
@@ -132,27 +136,31 @@ FAULTS: dict[str, Callable[[Holder], None]] = {
     "black hole": lambda holder: holder.proxy.black_hole(),
     "cut": lambda holder: holder.proxy.cut(),
     "delay 0.2 s": lambda holder: setattr(holder.proxy, "delay", 0.2),
-    "throttle 4 MB/s": lambda holder: setattr(holder.proxy, "rate", 4e6),
+    "throttle 4 MB/s": lambda holder: setattr(holder.link, "rate", 4e6),
     "10 × slower": slow_down,
 }
-BOUNDS = {"ours": 1e-5, "petals": 1e-5, "mixed": 2e-5}
-"""How far a run with a fault may be off the undisturbed one. Servers of the two kinds compute the prefix in different
-forms (1.0e-5 off a local run without any fault), and a fault moves work from one to the other."""
 LIMITS = {"kill": 1.0, "hang": 10.0, "black hole": 10.0, "cut": 10.0}
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    input_ids = torch.randint(1, 96, (32, 80), generator=generator)
-    return {"input_ids": input_ids, "labels": torch.randint(0, 2, (32,), generator=generator)}
+    input_ids = torch.randint(1, 96, (BATCH, 80), generator=generator)
+    return {"input_ids": input_ids, "labels": torch.randint(0, 2, (BATCH,), generator=generator)}
+
+
+def mean_loss(model: Any, whole: dict[str, torch.Tensor], piece: int) -> torch.Tensor:
+    """Of a batch that is given to the model in pieces of that many samples."""
+    pieces = zip(*(tensor.split(piece) for tensor in whole.values()), strict=True)
+    losses = [model(**dict(zip(whole, tensors, strict=True))).loss * len(tensors[0]) for tensors in pieces]
+    return torch.stack(losses).sum() / BATCH
 
 
 @dataclass
 class Trace:
-    """Of a training run: losses, gradients of the last step, validation loss, seconds of each step and of loading."""
+    """Of a training run: losses and gradients of each step, validation loss, seconds of each step and of loading."""
 
     losses: list[float]
-    gradients: list[torch.Tensor]
+    gradients: list[list[torch.Tensor]]
     seconds: list[float]
     validation: float
     validation_seconds: float
@@ -161,18 +169,31 @@ class Trace:
     hedges: int = 0
 
     def differs_from(self, other: Trace) -> float:
-        """The largest relative difference of losses and gradients."""
+        """The largest relative difference of losses and gradients, those of deep prompts block by block."""
         pairs = [*zip(self.losses, other.losses, strict=True), (self.validation, other.validation)]
         errors = [abs(a - b) / abs(b) for a, b in pairs]
-        errors += [((a - b).norm() / b.norm()).item() for a, b in zip(self.gradients, other.gradients, strict=True)]
+        errors += [gradient_difference(a, b) for a, b in zip(self.gradients, other.gradients, strict=True)]
         return max(errors)
 
 
-def train(model: Any, strike: Callable[[str], None] = lambda phase: None) -> Trace:
-    """A few steps and a validation; `strike` is told when a phase of the struck step begins."""
+def gradient_difference(gradients: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """The largest relative difference of a matrix: of the input prompts, of the prompts of a block, of the head."""
+    matrices = (-2, -1)
+    pairs = zip(gradients, others, strict=True)
+    return max(((a - b).norm(dim=matrices) / b.norm(dim=matrices)).max().item() for a, b in pairs)
+
+
+def train(model: Any, strike: Callable[[str], None] = lambda phase: None, *, piece: int = BATCH) -> Trace:
+    """A few steps and a validation; `strike` is told when a phase of the struck step begins.
+
+    Args:
+        piece: samples of each forward and backward; the model may cut its batches further.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-2)
-    losses, seconds = [], []
+    losses: list[float] = []
+    gradients: list[list[torch.Tensor]] = []
+    seconds: list[float] = []
     for step in range(STEPS):
         if step == STRUCK_STEP:
             strike("between")
@@ -180,12 +201,13 @@ def train(model: Any, strike: Callable[[str], None] = lambda phase: None) -> Tra
         optimizer.zero_grad()
         if step == STRUCK_STEP:
             strike("forward")
-        loss = model(**batch(step)).loss
+        loss = mean_loss(model, batch(step), piece)
         if step == STRUCK_STEP:
             strike("backward")
         loss.backward()
         seconds.append(time.monotonic() - began)
         losses.append(loss.item())
+        gradients.append([parameter.grad.clone() for parameter in parameters])
         if step < STEPS - 1:
             optimizer.step()
     began = time.monotonic()
@@ -193,7 +215,7 @@ def train(model: Any, strike: Callable[[str], None] = lambda phase: None) -> Tra
     with torch.no_grad():
         validation = model(**batch(99)).loss.item()
     validation_seconds = time.monotonic() - began
-    return Trace(losses, [p.grad.clone() for p in parameters], seconds, validation, validation_seconds)
+    return Trace(losses, gradients, seconds, validation, validation_seconds)
 
 
 def train_remotely(swarm: FaultySwarm, strike: Callable[[str, Any], None] = lambda phase, model: None) -> Trace:
@@ -210,7 +232,44 @@ def train_remotely(swarm: FaultySwarm, strike: Callable[[str, Any], None] = lamb
 
 
 @dataclass
+class Yardstick:
+    """What a run is measured with. In float32 no run is right to the last bit, and no two of them are the same bit for
+    bit if they cut their batches differently, as a client does when a fault has changed what it knows of its servers.
+
+    Attributes:
+        exact: the same training in float64, in one process.
+        rounding: how far float32 is off it in one process, of several ways to cut the batches the one that is furthest.
+        share: how far gradients are off when those of one sample are lost, of all samples the one that shows least.
+    """
+
+    exact: Trace
+    rounding: float
+    share: float
+
+    @property
+    def bound(self) -> float:
+        """How far a run may be off: twice what another cut costs, since rounding is a matter of luck."""
+        return 2 * self.rounding
+
+
+def make_yardstick(swarm: FaultySwarm) -> Yardstick:
+    exact = train(swarm.load_local().double())
+    rounding = max(train(swarm.load_local(), piece=piece).differs_from(exact) for piece in (BATCH, 8))
+    model, samples = swarm.load_local(), batch(STRUCK_STEP)
+    gradients = []
+    for number in range(BATCH):
+        model.zero_grad()
+        model(**{name: tensor[number : number + 1] for name, tensor in samples.items()}).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in prompts_of(model).parameters()])
+    whole = [torch.stack(each).sum(0) for each in zip(*gradients, strict=True)]
+    rests = ([all_of_them - lost for all_of_them, lost in zip(whole, own, strict=True)] for own in gradients)
+    return Yardstick(exact, rounding, min(gradient_difference(rest, whole) for rest in rests))
+
+
+@dataclass
 class Outcome:
+    """Stalls are seconds; `difference` is from the exact run."""
+
     fault: str
     phase: str
     stall: float
@@ -220,8 +279,8 @@ class Outcome:
     hedges: int
 
 
-def run_case(swarm: FaultySwarm, fault: str, phase: str, undisturbed: Trace) -> Outcome:
-    """Strikes the server in use, in one phase; compares with a run through the same swarm without a fault."""
+def run_case(swarm: FaultySwarm, fault: str, phase: str, undisturbed: Trace, exact: Trace) -> Outcome:
+    """Strikes the server in use, in one phase; compares times with `undisturbed`, a run through the same swarm."""
     timers: list[threading.Timer] = []
 
     def strike(now: str, model: Any) -> None:
@@ -252,7 +311,7 @@ def run_case(swarm: FaultySwarm, fault: str, phase: str, undisturbed: Trace) -> 
     }
     stall = stalls.get(phase, trace.seconds[STRUCK_STEP] - step)
     later = max(seconds - step for seconds in trace.seconds[STRUCK_STEP + 1 :])
-    return Outcome(fault, phase, stall, later, trace.differs_from(undisturbed), trace.retries, trace.hedges)
+    return Outcome(fault, phase, stall, later, trace.differs_from(exact), trace.retries, trace.hedges)
 
 
 def steps_until_recovery(swarm: FaultySwarm, steps: int = 25) -> tuple[int, float, float]:

@@ -17,15 +17,19 @@ def free_port() -> int:
 
 
 class SharedLink:
-    """A link that several connections share, through whichever proxies: `rate` bytes a second in each direction."""
+    """A link that several connections share, through whichever proxies: `rate` bytes a second in each direction.
+
+    Attributes:
+        rate: may be changed while bytes pass.
+    """
 
     def __init__(self, rate: float):
-        self._rate, self._free_at, self._lock = rate, [0.0, 0.0], threading.Lock()
+        self.rate, self._free_at, self._lock = rate, [0.0, 0.0], threading.Lock()
 
     def book(self, direction: int, came: float, num_bytes: int) -> float:
         """When bytes that came at `came` have passed, behind those booked before; in `time.monotonic` seconds."""
         with self._lock:
-            self._free_at[direction] = max(self._free_at[direction], came) + num_bytes / self._rate
+            self._free_at[direction] = max(self._free_at[direction], came) + num_bytes / self.rate
             return self._free_at[direction]
 
 

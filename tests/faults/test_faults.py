@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import BOUNDS, FaultySwarm, Trace, run_case, train, train_remotely
+from tests.faults.harness import FaultySwarm, Trace, Yardstick, make_yardstick, run_case, train_remotely
 from tests.faults.proxy import TcpProxy
 
 ROOM = 2.0  # a busy machine may take this much longer than the promise
 
 
 @pytest.fixture(scope="module")
-def swarm(heavier_checkpoint, servers):
+def swarm(heavier_checkpoint: Path, servers: str) -> Iterator[FaultySwarm]:
     with FaultySwarm(heavier_checkpoint, servers) as swarm:
         yield swarm
 
 
 @pytest.fixture(scope="module")
-def undisturbed(swarm) -> Trace:
+def yardstick(swarm: FaultySwarm) -> Yardstick:
+    yardstick = make_yardstick(swarm)
+    assert yardstick.bound < 1e-4
+    assert yardstick.bound < 0.01 * yardstick.share  # a lost share would be seen
+    return yardstick
+
+
+@pytest.fixture(scope="module")
+def undisturbed(swarm: FaultySwarm, yardstick: Yardstick) -> Trace:
     trace = train_remotely(swarm)
-    assert trace.differs_from(train(swarm.load_local())) < 1e-4
+    assert trace.differs_from(yardstick.exact) < yardstick.bound
     assert trace.retries == 0
     return trace
 
@@ -31,10 +41,23 @@ def undisturbed(swarm) -> Trace:
     ("fault", "phase", "limit"),
     [("hang", "backward", 10), ("black hole", "forward", 10), ("cut", "backward", 2), ("kill", "between", 1)],
 )
-def test_a_fault_changes_no_loss_and_no_gradient(fault, phase, limit, swarm, undisturbed, servers):
-    case = run_case(swarm, fault, phase, undisturbed)
+def test_a_fault_changes_no_loss_and_no_gradient(
+    fault: str, phase: str, limit: float, swarm: FaultySwarm, undisturbed: Trace, yardstick: Yardstick
+) -> None:
+    """A run with a fault is as near to float64 as runs without one.
+
+    Two runs in float32 can be compared with each other only if both cut their batches alike: then they were the same
+    bit for bit, with and without a fault. But a fault changes what the client has measured of its servers, so it cuts
+    the next batches differently. Sums of gradients then end in other last bits (a difference of 1e-7 in the first
+    step), the optimizer's step carries these into the prompts, and a model with prompts that differ in the last bit
+    rounds differently everywhere: from the next step on the difference is that of two independent roundings, 1e-5 for
+    this model. Each of them is as far off float64, 2e-5 to 3.5e-5, whatever the cut and the instruction set. The triangle
+    inequality is all that holds between the two, so the distance to float64 is what is bounded: by twice what float32
+    costs in one process, on this machine. The gradients of one sample alone weigh over a thousand times as much.
+    """
+    case = run_case(swarm, fault, phase, undisturbed, yardstick.exact)
     print(f"{fault} in {phase}: stall {case.stall:.2f} s, later {case.later_stall:.2f} s, {case.difference:.1e} off")
-    assert case.difference < BOUNDS[servers]
+    assert case.difference < yardstick.bound
     assert case.stall < limit + ROOM
 
 
