@@ -51,7 +51,7 @@ def test_a_fault_changes_no_loss_and_no_gradient(
     the next batches differently. Sums of gradients then end in other last bits (a difference of 1e-7 in the first
     step), the optimizer's step carries these into the prompts, and a model with prompts that differ in the last bit
     rounds differently everywhere: from the next step on the difference is that of two independent roundings, 1e-5 for
-    this model. Each of them is as far off float64, 2e-5 to 3.5e-5, whatever the cut and the instruction set. The triangle
+    this model. Each of them is as far off float64, 2e-5 to 3.5e-5, whatever the cut and the instructions. The triangle
     inequality is all that holds between the two, so the distance to float64 is what is bounded: by twice what float32
     costs in one process, on this machine. The gradients of one sample alone weigh over a thousand times as much.
     """
