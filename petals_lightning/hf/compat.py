@@ -109,6 +109,7 @@ class CacheLayer(CacheLayerMixin):
 
     def crop(self, length: int) -> None:
         """Drops the last positions: `-length` of them; up to 5.13 `generate` gave what remains, a positive number."""
+        length = int(length)  # assisted generation of 5.15, among others, gives a tensor
         remaining = self.get_seq_length() + length if length <= 0 else min(length, self.get_seq_length())
         self.keep_first(max(remaining, 0))
 
