@@ -198,7 +198,7 @@ class ServerProcess:
 
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["petals_lightning.cli.main", "petals_lightning.server.server"])
+_FORKS.set_forkserver_preload(["petals_lightning.cli.app", "petals_lightning.server.server"])
 
 
 def _run(program: Callable[[], None], command: list[str], output: Connection, errors: Connection) -> None:

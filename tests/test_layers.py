@@ -11,7 +11,7 @@ import petals_lightning
 
 PACKAGE = Path(petals_lightning.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "library_messages"},
     {"protocol", "sample"},
     {"swarm"},
     {"hf"},

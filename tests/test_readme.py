@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from petals_lightning.cli.main import app
+from petals_lightning.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)

@@ -12,6 +12,7 @@ from petals_lightning.cli.options import (
     say,
 )
 from petals_lightning.errors import SwarmConnectionError
+from petals_lightning.library_messages import libraries_to_root_log
 
 
 def bootstrap(
@@ -24,6 +25,7 @@ def bootstrap(
     from petals_lightning.swarm import SwarmNode
 
     configure_logging()
+    libraries_to_root_log()
     stop = StopSignal()
     node = SwarmNode(
         initial_peers or [],

@@ -1,4 +1,4 @@
-"""Entry point of `petals-lightning`: one line for a user's error, commands in modules of their own."""
+"""Entry point of `petals-lightning`: one line for a user's error, no warnings of libraries on the screen."""
 
 from __future__ import annotations
 
@@ -9,26 +9,15 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of NumPy's: they spin too
 
-import typer
-
-from petals_lightning.cli import bootstrap, chat, generate, serve, status
 from petals_lightning.errors import PetalsLightningError
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Serve and use language models whose blocks live in a swarm.",
-)
-app.command("serve")(serve.serve)
-app.command("bootstrap")(bootstrap.bootstrap)
-app.command("status")(status.status)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
+from petals_lightning.library_messages import warnings_to_log
 
 
 def main() -> None:
     """Runs the command; an error that a user can mend is one line on stderr and exit status 1."""
+    warnings_to_log()
+    from petals_lightning.cli.app import app
+
     try:
         app()
     except PetalsLightningError as e:

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from petals_lightning.library_messages import OursOrErrors
+
 InitialPeers = Annotated[
     list[str] | None, typer.Option(help="Multiaddress of a peer to join; repeat for several.", metavar="MADDR")
 ]
@@ -23,13 +25,14 @@ IdentityPath = Annotated[
 ]
 
 
-def configure_logging(verbose: bool = False) -> None:
-    """Log lines with a time on stderr."""
+def configure_logging(with_libraries: bool = False) -> None:
+    """Log lines with a time on stderr: ours, and with `with_libraries` also warnings and messages of others."""
+    handler = logging.StreamHandler()
+    if not with_libraries:
+        handler.addFilter(OursOrErrors())
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler], force=True
     )
-    for noisy in ("httpx", "urllib3", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def say(line: str) -> None:

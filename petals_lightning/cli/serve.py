@@ -20,6 +20,7 @@ from petals_lightning.cli.options import (
     say,
 )
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.library_messages import libraries_to_root_log
 
 
 def serve(
@@ -67,6 +68,9 @@ def serve(
             help="Run prompts once for the whole batch, where the family allows it, or with every sample.",
         ),
     ] = True,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Log warnings and messages of other libraries, too.")
+    ] = False,
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
 ) -> None:
@@ -99,7 +103,7 @@ def serve(
         allowed_peers=read_peer_list(allow_peers) if allow_peers is not None else None,
         token=read_token(token_file) if token_file is not None else None,
     )
-    configure_logging()
+    configure_logging(verbose)
     stop = StopSignal()
 
     import torch  # after OMP_WAIT_POLICY is set, and not for --help
@@ -109,6 +113,7 @@ def serve(
     from petals_lightning.server.server import Server, parse_block_indices
     from petals_lightning.swarm import SwarmNode
 
+    libraries_to_root_log()
     if threads is not None:
         torch.set_num_threads(threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

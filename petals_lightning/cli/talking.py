@@ -18,6 +18,7 @@ from rich.console import Console
 
 from petals_lightning.cli.options import IdentityPath, InitialPeers
 from petals_lightning.errors import ConfigurationError
+from petals_lightning.library_messages import OursOrErrors, libraries_to_root_log
 
 Temperature = Annotated[float, typer.Option(help="Randomness of the choice of words; 0 always takes the likeliest.")]
 TopP = Annotated[float, typer.Option(help="Choose among the likeliest words that make up this share.")]
@@ -69,6 +70,7 @@ class Screen(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
+        self.addFilter(OursOrErrors())
         self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, style="dim")
         self._is_within_line = False
         self._held: list[str] | None = None
@@ -127,6 +129,7 @@ def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
     from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
     from petals_lightning.protocol.auth import read_token
 
+    libraries_to_root_log()
     hub: dict[str, Any] = {"revision": options.revision, "token": options.token}
     tokenizer = load_tokenizer(options.model, **hub)
     model = AutoDistributedModelForCausalLM.from_pretrained(

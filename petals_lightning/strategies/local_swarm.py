@@ -87,7 +87,7 @@ class LocalSwarm(SwarmSource):
     def _launch(self, number: int, blocks: str, swarm: list[str], model: ServedModel, log_dir: Path) -> ServerProcess:
         arguments = [model.name_or_path, *swarm, "--block-indices", blocks]
         arguments += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--dtype", model.dtype]
-        arguments += ["--public-name", f"local-{number}"]
+        arguments += ["--public-name", f"local-{number}", "--verbose"]
         if model.dht_prefix is not None:
             arguments += ["--dht-prefix", model.dht_prefix]
         threads = self.threads_per_server or max(1, (os.cpu_count() or 1) // self.num_servers)

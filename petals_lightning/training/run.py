@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
@@ -22,6 +21,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
 from petals_lightning.data import TextClassificationDataModule, TextDataModule
 from petals_lightning.errors import SwarmError
+from petals_lightning.library_messages import libraries_to_root_log
 from petals_lightning.models import save_prompts
 from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
 from petals_lightning.strategies import RemoteBlockStrategy, SwarmSource, load_trained_weights, precision_plugin
@@ -192,11 +192,8 @@ def _finish(logger: Logger) -> None:
 
 
 def _quieten_libraries() -> None:
-    for name in ("pytorch_lightning", "lightning_fabric", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    libraries_to_root_log()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Lightning 2.6 tests tree specs in a way that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     # A run that continues in a new folder finds its best checkpoint anew there, which is what we want.
     warnings.filterwarnings("ignore", "The dirpath has changed from")
     # Our folder holds one run and its older checkpoints on purpose.

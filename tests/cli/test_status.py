@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from petals_lightning.cli.main import app
+from petals_lightning.cli.app import app
 from petals_lightning.errors import ConfigurationError
 from tests.swarms import PREFIX
 
