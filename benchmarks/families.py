@@ -11,6 +11,7 @@ own class of transformers: logits, gradients of the prompts, class scores, and w
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -46,6 +47,7 @@ from tests.swarms import InProcessSwarm
 
 _P, _B, _S, _NEW = 3, 4, 9, 6
 _EXACT = 1e-5
+_ROUNDING = 4  # times what float32 loses in the family's own class: where that is over 1e-5, it is the bound
 EXACT, REFUSED, WRONG, FAILED, UNTRIED = "exact", "refused", "WRONG", "FAILED", "not tried"
 
 
@@ -151,16 +153,29 @@ def _train(load: Any, plain: Any) -> dict[str, float]:
         prompts.input.normal_(0, 0.3)
         prompts.deep.normal_(0, 0.3)
     batch = _batch()
-    logits = model(**batch).logits
-    expected, given, deep = _plain_logits(plain, prompts, batch)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)) * batch["attention_mask"][..., None]
-    (logits * weights).sum().backward()
-    (expected * weights).sum().backward()
     real = batch["attention_mask"].bool()
+    logits = model(**batch).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)) * real[..., None]
+    (logits * weights).sum().backward()
+    found = {"logits": logits[real], "prompt gradients": prompts.input.grad, "deep gradients": prompts.deep.grad}
+
+    def expected(plain: PreTrainedModel) -> dict[str, torch.Tensor]:
+        logits, given, deep = _plain_logits(plain, prompts, batch)
+        (logits * weights).sum().backward()
+        return {"logits": logits[real], "prompt gradients": given.grad, "deep gradients": deep.grad}
+
+    in_float32 = expected(plain)
+    errors = {name: _error(found[name], in_float32[name]) for name in found}
+    if max(errors.values()) < _EXACT:
+        return errors
+    try:
+        in_float64 = expected(copy.deepcopy(plain).double())
+    except RuntimeError:  # experts are multiplied in float32 and less only
+        return errors
+    lost = {name: _error(in_float32[name], in_float64[name]) for name in found}
     return {
-        "logits": _error(logits[real], expected[real]),
-        "prompt gradients": _error(prompts.input.grad, given.grad),
-        "deep gradients": _error(prompts.deep.grad, deep.grad),
+        name: 0.0 if _error(found[name], in_float64[name]) < _ROUNDING * lost[name] else error
+        for name, error in errors.items()
     }
 
 
@@ -168,7 +183,8 @@ def _plain_logits(
     plain: PreTrainedModel, prompts: Any, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits [B, S, V] of the family's own class with prompts concatenated, and the leaves for their gradients."""
-    given, deep = (t.detach().clone().requires_grad_() for t in (prompts.input, prompts.deep))
+    dtype = next(plain.parameters()).dtype
+    given, deep = (t.detach().to(dtype, copy=True).requires_grad_() for t in (prompts.input, prompts.deep))
     hooks = []
     for index, block in enumerate(_blocks_of(plain)):
 
@@ -190,8 +206,9 @@ def _plain_logits(
 
 
 def _classify(load: Any, folder: str, plain: PreTrainedModel) -> dict[str, float]:
+    padding = {"pad_token_id": 0} if hasattr(Checkpoint(folder).decoder_config, "pad_token_id") else {}
     try:
-        model = load(AutoDistributedModelForSequenceClassification, num_labels=3, pad_token_id=0)
+        model = load(AutoDistributedModelForSequenceClassification, **padding, num_labels=3)
     except UnsupportedModelError as e:
         if "has no class for" in str(e):
             return {}
@@ -231,8 +248,10 @@ def _generate(load: Any, plain: Any) -> list[str]:
             for use_cache in (False, True):  # in some families transformers' own cache gives other tokens than none
                 with contextlib.suppress(Exception):  # or cannot be used, or not be left out
                     expected.append(plain.generate(given, attention_mask=padding, use_cache=use_cache, **greedy))
+            if not expected and padding.all():
+                expected.append(_greedy(plain, given))
             tokens = model.generate(given, attention_mask=padding, use_cache=True, **greedy)
-            if not any(torch.equal(tokens, other) for other in expected):
+            if expected and not any(torch.equal(tokens, other) for other in expected):
                 wrong.append(name)
     return wrong
 
@@ -240,6 +259,14 @@ def _generate(load: Any, plain: Any) -> list[str]:
 def _blocks_of(plain: PreTrainedModel) -> nn.ModuleList:
     text = text_decoder_in(plain, plain.config.get_text_config())[1]
     return find_blocks(text).blocks(text)
+
+
+@torch.no_grad()
+def _greedy(plain: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """What `generate` would write, where transformers' own does not take such a model's config."""
+    for _ in range(_NEW):
+        ids = torch.cat([ids, plain(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
 
 
 def _batch() -> dict[str, torch.Tensor]:
@@ -272,7 +299,8 @@ Made by `python -m benchmarks.families --page docs/families.md` with transformer
 
 A tiny random model of each family that transformers lists under `AutoModelForCausalLM` or `AutoModelForImageTextToText`
 runs on two servers and is compared with the family's own class: *training* is exact if logits, class scores and the
-gradients of deep prompts are within {_EXACT:.0e} of it, with padded samples; *sessions* are exact if greedy generation
+gradients of deep prompts are within {_EXACT:.0e} of it, with padded samples (a few families lose more than that in
+float32 by themselves: there both are compared with float64); *sessions* are exact if greedy generation
 writes the same tokens, also with padding on the left. Of wrappers (Gemma 3, Qwen2-VL, LLaVA, …) the text decoder is
 served. What is refused is refused when a server starts or a client loads, with the words in the note.
 

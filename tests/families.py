@@ -88,6 +88,13 @@ RECURRENT_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         mamba_dt_rank=4,
     ),
     "bamba": lambda: tf.BambaConfig(**COMMON, **_STATE_SPACE, num_key_value_heads=2, attn_layer_indices=[1, 3]),
+    "mamba": lambda: tf.MambaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=NUM_BLOCKS, state_size=8, pad_token_id=0
+    ),
+    "mamba2": lambda: tf.Mamba2Config(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=NUM_BLOCKS, state_size=8, num_heads=8, head_dim=8,
+        n_groups=1, chunk_size=4, pad_token_id=0,
+    ),
     "lfm2": lambda: tf.Lfm2Config(
         **COMMON, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv", "full_attention"]
     ),
@@ -141,7 +148,7 @@ WRAPPER_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 """Multimodal models, of which the text decoder is served."""
 
 # These have no class for sequence classification in transformers.
-CAUSAL_ONLY = {"granite", "granitemoehybrid", "falcon_h1", "bamba", "lfm2"}
+CAUSAL_ONLY = {"granite", "granitemoehybrid", "falcon_h1", "bamba", "mamba", "mamba2", "lfm2"}
 
 
 def longrope_config(switch: int) -> PreTrainedConfig:

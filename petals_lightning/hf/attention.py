@@ -18,7 +18,6 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
 
 
 def _is_window(name: str) -> bool:
-    return ("window" in name and "layer" not in name and "pattern" not in name) or name in (
-        "attention_chunk_size",
-        "local_attention",
-    )
+    if name in ("attention_chunk_size", "local_attention"):
+        return True
+    return "window" in name and not any(other in name for other in ("layer", "pattern"))

@@ -31,7 +31,7 @@ from petals_lightning.errors import UnsupportedModelError
 
 __all__ = ["Cache", "CacheLayer", "GenericForSequenceClassification", "GradientCheckpointingLayer"]
 
-_CACHE_NAMES = ("cache", "past_key_values")
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def versions() -> str:
@@ -40,7 +40,8 @@ def versions() -> str:
 
 
 def cache_name(model: nn.Module) -> str:
-    """The keyword under which a model takes keys and values: `cache` since 5.24, `past_key_values` before.
+    """The keyword under which a model takes keys and values: `cache` since 5.24, `past_key_values` before
+    (`cache_params` in Mamba).
 
     Raises:
         UnsupportedModelError: it takes neither.

@@ -71,7 +71,8 @@ def names_in_decoder(cls: type[PreTrainedModel], checkpoint: Checkpoint, model: 
     path, _ = text_decoder_in(wrapper, config)
     prefix = wrapper.base_model_prefix
     inside = re.compile(rf"^(?:{re.escape(prefix)}\.)?{re.escape(path.removeprefix(f'{prefix}.'))}\.(.+)$")
-    base = f"{cls.base_model_prefix}." if model.base_model is not model else ""
+    base, _ = text_decoder_in(model, config)
+    base = f"{base}." if base else ""
     found = {}
     heads = _head_path(wrapper), _head_path(model)
     for name, renamed in renamed_keys(wrapper, names).items():
@@ -98,17 +99,25 @@ def wrapper_of(checkpoint: Checkpoint) -> PreTrainedModel:
         return cls(config)
 
 
-def text_decoder_in(wrapper: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel]:
-    """Path and module of the text decoder in a wrapper.
+def text_decoder_in(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel]:
+    """Path and module of the decoder without a head that `config` describes, in a wrapper or a model with a head.
 
     Raises:
         UnsupportedModelError: there is none.
     """
-    for path, module in wrapper.named_modules():
-        if isinstance(module, PreTrainedModel) and type(module.config) is type(config):
-            base: Any = module.base_model
-            return (path, module) if base is module else (f"{path}.{module.base_model_prefix}", base)
-    raise UnsupportedModelError(f"{type(wrapper).__name__} has no text decoder of {type(config).__name__}")
+    parts = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and isinstance(module.config, type(config))
+    ]
+    base = class_for(AutoModel, type(config))
+    for path, module in parts:
+        if base is not None and isinstance(module, base):
+            return path, module
+    for path, module in parts:  # a family that AutoModel does not know
+        inner: Any = module.base_model
+        return (path, module) if inner is module else (f"{path}.{module.base_model_prefix}".strip("."), inner)
+    raise UnsupportedModelError(f"{type(model).__name__} has no text decoder of {type(config).__name__}")
 
 
 def _head_path(model: PreTrainedModel) -> str | None:
@@ -126,6 +135,8 @@ def _causal_class(
     if "." in str(_head_path(wrapper)) and found:  # the wrapper holds the text part with its head
         return found[0]
     expected = _trial_logits(wrapper)
+    if expected is None and found:  # it takes no texts
+        return found[0]
     for cls in (*found, _plain_causal(base)):
         with torch.device("meta"), quiet_transformers():
             model = cls(copy.deepcopy(config))

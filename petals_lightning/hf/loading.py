@@ -78,9 +78,10 @@ def load_pruned(
     # The name and module stay the family's own: transformers derives behaviour from them.
     pruned: Any = type(cls.__name__, bases, {"__init__": init, "__module__": cls.__module__})
 
-    with refusing(f"{cls.__name__} cannot be made"), torch.device("meta"):
+    with refusing(f"{cls.__name__} cannot be cut into blocks"), torch.device("meta"):
         outline = cls(copy.deepcopy(config))  # only its names are needed, to choose what to read
-    renamed = _names_to_read(cls, checkpoint, outline, prune(outline, part), part)
+        outline_layout = prune(outline, part)
+    renamed = _names_to_read(cls, checkpoint, outline, outline_layout, part)
     with ExitStack() as stack:
         lazy = checkpoint.tensors(renamed, stack, on_shard)
         with refusing(f"{cls.__name__} cannot be cut into blocks"), quiet_transformers():
@@ -155,10 +156,11 @@ def _names_to_read(
     prefix = cls.base_model_prefix
     inner = layout.list_path.removeprefix(f"{prefix}.")
     block = re.compile(rf"^((?:{re.escape(prefix)}\.)?{re.escape(inner)}\.)(\d+)(\..*)$")
+    kept = model.state_dict()  # a server's decoder may have values of its own besides blocks
     wanted, moved = {}, {}
     for name, path in names_in_decoder(cls, checkpoint, model).items():
         if (match := block.match(path)) is None:
-            if part.ends:
+            if part.ends or path in kept:
                 wanted[name] = path
         elif part.start <= (number := int(match[2])) < part.end:
             moved[name] = number - part.start, match[3]

@@ -35,7 +35,9 @@ def config_overrides(config: PreTrainedConfig, given: Mapping[str, Any], argumen
     Raises:
         ConfigurationError: a keyword is none that can be set.
     """
-    settable = {name for name in dir(config) if not name.startswith("_") and not callable(getattr(config, name, None))}
+    settable = {
+        name for name in dir(config) if not name.startswith("_") and not callable(getattr(type(config), name, None))
+    }
     overrides = {}
     for name, value in given.items():
         if name in _NOT_HERE:

@@ -27,7 +27,7 @@ COMMANDS = {
     "clients": f"{TINY} --blocks 1 --counts 1,2 --case 2x8x2 --seconds 0.5",
     "decode": f"{TINY} --blocks 2 --servers 1,2 --sessions 2 --new-tokens 2 --prefill 16",
     "evaluation": "--repeats 1 --batches 2 --batch-size 8 --in-flight 2 --round-trip 0.01",
-    "families": "--family llama --family gemma3 --family qwen3_next --family mamba",
+    "families": "--family llama --family gemma3 --family qwen3_next --family rwkv",
     "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
     "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",
     "pipeline": "--repeats 1 --hidden 64 --blocks 2 --servers 2 --case 4x8x2 --microbatches 2 --block-ms 1",
@@ -105,9 +105,9 @@ def test_families_are_exact_or_refused_with_a_reason(run: Run, tmp_path: Path) -
     found = {family: (row["training"], row["sessions"]) for family, row in rows.items()}
     assert found == {
         "llama": ("exact", "exact"), "gemma3": ("exact", "exact"), "qwen3_next": ("exact", "refused"),
-        "mamba": ("refused", "refused"),
+        "rwkv": ("refused", "refused"),
     }  # fmt: skip
-    assert "another kind of state" in rows["mamba"]["note"]
+    assert "another kind of state" in rows["rwkv"]["note"]
     assert "| llama | exact | exact |  |" in page.read_text().splitlines()
 
 

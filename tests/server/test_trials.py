@@ -28,17 +28,6 @@ from tests.families import (
 )
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
-    "mamba": (
-        lambda: tf.MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=NUM_BLOCKS, state_size=8),
-        "keeps another kind of state",
-    ),
-    "mamba2": (
-        lambda: tf.Mamba2Config(
-            vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=NUM_BLOCKS, state_size=8, num_heads=8, head_dim=8,
-            n_groups=1,
-        ),
-        "keeps another kind of state",
-    ),
     "rwkv": (
         lambda: tf.RwkvConfig(
             vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=NUM_BLOCKS, attention_hidden_size=HIDDEN
