@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from petals_lightning.strategies.batches_in_flight import BEGUN, BatchesInFlight
 from petals_lightning.strategies.local_swarm import LocalSwarm
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
 from petals_lightning.strategies.trained_weights import load_trained_weights
+
+
+_SESSIONS = count(1)  # of all strategies of this process: a module may go from one Trainer to another
 
 
 class RemoteBlockStrategy(SingleDeviceStrategy):
@@ -49,7 +53,7 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
         self.swarm = swarm or LocalSwarm()
         self.parallel_devices: list[torch.device] = []  # Lightning fills it in from the Trainer's accelerator
         self.session = 0
-        """Counts the times that the swarm was joined: a model built in an earlier session is disconnected."""
+        """The number of this strategy's newest session in a swarm: a model built in another one is disconnected."""
         self._client_arguments: dict[str, Any] | None = None
         self._forwards: ThreadPoolExecutor | None = None
 
@@ -72,7 +76,7 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
             )
         super().setup_environment()
         self._client_arguments = self.swarm.acquire(self._served_model(), self._log_dir())
-        self.session += 1
+        self.session = next(_SESSIONS)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Has the forwards of evaluation batches begun ahead of their turn, if the module lets it (`evaluate`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,44 @@ def test_one_trainer_fits_validates_tests_and_predicts_again_and_again(
     assert sum(len(batch["labels"]) for batch in predicted) == 16
 
 
+def test_a_module_goes_from_trainer_to_trainer_and_from_swarm_to_swarm(
+    text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
+) -> None:
+    one, other = start_swarm(text_model, [(0, 4)]), start_swarm(text_model, [(0, 1), (1, 4)])
+
+    def trainer(swarm: InProcessSwarm | None, *callbacks: Callback) -> pl.Trainer:
+        strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)) if swarm is not None else "auto"
+        return make_trainer(tmp_path, strategy, *callbacks)
+
+    module, first = make_module(text_model), trainer(one)
+    first.fit(module, datamodule=data)
+    fitted = {name: float(value) for name, value in first.callback_metrics.items() if name.startswith("val/")}
+
+    async def in_a_notebook() -> list[Any]:  # its cells run in an event loop
+        return trainer(one).validate(module, datamodule=data, verbose=False)
+
+    assert asyncio.run(in_a_notebook()) == [pytest.approx(fitted, abs=1e-5)]
+    for swarm in (other, None, first):
+        again = first if swarm is first else trainer(swarm)
+        assert again.validate(module, datamodule=data, verbose=False) == [pytest.approx(fitted, abs=1e-4)]
+    with pytest.raises(SwarmConnectionError, match="give the module to a Trainer again"):
+        module(**next(iter(data.val_dataloader())))
+
+    (tested,) = trainer(other).test(module, datamodule=data, verbose=False)
+    predicted = trainer(one).predict(module, datamodule=data)
+    labels = [batch["labels"] for batch in data.test_dataloader()]
+    assert predicted is not None
+    hits = sum(int((batch["labels"] == right).sum()) for batch, right in zip(predicted, labels, strict=True))
+    assert hits / 16 == tested["test/accuracy"]
+    copied = make_module(text_model)
+    trainer(None).validate(copied, datamodule=data, verbose=False)
+    copied.load_state_dict(module.state_dict())
+    here, there = Losses(), Losses()
+    trainer(None, here).fit(copied, datamodule=data)
+    trainer(other, there).fit(module, datamodule=data)
+    assert there.values == pytest.approx(here.values, abs=1e-4)
+
+
 def test_checkpoints_of_a_swarm_load_into_a_local_run(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:
@@ -120,7 +159,8 @@ def test_teardown_closes_the_connection_after_an_exception(
         make_trainer(tmp_path, strategy, Fail()).fit(module, datamodule=data)
     blocks = remote_blocks(module)
     assert blocks is not None
-    assert blocks._swarm.closed
+    with pytest.raises(SwarmConnectionError, match="closed"):
+        blocks.route()
     with pytest.raises(RuntimeError, match="between the strategy's setup_environment and teardown"):
         _ = strategy.client_arguments
 
