@@ -121,6 +121,7 @@ def test_a_batch_beyond_the_servers_limits_is_cut_and_queued_to_fit(tiny_checkpo
     assert layers.stats.retries == 0
     assert layers.stats.requests == 2 * 20  # two samples a request, forward and backward
     assert torch.allclose(out[38:], layers(hidden[38:]), atol=1e-5)
+    assert hidden.grad is not None
     assert hidden.grad[-1].abs().sum() > 0
 
 
@@ -162,5 +163,6 @@ def test_samples_of_which_nothing_is_read_are_not_run(tiny_checkpoint, start_swa
     assert layers.stats.requests == before + 1
     assert torch.allclose(out, whole.reshape(18, HIDDEN)[[13, 17]], atol=1e-5)
     out.sum().backward()
+    assert hidden.grad is not None
     assert hidden.grad[:2].abs().sum() == 0
     assert hidden.grad[2].abs().sum() > 0

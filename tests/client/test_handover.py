@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import psutil
 import pytest
@@ -110,7 +111,8 @@ def test_a_server_lost_in_the_middle_changes_nothing(fault, victim, tiny_checkpo
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, *[THREE[victim]] * 3])
     remote, local = load_pair(checkpoint, swarm, hedge_factor=None)  # or a second server would answer before that
-    stats, lost, struck_in = remote_blocks(remote).stats, [], []
+    stats, lost = remote_blocks(remote).stats, []
+    struck_in: list[Any] = []
     assert_trains_as_local(remote, local)
     try:
         for phase in ("forward", "backward", "step"):
@@ -183,7 +185,8 @@ def test_training_and_generation_equal_local_hugging_face(mode, tiny_checkpoint,
 
 def count_sent(remote, counts: Counter[str]) -> None:
     """From now on counts the messages that the client sends, by method; asking for a sign of life is none."""
-    for connection in remote_blocks(remote)._swarm.view._connections.values():
+    connections: list[Any] = list(remote_blocks(remote)._swarm.view._connections.values())
+    for connection in connections:
 
         async def send(call_id: int, message: Message, original=connection._writer.send) -> int:
             if message.method is not Method.PING:
@@ -197,7 +200,8 @@ def test_the_client_sends_as_many_messages_as_to_one_server(tiny_checkpoint, sta
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, THREE)
     remote, local = load_pair(checkpoint, swarm)
-    layers, sent = remote_blocks(remote), Counter()
+    layers = remote_blocks(remote)
+    sent: Counter[str] = Counter()
     with layers.inference_session(max_length=20) as session:
         session.step(torch.randn(1, 3, HIDDEN))
         count_sent(remote, sent)

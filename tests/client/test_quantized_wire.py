@@ -26,8 +26,8 @@ TWO = [(0, 2), (2, 4)]
 
 
 def load_pair(checkpoint, swarm, wire_dtype: str = "int8_blockwise", **config):
-    config = ClientConfig(wire_dtype=wire_dtype, **config)
-    return pair(*CLASSIFIERS, checkpoint, swarm, "deep_ptune", num_labels=3, client_config=config)
+    client_config = ClientConfig(wire_dtype=wire_dtype, **config)
+    return pair(*CLASSIFIERS, checkpoint, swarm, "deep_ptune", num_labels=3, client_config=client_config)
 
 
 def step(model, batch) -> float:

@@ -105,4 +105,5 @@ def test_blocks_are_named_as_ranges(blocks, text):
 def test_the_route_over_a_thousand_servers_costs_what_scipys_dijkstra_finds(shortest, longest):
     servers = random_servers(1000, 80, shortest, longest)
     route = plan_route(servers, 0, 80)
+    assert route is not None
     assert cost_of(route, servers) == pytest.approx(scipy_cost(servers, 80), rel=1e-12)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import pytest
@@ -21,12 +22,13 @@ LAYOUTS = {"same span": [(0, 6), (0, 6)], "cut elsewhere": [(0, 6), (0, 2), (2, 
 
 def load_pair(checkpoint, servers):
     peers = [server.maddr for server in servers.values()]
-    options = {"tuning_mode": "deep_ptune", "pre_seq_len": 4, "num_labels": 2}
+    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 4, "num_labels": 2}
     models = []
-    for cls, where in (
+    classes: list[tuple[Any, dict[str, Any]]] = [
         (AutoDistributedModelForSequenceClassification, {"initial_peers": peers, "dht_prefix": PREFIX}),
         (LocalModelForSequenceClassification, {}),
-    ):
+    ]
+    for cls, where in classes:
         torch.manual_seed(0)
         models.append(cls.from_pretrained(str(checkpoint), **options, **where))
     return models

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ BATCH = {"input_ids": torch.arange(1, 25).view(4, 6), "labels": torch.tensor([0,
 
 def load(swarm: InProcessSwarm, **config):
     torch.manual_seed(0)
-    options = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 2}
+    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 2}
     return swarm.load(
         AutoDistributedModelForSequenceClassification, client_config=ClientConfig(ban_period=0.2, **config), **options
     )
@@ -52,7 +53,7 @@ def chosen(model, swarm: InProcessSwarm) -> Server:
 
 def assert_as_local(model, checkpoint) -> None:
     torch.manual_seed(0)
-    options = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 2}
+    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 2}
     local = LocalModelForSequenceClassification.from_pretrained(str(checkpoint), **options)
     losses = []
     for one in (model, local):
@@ -120,12 +121,12 @@ def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog, monkey
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     model = load(swarm, audit_rate=0.1)
     liar = chosen(model, swarm)
-    tamper(
-        liar,
-        lambda hidden: (
-            hidden + 0.01 * hidden.norm() * torch.nn.functional.normalize(torch.randn_like(hidden), dim=None)
-        ),
-    )
+
+    def add_noise(hidden: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn_like(hidden)
+        return hidden + 0.01 * hidden.norm() * noise / noise.norm()
+
+    tamper(liar, add_noise)
     name = liar.node.peer_id.to_base58()
     used = 0
     while name not in caplog.text:
