@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,18 +56,19 @@ def test_the_model_sees_the_whole_template_and_answers_as_it_does_locally(models
     )
     # Every answer begins with a thought, which Qwen3's and DeepSeek's templates drop later.
     thought = tokenizer("<think>\nhm\n</think>\n\n", add_special_tokens=False)["input_ids"]
-    prompt: list[int] = []
+    prompt: Any = []
 
     def allowed(_: int, tokens: torch.Tensor) -> list[int]:
         at = len(tokens) - len(prompt)
         return [thought[at]] if at < len(thought) else list(range(24, len(tokenizer)))
 
-    options = {"max_new_tokens": len(thought) + NEW_TOKENS, "prefix_allowed_tokens_fn": allowed}
+    options: dict[str, Any] = {"max_new_tokens": len(thought) + NEW_TOKENS, "prefix_allowed_tokens_fn": allowed}
     with models.remote.inference_session(max_length=512) as session:
         conversation = Conversation(
             models.remote, DialogueFormat(tokenizer), session, system=None, do_sample=False, pad_token_id=0, **options
         )
-        dialogue, known = [], []
+        dialogue: list[Any] = []
+        known: list[int] = []
         for question in QUESTIONS:
             dialogue.append(Message(role="user", content=question))
             prompt = tokenizer.apply_chat_template(dialogue, add_generation_prompt=True, return_dict=False)
@@ -75,7 +77,7 @@ def test_the_model_sees_the_whole_template_and_answers_as_it_does_locally(models
             assert seen[: len(prompt)] == prompt
             assert seen[len(prompt) :] == said_locally(models.local, prompt, conversation.end_ids, **options)
             assert count == len(seen) - len(prompt)
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(known, prompt, strict=False)))
+            shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(known, prompt, strict=False))))
             assert sent[-1] == len(prompt) - shared, "only what is new is sent"
             assert "hm" in answer
             dialogue.append(Message(role="assistant", content=answer))
@@ -104,12 +106,12 @@ def test_every_end_of_the_generation_config_ends_an_answer(models, monkeypatch):
 def test_a_template_without_a_system_turn_is_told_of_at_once(models):
     tokenizer = make_tokenizer("byte_level", GEMMA)
     with models.remote.inference_session(max_length=128) as session:
-        options = {"system": "Be kind.", "max_new_tokens": 3, "do_sample": False}
+        options: dict[str, Any] = {"system": "Be kind.", "max_new_tokens": 3, "do_sample": False}
         with pytest.raises(DataError, match=r"System role not supported\); .*--merge-system"):
             Conversation(models.remote, DialogueFormat(tokenizer), session, **options)
         merging = DialogueFormat(tokenizer, merge_system=True)
         conversation = Conversation(models.remote, merging, session, **options)
         conversation.reply("So?")
-        merged = [Message(role="user", content="Be kind.\n\nSo?")]
+        merged: list[Any] = [Message(role="user", content="Be kind.\n\nSo?")]
         prompt = tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=False)
         assert session.tokens[0, : len(prompt)].tolist() == prompt
