@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from petals_lightning.data.dialogue_format import DialogueFormat, Message, samples
@@ -55,7 +57,7 @@ def labels_of(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[
 @pytest.mark.parametrize("tokenizer_kind", TOKENIZERS)
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_tokens_are_those_of_apply_chat_template(kind, tokenizer_kind):
-    tokenizer = make_tokenizer(tokenizer_kind, *TEMPLATES[kind])
+    tokenizer: Any = make_tokenizer(tokenizer_kind, *TEMPLATES[kind])
     form = DialogueFormat(tokenizer)
     for turns in (1, 3, 5):
         prompt = tokenizer.apply_chat_template(DIALOGUE[:turns], add_generation_prompt=True, return_dict=False)
@@ -70,8 +72,9 @@ def test_tokens_are_those_of_apply_chat_template(kind, tokenizer_kind):
 @pytest.mark.parametrize("tokenizer_kind", TOKENIZERS)
 @pytest.mark.parametrize("kind", sorted(set(TEMPLATES) - {"qwen3", "counted", "mistral_v3"}))
 def test_templates_that_leave_the_past_alone_give_one_sample(kind, tokenizer_kind):
-    tokenizer = make_tokenizer(tokenizer_kind, *TEMPLATES[kind])
-    text, spans = tokenizer.apply_chat_template(DIALOGUE, tokenize=False), []
+    tokenizer: Any = make_tokenizer(tokenizer_kind, *TEMPLATES[kind])
+    text = tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
+    spans: list[tuple[int, int]] = []
     for answer in ANSWERS:
         said = SAID[kind].format(answer)
         begin = text.index(said, spans[-1][1] if spans else 0)
@@ -87,7 +90,7 @@ def test_templates_that_leave_the_past_alone_give_one_sample(kind, tokenizer_kin
 @pytest.mark.parametrize("kind", ["qwen3", "counted", "mistral_v3"])
 def test_templates_that_rewrite_the_past_give_a_sample_for_each_answer(kind, tokenizer_kind):
     """Each answer stands behind the prompt that the model gets in a chat, token for token."""
-    tokenizer = make_tokenizer(tokenizer_kind, *TEMPLATES[kind])
+    tokenizer: Any = make_tokenizer(tokenizer_kind, *TEMPLATES[kind])
     dialogue = [system("Be kind."), *DIALOGUE] if kind == "mistral_v3" else DIALOGUE
     found = samples(list(DialogueFormat(tokenizer).answers(dialogue)))
     assert len(found) == 3
@@ -101,7 +104,7 @@ def test_templates_that_rewrite_the_past_give_a_sample_for_each_answer(kind, tok
 
 
 def test_thoughts_are_learnt_where_they_were_thought():
-    tokenizer = make_tokenizer("byte_level", QWEN3, "<|im_end|>")
+    tokenizer: Any = make_tokenizer("byte_level", QWEN3, "<|im_end|>")
     thinking = [user("So?"), assistant("<think>\nhm\n</think>\n\nno"), user("So?"),
                 Message(role="assistant", content="yes!", reasoning_content="well")]  # fmt: skip
     found = samples(list(DialogueFormat(tokenizer).answers(thinking)))
@@ -112,7 +115,7 @@ def test_thoughts_are_learnt_where_they_were_thought():
 
 
 def test_calls_of_tools_are_parts_of_one_turn():
-    tokenizer = make_tokenizer("byte_level", QWEN3, "<|im_end|>")
+    tokenizer: Any = make_tokenizer("byte_level", QWEN3, "<|im_end|>")
     called = [user("What is it?"), assistant("call"), Message(role="tool", content="fox"), assistant("Fox.")]
     (_, first), (ids, second) = samples(list(DialogueFormat(tokenizer).answers(called)))
     assert tokenizer.decode([label for label in first if label >= 0]) == "<think>\n\n</think>\n\ncall<|im_end|>"
@@ -127,7 +130,7 @@ def test_a_token_that_reaches_from_the_prompt_into_the_answer_is_learnt(tokenize
         "{% for m in messages %}{{ '### ' + m.role + ': ' + m.content + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
     )
-    tokenizer = make_tokenizer(tokenizer_kind, template)
+    tokenizer: Any = make_tokenizer(tokenizer_kind, template)
     dialogue = [user("So?"), assistant("Hello there")]
     ids, labels = DialogueFormat(tokenizer).encode(dialogue)
     text = tokenizer.apply_chat_template(dialogue, tokenize=False)
@@ -138,7 +141,7 @@ def test_a_token_that_reaches_from_the_prompt_into_the_answer_is_learnt(tokenize
 
 @pytest.mark.parametrize("tokenizer_kind", TOKENIZERS)
 def test_without_a_template_dialogues_have_the_simple_form(tokenizer_kind):
-    tokenizer = make_tokenizer(tokenizer_kind, None)
+    tokenizer: Any = make_tokenizer(tokenizer_kind, None)
     text = "<s>Be kind.\nUser: What is it?\nAssistant: Hello there</s>User: So?\nAssistant: no</s>"
     spans = [(begin, begin + len(said)) for said in (" Hello there</s>", " no</s>") for begin in [text.index(said)]]
     dialogue = [system("Be kind."), *DIALOGUE[:2], *DIALOGUE[4:]]
@@ -153,7 +156,7 @@ def test_without_a_template_dialogues_have_the_simple_form(tokenizer_kind):
 
 
 def test_without_an_eos_a_line_break_ends_a_turn():
-    tokenizer = make_tokenizer("byte_level", None)
+    tokenizer: Any = make_tokenizer("byte_level", None)
     tokenizer.eos_token = None
     form = DialogueFormat(tokenizer)
     assert tokenizer.decode(form.end_ids) == "\n"
@@ -162,7 +165,7 @@ def test_without_an_eos_a_line_break_ends_a_turn():
 
 
 def test_turns_of_weight_0_are_not_learnt():
-    tokenizer = make_tokenizer("byte_level", CHATML, "<|im_end|>")
+    tokenizer: Any = make_tokenizer("byte_level", CHATML, "<|im_end|>")
     dialogue = [user("So?"), Message(role="assistant", content="no", weight=0), user("So?"), assistant("yes!")]
     ids, labels = DialogueFormat(tokenizer).encode(dialogue)
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "yes!<|im_end|>"
@@ -170,7 +173,7 @@ def test_turns_of_weight_0_are_not_learnt():
 
 
 def test_who_speaks_first_may_be_the_assistant():
-    tokenizer = make_tokenizer("byte_level", CHATML, "<|im_end|>")
+    tokenizer: Any = make_tokenizer("byte_level", CHATML, "<|im_end|>")
     _, labels = DialogueFormat(tokenizer).encode([assistant("Hello there"), user("So?"), assistant("no")])
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "Hello there<|im_end|>no<|im_end|>"
 
@@ -183,7 +186,7 @@ def test_who_speaks_first_may_be_the_assistant():
     ],
 )
 def test_the_systems_text_can_be_put_into_the_first_user_turn(template, dialogue, reason):
-    tokenizer = make_tokenizer("byte_level", template)
+    tokenizer: Any = make_tokenizer("byte_level", template)
     with pytest.raises(DataError) as refused:
         DialogueFormat(tokenizer).encode(dialogue)
     assert reason in str(refused.value)
@@ -213,7 +216,7 @@ def test_templates_whose_answers_cannot_be_told_are_refused():
 
 
 def test_of_several_templates_the_default_one_is_taken():
-    tokenizer = make_tokenizer("byte_level", CHATML, "<|im_end|>")
+    tokenizer: Any = make_tokenizer("byte_level", CHATML, "<|im_end|>")
     expected = DialogueFormat(tokenizer).encode(DIALOGUE)
     tokenizer.chat_template = {"default": CHATML, "tool_use": GEMMA}
     assert DialogueFormat(tokenizer).encode(DIALOGUE) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_labels_stand_on_the_assistants_tokens_and_the_end_of_its_turns(text_mod
 
 
 def test_a_chat_template_is_used_and_gives_the_same_tokens(text_model):
-    tokenizer = load_tokenizer(str(text_model))
+    tokenizer: Any = load_tokenizer(str(text_model))
     tokenizer.chat_template = TEMPLATE
     form, messages = DialogueFormat(tokenizer), talk("w1 w2", "w3", "w4", "w5 w6")
     ids, labels = form.encode(messages)
