@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,14 +65,14 @@ NEW_TO_OLD = r"^model\.language_model\.", "language_model.model."
 def test_old_and_new_names_give_the_same_blocks(names, family, tmp_path):
     folder = save_tiny_checkpoint(WRAPPER_CONFIGS[family](), tmp_path)
     with quiet_transformers():
-        plain = AutoModelForImageTextToText.from_pretrained(folder)
-    whole = text_decoder_in(plain, plain.config.get_text_config())[1]
+        plain: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    whole: Any = text_decoder_in(plain, plain.config.get_text_config())[1]
     renamed(folder, *names)
     part = load(folder, Part(1, 3, ends=False))
     for mine, block in zip(part.layers, whole.layers[1:3], strict=True):
         for (name, got), (_, expected) in zip(mine.named_parameters(), block.named_parameters(), strict=True):
             assert torch.equal(got, expected), name
-    ends = load(folder, Part(0, 0, ends=True), AutoModelForCausalLM)
+    ends: Any = load(folder, Part(0, 0, ends=True), AutoModelForCausalLM)
     assert torch.equal(ends.get_input_embeddings().weight, plain.get_input_embeddings().weight)
     assert torch.equal(ends.get_output_embeddings().weight, plain.get_output_embeddings().weight)
 
@@ -92,7 +93,7 @@ def test_a_wrapper_whose_logits_are_its_own_is_refused(tmp_path, monkeypatch):
     folder = save_tiny_checkpoint(WRAPPER_CONFIGS["qwen2_vl"](), tmp_path)
     cls = model_class(AutoModelForCausalLM, Checkpoint(str(folder)))
     assert cls.__name__ == "Qwen2VLTextForCausalLM"
-    wrapper = AutoModelForImageTextToText._model_mapping[type(Checkpoint(str(folder)).config)]
+    wrapper: Any = AutoModelForImageTextToText._model_mapping[type(Checkpoint(str(folder)).config)]
     forward = wrapper.forward
 
     def scaled(self, *args, **kwargs):

@@ -139,7 +139,7 @@ def test_bin_checkpoints_load(shards, is_zip, sharded, tmp_path):
     if shards == 1:
         torch.save(dict(state), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
     else:
-        names = {}
+        names: dict[str, str] = {}
         for number in range(shards):
             file = tmp_path / f"pytorch_model-{number}.bin"
             torch.save(dict(state[number::shards]), file, _use_new_zipfile_serialization=is_zip)
@@ -280,10 +280,10 @@ def test_an_encoder_has_no_class_for_causal_language_models(tmp_path):
         load(tmp_path, Part(0, 1, ends=False), AutoModelForCausalLM)
 
 
-@pytest.mark.parametrize("span", [(0, 9), (-1, 2), (5, 4)])
-def test_blocks_that_do_not_exist_are_refused(span, sharded):
-    with pytest.raises(UnsupportedModelError, match=f"{span[0]}:{span[1]} of a model that has 8"):
-        load(sharded, Part(*span, ends=False))
+@pytest.mark.parametrize(("start", "end"), [(0, 9), (-1, 2), (5, 4)])
+def test_blocks_that_do_not_exist_are_refused(start, end, sharded):
+    with pytest.raises(UnsupportedModelError, match=f"{start}:{end} of a model that has 8"):
+        load(sharded, Part(start, end, ends=False))
 
 
 def test_the_fingerprint_tells_models_apart_and_not_their_copies(sharded, tmp_path):
