@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList
@@ -57,7 +59,7 @@ def ways_to_generate(assistant) -> dict[str, dict]:
 @pytest.mark.parametrize("family", sorted(GENERATING))
 def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, start_swarm, servers, assistant):
     checkpoint = tiny_checkpoint(family)
-    local = local_model(checkpoint)
+    local: Any = local_model(checkpoint)
     remote = start_swarm(checkpoint, THREE).load(AutoDistributedModelForCausalLM)
     for name, options in ways_to_generate(assistant).items():
         sequences = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -38,7 +39,7 @@ def test_lost_servers_change_no_token(tiny_checkpoint, start_servers):
     checkpoint = tiny_checkpoint("llama")
     servers = start_servers(checkpoint, [(0, 4)] * 4)
     with quiet_transformers():
-        local = AutoModelForCausalLM.from_pretrained(str(checkpoint))
+        local: Any = AutoModelForCausalLM.from_pretrained(str(checkpoint))
     remote = AutoDistributedModelForCausalLM.from_pretrained(
         str(checkpoint), initial_peers=[server.maddr for server in servers.values()], dht_prefix=PREFIX
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def losses_by_trainer(model, samples, folder):
 def test_trainer_reaches_the_local_losses(task, tiny_checkpoint, start_swarm, tmp_path):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, 2), (2, 4)])
-    options = {"tuning_mode": "deep_ptune", "pre_seq_len": 3}
+    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 3}
     if task == "classification":
         options |= {"num_labels": 3, "pad_token_id": 0}
     remote, local = TASKS[task]
@@ -74,10 +75,11 @@ def test_trainer_reaches_the_local_losses(task, tiny_checkpoint, start_swarm, tm
 
 def test_the_familys_own_parameters_are_shown(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)])
-    for auto, family in (
+    families: list[tuple[Any, Any]] = [
         (AutoDistributedModelForSequenceClassification, tf.LlamaForSequenceClassification),
         (AutoDistributedModelForCausalLM, tf.LlamaForCausalLM),
-    ):
+    ]
+    for auto, family in families:
         model = swarm.load(auto, shared_peer=True)
         assert inspect.signature(type(model).forward) == inspect.signature(family.forward)
         shown = inspect.signature(type(model).prepare_inputs_for_generation) if model.can_generate() else None
@@ -119,7 +121,7 @@ def test_pipelines_run(text_model, start_swarm):
         AutoDistributedModelForSequenceClassification, shared_peer=True, num_labels=3, pad_token_id=0
     )
     tokenizer = tf.AutoTokenizer.from_pretrained(text_model)  # the other pipeline pads on the left from here on
-    scores = tf.pipeline("text-classification", classifier, tokenizer=tokenizer)(texts, top_k=None)
+    scores: Any = tf.pipeline("text-classification", classifier, tokenizer=tokenizer)(texts, top_k=None)
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     expected_scores = classifier(inputs["input_ids"], inputs["attention_mask"]).logits.softmax(-1)
     for got, row in zip(scores, expected_scores, strict=True):

@@ -10,7 +10,7 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.errors import RemoteRequestError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from tests.families import _COMMON, HIDDEN, VOCAB, longrope_config, save_tiny_checkpoint
+from tests.families import COMMON, HIDDEN, VOCAB, longrope_config, save_tiny_checkpoint
 from tests.sessions import random_prompts, relative_error
 
 SWITCH, P = 16, 3
@@ -26,7 +26,7 @@ def phi3(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dynamic(tmp_path_factory):
     config = tf.LlamaConfig(
-        **_COMMON | {"max_position_embeddings": SWITCH},
+        **COMMON | {"max_position_embeddings": SWITCH},
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
     )
     return save_tiny_checkpoint(config, tmp_path_factory.mktemp("dynamic"))

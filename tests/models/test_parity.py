@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -69,6 +71,7 @@ def test_every_family_equals_local_hugging_face(family, tiny_checkpoint, start_s
     checkpoint = tiny_checkpoint(family)
     swarm = start_swarm(checkpoint, UNEVEN)
     batch = right_padded_batch()
+    classes: tuple[Any, Any]
     for mode in MODES:
         if family not in CAUSAL_ONLY:
             classes = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
@@ -153,6 +156,8 @@ def test_a_slice_of_remote_blocks_has_the_gradients_of_those_blocks(tiny_checkpo
     weights = torch.randn_like(out)
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
+    assert got.grad is not None
+    assert wanted.grad is not None
     assert relative_error(got.grad, wanted.grad) < 1e-5
 
 

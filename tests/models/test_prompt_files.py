@@ -19,13 +19,14 @@ from petals_lightning.models import (
     save_prompts,
 )
 from petals_lightning.models.local import LocalModelForCausalLM
+from petals_lightning.models.prompts import TuningMode
 from tests.families import VOCAB
 
 IDS = torch.randint(1, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
 P = 5
 
 
-def tuned(checkpoint, mode: str):
+def tuned(checkpoint, mode: TuningMode):
     model = LocalModelForCausalLM.from_pretrained(str(checkpoint), tuning_mode=mode, pre_seq_len=P)
     with torch.no_grad():
         for parameter in prompts_of(model).parameters():

@@ -23,6 +23,7 @@ def test_rows_come_out_and_go_back_and_so_do_their_gradients():
     assert torch.equal(take_rows(whole, rows), taken * 2)
     assert whole.count_nonzero() == 3 * 5
     whole.sum().backward()
+    assert batch.grad is not None
     assert torch.equal(batch.grad, torch.zeros(12, 5).index_fill(0, rows.long(), 2).view(3, 4, 5))
 
 

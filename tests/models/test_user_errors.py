@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as tf
@@ -78,7 +80,8 @@ def test_a_folder_needs_a_prefix_and_a_prefix_no_dots(tiny_checkpoint):
 
 
 def test_not_one_way_into_a_swarm_is_said_before_anything_runs(tiny_checkpoint):
-    for options in ({"initial_peers": []}, {"initial_peers": ["x"], "node": SwarmNode()}):
+    ways: list[dict[str, Any]] = [{"initial_peers": []}, {"initial_peers": ["x"], "node": SwarmNode()}]
+    for options in ways:
         with pytest.raises(ConfigurationError, match="give one way into the swarm"):
             AutoDistributedModel.from_pretrained(str(tiny_checkpoint("llama")), dht_prefix=PREFIX, **options)
 

@@ -85,6 +85,7 @@ def test_logits_gradients_and_text_are_those_of_the_whole_model(family, wrapper,
     (logits * weights).sum().backward()
     (expected[real] * weights).sum().backward()
     for got, leaf in zip((prompts.input, prompts.deep), leaves, strict=True):
+        assert leaf.grad is not None
         assert leaf.grad.norm() > 1e-6, "the test is blind"
         assert relative_error(got.grad, leaf.grad) < 1e-5
 
