@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -33,7 +35,8 @@ class Trace(Callback):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "bloom"])
 def test_chosen_logits_and_gradients_are_those_of_the_full_computation(family, tiny_checkpoint, start_swarm):
     """Gemma 2 caps its logits and Granite scales them: that must happen to the chosen ones, too."""
-    checkpoint, options = tiny_checkpoint(family), {"tuning_mode": "deep_ptune", "pre_seq_len": 3}
+    checkpoint = tiny_checkpoint(family)
+    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 3}
     swarm, models = start_swarm(checkpoint, [(0, 2), (2, 4)]), []
     for load in (
         lambda: swarm.load(AutoDistributedModelForCausalLM, **options),

@@ -84,7 +84,8 @@ def test_learning_rate_warms_up_and_falls_to_zero(
 
     class Rates(Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-            rates.append(module.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+            schedule: Any = module.lr_schedulers()
+            rates.append(schedule.get_last_lr()[0])
 
     make_trainer(tmp_path, Rates()).fit(make_module(text_model, lr=0.1, warmup_ratio=0.2), datamodule=data)
     assert len(rates) == 10  # 2 epochs of 40 texts in batches of 8
@@ -157,7 +158,7 @@ def test_test_prints_and_saves_a_report(
 def test_predict_returns_probabilities_and_labels(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path
 ) -> None:
-    batches = make_trainer(tmp_path).predict(make_module(text_model), datamodule=data)
+    batches: Any = make_trainer(tmp_path).predict(make_module(text_model), datamodule=data)
     assert batches is not None
     assert [batch["probabilities"].shape for batch in batches] == [(8, 2), (8, 2)]
     for batch in batches:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import Strategy
 from transformers import AutoTokenizer
 
 from petals_lightning.data import TextClassificationDataModule
@@ -26,7 +27,7 @@ def gpt2(text_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def fit(model: Path, texts: Path, strategy: object, folder: Path, **options: object) -> None:
+def fit(model: Path, texts: Path, strategy: str | Strategy, folder: Path, **options: object) -> None:
     data = TextClassificationDataModule(str(model), str(texts), batch_size=4, max_length=100)
     module = SequenceClassificationModule(str(model), tuning_mode="ptune", **options)  # type: ignore[arg-type]
     trainer = pl.Trainer(
