@@ -36,7 +36,9 @@ class RecordedServer(TransformerConnectionHandler):
     """Answers with what was recorded, or with errors, through hivemind's own server code."""
 
     def __init__(self, info: ExpertInfo):
-        self.info, self.requests, self.responses = info, [], []
+        self.info = info
+        self.requests: list[Any] = []
+        self.responses: list[Any] = []
         self.error: str | None = None
 
     def play(self, call: Call) -> None:
@@ -84,7 +86,9 @@ def server(calls) -> Iterator[tuple[RecordedServer, SwarmNode]]:
     """A peer with the recorded record in the DHT."""
     info = next(call.responses[0] for call in calls.values() if call.method == "rpc_info")
     written = json.loads(CALLS.read_text())["dht_values"][block_uid(PREFIX, 0)]
-    value = ast.literal_eval(re.search(r"value=(\(2, .*\}\)), expiration", written)[1])
+    found = re.search(r"value=(\(2, .*\}\)), expiration", written)
+    assert found is not None
+    value = ast.literal_eval(found[1])
     with closing(SwarmNode(host_maddrs=LOOPBACK).start()) as node:
         served = RecordedServer(info)
 
@@ -180,6 +184,7 @@ def test_forward_and_backward_are_as_recorded(case, calls, server, connect, monk
         assert_same_requests(served.requests, backward.requests)
     else:
         assert [m.SerializeToString() for m in served.requests] == [m.SerializeToString() for m in backward.requests]
+    assert hidden.grad is not None
     assert (hidden.grad - tensors_of(backward.responses)[0]).abs().max() < 1e-4
 
 
@@ -208,9 +213,10 @@ def test_prompts_are_sent_once_for_all_samples_and_their_gradients_are_summed(ca
     out.backward(grad[:, length:])
     (request,) = map(parts, served.requests)
     assert torch.equal(request.tensors[1], grad)
-    assert (hidden.grad - inputs[:, length:]).abs().max() < 1e-4
-    assert (prefix.grad - inputs[:, :length].sum(0)).abs().max() < 1e-4
-    assert (deep.grad - grad_prompts.sum(1)).abs().max() < 1e-4
+    wanted = inputs[:, length:], inputs[:, :length].sum(0), grad_prompts.sum(1)
+    for tensor, expected in zip((hidden, prefix, deep), wanted, strict=True):
+        assert tensor.grad is not None
+        assert (tensor.grad - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("case", ["inference_session_rollback", "generate_greedy"])

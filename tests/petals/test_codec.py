@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from typing import Any
 
 import msgpack
 import pytest
@@ -250,9 +251,9 @@ def test_calls_with_any_metadata_are_read_or_refused(fields, kind):
     message = ExpertRequest(
         uid="m.0 m.1", tensors=[pack_tensor(torch.ones(1, 2, 4))] * 2, metadata=MSGPackSerializer.dumps(fields)
     )
+    kinds: dict[str, Any] = {"forward": PetalsForward, "backward": PetalsBackward, "step": PetalsStep}
     with suppress(ProtocolError):
-        parts = read_request(message, max_bytes=ROOM)
-        {"forward": PetalsForward, "backward": PetalsBackward, "step": PetalsStep}[kind].from_parts(parts)
+        kinds[kind].from_parts(read_request(message, max_bytes=ROOM))
 
 
 @given(st.binary(max_size=300))

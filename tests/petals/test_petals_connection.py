@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,7 +83,7 @@ def test_padding_that_a_sliding_window_counts_is_refused(tiny_checkpoint, start_
             out = session.step(hidden[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5])
             real = mask[:, :5]
             assert relative_error(out[real], layers(hidden[:, :5][real][None])[0]) < 1e-4
-            last = {"attention_mask": mask, "position_ids": positions[:, 5:]}
+            last: dict[str, Any] = {"attention_mask": mask, "position_ids": positions[:, 5:]}
             if mask is inside:
                 with pytest.raises(UnsupportedInputError, match="sliding window of 5 positions"):
                     session.step(hidden[:, 5:], **last)

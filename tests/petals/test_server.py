@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModel
@@ -51,7 +53,7 @@ def test_forward_and_backward_equal_the_local_model(samples, start, end, tiny_ch
     per_sample = prompts.expand(-1, B, -1, -1).clone().requires_grad_() if prompts is not None else None
     expected = run_locally(tiny_checkpoint("llama"), hidden, start, end, per_sample)
     grad = torch.randn_like(expected)
-    leaves = [hidden] if prompts is None else [hidden, per_sample]
+    leaves = [hidden] if per_sample is None else [hidden, per_sample]
     expected_grads = torch.autograd.grad(expected, leaves, grad)
 
     request = PetalsForward(PREFIX, start, end, hidden, prompts)
@@ -125,12 +127,12 @@ def test_a_step_is_pushed_to_the_next_server_and_run_once(tiny_checkpoint, swarm
     expected = run_locally(tiny_checkpoint("llama"), hidden, 0, NUM_BLOCKS)
     first, last = callers[1].open_session(), callers[2].open_session()
     hops = [NextServer(peer_id(swarm.servers[2]), "last", SPLIT, NUM_BLOCKS)]
-    opening = {"max_length": 6, "step_id": "0", "start_from_position": 0}
+    opening: dict[str, Any] = {"max_length": 6, "step_id": "0", "start_from_position": 0}
     first.step(step(hidden[:, :3], 0, SPLIT, session_id="first", **opening))
     last.step(step(middle[:, :3], SPLIT, session_id="last", **opening))
     for position in range(3, 6):
         piece = slice(position, position + 1)
-        fields = {"step_id": str(position), "start_from_position": position}
+        fields: dict[str, Any] = {"step_id": str(position), "start_from_position": position}
         got = first.step(step(hidden[:, piece], 0, SPLIT, session_id="first", next_servers=hops, **fields))
         pushed = last.receive()  # nothing was sent to it
         assert relative_error(pushed, expected[:, piece]) < 1e-5
