@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import socket
+from typing import Any
 
 import msgpack
 import pytest
@@ -37,7 +38,7 @@ def raw(kind: int, call_id: int, header: bytes = b"", chunk: bytes = b"") -> byt
     return FRAME_PREFIX.pack(kind, call_id, len(header), len(chunk)) + header + chunk
 
 
-def head(tensors: object = (), method: str = "forward", fields: object = None) -> bytes:
+def head(tensors: Any = (), method: str = "forward", fields: object = None) -> bytes:
     return msgpack.packb({"m": method, "f": fields if fields is not None else {}, "t": list(tensors)})
 
 

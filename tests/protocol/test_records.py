@@ -33,7 +33,9 @@ def test_records_that_petals_stored_are_read(shared_data):
     blocks = [text for uid, text in stored.items() if re.search(r"\.\d+$", uid)]
     assert blocks, "the test is blind: no block record was found"
     for text in blocks:
-        value = ast.literal_eval(re.search(r"\(value=(\(.*\)), expiration_time", text[30:])[1])
+        found = re.search(r"\(value=(\(.*\)), expiration_time", text[30:])
+        assert found is not None
+        value = ast.literal_eval(found[1])
         record = ServerRecord.from_value(value)
         assert record.state is ServerState.ONLINE
         assert (record.start, record.end, record.torch_dtype, record.version) == (0, 5, "float32", "2.3.0.dev2")
