@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_answers_follow_from_the_conversation(tokenizer):
                 if telling:
                     assert telling & words_of(ALL_WORDS) <= own
                     (label,) = (side for side in LABELS if telling & words_of(ALL_WORDS, side))
+                assert label is not None
                 assert answer == answers[label]
                 assert tokenizer.unk_token_id not in tokenizer(f"{said} {answer}")["input_ids"]
 
@@ -156,7 +158,8 @@ def test_checkpoint_is_sharded_and_small():
 
 def test_model_knows_the_verdict_on_held_out_reviews(tokenizer):
     rows = read_split("validation")[:100]
-    model, info = AutoModelForCausalLM.from_pretrained(MODEL_DIR, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(MODEL_DIR, output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     batch = tokenizer([row["sentence"] + " my verdict :" for row in rows], padding=True, return_tensors="pt")
