@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -130,7 +131,7 @@ class Adding(JointWork[list[int]]):
         return len(others) < 3
 
     def run_with(self, others: Sequence[JointWork[list[int]]]) -> list[list[int]]:
-        batch = [self, *others]
+        batch: list[Any] = [self, *others]
         if any(one._fails for one in batch):
             raise ValueError("one is wrong")
         return [[one.number for one in batch]] * len(batch)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ def test_float32_weights_lie_by_column_and_stay_what_they_are(dtype, by_column):
     inputs = torch.randn(2, 8, dtype=dtype)
     expected = model(inputs)
     order_weights_for_decoding(model)
-    assert (model[0].weight.stride() == (1, 5)) == by_column
+    first: Any = model[0]
+    assert (first.weight.stride() == (1, 5)) == by_column
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(model(inputs), expected)
 
@@ -42,7 +44,8 @@ def test_single_positions_are_multiplied_as_all_others(shape, bias):
 
 
 def test_numpy_multiplies_single_positions_and_no_others():
-    layer, inputs = nn.Linear(8, 5, bias=False).requires_grad_(False), torch.randn(2, 8)
+    layer: Any = nn.Linear(8, 5, bias=False).requires_grad_(False)
+    inputs = torch.randn(2, 8)
     order_weights_for_decoding(layer)
     assert np.shares_memory(layer.columns, layer.weight.numpy())
     layer.columns = 2 * layer.columns  # tells which one was read
@@ -56,6 +59,7 @@ def test_single_positions_have_gradients():
     layer, inputs = nn.Linear(8, 5).requires_grad_(False), torch.randn(1, 8, requires_grad=True)
     order_weights_for_decoding(layer)
     layer(inputs).sum().backward()
+    assert inputs.grad is not None
     torch.testing.assert_close(inputs.grad[0], layer.weight.sum(0))
 
 

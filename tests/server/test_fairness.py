@@ -68,7 +68,9 @@ def test_company_is_taken_from_all_clients_and_overtakes_nothing_of_its_own():
     for client, item in (("a", "a1"), ("a", "a2"), ("b", "B1"), ("b", "b2"), ("c", "c1"), ("c", "c2")):
         queue.put(client, DECODE, item)
     queue.put("d", FORWARD, "d1")
-    assert queue.pop().item == "a1"
+    ticket = queue.pop()
+    assert ticket is not None
+    assert ticket.item == "a1"
     company = queue.pop_company(lambda item: item.islower() and item != "c2")
     assert [ticket.item for ticket in company] == ["a2", "c1"]
     for ticket in company:
@@ -101,6 +103,8 @@ def test_clients_that_are_gone_are_forgotten():
 def test_accounts_count_what_is_open_and_forget_who_left():
     accounts = Accounts(ServerLimits(max_streams_per_client=2, max_client_bytes=100, max_total_bytes=150))
     one, other = accounts.open_stream("a"), accounts.open_stream("b")
+    assert one is not None
+    assert other is not None
     assert accounts.open_stream("a") is one
     assert accounts.open_stream("a") is None
     assert accounts.reserve(one, 100)

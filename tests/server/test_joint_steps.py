@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -186,10 +187,10 @@ def test_a_family_that_cannot_be_stacked_is_found_out(load_span, monkeypatch):
     assert not verify_joint_steps(span)  # a family whose code takes no such cache
 
 
-def run_as_one(steps: list[SessionStep]) -> list[object]:
+def run_as_one(steps: list[SessionStep]) -> list[Any]:
     """What steps that wait for the thread at the same moment give: outputs or errors."""
 
-    async def main() -> list[object]:
+    async def main() -> list[Any]:
         compute, go_on, begun = ComputeThread(), threading.Event(), threading.Event()
         holder = asyncio.create_task(compute.run(Priority.DECODE, lambda: (begun.set(), go_on.wait())))
         await asyncio.to_thread(begun.wait)
@@ -327,7 +328,9 @@ def test_a_session_is_alone_while_no_other_was_used_of_late(load_span):
     for number in range(2):
         store.put((number, 0), Talk(span, 3).cache)
     assert not store.is_alone((0, 0))
-    store.get((1, 0)).last_used -= 2
+    used = store.get((1, 0))
+    assert used is not None
+    used.last_used -= 2
     assert store.is_alone((0, 0))
     assert not store.is_alone((1, 0))
 

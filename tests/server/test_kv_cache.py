@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,8 @@ OPERATIONS = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(OPERATIONS, min_size=1, max_size=12))
 def test_any_sequence_of_operations_equals_the_dynamic_layer(operations):
-    ours, theirs = GrowingLayer(MAX + 80), DynamicLayer()
+    ours: Any = GrowingLayer(MAX + 80)
+    theirs: Any = DynamicLayer()
     for name, argument in [("append", 2), *operations]:
         if name == "append":
             keys, values = torch.randn(BATCH, HEADS, argument, KEY), torch.randn(BATCH, HEADS, argument, VALUE)

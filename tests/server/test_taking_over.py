@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -193,7 +194,8 @@ def test_a_server_without_links_says_so(span):  # noqa: F811
         request.fields["route"] = [hop.to_value()]
         reply = await client.ask(request)
         assert reply.fields["code"] == ErrorCode.NOT_HANDED_OVER
-        for route in ("x", [1], [{}], [hop.to_value()] * 300, [replace(hop, fields={}).to_value()]):
+        routes: list[Any] = ["x", [1], [{}], [hop.to_value()] * 300, [replace(hop, fields={}).to_value()]]
+        for route in routes:
             request.fields["route"] = route
             assert (await client.ask(request)).fields["code"] == ErrorCode.BAD_REQUEST
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def span_of(config: PreTrainedConfig, folder, start: int = 0, end: int = NUM_BLO
 
 
 def test_blocks_that_hand_each_other_more_than_hidden_states_are_refused(tmp_path, monkeypatch):
-    span, held = span_of(TINY_CONFIGS["llama"](), tmp_path), {}
+    span = span_of(TINY_CONFIGS["llama"](), tmp_path)
+    held: dict[str, Any] = {}
     check_family(span)
     run, first, last = BlockSpan._run, span.blocks[2].input_layernorm.forward, span.blocks[3].input_layernorm.forward
 
