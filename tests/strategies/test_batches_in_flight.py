@@ -46,16 +46,18 @@ class Requests:
     def __init__(self, swarm: InProcessSwarm, wanted: int):
         (server,) = swarm.servers
         backend, honest, self.open, self.count = server._backend, server.span.forward, 0, 0
+        assert backend is not None
         came = threading.Event()
 
-        def forward(inputs: Any, *cached: Any) -> Any:
+        def forward(*inputs: Any) -> Any:
             while backend.under_way < wanted and not came.wait(0.01):
                 pass
             came.set()
             self.open, self.count = max(self.open, backend.under_way), self.count + 1
-            return honest(inputs, *cached)
+            return honest(*inputs)
 
-        server.span.forward = forward
+        span: Any = server.span
+        span.forward = forward
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -119,14 +121,15 @@ def test_a_failure_surfaces_and_nothing_stays_behind(text_model, data, tmp_path,
     (server,) = swarm.servers
     honest, count = server.span.forward, 0
 
-    def forward(inputs: Any, *cached: Any) -> Any:
+    def forward(*inputs: Any) -> Any:
         nonlocal count
         count += 1
         if count == 3:
             raise RuntimeError("broken on purpose")
-        return honest(inputs, *cached)
+        return honest(*inputs)
 
-    server.span.forward = forward
+    span: Any = server.span
+    span.forward = forward
     trainer = trainer_of(tmp_path, swarm, 4)
     with pytest.raises(Exception, match="the server failed on this request"):
         trainer.validate(make_module(text_model), datamodule=data, verbose=False)
@@ -135,7 +138,7 @@ def test_a_failure_surfaces_and_nothing_stays_behind(text_model, data, tmp_path,
 
 def test_lost_servers_end_the_evaluation(text_model, data, tmp_path, start_swarm: Start) -> None:
     swarm = start_swarm(text_model, [(0, 4)])
-    trainer = trainer_of(tmp_path, swarm, 4, recovery_timeout=1.0)
+    trainer: Any = trainer_of(tmp_path, swarm, 4, recovery_timeout=1.0)
 
     class Leave(pl.Callback):
         def on_validation_batch_end(self, *args: Any) -> None:
@@ -161,7 +164,7 @@ def test_batches_that_the_user_changes_are_run_as_changed(text_model, data, tmp_
 
 
 def test_a_loader_stays_what_callbacks_know(text_model, data, tmp_path, start_swarm: Start) -> None:
-    trainer = trainer_of(tmp_path, start_swarm(text_model, [(0, 4)]), 4)
+    trainer: Any = trainer_of(tmp_path, start_swarm(text_model, [(0, 4)]), 4)
     trainer.validate(make_module(text_model), datamodule=data, verbose=False)
     assert len(trainer.val_dataloaders.dataset) == 16
     assert len(trainer.val_dataloaders) == 6
@@ -188,7 +191,7 @@ def test_none_in_flight_is_refused() -> None:
 def test_threads_may_run_one_model_at_once(text_model, start_swarm: Start) -> None:
     """Each with rows and prompts of its own pass."""
     swarm = start_swarm(text_model, [(0, 1), (1, 4)])
-    options = {"tuning_mode": "deep_ptune", "pre_seq_len": 2}
+    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 2}
     classifier = swarm.load(AutoDistributedModelForSequenceClassification, num_labels=2, pad_token_id=0, **options)
     speaker = swarm.load(AutoDistributedModelForCausalLM, **options)
     for model in (classifier, speaker):

@@ -81,7 +81,7 @@ def test_one_trainer_fits_validates_tests_and_predicts_again_and_again(
         (validated,) = trainer.validate(module, datamodule=data, verbose=False)
         assert validated == pytest.approx(fitted, abs=1e-5), "the trained weights outlive the connection"
     trainer.test(module, datamodule=data, verbose=False)
-    predicted = trainer.predict(module, datamodule=data)
+    predicted: Any = trainer.predict(module, datamodule=data)
     assert predicted is not None
     assert sum(len(batch["labels"]) for batch in predicted) == 16
 
