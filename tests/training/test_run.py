@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
@@ -86,6 +87,7 @@ def read_wandb_history(path: Path) -> list[dict]:
     """The logged rows of an offline run. (W&B 0.31 has no reader in Python; the file is a LevelDB log of protobufs.)"""
     from wandb.proto import wandb_internal_pb2
 
+    messages: Any = wandb_internal_pb2
     file, at, record, rows = path.read_bytes(), 7, b"", []  # 7 bytes of header
     while at + 7 <= len(file):
         if (rest := 2**15 - at % 2**15) < 7:  # blocks of 32 KiB; a chunk's header is not cut in two
@@ -95,7 +97,7 @@ def read_wandb_history(path: Path) -> list[dict]:
         record += file[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or its last chunk
-            items = wandb_internal_pb2.Record.FromString(record).history.item
+            items = messages.Record.FromString(record).history.item
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
             record = b""
     return rows
