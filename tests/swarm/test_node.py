@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -35,7 +36,7 @@ STRANGER = "QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
 def start_node() -> Iterator[Callable[..., SwarmNode]]:
     with ExitStack() as stack:
 
-        def start(*peers: str, **options: object) -> SwarmNode:
+        def start(*peers: str, **options: Any) -> SwarmNode:
             node = SwarmNode(peers, **{"host_maddrs": LOOPBACK, **options}).start()
             stack.callback(node.close)
             return node
@@ -133,15 +134,16 @@ def test_whatever_else_peers_store_is_passed_over(start_node):
     store("m.1", None, {"a": 1})
     store("m.2", None, RECORD.to_value())
     assert read(node) == [{node.peer_id.to_base58(): RECORD}, {}, {}]
-    for subkey, value in [
+    entries: list[tuple[str, Any]] = [
         ("a", 3),
         ("b", {"num_blocks": "4"}),
         ("c", {"num_blocks": 4, "repository": 5}),
         ("d", {"num_blocks": 10**9}),
         ("e\x1b[2J", {"num_blocks": 4}),
         ("f", {"num_blocks": 4, "repository": "\x1b]0;title\x07org/f"}),
-    ]:
-        store(MODELS_KEY, subkey, value)
+    ]
+    for name, entry in entries:
+        store(MODELS_KEY, name, entry)
     assert node.run(directory.models()) == [ModelEntry("c", 4, None), ModelEntry("f", 4, "]0;title org/f")]
 
 
@@ -256,6 +258,7 @@ time.sleep(100)
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     ) as process:
+        assert process.stdout is not None
         callback_socket = Path(process.stdout.readline().strip())
         assert callback_socket.is_socket()
         assert len(list(socket_folder.iterdir())) == 1
