@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve the servers
 
@@ -47,7 +48,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
     def make(family: str) -> Path:
         if family not in made:
-            std = {"std": RECURRENT_STD} if family in RECURRENT_CONFIGS else {}
+            std: dict[str, Any] = {"std": RECURRENT_STD} if family in RECURRENT_CONFIGS else {}
             made[family] = save_tiny_checkpoint(configs[family](), tmp_path_factory.mktemp(family), **std)
         return made[family]
 

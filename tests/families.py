@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
@@ -13,7 +14,7 @@ from petals_lightning.hf.loading import quiet_transformers
 
 NUM_BLOCKS, HIDDEN, VOCAB = 4, 32, 96
 HEAVIER_BLOCKS = 6
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
@@ -22,8 +23,8 @@ COMMON = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-_GPT2 = {
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
+_GPT2: dict[str, Any] = {
     "vocab_size": VOCAB,
     "n_embd": HIDDEN,
     "n_layer": NUM_BLOCKS,
@@ -33,7 +34,7 @@ _GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 1,
 }
-_FALCON = {k: v for k, v in COMMON.items() if k not in ("intermediate_size", "max_position_embeddings")}
+_FALCON: dict[str, Any] = {k: v for k, v in COMMON.items() if k not in ("intermediate_size", "max_position_embeddings")}
 
 TINY_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**COMMON, num_key_value_heads=2),
@@ -66,12 +67,18 @@ TINY_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }  # fmt: skip
 
 _MIXED = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
-_STATE_SPACE = {"mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
-_DELTA_RULE = {
+_STATE_SPACE: dict[str, Any] = {
+    "mamba_d_state": 8,
+    "mamba_d_head": 8,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 4,
+}
+_DELTA_RULE: dict[str, Any] = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "layer_types": _MIXED,
 }  # fmt: skip
-_EXPERTS = {
+_EXPERTS: dict[str, Any] = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 
@@ -103,10 +110,13 @@ RECURRENT_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 RECURRENT_STD = 0.1
 """Of their weights: with wider ones float32 gradients of plain Hugging Face are 3e-5 away from those in float64."""
 
-_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-_IMAGES = {"image_size": 8, "patch_size": 4}
-_TEXT = {key: value for key, value in COMMON.items() if key != "pad_token_id"}
-_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+_VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_HEAD: dict[str, Any] = {"head_dim": 8}
+_IMAGES: dict[str, Any] = {"image_size": 8, "patch_size": 4}
+_TEXT: dict[str, Any] = {key: value for key, value in COMMON.items() if key != "pad_token_id"}
+_SECTIONS: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+}
 
 WRAPPER_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: tf.Gemma3Config(
@@ -115,7 +125,7 @@ WRAPPER_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "mistral3": lambda: tf.Mistral3Config(
         text_config=tf.MistralConfig(**COMMON, **GROUPED), image_token_index=VOCAB - 1,
-        vision_config=tf.PixtralVisionConfig(**_VISION, **_IMAGES, head_dim=8),
+        vision_config=tf.PixtralVisionConfig(**_VISION, **_IMAGES, **_HEAD),
     ),
     "qwen2_vl": lambda: tf.Qwen2VLConfig(
         text_config={**_TEXT, **_SECTIONS, "num_key_value_heads": 2}, image_token_id=VOCAB - 1,

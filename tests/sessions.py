@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tests.families import HIDDEN
@@ -17,7 +19,8 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-def random_prompts(num_blocks: int) -> dict[str, torch.Tensor]:
+def random_prompts(num_blocks: int) -> dict[str, Any]:
+    """`prefix` and `deep`, as `RemoteSequential.run` and sessions take them."""
     return {"prefix": torch.randn(P, HIDDEN), "deep": 0.3 * torch.randn(num_blocks, P, HIDDEN)}
 
 

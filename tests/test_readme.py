@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -54,7 +55,7 @@ def test_train_commands_compose(command, tmp_path):
 @pytest.mark.parametrize("command", commands_of("petals-lightning"))
 def test_cli_commands_parse(command):
     name, *arguments = shlex.split(command)[1:]
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     group.commands[name].make_context(name, arguments)  # raises on an option that does not exist
 
 

@@ -87,7 +87,9 @@ class FaultySwarm:
         holders = {holder.process.peer_id: holder for holder in self.holders}
         if peer not in holders:  # killed in a case before, and its record stands: it would be tried in vain
             ended = [other for other in view._spans if other not in holders]
-            peer = view.other_route(0, HEAVIER_BLOCKS, tokens=size * tokens, avoid=ended)[0].peer_id
+            route = view.other_route(0, HEAVIER_BLOCKS, tokens=size * tokens, avoid=ended)
+            assert route is not None
+            peer = route[0].peer_id
         return holders[peer]
 
     def heal(self) -> None:
