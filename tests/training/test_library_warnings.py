@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLI = [sys.executable, "-m", "petals_lightning.cli.main"]
 
 # Python imports it when it starts. Libraries then seem to warn while they are imported, and in their log at the end.
-SITE = '''
+SITE = """
 import atexit, logging, sys, warnings
 
 class Warns:
@@ -29,7 +29,7 @@ class Warns:
 
 sys.meta_path.insert(0, Warns)
 atexit.register(lambda: logging.getLogger("transformers.modeling").warning("a word of the library's log"))
-'''
+"""
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_server_in_a_terminal(tiny_checkpoint: Callable[[str], Path], environm
     )  # fmt: skip
     try:
         assert server.stdout is not None
-        lines = []
+        lines: list[str] = []
         while not (lines and lines[-1].startswith("ready")):
             lines.append(server.stdout.readline())
             assert lines[-1], "".join(lines)
