@@ -157,6 +157,8 @@ def _train(load: Any, plain: Any) -> dict[str, float]:
     logits = model(**batch).logits
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)) * real[..., None]
     (logits * weights).sum().backward()
+    assert prompts.input.grad is not None
+    assert prompts.deep.grad is not None
     found = {"logits": logits[real], "prompt gradients": prompts.input.grad, "deep gradients": prompts.deep.grad}
 
     def expected(plain: PreTrainedModel) -> dict[str, torch.Tensor]:

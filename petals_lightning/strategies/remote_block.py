@@ -25,7 +25,6 @@ from petals_lightning.strategies.local_swarm import LocalSwarm
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
 from petals_lightning.strategies.trained_weights import load_trained_weights
 
-
 _SESSIONS = count(1)  # of all strategies of this process: a module may go from one Trainer to another
 
 

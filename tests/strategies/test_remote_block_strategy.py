@@ -103,8 +103,7 @@ def test_a_module_goes_from_trainer_to_trainer_and_from_swarm_to_swarm(
         return trainer(one).validate(module, datamodule=data, verbose=False)
 
     assert asyncio.run(in_a_notebook()) == [pytest.approx(fitted, abs=1e-5)]
-    for swarm in (other, None, first):
-        again = first if swarm is first else trainer(swarm)
+    for again in (trainer(other), trainer(None), first):
         assert again.validate(module, datamodule=data, verbose=False) == [pytest.approx(fitted, abs=1e-4)]
     with pytest.raises(SwarmConnectionError, match="give the module to a Trainer again"):
         module(**next(iter(data.val_dataloader())))
