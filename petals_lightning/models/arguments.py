@@ -23,6 +23,9 @@ _NOT_HERE = {
 }
 """Arguments of Hugging Face's `from_pretrained` that have no meaning here, and why."""
 
+_OF_EVERY_MODEL = {"num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id"}
+"""Values that any config may have: some families' lack the tokens that they do not use (CodeGen)."""
+
 
 def config_overrides(config: PreTrainedConfig, given: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
     """Those of the `given` keywords that set values of a model's config.
@@ -35,9 +38,8 @@ def config_overrides(config: PreTrainedConfig, given: Mapping[str, Any], argumen
     Raises:
         ConfigurationError: a keyword is none that can be set.
     """
-    settable = {
-        name for name in dir(config) if not name.startswith("_") and not callable(getattr(type(config), name, None))
-    }
+    own = {name for name in dir(config) if not name.startswith("_") and not callable(getattr(type(config), name, None))}
+    settable = own | _OF_EVERY_MODEL
     overrides = {}
     for name, value in given.items():
         if name in _NOT_HERE:
