@@ -28,14 +28,14 @@ import torch
 import transformers
 import typer
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from benchmarks.options import Output
 from benchmarks.tiny_configs import VOCABULARY, families, tiny_config
 from petals_lightning.errors import PetalsLightningError, RemoteRequestError, UnsupportedModelError
 from petals_lightning.hf import Checkpoint, find_blocks
 from petals_lightning.hf.checkpoint import first_line
-from petals_lightning.hf.compat import quiet_transformers
+from petals_lightning.hf.compat import class_for, quiet_transformers
 from petals_lightning.hf.decoder import text_decoder_in
 from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.models import (
@@ -96,7 +96,7 @@ def check(family: str, auto_class: Any, show_errors: bool = False) -> Verdict:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")
         try:
-            _save(auto_class, tiny_config(family), folder)
+            auto_class = _save(auto_class, tiny_config(family), folder)
         except Exception as e:  # whatever the family's own code raises
             if show_errors:
                 traceback.print_exc()
@@ -113,7 +113,8 @@ def check(family: str, auto_class: Any, show_errors: bool = False) -> Verdict:
             return Verdict(family, FAILED, FAILED, f"{type(e).__name__}: {_short(e)}")
 
 
-def _save(auto_class: Any, config: Any, folder: str) -> None:
+def _save(auto_class: Any, config: Any, folder: str) -> Any:
+    """Saves a tiny model, and returns the class of transformers to compare with: some wrappers fail on texts alone."""
     torch.manual_seed(0)
     model = auto_class.from_config(config).eval()
     for name, parameter in model.named_parameters():  # wider than a fresh model, so that every block matters
@@ -121,9 +122,15 @@ def _save(auto_class: Any, config: Any, folder: str) -> None:
             nn.init.normal_(parameter, std=0.1)
         elif "bias" in name:
             nn.init.normal_(parameter, std=0.05)
-    with torch.no_grad():
-        model(input_ids=_batch()["input_ids"])
     model.save_pretrained(folder)
+    try:
+        model(**_batch())
+    except Exception:
+        if auto_class is AutoModelForCausalLM or class_for(AutoModelForCausalLM, type(config)) is None:
+            raise
+        auto_class = AutoModelForCausalLM
+        auto_class.from_pretrained(folder)(**_batch())
+    return auto_class
 
 
 def _tried(family: str, auto_class: Any, folder: str) -> Verdict:
