@@ -2,7 +2,8 @@
 
     python -m benchmarks.families                                # all that this version of transformers knows
     python -m benchmarks.families --family llama --family gemma3
-    python -m benchmarks.families --page docs/families.md        # how that page is made
+    python -m benchmarks.families --output oldest.json                              # how docs/families.md is made: once
+    python -m benchmarks.families --page docs/families.md --beside oldest.json      # with the oldest versions, then so
 
 Each model runs on two servers on this machine, with deep prompts and padded samples, and is compared with the family's
 own class of transformers: logits, gradients of the prompts, class scores, and what `generate` writes.
@@ -59,6 +60,7 @@ class Verdict:
     training: str
     sessions: str
     note: str = ""
+    version: str = transformers.__version__
 
     def __str__(self) -> str:
         return f"| {self.family} | {self.training} | {self.sessions} | {self.note} |"
@@ -67,6 +69,7 @@ class Verdict:
 def main(
     family: Annotated[list[str] | None, typer.Option(help="model_type; several may be given. All by default.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write the table there, as Markdown.")] = None,
+    beside: Annotated[Path | None, typer.Option(help="What --output wrote with another version: a column.")] = None,
     show_errors: Annotated[bool, typer.Option(help="Print what goes wrong in full.")] = False,
     output: Output = None,
 ) -> None:
@@ -81,7 +84,8 @@ def main(
         rows.append(check(name, known[name], show_errors))
         print(rows[-1], flush=True)
     if page is not None:
-        page.write_text(document(rows))
+        others = json.loads(beside.read_text()) if beside is not None else []
+        page.write_text(document(rows, [Verdict(**row) for row in others]))
     if output is not None:
         output.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
 
@@ -297,27 +301,46 @@ def _short(error: BaseException) -> str:
 _HEAD = "| family | training | sessions | note |\n|---|---|---|---|"
 
 
-def document(rows: list[Verdict]) -> str:
-    """The table as a page."""
+def document(rows: list[Verdict], others: list[Verdict]) -> str:
+    """The table as a page, with a column of what another version of transformers gave."""
     counts = {word: sum(row.training == word for row in rows) for word in (EXACT, REFUSED, WRONG, FAILED, UNTRIED)}
     sessions = sum(row.sessions == EXACT for row in rows)
+    failed = counts[WRONG] + counts[FAILED]
+    made = f"{datetime.date.today()} with transformers {transformers.__version__} and torch {torch.__version__}"
     return f"""# Families of decoders
 
-Made by `python -m benchmarks.families --page docs/families.md` with transformers {transformers.__version__} and torch
-{torch.__version__.split("+")[0]} on {datetime.date.today()}. Run it with the versions that you have.
-
 A tiny random model of each family that transformers lists under `AutoModelForCausalLM` or `AutoModelForImageTextToText`
-runs on two servers and is compared with the family's own class: *training* is exact if logits, class scores and the
-gradients of deep prompts are within {_EXACT:.0e} of it, with padded samples (a few families lose more than that in
-float32 by themselves: there both are compared with float64); *sessions* are exact if greedy generation
-writes the same tokens, also with padding on the left. Of wrappers (Gemma 3, Qwen2-VL, LLaVA, …) the text decoder is
-served. What is refused is refused when a server starts or a client loads, with the words in the note.
+runs on two servers and is compared with the family's own class. *Training* is exact if logits, class scores and the
+gradients of deep prompts are within {_EXACT:.0e} of it, with padded samples. (A few families lose more than that in
+float32 by themselves: there both are compared with float64.) *Sessions* are exact if greedy generation writes the same
+tokens, also with padding on the left. Of wrappers (Gemma 3, Qwen2-VL, LLaVA, …) the text decoder is served. What is
+refused is refused when a server starts or a client loads, with the words in the note.
 
-Of {len(rows)} families {counts[EXACT]} train exactly, {sessions} have exact sessions too; {counts[REFUSED]} are
-refused, {counts[UNTRIED]} could not be tried, {counts[WRONG] + counts[FAILED]} fail.
+Of {len(rows)} families {counts[EXACT]} train exactly, and {sessions} of them have exact sessions too.
+{counts[REFUSED]} are refused. {counts[UNTRIED]} could not be tried, most because they do not run without images.
+{failed or "None"} of them gave something else.
 
-{_HEAD}
-""" + "".join(f"{row}\n" for row in rows)
+Made by `python -m benchmarks.families --page docs/families.md` on {made.split("+")[0]}.
+Run it with the versions that you have.
+
+{_table(rows, others)}"""
+
+
+def _table(rows: list[Verdict], others: list[Verdict]) -> str:
+    if not others:
+        return "\n".join([_HEAD, *map(str, rows)]) + "\n"
+    then = {row.family: row for row in others}
+    lines = [f"| family | training | sessions | with {others[0].version} | note |", "|---|---|---|---|---|"]
+    for row in rows:
+        was = then.get(row.family)
+        if was is None:
+            beside = "not in it"
+        elif (was.training, was.sessions) == (row.training, row.sessions):
+            beside = "the same"
+        else:
+            beside = was.training if was.training == was.sessions else f"{was.training}, {was.sessions}"
+        lines.append(f"| {row.family} | {row.training} | {row.sessions} | {beside} | {row.note} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -101,14 +101,22 @@ def test_churn_loses_no_step(run: Run) -> None:
 
 def test_families_are_exact_or_refused_with_a_reason(run: Run, tmp_path: Path) -> None:
     page = tmp_path / "families.md"
-    rows = {row["family"]: row for row in run("families", COMMANDS["families"], "--page", str(page))}
+    other = tmp_path / "other.json"
+    other.write_text(
+        json.dumps([{"family": "llama", "training": "exact", "sessions": "refused", "note": "", "version": "5.0"}])
+    )
+    options = ["--page", str(page), "--beside", str(other)]
+    rows = {row["family"]: row for row in run("families", COMMANDS["families"], *options)}
     found = {family: (row["training"], row["sessions"]) for family, row in rows.items()}
     assert found == {
         "llama": ("exact", "exact"), "gemma3": ("exact", "exact"), "qwen3_next": ("exact", "refused"),
         "rwkv": ("refused", "refused"),
     }  # fmt: skip
     assert "another kind of state" in rows["rwkv"]["note"]
-    assert "| llama | exact | exact |  |" in page.read_text().splitlines()
+    lines = page.read_text().splitlines()
+    assert "| family | training | sessions | with 5.0 | note |" in lines
+    assert "| llama | exact | exact | exact, refused |  |" in lines
+    assert "| gemma3 | exact | exact | not in it |  |" in lines
 
 
 def test_wire_precision_is_exact_in_float32_only(run: Run) -> None:
