@@ -82,12 +82,18 @@ _EXPERTS: dict[str, Any] = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 
+
+def _granite_layers() -> list[str]:
+    recurrent = tf.GraniteMoeHybridConfig(num_hidden_layers=1).layer_types[0]  # "mamba" in 5.10
+    return [recurrent, "full_attention" if recurrent == "linear_attention" else "attention"] * 2
+
+
 RECURRENT_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_next": lambda: tf.Qwen3NextConfig(**COMMON, **GROUPED, **_DELTA_RULE, **_EXPERTS),
     "qwen3_5": lambda: tf.Qwen3_5TextConfig(**COMMON, **GROUPED, **_DELTA_RULE),
     "granitemoehybrid": lambda: tf.GraniteMoeHybridConfig(
         **COMMON, **_STATE_SPACE, num_key_value_heads=2, shared_intermediate_size=16, num_local_experts=4,
-        layer_types=_MIXED,
+        layer_types=_granite_layers(),
     ),
     "falcon_h1": lambda: tf.FalconH1Config(**COMMON, **_STATE_SPACE, num_key_value_heads=2, mamba_d_ssm=64),
     "jamba": lambda: tf.JambaConfig(

@@ -16,7 +16,8 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache as TheirCache
+from transformers.cache_utils import CacheLayerMixin
 from transformers.conversion_mapping import (
     extract_weight_conversions_for_model,
     get_model_conversion_mapping,
@@ -29,7 +30,7 @@ from transformers.utils import logging as hf_logging
 
 from petals_lightning.errors import UnsupportedModelError
 
-__all__ = ["Cache", "CacheLayer", "GenericForSequenceClassification", "GradientCheckpointingLayer"]
+__all__ = ["GenericForSequenceClassification", "GradientCheckpointingLayer"]
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
@@ -86,6 +87,18 @@ def positions_of_logits(kwargs: dict[str, Any]) -> int:
     """
     count = kwargs.get("logits_to_keep")
     return count if isinstance(count, int) else 0
+
+
+class Cache(TheirCache):
+    """Base of our caches.
+
+    Decoders with linear attention ask `has_previous_state` of it, in 5.10 outside of their blocks too. In transformers'
+    own that is an error where no layer is of that kind.
+    """
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a recurrent state is kept: never, here."""
+        return False
 
 
 class CacheLayer(CacheLayerMixin):

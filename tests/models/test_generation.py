@@ -107,13 +107,13 @@ def test_a_server_lost_in_a_generation_with_prompts_changes_no_token(beams, fami
         nonlocal calls
         calls += 1
         if calls == 4:
-            peer = remote.bridge.session.peers[0]
+            peer = conversation.peers[0]
             lost = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
             lost.stop(timeout=0.1)
             swarm.servers.remove(lost)
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    with remote.inference_session(max_length=20):
+    with remote.inference_session(max_length=20) as conversation:
         got = remote.generate(**options, stopping_criteria=StoppingCriteriaList([stop_a_server]))
     assert torch.equal(got, local.generate(**options, use_cache=False))
     assert remote_blocks(remote).stats.retries == 1
