@@ -104,7 +104,7 @@ def _check_classifier(model: Any, family: type[PreTrainedModel]) -> None:
     """The head reads the position that is fetched, and no other."""
     if not hasattr(model, "score"):
         raise UnsupportedModelError(
-            f"{family.__name__} ({model.config.model_type}) classifies by a head of its own kind, not by a `score` of the "
+            f"{family.__name__} ({model.config.model_type}) classifies by a head of its own, not by a `score` of the "
             "last token: use a family that does, or tune it as a language model"
         )
     pad = model.config.get_text_config().pad_token_id
