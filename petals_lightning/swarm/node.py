@@ -19,15 +19,15 @@ import uvloop
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils.multiaddr import Multiaddr
+from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.swarm.daemon import P2PDaemon
 from petals_lightning.swarm.hivemind_repairs import ReadableRecords, bound_nesting
+from petals_lightning.swarm.joining import ClockError, meet
 from petals_lightning.swarm.public import is_public
 
 logger = logging.getLogger(__name__)
-
-_OTHER_PEERS_PATIENCE = 1.0  # seconds for the others among the peers to join by, once one has answered
 
 T = TypeVar("T")
 
@@ -108,7 +108,9 @@ class SwarmNode:
         """Joins the swarm.
 
         Raises:
-            SwarmConnectionError: the daemon does not start, or no initial peer answers in `connect_timeout` seconds.
+            SwarmConnectionError: the daemon does not start, no initial peer answers in `connect_timeout` seconds, or
+                their clocks and this machine's differ.
+            ConfigurationError: the identity file holds no key, or TMPDIR is too long for sockets.
         """
         started, self._process = threading.Event(), os.getpid()
         self._thread = threading.Thread(target=self._run_loop, args=(started,), name="swarm", daemon=True)
@@ -190,21 +192,24 @@ class SwarmNode:
         bound_nesting()
         try:
             self._p2p = await self._daemon.start()
-            self._dht = await asyncio.wait_for(
-                DHTNode.create(
-                    self._p2p,
-                    initial_peers=self.initial_peers or None,
-                    client_mode=self._client_mode,
-                    bootstrap_timeout=_OTHER_PEERS_PATIENCE,
-                    record_validator=ReadableRecords(),
-                ),
-                self._connect_timeout,
-            )
+            async with asyncio.timeout(self._connect_timeout):
+                self._dht = await DHTNode.create(
+                    self._p2p, client_mode=self._client_mode, record_validator=ReadableRecords()
+                )
+                if self.initial_peers:
+                    await meet(self._dht, self.initial_peers)
         except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:
             raise SwarmConnectionError(self._explain(e)) from e
 
     def _explain(self, error: BaseException) -> str:
         detail = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
+        if isinstance(error, ClockError):
+            swarm = "the public Petals network" if is_public(self.initial_peers) else "the swarm"
+            return (
+                f"cannot join {swarm}: this machine's clock is {detail} those of initial_peers "
+                f"[{', '.join(self.initial_peers)}]. Check that both machines' clocks agree within "
+                f"{MAX_DHT_TIME_DISCREPANCY_SECONDS} s: set the wrong one, e.g. by `timedatectl set-ntp true`"
+            )
         if is_public(self.initial_peers):
             return (
                 f"cannot reach the public Petals network: none of its bootstrap peers answered within "
