@@ -10,8 +10,9 @@ import asyncio
 import concurrent.futures
 import logging
 import os
+import re
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -38,7 +39,8 @@ class SwarmNode:
     """A peer of a swarm. `start` joins it, `close` leaves it; both may be called from any thread.
 
     Args:
-        initial_peers: multiaddresses of peers to join; none starts a new swarm.
+        initial_peers: multiaddresses of peers to join, also as one text with commas or blanks between; none starts a
+            new swarm.
         host_maddrs: addresses to listen on; empty for a peer that only calls others.
         announce_maddrs: addresses that others are told, where they differ (NAT).
         identity_path: file of the private key, made if missing; the peer id follows from it.
@@ -48,7 +50,7 @@ class SwarmNode:
 
     def __init__(
         self,
-        initial_peers: Sequence[str] = (),
+        initial_peers: str | Sequence[str] = (),
         *,
         host_maddrs: Sequence[str] = DEFAULT_HOST_MADDRS,
         announce_maddrs: Sequence[str] | None = None,
@@ -56,7 +58,7 @@ class SwarmNode:
         client_mode: bool = False,
         connect_timeout: float = 30.0,
     ):
-        self.initial_peers = [check_peer_maddr(peer) for peer in initial_peers]
+        self.initial_peers = [check_peer_maddr(peer) for peer in split_maddrs(initial_peers)]
         self._daemon = P2PDaemon(
             initial_peers=self.initial_peers,
             host_maddrs=host_maddrs,
@@ -232,6 +234,12 @@ class SwarmNode:
                 await asyncio.wait_for(self._dht.shutdown(), 3)  # hangs if the daemon is dead
         finally:
             await self._daemon.stop()
+
+
+def split_maddrs(given: str | Iterable[object]) -> list[str]:
+    """Multiaddresses that are given one by one, or several as one text with commas or blanks between."""
+    texts = [given] if isinstance(given, str) else map(str, given)
+    return [maddr for text in texts for maddr in re.split(r"[\s,]+", text.strip())]
 
 
 def check_peer_maddr(maddr: str) -> str:
