@@ -30,14 +30,14 @@ class CausalLMModule(TuningModule):
         options: as of `TuningModule`.
 
     Raises:
-        ConfigurationError: a value out of range; the message names the setting.
+        ConfigurationError: a value out of range; the message names the argument.
     """
 
     monitor, monitor_mode = "val/perplexity", "min"
 
     def __init__(self, model_name: str, *, tuning_mode: str | None = "deep_ptune", **options: Any):
         if tuning_mode is None:
-            raise ConfigurationError("tuning.mode=null: a language model has no head to train; set ptune or deep_ptune")
+            raise ConfigurationError("tuning_mode=None: a language model has no head to train; set ptune or deep_ptune")
         super().__init__(model_name, tuning_mode=tuning_mode, **options)
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 

@@ -40,7 +40,7 @@ class TuningModule(pl.LightningModule):
         token: for private models on the hub; None uses the login of this machine. Never saved.
 
     Raises:
-        ConfigurationError: a value out of range; the message names the setting.
+        ConfigurationError: a value out of range; the message names the argument.
     """
 
     model: PreTrainedModel
@@ -65,16 +65,18 @@ class TuningModule(pl.LightningModule):
     ):
         super().__init__()
         if tuning_mode not in TUNING_MODES:
-            raise ConfigurationError(f"tuning.mode={tuning_mode}: must be null, ptune or deep_ptune")
+            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, ptune or deep_ptune")
         if tuning_mode is not None and pre_seq_len < 1:
             raise ConfigurationError(
-                f"tuning.pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
-                "to train the head alone set tuning=none"
+                f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
+                "to train the head alone set tuning_mode=None"
             )
         if lr <= 0:
-            raise ConfigurationError(f"optim.lr={lr}: must be above 0")
+            raise ConfigurationError(f"lr={lr}: must be above 0")
+        if weight_decay < 0:
+            raise ConfigurationError(f"weight_decay={weight_decay}: must be 0 or more")
         if not 0 <= warmup_ratio <= 1:
-            raise ConfigurationError(f"optim.warmup_ratio={warmup_ratio}: must be between 0 and 1")
+            raise ConfigurationError(f"warmup_ratio={warmup_ratio}: must be between 0 and 1")
         self.save_hyperparameters(ignore=["token"])  # with a subclass's own arguments
         self.served_model = ServedModel(model_name, dtype, revision, dht_prefix)
         self._token = token
@@ -122,8 +124,8 @@ class TuningModule(pl.LightningModule):
         positions: int | None = self.model.max_positions  # type: ignore[assignment]
         if positions is not None and prefix + data.longest > positions:
             raise ConfigurationError(
-                f"tuning.pre_seq_len={prefix} and a sample of {data.longest} tokens: {name!r} has {positions} "
-                f"positions; set data.max_length={positions - prefix} or less"
+                f"pre_seq_len={prefix} and a sample of {data.longest} tokens: {name!r} has {positions} "
+                f"positions; set max_length={positions - prefix} or less"
             )
 
     def __getattr__(self, name: str) -> Any:

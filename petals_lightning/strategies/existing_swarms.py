@@ -31,14 +31,14 @@ class PrivateSwarm(SwarmSource):
         super().__init__(**options)
         if not initial_peers:
             raise ConfigurationError(
-                "swarm.initial_peers is empty; give the multiaddress that a server of your swarm prints at its start: "
-                "swarm.initial_peers=[/ip4/HOST/tcp/PORT/p2p/ID]"
+                "initial_peers is empty; give the multiaddress that a server of your swarm prints at its start: "
+                "initial_peers=[/ip4/HOST/tcp/PORT/p2p/ID]"
             )
         self.initial_peers = split_maddrs(initial_peers)
         for peer in self.initial_peers:
             if not peer.startswith("/") or "/p2p/" not in peer:
                 raise ConfigurationError(
-                    f"swarm.initial_peers: {peer!r} is no multiaddress; it has the form /ip4/HOST/tcp/PORT/p2p/ID"
+                    f"initial_peers: {peer!r} is no multiaddress; it has the form /ip4/HOST/tcp/PORT/p2p/ID"
                 )
 
     def _arguments(self, model: ServedModel) -> dict[str, Any]:
