@@ -67,7 +67,7 @@ def test_a_missing_label_is_named_or_left_out(values: list, row: int) -> None:
 
 @pytest.mark.parametrize("values", [[0, -1, 1], ["0", "-1", "1"], ["a", "-1", "b"], [0.0, -1.0, 1.0]])
 def test_minus_one_is_no_class_unless_it_is_named(values: list) -> None:
-    message = r"label -1 in train \(row 1 of train, .*drop_unlabelled=True, or name .* with data\.label_map"
+    message = r"label -1 in train \(row 1 of train, .*drop_unlabelled=True, or name .* with label_map"
     with pytest.raises(DataError, match=message):
         classes(values)
     assert classes(values, drop_unlabelled=True)[1] == [0, None, 1]
@@ -113,7 +113,7 @@ def test_spellings_may_be_classes_of_their_own() -> None:
     [
         (["0.5", "1.5"], r"label 0\.5 \(row 0 of train, .*neither a whole number nor a name"),
         ([[0, 1], [1, 0]], r"label \[0, 1\] \(row 0 of train, .*neither a whole number nor a name"),
-        ([0, 123456789], r"label 123456789 \(row 1 of train, .*data\.label_column"),
+        ([0, 123456789], r"label 123456789 \(row 1 of train, .*with label_column"),
         (["", ""], r"no label in train \(row 0 of train"),
         (["a", "a"], "one class only"),
         ([0, 1, -2], r"label -2 \(row 2 of train, .* is outside 0…1"),
