@@ -194,5 +194,5 @@ def test_a_tokenizer_without_padding_pads_with_eos(text_model: Path, tmp_path: P
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="^tokenizer=.*: no tokenizer there"):
+    with pytest.raises(CheckpointError, match=r"^tokenizer=.*: no tokenizer there"):
         load_tokenizer(str(tmp_path))
