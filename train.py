@@ -32,7 +32,7 @@ def main() -> None:
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
     def train(cfg: DictConfig) -> float | None:
         """Runs one job; its validation accuracy is what a sweeper optimises."""
-        with one_line_errors():
+        with one_line_errors(cfg):
             from petals_lightning.training.run import run
 
             return run(cfg, str(HydraConfig.get().runtime.choices["recipe"]))

@@ -28,6 +28,10 @@ class DataError(ConfigurationError):
     """A data file has no usable text or labels."""
 
 
+class NoModelError(ConfigurationError, AttributeError):
+    """A module is used by hand before a Trainer has loaded its model."""
+
+
 class UnsupportedInputError(PetalsLightningError, ValueError):
     """A call to a distributed model asks for something that cannot cross the swarm."""
 

@@ -72,5 +72,5 @@ def _require_room(folder: Path, module: pl.LightningModule) -> None:
     if free < needed:
         raise ConfigurationError(
             f"{folder}: {free / 2**20:.0f} MiB free on its disk, and the run's checkpoints and logs need "
-            f"{needed / 2**20:.0f} MiB; free some or set hydra.run.dir=… to another disk"
+            f"{needed / 2**20:.0f} MiB; free some or set path=… to another disk"
         )

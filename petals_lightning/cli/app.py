@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from petals_lightning.cli import bootstrap, chat, generate, serve, status
+from petals_lightning.cli.options import MaddrCommand
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -12,8 +13,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serve and use language models whose blocks live in a swarm.",
 )
-app.command("serve")(serve.serve)
-app.command("bootstrap")(bootstrap.bootstrap)
-app.command("status")(status.status)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
+app.command("serve", cls=MaddrCommand)(serve.serve)
+app.command("bootstrap", cls=MaddrCommand)(bootstrap.bootstrap)
+app.command("status", cls=MaddrCommand)(status.status)
+app.command("generate", cls=MaddrCommand)(generate.generate)
+app.command("chat", cls=MaddrCommand)(chat.chat)

@@ -64,7 +64,7 @@ class TextDataModule(pl.LightningDataModule):
         token: for private models on the hub; None uses the login of this machine.
 
     Raises:
-        ConfigurationError: a value out of range; the message names the setting.
+        ConfigurationError: a value out of range; the message names the argument.
         DataError (in `setup`): nothing is there, or it is not what the module reads.
         CheckpointError (in `setup`): the model has no usable tokenizer.
     """
@@ -92,11 +92,12 @@ class TextDataModule(pl.LightningDataModule):
         token: str | None = None,
     ):
         super().__init__()
-        for setting, value in {"batch_size": batch_size, "max_length": max_length}.items():
-            if value < 1:
-                raise ConfigurationError(f"data.{setting}={value}: must be at least 1")
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length}
+        for setting, value in sizes.items():
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{setting}={value}: must be at least 1")
         if not 0 < validation_fraction < 1:
-            raise ConfigurationError(f"data.validation_fraction={validation_fraction}: must be between 0 and 1")
+            raise ConfigurationError(f"validation_fraction={validation_fraction}: must be between 0 and 1")
         self.tokenizer_name, self.tokenizer_revision, self.token = tokenizer, tokenizer_revision, token
         self.source, self.name = source, name
         self.text_format = TextFormat(encoding, delimiter)

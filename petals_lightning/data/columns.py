@@ -27,19 +27,19 @@ def find_text_column(dataset: datasets.Dataset, named: str | None = None, *, set
     """
     strings = [name for name in dataset.column_names if _is_string(dataset.features[name])]
     if named is not None:
-        _require(dataset, named, f"data.{setting}")
+        _require(dataset, named, setting)
     else:
         named = _first(TEXT_COLUMNS, strings) or _first(TEXT_COLUMNS, dataset.column_names)
     if named is None:
         wordy = [name for name in strings if _has_words(dataset, name)]
         if len(wordy) != 1:
             raise DataError(
-                f"no text column among {_listing(dataset)}; name it with data.{setting}=… "
+                f"no text column among {_listing(dataset)}; name it with {setting}=… "
                 f"(found by itself: {', '.join(TEXT_COLUMNS)})"
             )
         (named,) = wordy
     if named not in strings:
-        raise DataError(f"column {named!r} (data.{setting}) holds {dataset.features[named]}, not strings")
+        raise DataError(f"column {named!r} ({setting}) holds {dataset.features[named]}, not strings")
     return named
 
 
@@ -50,12 +50,12 @@ def find_label_column(dataset: datasets.Dataset, named: str | None = None, *, wh
         DataError: there is none; the message lists the columns that there are.
     """
     if named is not None:
-        _require(dataset, named, "data.label_column")
+        _require(dataset, named, "label_column")
         return named
     found = _first(LABEL_COLUMNS, dataset.column_names)
     if found is None:
         raise DataError(
-            f"no label column in {where}: the columns are {_listing(dataset)}; name it with data.label_column=… "
+            f"no label column in {where}: the columns are {_listing(dataset)}; name it with label_column=… "
             f"(found by itself: {', '.join(LABEL_COLUMNS)})"
         )
     return found

@@ -75,7 +75,7 @@ def _table(path: Path, form: TextFormat, **dialect: Any) -> pa.Table:
                 if len(cells) != len(names):
                     raise Malformed(
                         f"line {line} has {len(cells)} cells, the header {len(names)}: {cells!r:.80}; quote cells that "
-                        f"hold {dialect['delimiter']!r}, or set data.delimiter"
+                        f"hold {dialect['delimiter']!r}, or set delimiter=…"
                     )
             columns = zip(*(cells for _, cells in batch), strict=True)
             tables.append(pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], names))

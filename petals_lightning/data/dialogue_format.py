@@ -176,7 +176,7 @@ class DialogueFormat:
     def _cannot_tell(self, content: str) -> DataError:
         return DataError(
             f"the chat template writes the dialogue so that the tokens of the answer {content!r:.60} cannot be told; "
-            "data.use_chat_template=false takes the simple form"
+            "use_chat_template=False takes the simple form"
         )
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
@@ -205,12 +205,11 @@ class DialogueFormat:
                 pass  # for another reason, too
             else:
                 return (
-                    "; data.merge_system=true (chat: --merge-system) puts the system's text in front of the first "
-                    "user turn"
+                    "; merge_system=True (chat: --merge-system) puts the system's text in front of the first user turn"
                 )
         if not self.has_template:
             return ""
-        return "; change it, or take the simple form with data.use_chat_template=false (chat: --no-chat-template)"
+        return "; change it, or take the simple form with use_chat_template=False (chat: --no-chat-template)"
 
 
 def samples(answers: Sequence[Answer]) -> list[tuple[list[int], list[int]]]:

@@ -77,7 +77,7 @@ def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
             raise DataError(
                 f"{where} has {', '.join(sorted(row))}: a dialogue needs `turns` (texts), `messages` or "
                 "`conversations` (of role and content, or from and value), `prompt` and `completion`, `instruction` "
-                "and `output`, or PersonaChat's `utterances`; data.columns={messages: …} names other columns"
+                "and `output`, or PersonaChat's `utterances`; columns={'messages': …} names other columns"
             )
     return [Message(role="system", content=_text(system, where)), *found] if system else found
 
@@ -187,9 +187,10 @@ class DialogueDataModule(TextDataModule):
     ):
         super().__init__(tokenizer, source, max_length=max_length, batch_size=batch_size, **options)
         if limit is not None and limit < 1:
-            raise ConfigurationError(f"data.limit={limit}: must be at least 1, or null to take all")
+            raise ConfigurationError(f"limit={limit}: must be at least 1, or None to take all")
         if unknown := set(columns or {}) - set(COLUMNS):
-            raise ConfigurationError(f"data.columns names {', '.join(sorted(unknown))}: give {', '.join(COLUMNS)}")
+            names = ", ".join(sorted(unknown))
+            raise ConfigurationError(f"columns={columns}: names {names}; give {', '.join(COLUMNS)}")
         self.limit = limit
         self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
         self.use_chat_template, self.merge_system = use_chat_template, merge_system
@@ -200,7 +201,9 @@ class DialogueDataModule(TextDataModule):
             for column in self.columns.values():
                 if column not in rows.column_names:
                     there = ", ".join(rows.column_names)
-                    raise DataError(f"data.columns: {split} of {self.source} has no column {column!r}; it has {there}")
+                    raise DataError(
+                        f"columns={self.columns}: {split} of {self.source} has no column {column!r}; it has {there}"
+                    )
         numbered = {split: rows.add_column(_ROW, list(range(len(rows)))) for split, rows in raw.items()}
         return {
             split: self._samples(f"{split if split in raw else 'train'} of {self.source}", rows, form)

@@ -74,8 +74,7 @@ class LabelEncoder:
         elif self._are_numbers:
             if numbers == ["1"] and _HIDDEN in labels:
                 raise DataError(
-                    f"the labels of column {column!r} are -1 and 1, but classes count from 0: "
-                    "set data.label_map={-1:0}"
+                    f"the labels of column {column!r} are -1 and 1, but classes count from 0: set label_map={{-1: 0}}"
                 )
             self.names = self._numbered({label: present[label] for label in numbers}, num_labels)
         else:
@@ -84,8 +83,8 @@ class LabelEncoder:
         if num_labels is not None:
             if len(self.names) > num_labels:
                 raise DataError(
-                    f"data.num_labels={num_labels}, but column {column!r} has {len(self.names)} classes "
-                    f"({_shortened(self.names)}); set data.num_labels={len(self.names)} or null to count them"
+                    f"num_labels={num_labels}, but column {column!r} has {len(self.names)} classes "
+                    f"({_shortened(self.names)}); set num_labels={len(self.names)} or None to count them"
                 )
             self.names += tuple(str(code) for code in range(len(self.names), num_labels))
         if len(self.names) < 2:
@@ -138,13 +137,13 @@ class LabelEncoder:
             if not _WHOLE.fullmatch(label):
                 raise DataError(
                     f"label {label} ({self.where('train', row)}, column {self.column!r}) is neither a whole number nor "
-                    "a name; name classes with data.label_map"
+                    "a name; name classes with label_map"
                 )
         largest = max(map(int, rows), default=1)
         if largest >= _MOST_CLASSES:
             raise DataError(
                 f"label {largest} ({self.where('train', rows[str(largest)])}, column {self.column!r}) is no class: "
-                f"there are at most {_MOST_CLASSES:,}; name another column with data.label_column"
+                f"there are at most {_MOST_CLASSES:,}; name another column with label_column"
             )
         return tuple(str(code) for code in range(max(num_labels or largest + 1, 2)))
 
@@ -159,8 +158,8 @@ class LabelEncoder:
                 raise DataError(
                     f"labels {text!r} ({self.where('train', row)}) and {other!r} ({self.where('train', rows[other])}) "
                     f"of column {self.column!r} differ in case or blanks only: to read them as one set "
-                    f'"data.label_map={{{rare}:{usual}}}"'
-                    + (f', to keep both "data.label_map={{{rare}:{rare}}}"' if rare != usual else "")
+                    f"label_map={{{rare!r}: {usual!r}}}"
+                    + (f", to keep both label_map={{{rare!r}: {rare!r}}}" if rare != usual else "")
                 )
 
     def _code(self, text: str, split: str, row: int) -> int | None:
@@ -171,17 +170,17 @@ class LabelEncoder:
             if self.drop_unlabelled:
                 return None
             fault = "label -1" if label == _HIDDEN else "no label"
-            fix = ", or name its class with data.label_map" if label == _HIDDEN else ""
-            raise DataError(f"{fault} in {split} ({where}): leave such rows out with data.drop_unlabelled=true{fix}")
+            fix = ", or name its class with label_map" if label == _HIDDEN else ""
+            raise DataError(f"{fault} in {split} ({where}): leave such rows out with drop_unlabelled=True{fix}")
         if self._are_numbers and _WHOLE.fullmatch(label):
-            fix = f"set data.num_labels={int(label) + 1}" if int(label) >= 0 else "map it with data.label_map"
+            fix = f"set num_labels={int(label) + 1}" if int(label) >= 0 else "map it with label_map"
             raise DataError(
                 f"label {label} ({where}) is outside 0…{len(self.names) - 1} (num_labels={len(self.names)}); "
                 f"{fix}, or relabel the data"
             )
         raise DataError(
             f"label {text!r} of {split} ({where}) is in no training row; the classes are {_shortened(self.names)}; "
-            "labels can be read as others with data.label_map"
+            "labels can be read as others with label_map"
         )
 
 

@@ -57,12 +57,12 @@ class TextFormat:
             "".encode(self.encoding or "utf-8")
         except LookupError:
             raise ConfigurationError(
-                f"data.encoding={self.encoding}: no such encoding; there are utf-8, latin-1, cp1252, utf-16, …"
+                f"encoding={self.encoding}: no such encoding; there are utf-8, latin-1, cp1252, utf-16, …"
             ) from None
         delimiter = _DELIMITERS.get(self.delimiter or "", self.delimiter)
         if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
             raise ConfigurationError(
-                f"data.delimiter={delimiter}: must be one character, or one of {', '.join(_DELIMITERS)}"
+                f"delimiter={delimiter}: must be one character, or one of {', '.join(_DELIMITERS)}"
             )
         object.__setattr__(self, "delimiter", delimiter)
 
@@ -108,7 +108,7 @@ def why_undecodable(path: Path, form: TextFormat) -> str:
     except UnicodeError:  # UTF-16 without its mark
         pass
     name = encoding.removesuffix("-sig").upper()
-    return f"{place} is not {name}; set data.encoding to what it is written in (latin-1, cp1252, utf-16, …)"
+    return f"{place} is not {name}; set encoding=… to what it is written in (latin-1, cp1252, utf-16, …)"
 
 
 def _encoding(path: Path, form: TextFormat) -> str:

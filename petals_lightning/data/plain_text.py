@@ -58,7 +58,7 @@ class PlainTextDataModule(TextDataModule):
         for split, samples in cut.items():
             if not samples:
                 raise DataError(
-                    f"{split} of {self.source} has too few tokens for windows of data.max_length={self.max_length}: "
+                    f"{split} of {self.source} has too few tokens for windows of max_length={self.max_length}: "
                     "take a smaller one, or more text"
                 )
         return {split: LabelledTokens([(ids, ids) for ids in samples]) for split, samples in cut.items()}

@@ -84,7 +84,7 @@ def load_splits(
         return splits
     if is_data_file(path) or not _HUB_ID.fullmatch(source):
         raise DataError(
-            f"data.source={source}: no such file or folder (looked in {Path.cwd()}); give 'bundled', a path to "
+            f"source={source}: no such file or folder (looked in {Path.cwd()}); give 'bundled', a path to "
             f"{'/'.join(SUFFIXES)} data, or a hub dataset id such as nyu-mll/glue"
         )
     return _load_hub(source, name, split_names)
@@ -121,8 +121,8 @@ def _load_clone(folder: Path, name: str | None, split_names: dict[str, str], for
         builder = datasets.load_dataset_builder(str(folder), name)
     except _LOADING_FAILS as error:
         raise DataError(
-            f"data.source={folder}{_named(name)}: cannot be read as the clone of a hub dataset ({_reason(error)}); "
-            "set data.name to one of its configurations, or give one of its files"
+            f"source={folder}{_named(name)}: cannot be read as the clone of a hub dataset ({_reason(error)}); "
+            "set name=… to one of its configurations, or give one of its files"
         ) from error
     parts = {str(split): [Path(file) for file in files] for split, files in builder.config.data_files.items()}
     splits = LocatedSplits(str(folder))
@@ -150,7 +150,7 @@ def _load_hub(source: str, name: str | None, split_names: dict[str, str]) -> Loc
         available = datasets.load_dataset(source, name)
     except (*_LOADING_FAILS, httpx.HTTPError) as error:
         raise DataError(
-            f"data.source={source}{_named(name)}: cannot be loaded from the hub ({_reason(error)}); "
+            f"source={source}{_named(name)}: cannot be loaded from the hub ({_reason(error)}); "
             "check the id and the network, or give a local file or folder"
         ) from error
     return _of_dict(available, source, split_names)
@@ -178,9 +178,9 @@ def _chosen(available: Iterable[str], split_names: dict[str, str]) -> dict[str, 
 def _checked(splits: LocatedSplits, split_names: dict[str, str], where: str) -> LocatedSplits:
     for split, wanted in split_names.items():
         if split not in splits:
-            raise DataError(f"data.{split}_split={wanted}: not in {where}")
+            raise DataError(f"{split}_split={wanted}: not in {where}")
     if "train" not in splits:
-        raise DataError(f"no train split in {where}; name a file train.jsonl, or set data.train_split")
+        raise DataError(f"no train split in {where}; name a file train.jsonl, or set train_split")
     for split, rows in splits.items():
         if len(rows) == 0:
             raise DataError(f"{split} of {where} holds no rows")
@@ -188,7 +188,7 @@ def _checked(splits: LocatedSplits, split_names: dict[str, str], where: str) -> 
 
 
 def _named(name: str | None) -> str:
-    return f" data.name={name}" if name else ""
+    return f" name={name}" if name else ""
 
 
 def _reason(error: Exception) -> str:

@@ -62,9 +62,9 @@ class TextClassificationDataModule(TextDataModule):
     ):
         super().__init__(tokenizer, source, **options)
         if num_labels is not None and num_labels < 2:
-            raise ConfigurationError(f"data.num_labels={num_labels}: must be at least 2, or null to count the classes")
+            raise ConfigurationError(f"num_labels={num_labels}: must be at least 2, or None to count the classes")
         if label_map is not None and not isinstance(label_map, Mapping):
-            raise ConfigurationError(f"data.label_map={label_map}: must be a mapping of labels, e.g. {{-1:0}}")
+            raise ConfigurationError(f"label_map={label_map}: must be a mapping of labels, e.g. label_map={{-1: 0}}")
         self.text_column, self.text_pair_column, self.label_column = text_column, text_pair_column, label_column
         self.requested_num_labels = num_labels
         self.label_map, self.drop_unlabelled = label_map, drop_unlabelled

@@ -27,7 +27,7 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"no tokenizer at {name_or_path!r} ({reason}); model.name must be a hub id or a folder with a "
+            f"tokenizer={name_or_path}: no tokenizer there ({reason}); it must be a hub id or a folder with a "
             "config.json and a tokenizer"
         ) from error
     tokenizer.padding_side = "right"

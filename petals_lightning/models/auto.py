@@ -7,7 +7,6 @@ import functools
 import gc
 import inspect
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -380,8 +379,7 @@ def _connect(
         logger.warning("no initial_peers given, so this is %s (initial_peers=[…])", PUBLIC_NOTICE)
     if node is None:
         # A peer of our own joins through the caller's DHT process: its daemon's handlers belong to that process.
-        given = re.split(r"[\s,]+", initial_peers.strip()) if isinstance(initial_peers, str) else initial_peers or ()
-        peers = [str(maddr).strip() for maddr in (dht.get_visible_maddrs() if dht is not None else given)]
+        peers = [str(maddr) for maddr in dht.get_visible_maddrs()] if dht is not None else initial_peers or ""
         node = SwarmNode(
             peers,
             host_maddrs=(),

@@ -30,14 +30,14 @@ class CausalLMModule(TuningModule):
         options: as of `TuningModule`.
 
     Raises:
-        ConfigurationError: a value out of range; the message names the setting.
+        ConfigurationError: a value out of range; the message names the argument.
     """
 
     monitor, monitor_mode = "val/perplexity", "min"
 
     def __init__(self, model_name: str, *, tuning_mode: str | None = "deep_ptune", **options: Any):
         if tuning_mode is None:
-            raise ConfigurationError("tuning.mode=null: a language model has no head to train; set ptune or deep_ptune")
+            raise ConfigurationError("tuning_mode=None: a language model has no head to train; set ptune or deep_ptune")
         super().__init__(model_name, tuning_mode=tuning_mode, **options)
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
@@ -61,11 +61,18 @@ class CausalLMModule(TuningModule):
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         return loss
 
+    # Reset when a pass begins: in the inference mode at the end of one, its states would be of no use to other modes.
+    def on_validation_epoch_start(self) -> None:
+        self.val_loss.reset()
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.val_loss.update(*self.evaluated(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_perplexity("val", self.val_loss)
+
+    def on_test_epoch_start(self) -> None:
+        self.test_loss.reset()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.test_loss.update(*self.evaluated(batch))
@@ -75,6 +82,5 @@ class CausalLMModule(TuningModule):
 
     def _log_perplexity(self, part: str, losses: MeanMetric) -> None:
         loss = losses.compute()  # of all tokens, whatever batch they were in
-        losses.reset()
         self.log(f"{part}/loss", loss, prog_bar=True)
         self.log(f"{part}/perplexity", loss.exp(), prog_bar=True)

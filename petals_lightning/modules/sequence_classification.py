@@ -26,7 +26,7 @@ class SequenceClassificationModule(TuningModule):
         options: as of `TuningModule`.
 
     Raises:
-        ConfigurationError: a value out of range; the message names the setting.
+        ConfigurationError: a value out of range; the message names the argument.
     """
 
     monitor, monitor_mode = "val/accuracy", "max"

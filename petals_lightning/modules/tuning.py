@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from petals_lightning.data import TextDataModule, load_tokenizer
-from petals_lightning.errors import ConfigurationError
+from petals_lightning.errors import ConfigurationError, NoModelError
 from petals_lightning.hf.skeleton import vocabulary_size
 from petals_lightning.models import trainable_state_dict
 from petals_lightning.strategies import BEGUN, RemoteBlockStrategy, ServedModel, load_trained_weights
@@ -23,7 +23,8 @@ TUNING_MODES = (None, "ptune", "deep_ptune")
 class TuningModule(pl.LightningModule):
     """Trains prompts (and a head) of a frozen model. Subclasses give the task: their steps, and their model's class.
 
-    Under `RemoteBlockStrategy` the blocks are in its swarm; under any other the whole model is in this process.
+    Under `RemoteBlockStrategy` the blocks are in its swarm; under any other the whole model is in this process. It is
+    loaded when a Trainer runs the module: `load_from_checkpoint` reads the checkpoint's trained weights and no model.
 
     Args:
         model_name: hub id or folder of a causal language model.
@@ -39,7 +40,7 @@ class TuningModule(pl.LightningModule):
         token: for private models on the hub; None uses the login of this machine. Never saved.
 
     Raises:
-        ConfigurationError: a value out of range; the message names the setting.
+        ConfigurationError: a value out of range; the message names the argument.
     """
 
     model: PreTrainedModel
@@ -64,35 +65,44 @@ class TuningModule(pl.LightningModule):
     ):
         super().__init__()
         if tuning_mode not in TUNING_MODES:
-            raise ConfigurationError(f"tuning.mode={tuning_mode}: must be null, ptune or deep_ptune")
+            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, ptune or deep_ptune")
         if tuning_mode is not None and pre_seq_len < 1:
             raise ConfigurationError(
-                f"tuning.pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
-                "to train the head alone set tuning=none"
+                f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
+                "to train the head alone set tuning_mode=None"
             )
         if lr <= 0:
-            raise ConfigurationError(f"optim.lr={lr}: must be above 0")
+            raise ConfigurationError(f"lr={lr}: must be above 0")
+        if weight_decay < 0:
+            raise ConfigurationError(f"weight_decay={weight_decay}: must be 0 or more")
         if not 0 <= warmup_ratio <= 1:
-            raise ConfigurationError(f"optim.warmup_ratio={warmup_ratio}: must be between 0 and 1")
+            raise ConfigurationError(f"warmup_ratio={warmup_ratio}: must be between 0 and 1")
         self.save_hyperparameters(ignore=["token"])  # with a subclass's own arguments
         self.served_model = ServedModel(model_name, dtype, revision, dht_prefix)
         self._token = token
         self._session: int | None = None
+        self._loaded: dict[str, Tensor] | None = None  # trained weights that wait for their model
         self._rng_state: Tensor | None = None
 
     # --- the model -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Builds the model, or connects it anew when the Trainer has joined the swarm again."""
-        strategy = self.trainer.strategy if self._trainer is not None else None
+        """Builds the model, or connects it anew when the Trainer has joined the swarm again.
+
+        Without a Trainer, as in `load_from_checkpoint`, there is nothing to be done yet: whether the whole model is
+        wanted here or its ends alone is the Trainer's to say.
+        """
+        if self._trainer is None:
+            return
+        strategy = self.trainer.strategy
         session = strategy.session if isinstance(strategy, RemoteBlockStrategy) else 0
         if self._session == session:
             return
-        kept = None if self._session is None else trainable_state_dict(self)
+        kept = self._loaded if self._session is None else trainable_state_dict(self)
         self.model = self._load(strategy)
         if kept is not None:
             load_trained_weights(self, kept)
-        self._session = session
+        self._session, self._loaded = session, None
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
             self._check_sizes(data)
@@ -114,9 +124,20 @@ class TuningModule(pl.LightningModule):
         positions: int | None = self.model.max_positions  # type: ignore[assignment]
         if positions is not None and prefix + data.longest > positions:
             raise ConfigurationError(
-                f"tuning.pre_seq_len={prefix} and a sample of {data.longest} tokens: {name!r} has {positions} "
-                f"positions; set data.max_length={positions - prefix} or less"
+                f"pre_seq_len={prefix} and a sample of {data.longest} tokens: {name!r} has {positions} "
+                f"positions; set max_length={positions - prefix} or less"
             )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "model":
+                raise
+        raise NoModelError(
+            f"this {type(self).__name__} has no model yet: a Trainer loads it, and its trained weights if it is from a "
+            "checkpoint; call trainer.validate, .test, .predict or .fit with the module first"
+        )
 
     def auto_classes(self) -> tuple[Any, Any]:
         """The distributed and the local class of the task's model."""
@@ -178,9 +199,12 @@ class TuningModule(pl.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Trained weights only, under every strategy."""
-        return trainable_state_dict(self)
+        return trainable_state_dict(self) if self._loaded is None else self._loaded
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Takes trained weights only; see `load_trained_weights`."""
-        load_trained_weights(self, state_dict)
+        """Takes trained weights only; see `load_trained_weights`. They wait for the model if there is none yet."""
+        if self._session is None:
+            self._loaded = dict(state_dict)
+        else:
+            load_trained_weights(self, state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])

@@ -9,6 +9,7 @@ from typing import Any
 
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
+from petals_lightning.swarm.node import split_maddrs
 from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
 
 log = logging.getLogger(__name__)
@@ -18,26 +19,27 @@ class PrivateSwarm(SwarmSource):
     """A swarm of machines that you or your lab run.
 
     Args:
-        initial_peers: multiaddresses of one or more of its peers; servers print theirs when they start.
+        initial_peers: multiaddresses of one or more of its peers (also as one text with commas or blanks between);
+            servers print theirs when they start.
         **options: see `SwarmSource`.
 
     Raises:
         ConfigurationError: there are none, or one is no multiaddress.
     """
 
-    def __init__(self, initial_peers: Sequence[str], **options: Any):
+    def __init__(self, initial_peers: str | Sequence[str], **options: Any):
         super().__init__(**options)
         if not initial_peers:
             raise ConfigurationError(
-                "swarm.initial_peers is empty; give the multiaddress that a server of your swarm prints at its start: "
-                "swarm.initial_peers=[/ip4/HOST/tcp/PORT/p2p/ID]"
+                "initial_peers is empty; give the multiaddress that a server of your swarm prints at its start: "
+                "initial_peers=[/ip4/HOST/tcp/PORT/p2p/ID]"
             )
-        for peer in initial_peers:
+        self.initial_peers = split_maddrs(initial_peers)
+        for peer in self.initial_peers:
             if not peer.startswith("/") or "/p2p/" not in peer:
                 raise ConfigurationError(
-                    f"swarm.initial_peers: {peer!r} is no multiaddress; it has the form /ip4/HOST/tcp/PORT/p2p/ID"
+                    f"initial_peers: {peer!r} is no multiaddress; it has the form /ip4/HOST/tcp/PORT/p2p/ID"
                 )
-        self.initial_peers = list(initial_peers)
 
     def _arguments(self, model: ServedModel) -> dict[str, Any]:
         return {"initial_peers": self.initial_peers, "dht_prefix": model.dht_prefix}
@@ -51,7 +53,7 @@ class PublicSwarm(PrivateSwarm):
         **options: see `SwarmSource`.
     """
 
-    def __init__(self, initial_peers: Sequence[str] | None = None, **options: Any):
+    def __init__(self, initial_peers: str | Sequence[str] | None = None, **options: Any):
         super().__init__(initial_peers or PUBLIC_INITIAL_PEERS, **options)
 
     def _start(self, model: ServedModel, log_dir: Path) -> None:

@@ -54,10 +54,10 @@ class LocalSwarm(SwarmSource):
             options["min_microbatch_tokens"] = _NEVER_CUT
         super().__init__(**options)
         if num_servers < 1:
-            raise ConfigurationError(f"swarm.num_servers={num_servers}: a swarm needs at least 1 server")
+            raise ConfigurationError(f"num_servers={num_servers}: a swarm needs at least 1 server")
         for blocks in block_ranges or ():
             if not re.fullmatch(r"\d+:\d+", blocks):
-                raise ConfigurationError(f"swarm.block_ranges: {blocks!r} is no range such as 0:2")
+                raise ConfigurationError(f"block_ranges: {blocks!r} is no range such as 0:2")
         self.num_servers, self.block_ranges = num_servers, list(block_ranges or ())
         self.threads_per_server, self.device, self.start_timeout = threads_per_server, device, start_timeout
         self._servers: list[ServerProcess] = []
@@ -122,7 +122,7 @@ def split_evenly(num_blocks: int, num_servers: int) -> list[str]:
     """
     if num_servers > num_blocks:
         raise ConfigurationError(
-            f"swarm.num_servers={num_servers}, but the model has {num_blocks} blocks; use at most as many servers"
+            f"num_servers={num_servers}, but the model has {num_blocks} blocks; use at most as many servers"
         )
     bounds = [number * num_blocks // num_servers for number in range(num_servers + 1)]
     return [f"{start}:{end}" for start, end in pairwise(bounds)]
@@ -133,5 +133,5 @@ def _count_blocks(model: ServedModel) -> int:
         config = AutoConfig.from_pretrained(model.name_or_path, revision=model.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"model.name={model.name_or_path}: no model there ({reason})") from error
+        raise CheckpointError(f"model_name={model.name_or_path}: no model there ({reason})") from error
     return config.get_text_config().num_hidden_layers

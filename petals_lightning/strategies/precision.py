@@ -23,7 +23,7 @@ def precision_plugin(precision: str, device_type: str) -> Precision:
         ConfigurationError: another precision.
     """
     if precision not in PRECISIONS:
-        raise ConfigurationError(f"amp.precision={precision}: must be one of {', '.join(PRECISIONS)}")
+        raise ConfigurationError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
     if precision == "32-true":
         return Precision()
     if precision == "bf16-mixed":

@@ -71,7 +71,7 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
     def setup_environment(self) -> None:
         if len(self.parallel_devices) > 1:
             raise ConfigurationError(
-                f"trainer.devices: the client runs on 1 device, got {len(self.parallel_devices)}; set trainer.devices=1"
+                f"devices={len(self.parallel_devices)}: the client runs on 1 device; set devices=1"
             )
         super().setup_environment()
         self._client_arguments = self.swarm.acquire(self._served_model(), self._log_dir())

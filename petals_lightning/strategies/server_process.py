@@ -93,7 +93,7 @@ class ServerProcess:
                 )
             if time.monotonic() > deadline:
                 raise SwarmError(
-                    f"{self.title} is not ready in time; raise swarm.start_timeout if the model is large. Its last "
+                    f"{self.title} is not ready in time; raise start_timeout if the model is large. Its last "
                     f"words: {self._last_words()} [log: {self.log_path}]"
                 )
 

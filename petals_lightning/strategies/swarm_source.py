@@ -72,7 +72,7 @@ class SwarmSource(ABC):
         batches_in_flight: int = 4,
     ):
         if batches_in_flight < 1:
-            raise ConfigurationError(f"swarm.batches_in_flight={batches_in_flight}: must be at least 1, one at a time")
+            raise ConfigurationError(f"batches_in_flight={batches_in_flight}: must be at least 1, one at a time")
         self.batches_in_flight = batches_in_flight
         options = {
             "connect_timeout": connect_timeout,

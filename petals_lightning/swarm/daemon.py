@@ -13,20 +13,25 @@ import os
 import re
 import secrets
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.resources import as_file, files
+from pathlib import Path
 
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, PeerID
+from hivemind.proto import crypto_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from petals_lightning.errors import SwarmConnectionError
+from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.swarm.guard import ProcessGuard
 from petals_lightning.swarm.hivemind_repairs import acknowledge_end, repair_unary_calls
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes: the kernel's limits less the final zero
 
 
 class P2PDaemon:
@@ -82,12 +87,20 @@ class P2PDaemon:
         self._p2p: P2P | None = None
 
     async def start(self) -> P2P:
-        """Raises SwarmConnectionError if the daemon ends (no initial peer reached, port taken) or is not up in time."""
-        if self._identity_path is not None and not os.path.exists(self._identity_path):
-            try:
-                P2P.generate_identity(self._identity_path)
-            except OSError as e:
-                raise SwarmConnectionError(f"cannot write the identity file {self._identity_path!r}: {e}") from e
+        """Starts the daemon.
+
+        Raises:
+            SwarmConnectionError: it ends (no initial peer reached, port taken) or is not up in time.
+            ConfigurationError: the identity file holds no key, or the path of the socket is too long.
+        """
+        if len(os.fsencode(self._socket)) > _LONGEST_SOCKET_PATH:
+            folder = os.path.dirname(self._socket)
+            raise ConfigurationError(
+                f"TMPDIR={folder}: its {len(os.fsencode(folder))} characters are too long for the socket that is made "
+                f"there, whose path may have {_LONGEST_SOCKET_PATH} in all; set TMPDIR to a shorter folder, e.g. /tmp"
+            )
+        if self._identity_path is not None:
+            _check_identity(self._identity_path)
         self._guard = ProcessGuard()
         with as_file(files("hivemind.hivemind_cli") / "p2pd") as executable:
             self._process = subprocess.Popen(
@@ -152,3 +165,26 @@ class P2PDaemon:
         """The last line that the daemon wrote."""
         said = next((line for line in reversed(self._last_lines) if line), "the libp2p daemon ended without a word")
         return re.sub(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ", "", said)
+
+
+def _check_identity(path: str) -> None:
+    """Makes an identity file that is missing.
+
+    Raises:
+        SwarmConnectionError: it can be neither read nor written.
+        ConfigurationError: it holds no private key.
+    """
+    try:
+        if not os.path.exists(path):
+            P2P.generate_identity(path)
+        key = Path(path).read_bytes()
+    except OSError as e:
+        raise SwarmConnectionError(f"cannot read or write the identity file {path!r}: {e.strerror or e}") from e
+    try:
+        if crypto_pb2.PrivateKey.FromString(key).key_type == crypto_pb2.RSA:  # the kind that hivemind makes and reads
+            PeerID.from_identity(key)
+    except Exception as e:  # protobuf's, cryptography's and ValueError have no common base
+        raise ConfigurationError(
+            f"the identity file {path!r} holds no private key of libp2p: give the file that was made as one, or the "
+            "name of a file that does not exist yet, where a key will be made"
+        ) from e

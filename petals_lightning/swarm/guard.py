@@ -11,16 +11,16 @@ import subprocess
 
 _SCRIPT = """
 trap '' INT TERM HUP
-pids= files=
+pids=
 while read -r word value; do
   case $word in
     pid) pids="$pids $value" ;;
-    file) files="$files $value" ;;
+    file) set -- "$@" "$value" ;;
     done) exit 0 ;;
   esac
 done
 [ -n "$pids" ] && kill -9 $pids 2>/dev/null
-[ -n "$files" ] && rm -f $files
+[ $# -gt 0 ] && rm -f -- "$@"
 """
 
 
@@ -37,7 +37,7 @@ class ProcessGuard:
         )
 
     def protect(self, pid: int, *files: str) -> None:
-        """Adds a child, and files (sockets) that it leaves when killed. File names must hold no white space."""
+        """Adds a child, and files (sockets) that it leaves when killed."""
         self._tell(f"pid {pid}", *(f"file {name}" for name in files))
 
     def release(self) -> None:

@@ -10,8 +10,9 @@ import asyncio
 import concurrent.futures
 import logging
 import os
+import re
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -19,15 +20,15 @@ import uvloop
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils.multiaddr import Multiaddr
+from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.swarm.daemon import P2PDaemon
 from petals_lightning.swarm.hivemind_repairs import ReadableRecords, bound_nesting
+from petals_lightning.swarm.joining import ClockError, meet
 from petals_lightning.swarm.public import is_public
 
 logger = logging.getLogger(__name__)
-
-_OTHER_PEERS_PATIENCE = 1.0  # seconds for the others among the peers to join by, once one has answered
 
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ class SwarmNode:
     """A peer of a swarm. `start` joins it, `close` leaves it; both may be called from any thread.
 
     Args:
-        initial_peers: multiaddresses of peers to join; none starts a new swarm.
+        initial_peers: multiaddresses of peers to join, also as one text with commas or blanks between; none starts a
+            new swarm.
         host_maddrs: addresses to listen on; empty for a peer that only calls others.
         announce_maddrs: addresses that others are told, where they differ (NAT).
         identity_path: file of the private key, made if missing; the peer id follows from it.
@@ -48,7 +50,7 @@ class SwarmNode:
 
     def __init__(
         self,
-        initial_peers: Sequence[str] = (),
+        initial_peers: str | Sequence[str] = (),
         *,
         host_maddrs: Sequence[str] = DEFAULT_HOST_MADDRS,
         announce_maddrs: Sequence[str] | None = None,
@@ -56,7 +58,7 @@ class SwarmNode:
         client_mode: bool = False,
         connect_timeout: float = 30.0,
     ):
-        self.initial_peers = [check_peer_maddr(peer) for peer in initial_peers]
+        self.initial_peers = [check_peer_maddr(peer) for peer in split_maddrs(initial_peers)]
         self._daemon = P2PDaemon(
             initial_peers=self.initial_peers,
             host_maddrs=host_maddrs,
@@ -108,7 +110,9 @@ class SwarmNode:
         """Joins the swarm.
 
         Raises:
-            SwarmConnectionError: the daemon does not start, or no initial peer answers in `connect_timeout` seconds.
+            SwarmConnectionError: the daemon does not start, no initial peer answers in `connect_timeout` seconds, or
+                their clocks and this machine's differ.
+            ConfigurationError: the identity file holds no key, or TMPDIR is too long for sockets.
         """
         started, self._process = threading.Event(), os.getpid()
         self._thread = threading.Thread(target=self._run_loop, args=(started,), name="swarm", daemon=True)
@@ -190,21 +194,24 @@ class SwarmNode:
         bound_nesting()
         try:
             self._p2p = await self._daemon.start()
-            self._dht = await asyncio.wait_for(
-                DHTNode.create(
-                    self._p2p,
-                    initial_peers=self.initial_peers or None,
-                    client_mode=self._client_mode,
-                    bootstrap_timeout=_OTHER_PEERS_PATIENCE,
-                    record_validator=ReadableRecords(),
-                ),
-                self._connect_timeout,
-            )
+            async with asyncio.timeout(self._connect_timeout):
+                self._dht = await DHTNode.create(
+                    self._p2p, client_mode=self._client_mode, record_validator=ReadableRecords()
+                )
+                if self.initial_peers:
+                    await meet(self._dht, self.initial_peers)
         except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:
             raise SwarmConnectionError(self._explain(e)) from e
 
     def _explain(self, error: BaseException) -> str:
         detail = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
+        if isinstance(error, ClockError):
+            swarm = "the public Petals network" if is_public(self.initial_peers) else "the swarm"
+            return (
+                f"cannot join {swarm}: this machine's clock is {detail} those of initial_peers "
+                f"[{', '.join(self.initial_peers)}]. Check that both machines' clocks agree within "
+                f"{MAX_DHT_TIME_DISCREPANCY_SECONDS} s: set the wrong one, e.g. by `timedatectl set-ntp true`"
+            )
         if is_public(self.initial_peers):
             return (
                 f"cannot reach the public Petals network: none of its bootstrap peers answered within "
@@ -227,6 +234,12 @@ class SwarmNode:
                 await asyncio.wait_for(self._dht.shutdown(), 3)  # hangs if the daemon is dead
         finally:
             await self._daemon.stop()
+
+
+def split_maddrs(given: str | Iterable[object]) -> list[str]:
+    """Multiaddresses that are given one by one, or several as one text with commas or blanks between."""
+    texts = [given] if isinstance(given, str) else map(str, given)
+    return [maddr for text in texts for maddr in re.split(r"[\s,]+", text.strip())]
 
 
 def check_peer_maddr(maddr: str) -> str:

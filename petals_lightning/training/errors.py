@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from petals_lightning.errors import PetalsLightningError
+from petals_lightning.training.settings import in_words_of_settings
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 _DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG}
@@ -21,17 +23,18 @@ _TRACEBACKS_WANTED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(cfg: DictConfig | None = None) -> Iterator[None]:
     """Turns errors that a user can mend into one line on stderr and exit code 1.
 
-    With HYDRA_FULL_ERROR=1 in the environment they keep their tracebacks.
+    With HYDRA_FULL_ERROR=1 in the environment they keep their tracebacks. With `cfg`, a run's settings, the line names
+    these where the error names arguments of classes.
     """
     # Unless this is set, Hydra itself prints errors, over several lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     except (PetalsLightningError, HydraException, OmegaConfBaseException, OSError) as error:
-        message = explain(error)
+        message = explain(error, cfg)
         if _TRACEBACKS_WANTED or message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -41,18 +44,18 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
 
 
-def explain(error: BaseException) -> str | None:
-    """One line on a user's error; None if its cause is no error of the user's."""
+def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
+    """One line on a user's error; None if its cause is no error of the user's. `cfg` as of `one_line_errors`."""
     cause = error.__cause__
     if isinstance(error, OSError) and not isinstance(error, HydraException):  # Hydra's missing configs are both
         if error.errno not in _DISK_ERRORS:
             return None
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; free the disk or set hydra.run.dir=… to a folder that can be written"
-    if isinstance(error, PetalsLightningError):
-        message = str(error)
-    elif isinstance(cause, PetalsLightningError):  # raised in a constructor that Hydra called
-        message = str(cause)
+    # Hydra wraps what is raised in a constructor that it calls.
+    ours = next((each for each in (error, cause) if isinstance(each, PetalsLightningError)), None)
+    if ours is not None:
+        message = str(ours) if cfg is None else in_words_of_settings(str(ours), cfg)
     elif isinstance(error, InstantiationException):
         return None
     else:

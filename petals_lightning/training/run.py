@@ -28,6 +28,7 @@ from petals_lightning.strategies import RemoteBlockStrategy, SwarmSource, load_t
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
 from petals_lightning.training.errors import INTERRUPTED
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
+from petals_lightning.training.settings import OF_DATA, OF_MODULES
 
 
 def run(cfg: DictConfig, recipe: str = "run") -> float | None:
@@ -73,9 +74,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
 
 
 def _build_data(cfg: DictConfig) -> TextDataModule:
-    data: TextDataModule = _partial(cfg.data)(
-        tokenizer=cfg.model.name, tokenizer_revision=cfg.model.revision, seed=cfg.seed
-    )
+    data: TextDataModule = _partial(cfg.data)(**{name: OmegaConf.select(cfg, key) for name, key in OF_DATA.items()})
     data.setup()
     return data
 
@@ -84,17 +83,7 @@ def build_module(
     cfg: DictConfig, num_labels: int | None = None, class_names: list[str] | None = None
 ) -> CausalLMModule | SequenceClassificationModule:
     """The module of a run: a classifier for labelled data, else a language model. Reads nothing yet."""
-    settings = {
-        "model_name": cfg.model.name,
-        "tuning_mode": cfg.tuning.mode,
-        "pre_seq_len": cfg.tuning.pre_seq_len,
-        "lr": cfg.optim.lr,
-        "weight_decay": cfg.optim.weight_decay,
-        "warmup_ratio": cfg.optim.warmup_ratio,
-        "dtype": cfg.model.dtype,
-        "revision": cfg.model.revision,
-        "dht_prefix": cfg.model.dht_prefix,
-    }
+    settings: dict[str, Any] = {name: OmegaConf.select(cfg, key) for name, key in OF_MODULES.items()}
     if get_class(cfg.data._target_) is not TextClassificationDataModule:
         return CausalLMModule(**settings)
     assert num_labels is not None

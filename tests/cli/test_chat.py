@@ -32,9 +32,10 @@ from tests.text_models import save_tiny_text_model
 def run_command(
     command: str, folder: Path, swarm: InProcessSwarm, *arguments: str, stdin: str | None = None
 ) -> subprocess.CompletedProcess[str]:
+    peers = [peer for server in swarm.servers for peer in server.node.visible_maddrs()]
     return subprocess.run(
         [sys.executable, "-m", "petals_lightning.cli.main", command, str(folder), *arguments,
-         "--dht-prefix", PREFIX, "--initial-peers", swarm.initial_peers[0]],
+         "--dht-prefix", PREFIX, "--initial-peers", *peers],
         input=stdin, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 

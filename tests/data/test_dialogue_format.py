@@ -190,7 +190,7 @@ def test_the_systems_text_can_be_put_into_the_first_user_turn(template, dialogue
     with pytest.raises(DataError) as refused:
         DialogueFormat(tokenizer).encode(dialogue)
     assert reason in str(refused.value)
-    assert "data.merge_system=true (chat: --merge-system)" in str(refused.value)
+    assert "merge_system=True (chat: --merge-system)" in str(refused.value)
     form = DialogueFormat(tokenizer, merge_system=True)
     merged = [user("Be kind.\n\nWhat is it?"), *DIALOGUE[1:]]
     assert form.encode(dialogue) == DialogueFormat(tokenizer).encode(merged)
@@ -204,14 +204,14 @@ def test_what_a_template_refuses_is_one_line(dialogue):
         DialogueFormat(make_tokenizer("byte_level", GEMMA), merge_system=True).encode(dialogue)
     assert str(refused.value) == (
         f"the chat template refuses the dialogue ({ALTERNATE}); change it, or take the simple form with "
-        "data.use_chat_template=false (chat: --no-chat-template)"
+        "use_chat_template=False (chat: --no-chat-template)"
     )
 
 
 def test_templates_whose_answers_cannot_be_told_are_refused():
     """Neither behind the prompt nor in one piece: this one writes the length of the answer in front."""
     template = "{{ messages[-1].content | length }}" + CHATML
-    with pytest.raises(DataError, match=r"answer 'no' cannot be told; data.use_chat_template=false"):
+    with pytest.raises(DataError, match=r"answer 'no' cannot be told; use_chat_template=False"):
         DialogueFormat(make_tokenizer("byte_level", template)).encode(DIALOGUE[4:])
 
 

@@ -184,11 +184,12 @@ def test_mixed_precision_is_what_was_asked_for(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pre_seq_len": 0}, r"tuning\.pre_seq_len=0: must be at least 1"),
-        ({"pre_seq_len": -4}, r"tuning\.pre_seq_len=-4"),
-        ({"tuning_mode": "lora"}, r"tuning\.mode=lora: must be null, ptune or deep_ptune"),
-        ({"lr": 0.0}, r"optim\.lr=0\.0"),
-        ({"warmup_ratio": 2.0}, r"optim\.warmup_ratio=2\.0"),
+        ({"pre_seq_len": 0}, r"^pre_seq_len=0: must be at least 1"),
+        ({"pre_seq_len": -4}, r"^pre_seq_len=-4"),
+        ({"tuning_mode": "lora"}, r"^tuning_mode=lora: must be None, ptune or deep_ptune"),
+        ({"lr": 0.0}, r"^lr=0\.0: must be above 0"),
+        ({"weight_decay": -0.1}, r"^weight_decay=-0\.1: must be 0 or more"),
+        ({"warmup_ratio": 2.0}, r"^warmup_ratio=2\.0"),
     ],
 )
 def test_settings_out_of_range_are_named(settings: dict, message: str) -> None:

@@ -43,7 +43,9 @@ def test_samples_that_are_longer_than_the_model_are_refused_at_the_start(place, 
     rows = [{"sentence": "w1 " * length, "label": length % 2} for length in (3, 5, 4, 61, 2, 6)]
     texts.write_text("\n".join(json.dumps(row) for row in rows))
     strategy = RemoteBlockStrategy(LocalSwarm(num_servers=1)) if place == "swarm" else "auto"
-    with pytest.raises(ConfigurationError, match=r"61 tokens: .* has 64 positions; set data.max_length=60 or less"):
+    with pytest.raises(
+        ConfigurationError, match=r"^pre_seq_len=4 .* 61 tokens: .* has 64 positions; set max_length=60 or less"
+    ):
         fit(gpt2, texts, strategy, tmp_path, pre_seq_len=4)
     if place == "local":
         fit(gpt2, texts, strategy, tmp_path, pre_seq_len=3)

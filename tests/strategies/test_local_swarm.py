@@ -18,7 +18,7 @@ from petals_lightning.strategies.local_swarm import split_evenly
 @given(st.integers(1, 200), st.integers(1, 20))
 def test_blocks_are_split_evenly(num_blocks: int, num_servers: int) -> None:
     if num_servers > num_blocks:
-        with pytest.raises(ConfigurationError, match=r"swarm\.num_servers"):
+        with pytest.raises(ConfigurationError, match=r"^num_servers="):
             split_evenly(num_blocks, num_servers)
         return
     spans = [tuple(map(int, span.split(":"))) for span in split_evenly(num_blocks, num_servers)]
@@ -55,12 +55,12 @@ def test_a_server_that_fails_to_start_is_quoted_and_nothing_is_left(text_model: 
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.name=.*no model there"):
+    with pytest.raises(CheckpointError, match=r"model_name=.*no model there"):
         LocalSwarm().acquire(ServedModel(str(tmp_path)), tmp_path)
 
 
 def test_settings_out_of_range_are_named() -> None:
-    with pytest.raises(ConfigurationError, match=r"swarm\.num_servers=0"):
+    with pytest.raises(ConfigurationError, match=r"^num_servers=0"):
         LocalSwarm(num_servers=0)
-    with pytest.raises(ConfigurationError, match=r"swarm\.block_ranges: 'all'"):
+    with pytest.raises(ConfigurationError, match=r"^block_ranges: 'all'"):
         LocalSwarm(block_ranges=["all"])

@@ -51,7 +51,7 @@ def daemons_of(parent: psutil.Process) -> list[psutil.Process]:
 @pytest.fixture
 def socket_folder(monkeypatch) -> Iterator[Path]:
     """An empty folder with a short name (sockets need one) in the place of /tmp, for daemons' sockets."""
-    with tempfile.TemporaryDirectory(prefix="pl-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="p l-", dir="/tmp") as folder:  # a blank in it must do no harm
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
 
@@ -165,6 +165,32 @@ def test_an_identity_file_keeps_the_peer_id(start_node, tmp_path):
 def test_an_identity_that_cannot_be_written_is_named():
     with pytest.raises(SwarmConnectionError, match=r"/nowhere/peer\.id"):
         SwarmNode(identity_path="/nowhere/peer.id", host_maddrs=LOOPBACK).start()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is text\n", bytes(range(100))], ids=["empty", "text", "bytes"])
+def test_an_identity_file_that_is_none_is_named_and_left_alone(content, tmp_path, socket_folder):
+    file = tmp_path / "peer.id"
+    file.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=rf"the identity file '{file}' holds no private key.*will be made"):
+        SwarmNode(identity_path=str(file), host_maddrs=LOOPBACK).start()
+    assert file.read_bytes() == content
+    with pytest.raises(SwarmConnectionError, match=rf"identity file '{tmp_path}': Is a directory"):
+        SwarmNode(identity_path=str(tmp_path), host_maddrs=LOOPBACK).start()
+    assert list(socket_folder.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of Linux")
+def test_a_folder_that_is_too_long_for_sockets_is_named(start_node, socket_folder, monkeypatch):
+    room = 107 - len("/petals-lightning-p2pd-0123456789ab.sock")
+    for length in (room, room + 1):
+        folder = socket_folder / ("x" * (length - len(str(socket_folder)) - 1))
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        if length == room:
+            assert start_node().is_alive
+        else:
+            with pytest.raises(ConfigurationError, match=rf"TMPDIR={folder}: its {length} characters are too long"):
+                start_node()
 
 
 def test_an_unreachable_peer_is_named_with_the_fix_and_nothing_is_left(socket_folder):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from petals_lightning.training import errors
+from petals_lightning.training.settings import in_words_of_settings
+from tests.swarms import PREFIX, ServerProcess, main_with_a_wrong_clock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,8 +25,23 @@ WRONG = {
     "recipe=sst2_ptune swarm=public swarm.num_servers=3": "unknown setting swarm.num_servers; there are: ",
     "recipe=sst2_ptune seed=many": "seed=many: Value 'many' of type 'str' could not be converted to Integer",
     "recipe=sst2_ptune swarm=private": "swarm.initial_peers is empty",
-    "recipe=sst2_ptune tuning.pre_seq_len=0 {model}": "tuning.pre_seq_len=0: must be at least 1 virtual token",
-    "recipe=sst2_ptune model.name={folder}": "model.name must be a hub id or a folder with a config.json",
+    "recipe=sst2_ptune tuning.pre_seq_len=0 {model}": (
+        "error: tuning.pre_seq_len=0: must be at least 1 virtual token, e.g. 16; to train the head alone set "
+        "tuning.mode=null"
+    ),
+    "recipe=sst2_ptune optim.lr=-1 {model}": "error: optim.lr=-1.0: must be above 0",
+    "recipe=sst2_ptune tuning.mode=lora {model}": "error: tuning.mode=lora: must be null, ptune or deep_ptune",
+    "recipe=dialogue_ptune tuning.mode=null": "error: tuning.mode=null: a language model has no head to train",
+    "recipe=sst2_ptune data.batch_size=0": "error: data.batch_size=0: must be at least 1",
+    "recipe=sst2_ptune data.encoding=klingon": "error: data.encoding=klingon: no such encoding",
+    "recipe=sst2_ptune data.num_labels=1": "data.num_labels=1: must be at least 2, or null to count the classes",
+    "recipe=sst2_ptune data.label_map=x": (
+        'error: data.label_map=x: must be a mapping of labels, e.g. "data.label_map={-1:0}"'
+    ),
+    "recipe=sst2_ptune data.source=nowhere/none.jsonl": "error: data.source=nowhere/none.jsonl: no such file",
+    "recipe=sst2_ptune swarm.num_servers=0": "error: swarm.num_servers=0: a swarm needs at least 1 server",
+    "recipe=sst2_ptune amp.precision=8 swarm=none {model}": "error: amp.precision=8: must be one of 32-true",
+    "recipe=sst2_ptune model.name=no/such/model": "error: model.name=no/such/model: no tokenizer there (",
     "recipe=sst2_ptune data.source={folder}/unlabelled.jsonl {model}": "the columns are 'sentence', 'stars'",
     "recipe=sst2_ptune data.source={folder}/three.jsonl data.num_labels=2 {model}": "set data.num_labels=3",
     "recipe=dialogue_ptune data.columns.promt=x": "data.columns.promt; did you mean data.columns.prompt?",
@@ -70,6 +87,47 @@ def test_a_wrong_setting_is_one_line(
     assert said.count("\n") == 1, said
     assert said.startswith("error: ")
     assert message in said
+
+
+def test_a_wrong_clock_is_one_line(
+    main: Callable, text_model: Path, texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = ServerProcess(text_model, (0, 4), program=main_with_a_wrong_clock)
+    try:
+        with pytest.raises(SystemExit):
+            main(
+                f"recipe=sst2_ptune swarm=private swarm.initial_peers=[{server.wait_ready().maddr}] logger=csv "
+                f"model.name={text_model} model.dht_prefix={PREFIX} data.source={texts} hydra.run.dir={tmp_path}/run"
+            )
+    finally:
+        server.stop()
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1, said
+    assert said.startswith("error: cannot join the swarm: this machine's clock is ")
+    assert "clocks agree within 3 s" in said
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("audit_rate is 2: it is a share", "swarm.audit_rate is 2: it is a share"),
+        ("devices=2: set devices=1", "trainer.devices=2: set trainer.devices=1"),
+        ("name it with label_column=…", "name it with data.label_column=…"),
+        ("give max_length, or pre_seq_len.", "give data.max_length, or tuning.pre_seq_len."),
+        ("set name=None or drop_unlabelled=True", "set data.name=null or data.drop_unlabelled=true"),
+        ("set label_map={'Pos': 'pos'}", 'set "data.label_map={Pos:pos}"'),
+        ("give dht_prefix=NAME (--dht-prefix NAME)", "give model.dht_prefix=NAME (--dht-prefix NAME)"),
+        # What is no argument, or is the user's own, stays.
+        ("the source, its name and encoding: lr", "the source, its name and encoding: lr"),
+        ("no column 'label_column' in /data/num_labels=2/x", "no column 'label_column' in /data/num_labels=2/x"),
+        ("data.num_labels=3, num_labels.csv, top.lr=1", "data.num_labels=3, num_labels.csv, top.lr=1"),
+        ("None of the peers answers", "None of the peers answers"),
+        ("label 'None', batch_size=None", "label 'None', data.batch_size=null"),
+    ],
+)
+def test_arguments_are_called_by_their_settings(said: str, meant: str, compose_run: Callable) -> None:
+    cfg = compose_run("swarm=private", "swarm.initial_peers=[]")
+    assert in_words_of_settings(said, cfg) == meant
 
 
 def test_a_full_disk_is_told_before_training(
