@@ -126,7 +126,7 @@ def model(tiny_checkpoint, start_swarm):
         ({"output_hidden_states": True}, "output_hidden_states=True"),
         ({"output_attentions": True}, "output_attentions=True"),
         ({"use_cache": True}, "keys and values live on servers"),
-        ({"position_ids": torch.arange(6)[None]}, "position_ids"),
+        ({"position_ids": 1 + torch.arange(6)[None]}, "position_ids"),
     ],
 )
 def test_what_cannot_cross_the_swarm_is_refused_by_name(model, options, words):
