@@ -108,6 +108,18 @@ def test_blocks_that_hand_each_other_more_than_hidden_states_are_refused(tmp_pat
         check_family(span)
 
 
+def test_attention_that_looks_ahead_in_short_samples_only_is_refused(tmp_path, monkeypatch):
+    span = span_of(TINY_CONFIGS["llama"](), tmp_path)
+    honest = span.blocks[1].mlp.forward
+
+    def looks_ahead(hidden):
+        return honest(hidden if hidden.shape[1] > 4 else hidden.mean(1, keepdim=True).expand_as(hidden))
+
+    monkeypatch.setattr(span.blocks[1].mlp, "forward", looks_ahead)
+    with pytest.raises(UnsupportedModelError, match="its attention is bidirectional"):
+        check_family(span)
+
+
 def test_what_a_familys_own_code_raises_is_told_in_one_line(tmp_path, monkeypatch):
     span = span_of(TINY_CONFIGS["llama"](), tmp_path)
 
