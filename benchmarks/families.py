@@ -322,7 +322,8 @@ LLaVA, …) the text decoder is served. What is refused is refused when a server
 in the note.
 
 Of {len(rows)} families {counts[EXACT]} train exactly, and {sessions} of them have exact sessions too.
-{counts[REFUSED]} are refused. {counts[UNTRIED]} could not be tried: no tiny model of them could be made that reads texts alone.
+{counts[REFUSED]} are refused. {counts[UNTRIED]} could not be tried: of them no tiny model
+could be made that reads texts alone.
 {failed or "None"} of them gave something else.
 
 Made by `python -m benchmarks.families --page docs/families.md` on {made.split("+")[0]}.
