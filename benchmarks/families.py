@@ -142,11 +142,13 @@ def _tried(family: str, auto_class: Any, folder: str) -> Verdict:
     with InProcessSwarm(folder, [(0, 1), (1, count)], dtype="float32", throughput=1.0) as swarm:
         load = functools.partial(swarm.load, shared_peer=True, dtype=torch.float32)
         plain = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
-        errors = _train(load, plain) | _classify(load, folder, plain)
+        errors, notes = _train(load, plain), []
+        try:
+            errors |= _classify(load, folder, plain)
+        except UnsupportedModelError as e:
+            notes.append("no class for sequence classification" if "has no class for" in str(e) else _short(e))
         wrong = [f"{name} off by {error:.0e}" for name, error in errors.items() if not error < _EXACT]
-        notes = ["; ".join(wrong)] if wrong else []
-        if "class scores" not in errors:
-            notes.append("no class for sequence classification")
+        notes += wrong
         try:
             cases = _generate(load, plain)
             sessions = WRONG if cases else EXACT
@@ -220,12 +222,7 @@ def _plain_logits(
 
 def _classify(load: Any, folder: str, plain: PreTrainedModel) -> dict[str, float]:
     padding = {"pad_token_id": 0} if hasattr(Checkpoint(folder).decoder_config, "pad_token_id") else {}
-    try:
-        model = load(AutoDistributedModelForSequenceClassification, **padding, num_labels=3)
-    except UnsupportedModelError as e:
-        if "has no class for" in str(e):
-            return {}
-        raise
+    model = load(AutoDistributedModelForSequenceClassification, **padding, num_labels=3)
     config, batch = AutoConfig.from_pretrained(folder), _batch()
     text = config.get_text_config()
     text.num_labels, text.pad_token_id = 3, 0

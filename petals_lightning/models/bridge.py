@@ -115,9 +115,12 @@ class DecoderBridge:
         if session is not None:
             session.close()
 
-    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A model that computes the logits of the last positions only reads no other position.
         self._pass.keep = positions_of_logits(kwargs)
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            kwargs.setdefault("use_cache", False)  # some families (XGLM) take their config's otherwise: True
+        return args, kwargs
 
     @contextmanager
     def without_blocks(self, open_session: Callable[[int], InferenceSession]) -> Iterator[None]:

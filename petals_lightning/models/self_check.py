@@ -102,6 +102,11 @@ def _check_generate(model: Any) -> None:
 
 def _check_classifier(model: Any, family: type[PreTrainedModel]) -> None:
     """The head reads the position that is fetched, and no other."""
+    if not hasattr(model, "score"):
+        raise UnsupportedModelError(
+            f"{family.__name__} ({model.config.model_type}) classifies by a head of its own, not by a `score` of the "
+            "last token: use a family that does, or tune it as a language model"
+        )
     pad = model.config.get_text_config().pad_token_id
     tokens = _tokens(model, 2 if pad is not None else 1)
     if pad is not None:

@@ -37,12 +37,12 @@ def right_padded_batch(seed: int = 0, batch: int = 5, length: int = 9) -> dict[s
     return {"input_ids": input_ids * mask, "attention_mask": mask, "labels": labels}
 
 
-def pair(auto, local, checkpoint, swarm, mode, **options):
+def pair(auto, local, checkpoint, swarm, mode, client_config=None, **options):
     """The distributed and the local model with the same start; deep prompts are moved off zero."""
     options |= {"tuning_mode": mode, "pre_seq_len": P if mode else None}
     models = []
     for load in (
-        lambda: swarm.load(auto, shared_peer=True, **options),
+        lambda: swarm.load(auto, shared_peer=True, client_config=client_config, **options),
         lambda: local.from_pretrained(str(checkpoint), **options),
     ):
         torch.manual_seed(1)
