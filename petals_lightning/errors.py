@@ -65,11 +65,11 @@ class AccessDeniedError(SwarmError):
 
 
 class RetriesExhaustedError(SwarmError):
-    """A part of a step failed on every server that was tried."""
+    """A part of a step failed too often, on whatever servers were tried."""
 
 
 class RemoteRequestError(SwarmError):
-    """A server refused a request as wrong, or failed on it; it would fail elsewhere too, so it is not retried."""
+    """Servers call a request wrong, or fail on it, and none that holds the blocks is left to say otherwise."""
 
 
 class PeerFailure(SwarmError):

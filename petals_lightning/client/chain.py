@@ -2,9 +2,8 @@
 
 Where servers may hand over to each other, that is tried first (`handover_chain`); what follows is the direct way. There
 the client keeps what it sent into every leg until the step is done, so any leg can be run again anywhere: a server that
-dies costs its own leg, not the step. Only failures of peers are retried, within `max_retries`; a request that a
-server calls wrong surfaces at once. A leg that is late is tried on a second server too, answers that cannot be right
-count as failures, and a share of answers is audited.
+dies costs its own leg, not the step (`attempts`: what is tried again, and how often). A leg that is late is tried on a
+second server too, answers that cannot be right count as failures, and a share of answers is audited.
 
 Shapes: B batch, S tokens, P virtual tokens, H hidden size, N rows that are read.
 """
@@ -19,11 +18,12 @@ from typing import TypeVar
 
 import torch
 
+from petals_lightning.client.attempts import Attempts
 from petals_lightning.client.audit import Auditor
 from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
 from petals_lightning.client.handover_chain import HandoverChain
 from petals_lightning.client.hedging import race
-from petals_lightning.client.legs import Attempts, ChainGrads, ChainResult, Leg, MicroBatch
+from petals_lightning.client.legs import ChainGrads, ChainResult, Leg, MicroBatch
 from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.verify import check_backward, check_forward, seconds_of
@@ -49,7 +49,7 @@ class BlockChain:
         Raises:
             RetriesExhaustedError, NoServersError, RemoteRequestError: see `errors`.
         """
-        attempts = Attempts(self._view.config.max_retries, self._stats)
+        attempts = Attempts(self._view, self._stats)
         if not (legs := await self._handover.plan(batch, end)):
             return await self._forward(batch, end, want_prefix, attempts)
         return await self._handover.run(
@@ -64,7 +64,7 @@ class BlockChain:
         self, batch: MicroBatch, result: ChainResult, grad: torch.Tensor, grad_prefix: torch.Tensor | None
     ) -> ChainGrads:
         """Gradients of the inputs of `forward`, whose `result` must be of this batch. Raises as `forward`."""
-        attempts, legs = Attempts(self._view.config.max_retries, self._stats), list(result.legs)
+        attempts, legs = Attempts(self._view, self._stats), list(result.legs)
 
         async def again(avoid: Collection[str] = ()) -> ChainGrads:
             whole = Leg(batch.start, legs[-1].end, batch.hidden, batch.prefix, batch.rows, legs[0].peer)
@@ -105,8 +105,7 @@ class BlockChain:
             try:
                 leg, grads = await self._backward_checked(batch, leg, *sent, input_grad, attempts)
             except PeerFailure as e:
-                self._view.report_failure(e)
-                attempts.count(e)
+                attempts.failed(e, leg.start, leg.end)
                 legs += await self._rebuild(batch, leg, attempts)
                 continue
             grad_hidden, grad_prefix = grads.get("hidden"), grads.get("prefix")
@@ -132,8 +131,7 @@ class BlockChain:
             try:
                 leg, tensors = await self._forward_checked(batch, leg, want_prefix or not is_last, attempts)
             except PeerFailure as e:
-                self._view.report_failure(e)
-                attempts.count(e)
+                attempts.failed(e, leg.start, leg.end)
                 route = await self._view.route(leg.start, end, tokens=batch.tokens)
                 continue
             legs.append(leg)
@@ -171,7 +169,7 @@ class BlockChain:
             deep: list[torch.Tensor | None] = []
             for part in reversed(legs):
                 wants = input_grad or part.start > leg.start
-                grads = await self._backward_leg(batch, part, hidden, prefix, wants, Attempts(1, self._stats))
+                grads = await self._backward_leg(batch, part, hidden, prefix, wants, Attempts(self._view, self._stats))
                 hidden, prefix = grads.get("hidden", hidden), grads.get("prefix")
                 deep.insert(0, grads.get("deep"))
             found = {"hidden": hidden if input_grad else None, "prefix": prefix}
@@ -197,7 +195,9 @@ class BlockChain:
         for planned in route:
             is_last = planned.end == leg.end
             part = Leg(planned.start, planned.end, hidden, prefix, leg.rows if is_last else None, planned.peer_id)
-            tensors = await self._forward_leg(batch, part, want_prefix or not is_last, Attempts(1, self._stats))
+            tensors = await self._forward_leg(
+                batch, part, want_prefix or not is_last, Attempts(self._view, self._stats)
+            )
             legs.append(part)
             hidden, prefix = tensors["hidden"], tensors.get("prefix")
         return legs, tensors
@@ -208,8 +208,7 @@ class BlockChain:
         """Runs a leg, and if it is late also on another server. Raises as `race`."""
 
         def on_failure(failure: PeerFailure) -> None:
-            self._view.report_failure(failure)
-            attempts.count(failure)
+            attempts.failed(failure, leg.start, leg.end)
 
         def second() -> Leg | None:
             route = self._view.other_route(leg.start, leg.end, tokens=batch.tokens, avoid=[leg.peer])
@@ -247,7 +246,7 @@ class BlockChain:
         self, batch: MicroBatch, leg: Leg, want_prefix: bool, attempts: Attempts
     ) -> dict[str, torch.Tensor]:
         """One forward request; on success `leg` knows its graph. Raises PeerFailure."""
-        leg.connection = await self._view.connection(leg.peer)
+        leg.connection, lost = await self._view.connection(leg.peer), False
         while True:
             call_id = leg.connection.next_id()
             input_grad = batch.input_grad or leg.start > batch.start
@@ -256,8 +255,9 @@ class BlockChain:
             try:
                 reply = await self._send(batch, leg, request, None, call_id)
             except PeerFailure as e:
-                if e.code != ErrorCode.PROMPTS_LOST.value:
+                if e.code != ErrorCode.PROMPTS_LOST.value or lost:
                     raise
+                lost = True
                 leg.connection.forget_prompts()
                 attempts.count(e)
                 continue
@@ -280,6 +280,7 @@ class BlockChain:
         """One backward request: by graph if the server has it, else with the inputs again. Raises PeerFailure."""
         if leg.connection is None or not leg.connection.is_open:
             leg.connection, leg.graph = await self._view.connection(leg.peer), None  # graphs end with their stream
+        lost: set[str] = set()
         while True:
             wire = self._view.wire_dtype(leg.peer)
             request = BackwardRequest(
@@ -295,6 +296,9 @@ class BlockChain:
             try:
                 reply = await self._send(batch, leg, forward, request, leg.connection.next_id())
             except PeerFailure as e:
+                if e.code is None or e.code in lost:
+                    raise
+                lost.add(e.code)
                 if e.code == ErrorCode.GRAPH_LOST.value:
                     leg.graph = None
                 elif e.code == ErrorCode.PROMPTS_LOST.value:

@@ -21,7 +21,7 @@ from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.room import Room
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.errors import PeerFailure, ProtocolError, RemoteRequestError
+from petals_lightning.errors import PeerFailure, ProtocolError
 from petals_lightning.protocol.auth import is_proof, new_nonce, prove
 from petals_lightning.protocol.checks import printable
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
@@ -260,10 +260,8 @@ class PeerConnection:
         if answer.done() and not answer.cancelled():
             answer.exception()  # seen: whoever asked is told by what was raised to them
 
-    def _error(self, reply: Message) -> Exception:
+    def _error(self, reply: Message) -> PeerFailure:
         code, words = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), 500)
-        if code in (ErrorCode.BAD_REQUEST.value, ErrorCode.INTERNAL.value):
-            return RemoteRequestError(f"server …{self.peer[-6:]} says: {words}")
         return PeerFailure(self.peer, words, code)
 
     async def _read(self) -> None:
@@ -295,13 +293,13 @@ class PeerConnection:
             raise ProtocolError(f"an answer to call {call_id}, which was never made")
 
     def _note_standings(self, calls: Any) -> None:
-        """A request that waits in the server's queue is not being worked on: its deadline does not run."""
+        """A request that waits in the server's queue is not being worked on: the time for that does not run."""
         if not isinstance(calls, list):
             return
         for entry in calls:
             match entry:
                 case [int(call_id), int(ahead)] if ahead > 0 and call_id in self._pending:
-                    self._pending[call_id].clock.restart()
+                    self._pending[call_id].clock.queue(ahead)
 
     async def _watch(self) -> None:
         """Pings while an answer is owed; finds a hung server, and requests that are over their deadline."""
@@ -317,8 +315,8 @@ class PeerConnection:
                 self._fail(PeerFailure(self.peer, f"a ping was not answered for {now - self._pinged_at:.0f} s"))
                 return
             for call in self._pending.values():
-                if not call.answer.done() and call.clock.seconds > call.deadline:
-                    words = f"no answer after {call.clock.seconds:.0f} s of work on a request"
+                words = call.clock.overdue(call.deadline, self._config.request_timeout)
+                if words is not None and not call.answer.done():
                     call.answer.set_exception(PeerFailure(self.peer, words))
             if now - pinged >= period and (self._pinged_at is not None or self._pending):
                 pinged = now

@@ -61,7 +61,7 @@ class Handover:
         """The last server's answer, as soon as it is here; the others' go on being waited for in the background.
 
         Raises:
-            PeerFailure, RemoteRequestError: of whichever server failed first. What the others do is cancelled.
+            PeerFailure: of whichever server failed first. What the others do is cancelled.
         """
         return (await self._run(slice(-1, None)))[0]
 

@@ -16,22 +16,33 @@ from typing import Generic, TypeVar
 
 import torch
 
+from petals_lightning.client.attempts import Attempts
 from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
 from petals_lightning.client.handover import Handover, Stage
 from petals_lightning.client.hedging import race
-from petals_lightning.client.legs import Attempts, ChainGrads, ChainResult, Leg, MicroBatch
+from petals_lightning.client.legs import ChainGrads, ChainResult, Leg, MicroBatch
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.verify import check_backward, check_forward, seconds_of
 from petals_lightning.client.view import SwarmView
-from petals_lightning.errors import PeerFailure, RemoteRequestError, WrongResult
+from petals_lightning.errors import PeerFailure, WrongResult
 from petals_lightning.protocol.messages import ErrorCode, Message
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
 
 T = TypeVar("T")
 
 # What says nothing of the server itself: asked directly, it does what it is asked.
-_ONLY_OF_HANDOVER = {ErrorCode.NOT_HANDED_OVER.value, ErrorCode.GRAPH_LOST.value, ErrorCode.PROMPTS_LOST.value}
+_SHOWN_DIRECTLY = {
+    code.value
+    for code in (
+        ErrorCode.NOT_HANDED_OVER,
+        ErrorCode.GRAPH_LOST,
+        ErrorCode.PROMPTS_LOST,
+        ErrorCode.BAD_REQUEST,
+        ErrorCode.INTERNAL,
+    )
+}
+"""Of these it is not known whose fault they are: of the server, of one before it, or of handing over."""
 
 
 class HandoverChain:
@@ -93,7 +104,7 @@ class HandoverChain:
         for leg in legs:
             leg.clock.hold()  # until its request is there
 
-        def note(failure: PeerFailure | RemoteRequestError) -> None:
+        def note(failure: PeerFailure) -> None:
             self._note(failure, legs, attempts)
 
         def second() -> _Way[T] | None:
@@ -109,7 +120,7 @@ class HandoverChain:
         first = _Way(_Clocks(legs), handed_over)
         try:
             winner, result = await race(first, lambda way: way.run(), after=after, second=second, on_failure=note)
-        except (PeerFailure, RemoteRequestError) as e:
+        except PeerFailure as e:
             note(e)
             return await directly(())
         if winner is first:
@@ -120,7 +131,7 @@ class HandoverChain:
         return result
 
     async def forward(self, batch: MicroBatch, legs: list[Leg], want_prefix: bool) -> ChainResult:
-        """Runs the legs of `plan`. Raises PeerFailure or RemoteRequestError, of whichever server failed first."""
+        """Runs the legs of `plan`. Raises PeerFailure, of whichever server failed first."""
         hidden, prefix, entering = batch.hidden, batch.prefix, self._view.wire_dtype(legs[0].peer)
         requests = [
             ForwardRequest(
@@ -223,15 +234,14 @@ class HandoverChain:
 
         return learn
 
-    def _note(self, failure: PeerFailure | RemoteRequestError, legs: list[Leg], attempts: Attempts) -> None:
+    def _note(self, failure: PeerFailure, legs: list[Leg], attempts: Attempts) -> None:
         """Whose failure it is. A wrong answer or request may be the fault of a server before: directly, that shows."""
-        is_own = isinstance(failure, PeerFailure) and failure.code not in _ONLY_OF_HANDOVER
-        if isinstance(failure, PeerFailure) and is_own and not isinstance(failure, WrongResult):
-            self._view.report_failure(failure)
-            attempts.count(failure)
+        if failure.code not in _SHOWN_DIRECTLY and not isinstance(failure, WrongResult):
+            own = next(leg for leg in legs if leg.peer == failure.peer)
+            attempts.failed(failure, own.start, own.end)
             return
         for leg in legs:
-            if isinstance(failure, PeerFailure) and failure.code == ErrorCode.PROMPTS_LOST.value:
+            if failure.code == ErrorCode.PROMPTS_LOST.value:
                 assert leg.connection is not None
                 leg.connection.forget_prompts()
         self._view.handover.avoid([leg.peer for leg in legs], failure)
@@ -277,8 +287,8 @@ class _Clocks(ServiceClock):
         self._legs = legs
 
     @property
-    def seconds(self) -> float:
-        return max(leg.clock.seconds for leg in self._legs)
+    def late(self) -> float:
+        return max(leg.clock.late for leg in self._legs)
 
 
 def _deep(batch: MicroBatch, leg: Leg) -> torch.Tensor | None:

@@ -58,7 +58,7 @@ async def hand_over_step(
         [B, keep, H].
 
     Raises:
-        PeerFailure, RemoteRequestError: a server failed; the legs are as they were before the step, and what their
+        PeerFailure: a server failed; the legs are as they were before the step, and what their
             servers have beyond that is overwritten by the next one.
     """
     stages: list[Stage] = []

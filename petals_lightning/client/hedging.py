@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Timed(Protocol):
-    """What is run: `clock` counts the seconds that its server has worked on it."""
+    """What is run: `clock` tells how late its server is."""
 
     clock: ServiceClock
 
@@ -29,7 +29,7 @@ async def race(
     second: Callable[[], L | None],
     on_failure: Callable[[PeerFailure], None],
 ) -> tuple[L, T]:
-    """Runs `first`; if its server has worked on it for `after` seconds, also what `second` gives, if anything.
+    """Runs `first`; if its server is `after` seconds late with it, also what `second` gives, if anything.
 
     Args:
         after: None never runs a second one.
@@ -45,7 +45,7 @@ async def race(
     running = {only: first}
     try:
         if after is not None:
-            while not only.done() and (left := after - first.clock.seconds) > 0:
+            while not only.done() and (left := after - first.clock.late) > 0:
                 await asyncio.wait([only], timeout=max(left, 0.05))
             if not only.done() and (other := second()) is not None:
                 running[asyncio.ensure_future(run(other))] = other

@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from petals_lightning.client.chain import Attempts
+from petals_lightning.client.attempts import Attempts
 from petals_lightning.client.handover_step import hand_over_step, may_hand_over
 from petals_lightning.client.session_leg import SessionLeg
 from petals_lightning.client.stats import TransferStats
@@ -23,7 +23,6 @@ from petals_lightning.errors import (
     NoCacheRoomError,
     NoServersError,
     PeerFailure,
-    RemoteRequestError,
     UnsupportedInputError,
     WrongResult,
 )
@@ -33,6 +32,7 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.swarm import SwarmNode
 
 _numbers = itertools.count(1)
+_SHOWN_DIRECTLY = {code.value for code in (ErrorCode.NOT_HANDED_OVER, ErrorCode.BAD_REQUEST, ErrorCode.INTERNAL)}
 
 
 class InferenceSession:
@@ -197,7 +197,7 @@ class InferenceSession:
         self._legs[0].history.append(hidden, position_ids)
         if self._comes_to_switch(position_ids):
             await self._start_anew()
-        attempts = Attempts(self._view.config.max_retries, self._stats)
+        attempts, lost = Attempts(self._view, self._stats), set[str]()
         if may_hand_over(self._view, self._legs, hidden, self._position):
             try:
                 out = await hand_over_step(
@@ -206,7 +206,7 @@ class InferenceSession:
                 self._position += hidden.shape[1]
                 self._stats.handovers += 1
                 return out
-            except (PeerFailure, RemoteRequestError) as e:
+            except PeerFailure as e:
                 await self._after_handover(e, attempts)
         for leg in self._legs:
             leg.settle()
@@ -216,9 +216,11 @@ class InferenceSession:
             try:
                 out = await self._run(leg, following, mask, keep)
             except PeerFailure as e:
-                attempts.count(e)
-                if e.code != ErrorCode.CACHE_LOST.value:  # else the same server takes the inputs again
-                    self._legs[index : index + 1] = await self._replace(leg, e)
+                if e.code == ErrorCode.CACHE_LOST.value and leg.peer not in lost:
+                    lost.add(leg.peer)  # once: the same server takes the inputs again
+                    attempts.count(e)
+                else:
+                    self._legs[index : index + 1] = await self._replace(leg, e, attempts)
                 continue
             if following is not None:
                 following.history.append(out, leg.history.read(following.history.length)[1])
@@ -240,18 +242,18 @@ class InferenceSession:
         for leg in self._legs[1:]:
             leg.history.crop(0)
 
-    async def _after_handover(self, failure: PeerFailure | RemoteRequestError, attempts: Attempts) -> None:
+    async def _after_handover(self, failure: PeerFailure, attempts: Attempts) -> None:
         """Whatever failed: the step is run again directly, by others where a server is lost."""
         # What one server says may be the fault of the one before it: sent directly, that shows.
-        if not isinstance(failure, PeerFailure) or isinstance(failure, WrongResult) or _is_refused(failure):
+        if isinstance(failure, WrongResult) or failure.code in _SHOWN_DIRECTLY:
             self._view.handover.avoid(self.peers, failure)
             return
-        attempts.count(failure)
         index = next(number for number, leg in enumerate(self._legs) if leg.peer == failure.peer)
         if failure.code == ErrorCode.CACHE_LOST.value:
             self._legs[index].leave()
+            attempts.count(failure)
         else:
-            self._legs[index : index + 1] = await self._replace(self._legs[index], failure)
+            self._legs[index : index + 1] = await self._replace(self._legs[index], failure, attempts)
 
     async def _plan(self, start: int, end: int) -> list[SessionLeg]:
         try:
@@ -266,12 +268,13 @@ class InferenceSession:
             ) from e
         return [SessionLeg(planned.start, planned.end, planned.peer_id) for planned in route]
 
-    async def _replace(self, leg: SessionLeg, failure: PeerFailure) -> list[SessionLeg]:
+    async def _replace(self, leg: SessionLeg, failure: PeerFailure, attempts: Attempts) -> list[SessionLeg]:
         """Legs that take the place of one whose server failed."""
         if failure.code == ErrorCode.OVERLOADED.value:
             self._full[leg.peer] = failure  # it is well, and may go on serving others
+            attempts.count(failure)
         else:
-            self._view.report_failure(failure)
+            attempts.failed(failure, leg.start, leg.end)
         legs = await self._plan(leg.start, leg.end)
         legs[0].history, legs[0].prefix = leg.history, leg.prefix
         return legs
@@ -360,7 +363,3 @@ class InferenceSession:
 async def _leave(legs: list[SessionLeg]) -> None:
     for leg in legs:
         leg.leave()
-
-
-def _is_refused(failure: PeerFailure) -> bool:
-    return failure.code == ErrorCode.NOT_HANDED_OVER.value

@@ -11,8 +11,6 @@ import torch
 
 from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.server_connection import ServerConnection
-from petals_lightning.client.stats import TransferStats
-from petals_lightning.errors import PeerFailure, RetriesExhaustedError
 
 
 @dataclass(frozen=True)
@@ -91,22 +89,3 @@ class ChainGrads:
     hidden: torch.Tensor | None
     prefix: torch.Tensor | None
     deep: torch.Tensor | None
-
-
-@dataclass
-class Attempts:
-    """Counts failures of one micro-batch in one direction."""
-
-    limit: int
-    stats: TransferStats
-    failures: list[str] = field(default_factory=list)
-    not_finite: set[str] = field(default_factory=set)
-
-    def count(self, failure: PeerFailure) -> None:
-        self.failures.append(str(failure))
-        self.stats.retries += 1
-        if len(self.failures) > self.limit:
-            raise RetriesExhaustedError(
-                f"a part of the step failed {len(self.failures)} times (max_retries={self.limit}); "
-                f"last: {'; '.join(self.failures[-3:])}"
-            ) from failure

@@ -21,7 +21,7 @@ from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse
 from packaging.version import InvalidVersion, Version
 
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.errors import PeerFailure, ProtocolError, RemoteRequestError, SwarmError
+from petals_lightning.errors import PeerFailure, ProtocolError
 from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward, read_response
 from petals_lightning.protocol.petals.info import ServerInfo
@@ -59,12 +59,10 @@ def rolls_back(version: str | None) -> bool:
         return False
 
 
-def remote_error(peer: str, text: str) -> SwarmError:
-    """What a server's error answer is to us: a failure of the peer, or RemoteRequestError where others would agree."""
+def remote_error(peer: str, text: str) -> PeerFailure:
+    """What a server's error answer is to us."""
     code, words = parse_error(text)
     words = words.strip()[:500]
-    if code in (ErrorCode.BAD_REQUEST, ErrorCode.INTERNAL):
-        return RemoteRequestError(f"server …{peer[-6:]} says: {words}")
     if code is not None:
         return PeerFailure(peer, words, code.value)
     for known, meaning in _RETRIED.items():
@@ -72,7 +70,7 @@ def remote_error(peer: str, text: str) -> SwarmError:
             return PeerFailure(peer, words, meaning.value if meaning is not None else None)
     if not words:
         return PeerFailure(peer, "failed without a word")
-    return RemoteRequestError(f"server …{peer[-6:]} says: {words}")
+    return PeerFailure(peer, words, ErrorCode.INTERNAL.value)
 
 
 class PetalsCalls:
@@ -96,7 +94,7 @@ class PetalsCalls:
         self.moved_at = 0.0
 
     async def info(self, uid: str) -> ServerInfo:
-        """What the server says of a block and of itself. Raises PeerFailure or RemoteRequestError, as all of these."""
+        """What the server says of a block and of itself. Raises PeerFailure, as all of these."""
         answer = await self._unary("rpc_info", ExpertUID(uid=uid), ExpertInfo)
         with self.broken_protocol_is_failure():
             return ServerInfo.from_message(answer)
@@ -213,7 +211,6 @@ class InferenceCall:
 
         Raises:
             PeerFailure: the server failed; with code CACHE_LOST it lives, but has ended the session.
-            RemoteRequestError: it calls the step wrong.
         """
         calls, first = self._calls, self._first
         step = replace(
@@ -281,7 +278,7 @@ class _Stream:
         """The next message, of up to `max_bytes` of tensors; None at the end of the stream.
 
         Raises:
-            PeerFailure, RemoteRequestError: the server answers with an error, or breaks the format.
+            PeerFailure: the server answers with an error, or breaks the format.
         """
         try:
             marker = await self._reader.readexactly(1)

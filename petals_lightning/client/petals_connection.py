@@ -26,7 +26,7 @@ from petals_lightning.client.petals_session import PetalsSession
 from petals_lightning.client.petals_shapes import input_grads, output_grad, output_of, prompts_of, with_prefix
 from petals_lightning.client.room import Room
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.errors import PeerFailure, RemoteRequestError
+from petals_lightning.errors import PeerFailure
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
@@ -100,8 +100,6 @@ class PetalsConnection:
                 info = await calls.info(block_uid(dht_prefix, block))
         except TimeoutError as e:
             raise PeerFailure(peer, f"does not answer in {config.connect_timeout:.0f} s") from e
-        except RemoteRequestError as e:
-            raise PeerFailure(peer, f"cannot be used: {e}") from e
         connection = cls(calls, dht_prefix, block, config, stats, on_failure)
         connection.round_trip = time.perf_counter() - began
         connection.info = {
@@ -254,8 +252,6 @@ class PetalsConnection:
                     self._fail(e)
                     return
                 self._pinged_at = None  # it answers, if only to say that it is busy
-            except RemoteRequestError:
-                self._pinged_at = None
 
     def _fail(self, failure: PeerFailure) -> None:
         if self._failure is not None:

@@ -50,8 +50,7 @@ class ServerConnection(Protocol):
             clock: where to count them, for a caller that looks at it too.
 
         Raises:
-            PeerFailure: the connection or the server failed, or it refused for a reason that others may not have.
-            RemoteRequestError: the server says that the request is wrong or that it fails on it.
+            PeerFailure: the connection or the server failed, or the server refuses.
         """
 
     def next_id(self) -> int:

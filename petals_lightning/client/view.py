@@ -230,6 +230,15 @@ class SwarmView:
         """The fastest route through blocks [start, end) without the servers `avoid`, or None; never waits."""
         return plan_route([span for span in self._usable(tokens) if span.peer not in avoid], start, end)
 
+    def others_hold(self, start: int, end: int, peer: str) -> bool:
+        """Whether blocks [start, end) are held without this server, by others that may be in a ban now."""
+        spans = [
+            ServerSpan(other, *span, 0.0, 0.0)
+            for other, span in self._spans.items()
+            if other != peer and self._may_be_used(other) and not (other in self._bans and self._bans[other].is_proven)
+        ]
+        return plan_route(spans, start, end) is not None
+
     def compute_dtype(self, peer: str) -> str | None:
         """The dtype that a server says it computes in."""
         record = self._records.get(peer)
@@ -286,7 +295,7 @@ class SwarmView:
         for peer, (start, end) in self._spans.items():
             if peer in self._bans and not self._is_readmitted(peer):
                 continue
-            if peer in self._misfits or peer in self._refusals or not self._is_allowed(peer):
+            if not self._may_be_used(peer):
                 continue
             hop, rate = self._pace(peer)
             connection = self._connections.get(peer)
@@ -294,6 +303,9 @@ class SwarmView:
             silence = connection.silence if connection is not None else 0.0
             spans.append(ServerSpan(peer, start, end, hop + silence, tokens / rate))
         return spans
+
+    def _may_be_used(self, peer: str) -> bool:
+        return peer not in self._misfits and peer not in self._refusals and self._is_allowed(peer)
 
     def _pace(self, peer: str) -> tuple[float, float]:
         """Seconds to get a request to a server and back, and its tokens a second of one block: measured, or claimed."""

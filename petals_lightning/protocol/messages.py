@@ -62,9 +62,9 @@ class Method(StrEnum):
 class ErrorCode(StrEnum):
     """Why a server did not do what it was asked.
 
-    BAD_REQUEST and INTERNAL would fail elsewhere too and surface to the user; the others are answered by sending the
-    request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING, NOT_ALLOWED), here with more (GRAPH_LOST, PROMPTS_LOST,
-    CACHE_LOST), or without a route (NOT_HANDED_OVER: the next server cannot be reached from here).
+    All are answered by sending the request again: elsewhere (NOT_SERVED, OVERLOADED, LEAVING, NOT_ALLOWED; BAD_REQUEST
+    and INTERNAL, which may be the fault of either side), here with more (GRAPH_LOST, PROMPTS_LOST, CACHE_LOST), or
+    without a route (NOT_HANDED_OVER: the next server cannot be reached from here).
     """
 
     BAD_REQUEST = "bad_request"
