@@ -15,31 +15,35 @@ LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", 
 
 _LETTER = re.compile(r"[^\W\d_]")
 _ROWS_LOOKED_AT = 1000
+_NAMES_LISTED = 20
 
 
-def find_text_column(dataset: datasets.Dataset, named: str | None = None, *, setting: str = "text_column") -> str:
+def find_text_column(
+    dataset: datasets.Dataset, named: str | None = None, *, setting: str = "text_column", where: str = "the data"
+) -> str:
     """The column called `named`; else the first of `TEXT_COLUMNS` there is; else the only column of words.
 
-    `setting` is what names the column in the configuration, for messages.
+    For messages: `setting` is what names the column in the configuration, `where` what the data are.
 
     Raises:
         DataError: there is none, or it holds something other than strings.
     """
     strings = [name for name in dataset.column_names if _is_string(dataset.features[name])]
     if named is not None:
-        _require(dataset, named, setting)
+        _require(dataset, named, f"{setting}", where)
     else:
         named = _first(TEXT_COLUMNS, strings) or _first(TEXT_COLUMNS, dataset.column_names)
     if named is None:
-        wordy = [name for name in strings if _has_words(dataset, name)]
+        head = dataset[:_ROWS_LOOKED_AT]
+        wordy = [name for name in strings if _has_words(head[name])]
         if len(wordy) != 1:
             raise DataError(
-                f"no text column among {_listing(dataset)}; name it with {setting}=… "
+                f"no text column in {where}: the columns are {_listing(dataset)}; name it with {setting}=… "
                 f"(found by itself: {', '.join(TEXT_COLUMNS)})"
             )
         (named,) = wordy
     if named not in strings:
-        raise DataError(f"column {named!r} ({setting}) holds {dataset.features[named]}, not strings")
+        raise DataError(f"column {named!r} ({setting}) of {where} holds {dataset.features[named]}, not strings")
     return named
 
 
@@ -50,7 +54,7 @@ def find_label_column(dataset: datasets.Dataset, named: str | None = None, *, wh
         DataError: there is none; the message lists the columns that there are.
     """
     if named is not None:
-        _require(dataset, named, "label_column")
+        _require(dataset, named, "label_column", where)
         return named
     found = _first(LABEL_COLUMNS, dataset.column_names)
     if found is None:
@@ -61,9 +65,9 @@ def find_label_column(dataset: datasets.Dataset, named: str | None = None, *, wh
     return found
 
 
-def _require(dataset: datasets.Dataset, column: str, setting: str) -> None:
+def _require(dataset: datasets.Dataset, column: str, setting: str, where: str) -> None:
     if column not in dataset.column_names:
-        raise DataError(f"{setting}={column}: no such column; there are {_listing(dataset)}")
+        raise DataError(f"{setting}={column}: no such column in {where}; there are {_listing(dataset)}")
 
 
 def _first(wanted: Sequence[str], available: Sequence[str]) -> str | None:
@@ -75,11 +79,11 @@ def _is_string(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
-def _has_words(dataset: datasets.Dataset, column: str) -> bool:
+def _has_words(values: Sequence[str | None]) -> bool:
     """Whether strings are more than numbers, dates and truth values, which csv files hold as strings too."""
-    values = dataset[:_ROWS_LOOKED_AT][column]
     return any(value and _LETTER.search(value) and value.lower() not in ("true", "false") for value in values)
 
 
 def _listing(dataset: datasets.Dataset) -> str:
-    return ", ".join(repr(name) for name in dataset.column_names)
+    names = [repr(name) for name in dataset.column_names]
+    return ", ".join(names[:_NAMES_LISTED]) + (f", … ({len(names)} in all)" if len(names) > _NAMES_LISTED else "")

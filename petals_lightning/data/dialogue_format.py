@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -25,6 +26,7 @@ from petals_lightning.errors import DataError
 ROLES = ("system", "user", "assistant", "tool")
 
 _SIMPLE_TEMPLATE = """{{ bos_token }}
+{%- if tools %}{{ raise_exception('the simple form has no tools') }}{% endif %}
 {%- for message in messages %}
     {%- if message.role == 'system' %}{{ message.content + '\\n' }}
     {%- elif message.role == 'user' %}{{ 'User: ' + message.content + '\\n' }}
@@ -73,17 +75,29 @@ class DialogueFormat:
         self, tokenizer: PreTrainedTokenizerBase, *, use_chat_template: bool = True, merge_system: bool = False
     ):
         self._tokenizer, self._use_chat_template, self._merge_system = tokenizer, use_chat_template, merge_system
+        self._tools: list[Any] | None = None
         self.has_template = use_chat_template and tokenizer.chat_template is not None
+
+    def with_tools(self, tools: list[Any]) -> DialogueFormat:
+        """The same for a dialogue in which the assistant may call these tools, which the template describes to it."""
+        form = copy(self)
+        form._tools = tools
+        return form
 
     @cached_property
     def end_ids(self) -> list[int]:
         """Tokens that end a turn of the assistant: the tokenizer's eos, and what the template writes behind a turn.
 
         Raises:
-            DataError: the template refuses a dialogue of one question and one answer.
+            DataError: the template refuses a dialogue of one question and one answer, or leaves out what is said.
         """
         question = Message(role="user", content="a")
         one, other = (self._render([question, Message(role="assistant", content=said)]) for said in "bc")
+        if one == other:
+            raise DataError(
+                "the chat template leaves out what is said (is it for lists of content parts only?); "
+                "use_chat_template=False (chat: --no-chat-template) takes the simple form"
+            )
         tail = self._tokenize(one[len(one) - _count_equal(one[::-1], other[::-1]) :])
         added = self._tokenizer.added_tokens_decoder
         ends = [self._tokenizer.eos_token_id, next((token for token in tail if token in added), None)]
@@ -183,6 +197,7 @@ class DialogueFormat:
         try:
             text = self._tokenizer.apply_chat_template(
                 _merged(messages) if self._merge_system else list(messages),  # type: ignore[arg-type]
+                tools=self._tools,
                 chat_template=None if self.has_template else _SIMPLE_TEMPLATE,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,

@@ -5,6 +5,7 @@ Shapes: B batch, S tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,9 @@ from petals_lightning.sample import DIALOGUES_DIR
 
 _ROW = "row in its file"  # the column of row numbers, which stay known when a part is cut off for validation
 
-COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "system")
+_TURNS = ("messages", "conversations", "conversation", "turns")
+
+COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "system", "tools")
 """Columns of `read_dialogue` that may be called otherwise."""
 
 _ROLE_NAMES = {
@@ -51,20 +54,16 @@ def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
     - `utterances`: PersonaChat's, whose last entry has the `history` and, as the last of its `candidates`, the true
       reply; a `personality` of the assistant stands in front.
 
-    A text in `system` stands in front of any of them.
+    Of several lists of turns the first one that is not empty counts. A text in `system` stands in front of any form.
 
     Raises:
         DataError: it is none of these; the message says where.
     """
     system = row.get("system")
+    lists = [row[name] for name in _TURNS if isinstance(row.get(name), list)]
     match row:
-        case (
-            {"messages": list(turns)}
-            | {"conversations": list(turns)}
-            | {"conversation": list(turns)}
-            | {"turns": list(turns)}
-        ):
-            found = _turns(turns, where)
+        case _ if lists:
+            found = _turns(next(filter(None, lists), []), where)
         case {"prompt": prompt, "completion": answer} | {"prompt": prompt, "response": answer}:
             found = [*_side(prompt, "user", where), *_side(answer, "assistant", where)]
         case {"instruction": task, "output": answer}:
@@ -75,7 +74,7 @@ def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
             system = system or " ".join(row.get("personality") or [])
         case _:
             raise DataError(
-                f"{where} has {', '.join(sorted(row))}: a dialogue needs `turns` (texts), `messages` or "
+                f"{where} has {', '.join(sorted(row)) or 'nothing'}: a dialogue needs `turns` (texts), `messages` or "
                 "`conversations` (of role and content, or from and value), `prompt` and `completion`, `instruction` "
                 "and `output`, or PersonaChat's `utterances`; columns={'messages': …} names other columns"
             )
@@ -119,6 +118,27 @@ def _text(content: Any, where: str) -> str:
             raise DataError(f"{where} has a turn without a text: {part!r:.60}")
         texts.append(text)
     return "".join(texts)
+
+
+def _tools(given: Any, where: str) -> list[Any]:
+    """Descriptions of tools, which may be written as JSON."""
+    try:
+        tools = json.loads(given) if isinstance(given, str) and given.strip() else given
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} has tools that are no JSON: {error}") from error
+    if not isinstance(tools or [], list):
+        raise DataError(f"{where} has {tools!r:.60} for tools: give a list of their descriptions")
+    return tools or []
+
+
+def _written(value: Any) -> Any:
+    """A value without the empty fields that its objects got from the objects of other rows."""
+    match value:
+        case dict():
+            return {key: _written(item) for key, item in value.items() if item is not None}
+        case list():
+            return [_written(item) for item in value]
+    return value
 
 
 def windows(messages: list[Message], form: DialogueFormat, max_length: int) -> list[tuple[list[int], list[int]]]:
@@ -206,7 +226,7 @@ class DialogueDataModule(TextDataModule):
                     )
         numbered = {split: rows.add_column(_ROW, list(range(len(rows)))) for split, rows in raw.items()}
         return {
-            split: self._samples(f"{split if split in raw else 'train'} of {self.source}", rows, form)
+            split: self._samples(split if split in raw else "train", rows, form)
             for split, rows in self.with_validation(numbered).items()
         }
 
@@ -217,21 +237,27 @@ class DialogueDataModule(TextDataModule):
     def description(self) -> str:
         return f"dialogues of up to {self.max_length} tokens"
 
-    def _samples(self, part: str, rows: datasets.Dataset, form: DialogueFormat) -> LabelledTokens:
+    def _samples(self, split: str, rows: datasets.Dataset, form: DialogueFormat) -> LabelledTokens:
         rows = rows.select(range(min(len(rows), self.limit))) if self.limit is not None else rows
+        exact = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Json)]
         found = []
         for row in rows:
-            where = f"row {row.pop(_ROW)} of {part}"
+            where = f"row {row.pop(_ROW)} of {split} of {self.source}"
+            # Columns of JSON hold what was written; in others, objects have the keys of all rows.
+            row = {name: value if name in exact else _written(value) for name, value in row.items()}
             if self.columns:
                 row = {ours: row[theirs] for ours, theirs in self.columns.items()}
-            messages = read_dialogue({name: value for name, value in row.items() if value is not None}, where)
+            row = {name: value for name, value in row.items() if value is not None}
+            tools = _tools(row.get("tools"), where)
+            messages = read_dialogue(row, where)
             try:
-                found += windows(messages, form, self.max_length)
+                found += windows(messages, form.with_tools(tools) if tools else form, self.max_length)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
         if not found:
             raise DataError(
-                f"{part}: the assistant says nothing in {len(rows)} dialogues (the second speaker is the assistant "
-                "where roles are not given)"
+                f"{split} of {self.source}: the assistant says nothing in {len(rows)} dialogues, or nothing that is "
+                f"learnt within max_length={self.max_length} tokens (the second speaker is the assistant where "
+                "roles are not given)"
             )
         return LabelledTokens(found)

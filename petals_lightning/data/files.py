@@ -11,11 +11,20 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet
 
 from petals_lightning.data.delimited import read_csv, read_tsv
 from petals_lightning.data.json_rows import read_json, read_json_lines
-from petals_lightning.data.opening import UNREADABLE, TextFormat, open_bytes, open_text, suffixes, why_undecodable
+from petals_lightning.data.opening import (
+    COMPRESSIONS,
+    UNREADABLE,
+    TextFormat,
+    open_bytes,
+    open_text,
+    suffixes,
+    why_undecodable,
+)
 from petals_lightning.data.tables import joined
 from petals_lightning.errors import DataError
 
@@ -27,6 +36,14 @@ def _read_parquet(path: Path, form: TextFormat) -> pa.Table:
         if field.type == pa.string_view():  # `datasets` does not know it
             table = table.set_column(number, field.name, table[field.name].cast(pa.string()))
     return table
+
+
+def _read_arrow(path: Path, form: TextFormat) -> pa.Table:
+    """Arrow's stream format, in which `datasets` writes, or its file format."""
+    with open_bytes(path) as file:
+        data = file.read()
+    is_file = data.startswith(b"ARROW1")
+    return (pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)).read_all()
 
 
 def _read_text(path: Path, form: TextFormat) -> pa.Table:
@@ -42,6 +59,7 @@ _READERS: dict[str, Callable[[Path, TextFormat], pa.Table]] = {
     ".tsv": read_tsv,
     ".csv": read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
     ".txt": _read_text,
 }
 SUFFIXES = tuple(_READERS)
@@ -53,8 +71,8 @@ def is_data_file(path: Path) -> bool:
 
 
 def stem_of(path: Path) -> str:
-    """A data file's name without the suffixes of its format and its compression."""
-    return path.name[: -len("".join(suffixes(path)))]
+    """A data file's name without the suffixes of its format and its compression; any other name as it is."""
+    return path.name[: -len("".join(suffixes(path)))] if is_data_file(path) else path.name
 
 
 def read_file(path: Path, form: TextFormat | None = None) -> datasets.Dataset:
@@ -75,7 +93,9 @@ def read_files(paths: Sequence[Path], form: TextFormat | None = None) -> tuple[d
 def _read_table(path: Path, form: TextFormat) -> pa.Table:
     suffix = suffixes(path)[0]
     if suffix not in _READERS:
-        raise DataError(f"{path}: unknown format; use one of {', '.join(SUFFIXES)}, as it is or as .gz")
+        raise DataError(
+            f"{path}: unknown format; use one of {', '.join(SUFFIXES)}, as it is or packed as {', '.join(COMPRESSIONS)}"
+        )
     try:
         table = _READERS[suffix](path, form)
     except UnicodeError as error:

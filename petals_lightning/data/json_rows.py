@@ -87,10 +87,11 @@ def _rows_within(value: dict[str, Any]) -> Iterable[Any]:
     if lists:
         raise Malformed(f"it holds several lists ({', '.join(lists)}): put each into a file of its own")
     columns = list(value.values())
-    if all(isinstance(column, dict) and column and column.keys() == columns[0].keys() for column in columns):
-        if all(key.isdigit() for key in value):  # pandas' orient="index"
+    if len(value) > 1 and all(isinstance(column, dict) and column for column in columns):
+        if not all(key.isdigit() for key in columns[0]):  # rows by their ids; pandas' orient="index"
             return columns
-        return [{name: cells[key] for name, cells in value.items()} for key in columns[0]]  # pandas' default
+        if all(column.keys() == columns[0].keys() for column in columns):  # pandas' default
+            return [{name: cells[key] for name, cells in value.items()} for key in columns[0]]
     if len(value) > 1 and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
         return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return [value]

@@ -18,17 +18,17 @@ _WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})(\.0*)?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d*)?", re.ASCII)
 _NO_NUMBER = {"na", "n/a", "nan", "null", "none"}
 """What stands in files for a number that is missing. Among names these are names."""
+_TRUTH = {"false": "0", "true": "1"}
 _MISSING, _HIDDEN = "", "-1"
-_MOST_CLASSES = 100_000
 
 
 class LabelEncoder:
     """Maps a column's values to classes 0 … num_labels-1.
 
-    Class names of a hub dataset are kept. Whole numbers are taken as they are, also where a file holds them as strings.
-    Other strings are numbered in sorted order of the training labels, so that the same data give the same classes on
-    every machine; blanks around them do not count. Rows with an empty label, or with -1 as in GLUE's test parts, have
-    no class.
+    Class names of a hub dataset are kept. Whole numbers are taken as they are, also where a file holds them as strings;
+    false and true are 0 and 1, unless there are other names. Other strings are numbered in sorted order of the training
+    labels, so that the same data give the same classes on every machine; blanks around them do not count. Rows with an
+    empty label, or with -1 as in GLUE's test parts, have no class.
 
     Args:
         train: the rows that define the classes.
@@ -59,13 +59,14 @@ class LabelEncoder:
         self._map = {_written(old): _written(new) for old, new in (label_map or {}).items()}
         texts = self._texts(train, "train")
         rows = _first_rows(texts)
+        feature = train.features[column]
+        named = isinstance(feature, datasets.ClassLabel)
+        self._are_numbers = not named
         labels: dict[str, int] = {}
         for text, row in rows.items():
             labels.setdefault(self._label(text), row)
         present = {label: row for label, row in labels.items() if label not in (_MISSING, _HIDDEN)}
         numbers = [label for label in present if _NUMBER.fullmatch(label)]
-        feature = train.features[column]
-        named = isinstance(feature, datasets.ClassLabel)
         self._are_numbers = not named and all(
             label in numbers or (numbers and label.lower() in _NO_NUMBER) for label in present
         )
@@ -79,7 +80,7 @@ class LabelEncoder:
             self.names = self._numbered({label: present[label] for label in numbers}, num_labels)
         else:
             self._check_spelling(rows, Counter(texts))
-            self.names = tuple(sorted(present))
+            self.names = tuple(sorted({self._label(text) for text in rows} - {_MISSING, _HIDDEN}))
         if num_labels is not None:
             if len(self.names) > num_labels:
                 raise DataError(
@@ -127,7 +128,9 @@ class LabelEncoder:
         """What a value means: numbers in one form, names without blanks around them, and mapped."""
         stripped = text.strip()
         plain = str(int(float(stripped))) if _WHOLE.fullmatch(stripped) else stripped
-        return next((self._map[form] for form in (text, stripped, plain) if form in self._map), plain)
+        number = _TRUTH.get(plain.lower(), plain)
+        usual = number if self._are_numbers else plain
+        return next((self._map[form] for form in (text, stripped, plain, number) if form in self._map), usual)
 
     def _is_no_label(self, label: str) -> bool:
         return label in (_MISSING, _HIDDEN) or (self._are_numbers and label.lower() in _NO_NUMBER)
@@ -140,10 +143,11 @@ class LabelEncoder:
                     "a name; name classes with label_map"
                 )
         largest = max(map(int, rows), default=1)
-        if largest >= _MOST_CLASSES:
+        if num_labels is None and 0 < 2 * len(rows) <= largest:  # years, ids, ratings of 0 and 4
             raise DataError(
-                f"label {largest} ({self.where('train', rows[str(largest)])}, column {self.column!r}) is no class: "
-                f"there are at most {_MOST_CLASSES:,}; name another column with label_column"
+                f"label {largest} ({self.where('train', rows[str(largest)])}, column {self.column!r}) would make "
+                f"{largest + 1} classes, but {len(rows)} occur: set num_labels={largest + 1} if that is right, "
+                "or number them with label_map, or name another column with label_column"
             )
         return tuple(str(code) for code in range(max(num_labels or largest + 1, 2)))
 
@@ -179,7 +183,7 @@ class LabelEncoder:
                 f"{fix}, or relabel the data"
             )
         raise DataError(
-            f"label {text!r} of {split} ({where}) is in no training row; the classes are {_shortened(self.names)}; "
+            f"label {text!r} of {split} ({where}) is none of train's: the classes are {_shortened(self.names)}; "
             "labels can be read as others with label_map"
         )
 
@@ -193,7 +197,9 @@ def _written(value: Any) -> str:
             return _MISSING
         case float() if math.isnan(value):
             return _MISSING
-        case bool() | int() | float() | Decimal():
+        case bool():
+            return str(value)
+        case int() | float() | Decimal():
             return str(int(value)) if value == value // 1 else str(value)
     raise TypeError
 

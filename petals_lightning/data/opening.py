@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import bz2
-import codecs
 import gzip
 import io
+import json
 import lzma
 import zipfile
 import zlib
@@ -18,13 +18,6 @@ import pyarrow as pa
 
 from petals_lightning.errors import ConfigurationError
 
-_BOMS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it starts with
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 _DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|"}
 _LFS_POINTER = b"version https://git-lfs.github.com"
 
@@ -42,7 +35,7 @@ class TextFormat:
     """How text files are written, where it is not found out.
 
     Args:
-        encoding: of files without a byte order mark; None is UTF-8.
+        encoding: of files that are not seen to be UTF-16 or UTF-32; None is UTF-8.
         delimiter: between the cells of csv and tsv files, or its name in `_DELIMITERS`; None finds it.
 
     Raises:
@@ -57,7 +50,7 @@ class TextFormat:
             "".encode(self.encoding or "utf-8")
         except LookupError:
             raise ConfigurationError(
-                f"encoding={self.encoding}: no such encoding; there are utf-8, latin-1, cp1252, utf-16, …"
+                f"encoding={self.encoding}: no such encoding; there are utf-8, latin-1, cp1252, utf-16-le, …"
             ) from None
         delimiter = _DELIMITERS.get(self.delimiter or "", self.delimiter)
         if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
@@ -98,6 +91,8 @@ def why_undecodable(path: Path, form: TextFormat) -> str:
     encoding = _encoding(path, form)
     with open_bytes(path) as file:
         data = file.read()
+    if encoding == "utf-8" and b"\0" in data:
+        return "it holds zero bytes, which no text does: its name tells a format that it is not in"
     place = "it"
     try:
         data.decode(encoding)
@@ -108,14 +103,14 @@ def why_undecodable(path: Path, form: TextFormat) -> str:
     except UnicodeError:  # UTF-16 without its mark
         pass
     name = encoding.removesuffix("-sig").upper()
-    return f"{place} is not {name}; set encoding=… to what it is written in (latin-1, cp1252, utf-16, …)"
+    return f"{place} is not {name}; set encoding=… to what it is written in (latin-1, cp1252, utf-16-le, …)"
 
 
 def _encoding(path: Path, form: TextFormat) -> str:
-    """That of the byte order mark; else the one that was given; else UTF-8."""
+    """That of the byte order mark or of the zero bytes of UTF-16 and UTF-32; else the one given; else UTF-8."""
     with open_bytes(path) as file:
-        start = file.read(4)
-    return next((name for mark, name in _BOMS.items() if start.startswith(mark)), form.encoding or "utf-8")
+        found = json.detect_encoding(file.read(4))
+    return found if found != "utf-8" else form.encoding or found
 
 
 def _open_archive(path: Path) -> IO[bytes]:
@@ -134,3 +129,4 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".zip": _open_archive,
     "": lambda path: path.open("rb"),
 }
+COMPRESSIONS = tuple(filter(None, _OPENERS))

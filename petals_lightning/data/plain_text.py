@@ -47,9 +47,11 @@ class PlainTextDataModule(TextDataModule):
         self.text_column = text_column
 
     def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, LabelledTokens]:
-        column = find_text_column(raw["train"], self.text_column)
+        column = find_text_column(raw["train"], self.text_column, where=f"train of {self.source}")
         cut = {
-            split: windows(rows[find_text_column(rows, column)][:], tokenizer, self.max_length)
+            split: windows(
+                rows[find_text_column(rows, column, where=f"{split} of {self.source}")][:], tokenizer, self.max_length
+            )
             for split, rows in raw.items()
         }
         if "validation" not in cut:

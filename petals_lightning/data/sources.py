@@ -19,13 +19,13 @@ __all__ = ["BUNDLED", "SPLIT_NAMES", "LocatedSplits", "load_splits", "read_file"
 BUNDLED = "bundled"
 SPLIT_NAMES = {
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
 }
 """The names by which each split is known, the preferred one first."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_SHARD = re.compile(r"-\d+-of-\d+$")
+_SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
 _INTEGER = datasets.Value("int64")
 _LOADING_FAILS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
@@ -94,6 +94,7 @@ def _load_folder(folder: Path, name: str | None, split_names: dict[str, str], fo
     if any((folder / file).is_file() for file in _SAVED_BY_DATASETS):
         return _load_saved(folder, split_names)
     files = sorted(file for file in folder.iterdir() if file.is_file() and is_data_file(file))
+    split_names = {split: stem_of(Path(given)) for split, given in split_names.items()}
     # Shards are numbered; `train_phrases.jsonl` beside `train.jsonl` is another set, not a part of it.
     parts: dict[str, list[Path]] = {}
     for file in files:
@@ -102,6 +103,10 @@ def _load_folder(folder: Path, name: str | None, split_names: dict[str, str], fo
         return _load_clone(folder, name, split_names, form)
     splits = LocatedSplits(str(folder))
     for split, wanted in _chosen(parts, split_names).items():
+        stems = [stem_of(file).lower() for file in parts[wanted]]
+        if len(stems) > len(set(stems)) or (wanted in stems and len(stems) > 1):
+            names = ", ".join(file.name for file in parts[wanted])
+            raise DataError(f"{folder}: {split} may be any of {names}; keep one, or number them like {split}-0-of-2")
         splits.read(split, parts[wanted], form)
     found = ", ".join(file.name for file in files) or "no data files"
     return _checked(splits, split_names, f"{folder} (has {found})")
@@ -119,7 +124,7 @@ def _load_clone(folder: Path, name: str | None, split_names: dict[str, str], for
     """A hub dataset on this disk: `datasets` tells which files make its splits."""
     try:
         builder = datasets.load_dataset_builder(str(folder), name)
-    except _LOADING_FAILS as error:
+    except Exception as error:  # a README can hold anything
         raise DataError(
             f"source={folder}{_named(name)}: cannot be read as the clone of a hub dataset ({_reason(error)}); "
             "set name=… to one of its configurations, or give one of its files"

@@ -56,14 +56,16 @@ def _with_common_types(table: pa.Table, tables: list[pa.Table]) -> pa.Table:
 
 
 def _array(values: list[Any], column: str, first_row: int) -> pa.Array:
+    # Arrow would give all objects of a column the same keys: calls of tools would get arguments that nobody wrote.
+    if any(isinstance(value, (dict, list)) for value in values):
+        return _as_json(values)
     try:
         return pa.array(values)
     except UnicodeEncodeError as error:
         row = next(row for row, value in enumerate(values, first_row) if not _is_unicode(value))
         raise Malformed(f"row {row} has half of a surrogate pair in column {column!r}") from error
     except (pa.ArrowException, OverflowError):
-        simple = all(value is None or isinstance(value, (str, bool, int, float)) for value in values)
-        return _as_strings(values) if simple else _as_json(values)
+        return _as_strings(values)
 
 
 def _as_strings(values: list[Any]) -> pa.Array:
@@ -73,7 +75,7 @@ def _as_strings(values: list[Any]) -> pa.Array:
 def _written(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas writes nothing
         return None
-    return str(int(value)) if isinstance(value, bool) else str(value)
+    return str(value)
 
 
 def _as_json(values: list[Any]) -> pa.Array:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -70,12 +69,13 @@ class TextClassificationDataModule(TextDataModule):
         self.label_map, self.drop_unlabelled = label_map, drop_unlabelled
 
     def encoded(self, raw: LocatedSplits, tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedTexts]:
-        texts = [find_text_column(raw["train"], self.text_column)]
+        train, where = raw["train"], f"train of {self.source}"
+        texts = {"text_column": find_text_column(train, self.text_column, where=where)}
         if self.text_pair_column is not None:
-            texts.append(find_text_column(raw["train"], self.text_pair_column, setting="text_pair_column"))
-        label = find_label_column(raw["train"], self.label_column, where=self.source)
+            texts["text_pair_column"] = self.text_pair_column
+        label = find_label_column(train, self.label_column, where=where)
         encoder = LabelEncoder(
-            raw["train"], label, self.requested_num_labels,
+            train, label, self.requested_num_labels,
             label_map=self.label_map, drop_unlabelled=self.drop_unlabelled, where=raw.where,
         )  # fmt: skip
         self.num_labels, self.class_names = len(encoder.names), encoder.names
@@ -84,8 +84,8 @@ class TextClassificationDataModule(TextDataModule):
         return {
             split: EncodedTexts(
                 tokenizer,
-                rows[texts[0]][:],
-                rows[texts[1]][:] if len(texts) > 1 else None,
+                rows["text_column"][:],
+                rows["text_pair_column"][:] if "text_pair_column" in texts else None,
                 None if split in hidden else rows[_CLASS][:],
                 self.max_length,
             )
@@ -93,28 +93,29 @@ class TextClassificationDataModule(TextDataModule):
         }
 
     def _checked(
-        self, raw: LocatedSplits, split: str, texts: list[str], encoder: LabelEncoder | None
+        self, raw: LocatedSplits, split: str, texts: dict[str, str], encoder: LabelEncoder | None
     ) -> datasets.Dataset:
-        """The rows of a split with their texts and, where it is labelled, their classes."""
-        rows = raw[split]
-        columns = [find_text_column(rows, text) for text in texts]
+        """The rows of a split with their texts, under the names of settings, and their classes where it is labelled."""
+        rows, where = raw[split], f"{split} of {self.source}"
+        for setting, column in texts.items():
+            find_text_column(rows, column, setting=setting, where=where)
         codes: list[int | None] = [0] * len(rows)
         if encoder is not None:
-            find_label_column(rows, encoder.column, where=f"{split} of {self.source}")
+            find_label_column(rows, encoder.column, where=where)
             codes = encoder.encode(rows, split)
         labelled = [row for row, code in enumerate(codes) if code is not None]
-        for column in columns:
-            values = rows[column][:]
-            for row in labelled:
-                if values[row] is None:
-                    raise DataError(f"{raw.where(split, row)} has no text in column {column!r}; remove it or fill it")
         if not labelled:
-            raise DataError(f"{split} of {self.source} has no labelled rows")
-        rows = rows.select_columns(columns).add_column(_CLASS, np.array(codes, dtype=object))
-        if len(labelled) == len(rows):
-            return rows
-        log.info("%s of %s: %d rows without a label are left out", split, self.source, len(rows) - len(labelled))
-        return rows.select(labelled)
+            raise DataError(f"{where} has no labelled rows")
+        if len(labelled) < len(rows):
+            log.info("%s: %d rows without a label are left out", where, len(rows) - len(labelled))
+        kept: dict[str, list[Any]] = {_CLASS: [codes[row] for row in labelled]}
+        for setting, column in texts.items():
+            values = rows[column][:]
+            kept[setting] = [values[row] for row in labelled]
+            if None in kept[setting]:
+                row = labelled[kept[setting].index(None)]
+                raise DataError(f"{raw.where(split, row)} has no text in column {column!r}; remove it or fill it")
+        return datasets.Dataset.from_dict(kept)
 
     def collate(self, pad_token_id: int) -> PadRight:
         return PadRight(pad_token_id)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -74,6 +76,8 @@ def test_every_form_of_dialogues_is_read():
     assert read_dialogue({"prompt": expected[:3], "response": "d"}, "row 0") == expected
     assert read_dialogue({"instruction": "a", "input": "", "output": "b"}, "row 0") == expected[:2]
     assert read_dialogue({"instruction": "a", "input": "x", "output": "b"}, "row 0") == talk("a\n\nx", "b")
+    assert read_dialogue({"messages": [], "turns": ["a", "b"]}, "row 0") == expected[:2]
+    assert read_dialogue({"messages": []}, "row 0") == []
     assert read_dialogue({"system": "s", "turns": ["a"]}, "row 0") == [{"role": "system", "content": "s"}, expected[0]]
     last = {"history": ["a", "b", "c"], "candidates": ["wrong", "d"]}
     persona = {"personality": ["i sing .", "i fly ."], "utterances": [{"history": ["a"], "candidates": ["b"]}, last]}
@@ -115,6 +119,68 @@ def test_content_may_be_in_parts_and_other_roles_have_one_meaning():
 def test_what_is_no_dialogue_is_named(row, complaint):
     with pytest.raises(DataError, match=complaint):
         read_dialogue(row, "row 3 of train")
+
+
+CALLING = (
+    "{% for tool in tools or [] %}{{ tool.name + ' ' + (tool | tojson) + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def calling(arguments: dict) -> list[dict]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "So?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "no"},
+    ]
+
+
+def folder_of(tokenizer, path) -> str:
+    tokenizer.save_pretrained(path)
+    LlamaConfig(vocab_size=len(tokenizer), eos_token_id=3).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_calls_of_tools_are_as_they_were_written_and_the_template_sees_the_tools(tmp_path, suffix, as_json):
+    """Columns of Arrow give an object the keys of all rows; each row's own arguments are what counts."""
+    tokenizer: Any = make_tokenizer("byte_level", CALLING, "<|im_end|>")
+    dialogues = [calling({"x": 1}), calling({"y": {"z": "w"}}), calling({})] * 2
+    tools = [{"name": "f", "description": "does it"}]
+    rows = [{"messages": deepcopy(talk), "tools": json.dumps(tools) if as_json else tools} for talk in dialogues]
+    path = tmp_path / f"talks.{suffix}"
+    if suffix == "jsonl":
+        write_rows(path, rows)
+    else:
+        for row in rows:  # Arrow has no objects without keys
+            row["messages"] = [{**turn, "tool_calls": turn.get("tool_calls", [])} for turn in row["messages"]]
+            for call in row["messages"][1]["tool_calls"]:
+                call["function"]["arguments"] = call["function"]["arguments"] or {"x": None}
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    data = DialogueDataModule(folder_of(tokenizer, tmp_path), str(path), max_length=1000)
+    data.setup()
+    expected = [tokenizer.apply_chat_template(talk, tools=tools, return_dict=False) for talk in dialogues]
+    found = [data._splits[split][number][0] for split, size in data.sizes.items() for number in range(size)]
+    assert sorted(found) == sorted(expected)
+
+
+def test_tools_that_cannot_be_told_are_named(text_model, tmp_path):
+    for tools, message in [("[", "row 0 of train .* has tools that are no JSON"), ({"a": 1}, "for tools: give a list"),
+                           ([{"name": "f"}], r"the simple form has no tools")]:  # fmt: skip
+        path = write_rows(tmp_path / "a.jsonl", [{"turns": ["w1", "w2"], "tools": tools}] * 2)
+        with pytest.raises(DataError, match=message.replace("row 0", r"row \d")):
+            DialogueDataModule(str(text_model), path).setup()
+
+
+def test_a_part_in_which_nothing_is_learnt_says_why(text_model, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"turns": ["w1 " * 30, "w2"]}] * 4)
+    with pytest.raises(DataError, match=r"train of .*a\.jsonl: .*nothing that is learnt within data\.max_length=20"):
+        DialogueDataModule(str(text_model), path, max_length=20).setup()
 
 
 def write_rows(path, rows) -> str:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from petals_lightning.data.columns import find_text_column
 from petals_lightning.data.files import read_file
 from petals_lightning.data.opening import TextFormat
 from petals_lightning.data.sources import load_splits
@@ -51,7 +52,7 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_csv_cells_are_the_strings_that_were_written(
     tmp_path: Path, delimiter: str, line_end: str, encoding: str
 ) -> None:
@@ -159,13 +160,16 @@ JSON_FORMS: dict[str, Callable[[pd.DataFrame], str]] = {
     "any single list": lambda frame: json.dumps({"reviews": frame.to_dict("records"), "license": "MIT"}, indent=1),
     "pandas' default": lambda frame: frame.to_json(),
     "pandas' index": lambda frame: frame.to_json(orient="index"),
+    "rows by their ids": lambda frame: json.dumps(
+        {f"id {row}": cells for row, cells in frame.to_dict("index").items()}
+    ),
     "pandas' split": lambda frame: frame.to_json(orient="split"),
     "columns": lambda frame: json.dumps(frame.to_dict("list")),
 }
 
 
 @pytest.mark.parametrize("form", JSON_FORMS)
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
 def test_json_of_any_form_gives_its_rows(tmp_path: Path, form: str, encoding: str) -> None:
     path = write(tmp_path / "a.json", JSON_FORMS[form](pd.DataFrame(TYPED)), encoding)
     assert rows_of(path) == TYPED
@@ -246,7 +250,7 @@ PACKERS: dict[str, Callable[[Path, bytes], object]] = {
 
 
 @pytest.mark.parametrize("packing", PACKERS)
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "ndjson", "parquet", "txt"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "ndjson", "parquet", "arrow", "txt"])
 def test_compressed_files_are_read_as_they_are(tmp_path: Path, packing: str, suffix: str) -> None:
     plain = tmp_path / f"a.{suffix}"
     match suffix:
@@ -254,6 +258,8 @@ def test_compressed_files_are_read_as_they_are(tmp_path: Path, packing: str, suf
             FRAME.to_csv(plain, index=False, sep="," if suffix == "csv" else "\t")
         case "parquet":
             FRAME.to_parquet(plain)
+        case "arrow":
+            FRAME.to_feather(plain, compression="uncompressed")
         case "txt":
             plain.write_text("\n".join(TRICKY))
         case _:
@@ -278,7 +284,10 @@ def test_packed_utf16_is_read_too(tmp_path: Path) -> None:
         ("a.json.xz", b"{}", r"a\.json\.xz: cannot be read as json"),
         ("a.csv.zip", b"{}", r"a\.csv\.zip: cannot be read as csv: File is not a zip file"),
         ("a.parquet", b"PAR1", r"a\.parquet: cannot be read as parquet"),
-        ("a.md", b"# x", r"a\.md: unknown format; use one of \.jsonl, .* \.txt"),
+        ("a.csv", gzip.compress(b"text,label\na,1\n"), r"a\.csv: cannot be read as csv: it holds zero bytes"),
+        ("a.jsonl", b"PAR1\x15\x00\x15\xff", r"a\.jsonl: cannot be read as jsonl: it holds zero bytes"),
+        ("a.arrow", b"ARROW", r"a\.arrow: cannot be read as arrow"),
+        ("a.md", b"# x", r"a\.md: unknown format; use one of \.jsonl, .* \.txt, .*packed as \.gz, .* \.zip"),
         ("a.gz", b"", r"a\.gz: unknown format"),
         (
             "train-00000-of-00001.parquet",
@@ -292,6 +301,13 @@ def test_files_that_are_not_what_their_name_says(tmp_path: Path, name: str, data
     with pytest.raises(DataError, match=message) as raised:
         read_file(tmp_path / name)
     assert "\n" not in str(raised.value)
+
+
+def test_an_error_lists_no_more_columns_than_one_reads(tmp_path: Path) -> None:
+    names = [f"column {number}" for number in range(60)]
+    rows = read_file(write(tmp_path / "a.csv", ",".join(names) + "\n" + ",".join("1" * 60) + "\n"))
+    with pytest.raises(DataError, match=r"'column 19', … \(60 in all\)"):
+        find_text_column(rows)
 
 
 def test_shards_of_differing_types_make_one_column(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def set_up(text_model: Path, source: Path, **settings: object) -> TextClassifica
         (["1.0", "0.", "0"], ("0", "1"), [1, 0, 0]),
         ([Decimal("1.00"), Decimal("0.00")], ("0", "1"), [1, 0]),
         ([str(number) for number in range(12)], tuple(map(str, range(12))), list(range(12))),
-        (["True", "False"], ("False", "True"), [1, 0]),
+        (["True", "FALSE", "true"], ("0", "1"), [1, 0, 1]),
+        (["true", "half-true", "false"], ("false", "half-true", "true"), [2, 1, 0]),
         (["NA", "EU", "null"], ("EU", "NA", "null"), [1, 0, 2]),
         (["00", "01"], ("00", "01"), [0, 1]),
         (["1", "two"], ("1", "two"), [0, 1]),
@@ -55,7 +56,7 @@ def test_strings_mean_what_they_say(values: list, names: tuple[str, ...], codes:
 @pytest.mark.parametrize(
     ("values", "row"),
     [(["a", "b", ""], 2), (["a", " ", "b"], 1), (["0", "", "1"], 1), (["0", "1", "nan"], 2), (["NA", "1", "0"], 0),
-     ([0, None, 1], 1), ([0.0, 1.0, float("nan")], 2)],
+     (["True", "False", "nan"], 2), ([0, None, 1], 1), ([0.0, 1.0, float("nan")], 2)],
 )  # fmt: skip
 def test_a_missing_label_is_named_or_left_out(values: list, row: int) -> None:
     with pytest.raises(DataError, match=rf"no label in train \(row {row} of train, .*drop_unlabelled=True"):
@@ -113,7 +114,9 @@ def test_spellings_may_be_classes_of_their_own() -> None:
     [
         (["0.5", "1.5"], r"label 0\.5 \(row 0 of train, .*neither a whole number nor a name"),
         ([[0, 1], [1, 0]], r"label \[0, 1\] \(row 0 of train, .*neither a whole number nor a name"),
-        ([0, 123456789], r"label 123456789 \(row 1 of train, .*with label_column"),
+        ([0, 123456789], r"label 123456789 \(row 1 of train, .*label_column"),
+        (["2019", "2020"], r"label 2020 \(row 1 of train, .*2021 classes, but 2 occur: set num_labels=2021"),
+        ([4, 0, 4], r"label 4 \(row 0 of train, .*5 classes, but 2 occur: set num_labels=5"),
         (["", ""], r"no label in train \(row 0 of train"),
         (["a", "a"], "one class only"),
         ([0, 1, -2], r"label -2 \(row 2 of train, .* is outside 0…1"),
@@ -124,6 +127,34 @@ def test_what_is_no_class_names_its_row(values: list, message: str) -> None:
         classes(values)
 
 
+def test_gaps_in_numbers_are_kept_where_half_of_the_classes_occur_or_their_number_is_given() -> None:
+    assert classes([3, 1, 0]) == (("0", "1", "2", "3"), [3, 1, 0])
+    assert classes([4, 0], num_labels=5)[1] == [4, 0]
+    assert classes([4, 0], label_map={4: 1})[1] == [1, 0]
+
+
+@pytest.mark.parametrize("train", [[True, False], ["True", "False"], ["true", "false"], [1, 0], [1.0, 0.0]])
+@pytest.mark.parametrize("other", [[True, False], ["TRUE", "false"], ["1.0", "0"], [1, 0]])
+def test_false_and_true_are_zero_and_one_however_a_part_writes_them(train: list, other: list) -> None:
+    encoder = LabelEncoder(column(train), "label")
+    assert encoder.encode(column(train), "train") == encoder.encode(column(other), "validation") == [1, 0]
+    for label_map in ({train[0]: "yes", train[1]: "no"}, {1: "yes", 0: "no"}):
+        assert classes(train, label_map=label_map) == (("no", "yes"), [1, 0])
+
+
+def test_truth_values_of_mixed_shards_are_zero_and_one(tmp_path: Path, text_model: Path) -> None:
+    shards = [
+        '{"text": "w1", "label": true}\n{"text": "w1 w2", "label": false}\n',
+        '{"text": "w1", "label": "True"}\n{"text": "w1 w2", "label": 0}\n',
+        '{"text": "w1", "label": 1}\n{"text": "w1 w2", "label": "false"}\n',
+    ]
+    for number, text in enumerate(shards):
+        (tmp_path / f"train-{number}-of-3.jsonl").write_text(text)
+    (tmp_path / "validation.jsonl").write_text(shards[0])
+    samples = set_up(text_model, tmp_path)._splits["train"]
+    assert [(len(sample["input_ids"]), sample["label"]) for sample in samples] == [(1, 1), (2, 0)] * 3
+
+
 def test_hub_classes_keep_their_names_whatever_other_files_hold() -> None:
     names = datasets.ClassLabel(names=["bad", "good"])
     train = datasets.Dataset.from_dict({"label": [1, -1, 0]}, features=datasets.Features({"label": names}))
@@ -132,6 +163,9 @@ def test_hub_classes_keep_their_names_whatever_other_files_hold() -> None:
     assert encoder.encode(column(["good", "bad"]), "validation") == [1, 0]
     with pytest.raises(DataError, match=r"label -1 in train \(row 1 of train"):
         LabelEncoder(train, "label").encode(train, "train")
+    beyond = column([5]).cast_column("label", datasets.Value("int64"))
+    with pytest.raises(DataError, match=r"label '5' of train \(row 0 of train, .*the classes are bad, good"):
+        encoder.encode(beyond, "train")
 
 
 def test_an_unlabelled_test_part_is_known_in_every_form() -> None:
@@ -193,9 +227,29 @@ def test_the_only_column_of_words_is_the_text(text_model: Path, tmp_path: Path) 
     assert set(data._splits["train"].lengths) == {2}
 
 
+def test_the_second_text_may_be_the_first(text_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "w1 w2,0\nw1 w2,1\n" * 5)
+    assert set(set_up(text_model, path, text_pair_column="text")._splits["train"].lengths) == {4}
+
+
+def test_a_column_that_another_part_lacks_is_named_with_the_part(text_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,other,label\nw1,w2,0\nw1,w2,1\n")
+    for rest, settings, message in [
+        ("other,label\nw2,0\n", {}, "text_column=text: no such column in validation of"),
+        ("text,label\nw1,0\n", {"text_pair_column": "other"}, "text_pair_column=other: no such column in valid"),
+        ("text,other\nw1,w2\n", {}, "label_column=label: no such column in validation of"),
+    ]:
+        (tmp_path / "validation.csv").write_text(rest)
+        with pytest.raises(DataError, match=message):
+            set_up(text_model, tmp_path, **settings)
+
+
 def test_a_text_column_of_another_type_is_named(text_model: Path, tmp_path: Path) -> None:
     pa.parquet.write_table(pa.table({"text": [1, 2], "label": [0, 1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"column 'text' \(text_column\) holds Value\('int64'\), not strings"):
+    with pytest.raises(
+        DataError, match=r"column 'text' \(text_column\) of train of .* holds Value\('int64'\), not strings"
+    ):
         set_up(text_model, tmp_path / "a.parquet")
     with pytest.raises(ConfigurationError, match=r"^label_map=x: must be a mapping"):
         TextClassificationDataModule("model", label_map="x")  # type: ignore[arg-type]

@@ -61,11 +61,33 @@ def test_numbered_shards_make_one_split(tmp_path: Path) -> None:
     assert len(load_splits(str(tmp_path))["train"]) == 8
 
 
+def test_shards_with_a_fingerprint_in_their_names_make_one_split(tmp_path: Path) -> None:
+    for number in range(2):
+        write(tmp_path / f"train-0000{number}-of-00002-8f6c9b0a1e2d3c4{number}.parquet")
+    assert len(load_splits(str(tmp_path))["train"]) == 8
+
+
+@pytest.mark.parametrize("others", [["train.csv"], ["Train.tsv"], ["train-0-of-1.csv"]])
+def test_a_split_that_is_there_twice_is_refused(tmp_path: Path, others: list[str]) -> None:
+    for name in ("train.jsonl", *others):
+        write(tmp_path / name)
+    with pytest.raises(DataError, match=r"train may be any of .*keep one"):
+        load_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "VAL", "dev", "eval", "evaluation"])
+def test_validation_goes_by_many_names(tmp_path: Path, name: str) -> None:
+    for file in ("train.jsonl", f"{name}.csv", "testing.tsv"):
+        write(tmp_path / file)
+    assert load_splits(str(tmp_path)).keys() == {"train", "validation", "test"}
+
+
 def test_a_split_of_unusual_name_can_be_named(tmp_path: Path) -> None:
     for name in ("big.jsonl", "validation.jsonl"):
         write(tmp_path / name)
-    assert len(load_splits(str(tmp_path), split_names={"train": "big"})["train"]) == 4
-    with pytest.raises(DataError, match=r"^test_split=hidden: not in .*big\.jsonl"):
+    for given in ("big", "big.jsonl"):
+        assert len(load_splits(str(tmp_path), split_names={"train": given})["train"]) == 4
+    with pytest.raises(DataError, match=r"test_split=hidden: not in .*big\.jsonl"):
         load_splits(str(tmp_path), split_names={"train": "big", "test": "hidden"})
 
 
@@ -101,7 +123,9 @@ def test_no_label_column_lists_the_columns_there_are(text_model: Path, tmp_path:
 
 
 def test_a_misnamed_column_lists_the_columns_there_are(text_model: Path, texts: Path) -> None:
-    with pytest.raises(DataError, match=r"^label_column=lable: no such column; there are 'sentence', 'label'"):
+    with pytest.raises(
+        DataError, match=r"label_column=lable: no such column in train of .*; there are 'sentence', 'label'"
+    ):
         set_up(text_model, texts, label_column="lable")
 
 
@@ -168,6 +192,23 @@ def test_hidden_test_labels_fall_back_to_validation(text_model: Path, texts: Pat
 def test_a_missing_source_says_so(text_model: Path, source: str) -> None:
     with pytest.raises(DataError, match=f"^source={source}: no such file or folder"):
         set_up(text_model, source)
+
+
+def test_a_clone_whose_readme_is_broken_is_named(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: [\n---\n")
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl")
+    with pytest.raises(DataError, match=r"cannot be read as the clone of a hub dataset \(while parsing") as raised:
+        load_splits(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_arrow_files_are_read_without_what_save_to_disk_wrote_beside_them(tmp_path: Path) -> None:
+    rows = read_file(write(tmp_path / "a.jsonl"))
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "dataset_dict.json").unlink()
+    splits = load_splits(str(tmp_path / "saved"))
+    assert splits["train"].to_list() == splits["test"].to_list() == rows.to_list()
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
