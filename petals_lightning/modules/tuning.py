@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.hf.skeleton import vocabulary_size
 from petals_lightning.models import trainable_state_dict
-from petals_lightning.strategies import BEGUN, RemoteBlockStrategy, ServedModel, load_trained_weights
+from petals_lightning.strategies import BEGUN, RemoteBlockStrategy, ServedModel, load_trained_weights, planned_steps
+
+log = logging.getLogger(__name__)
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
 
@@ -32,7 +36,8 @@ class TuningModule(pl.LightningModule):
         pre_seq_len: virtual tokens, P.
         lr: AdamW's peak learning rate.
         weight_decay: AdamW's.
-        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0.
+        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0. (Where the
+            number of steps is not known before training, as with `max_epochs=-1`, the rate stays `lr`.)
         dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
         revision: the model's revision on the hub.
         dht_prefix: the name of the model's blocks in the swarm; None derives it from `model_name`.
@@ -79,12 +84,23 @@ class TuningModule(pl.LightningModule):
         self._token = token
         self._session: int | None = None
         self._rng_state: Tensor | None = None
+        self._scheduled_lr: float | None = None
+        self.register_load_state_dict_post_hook(_frozen_weights_are_not_missing)
 
     # --- the model -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Builds the model, or connects it anew when the Trainer has joined the swarm again."""
+        """Builds the model, or connects it anew when the Trainer has joined the swarm again.
+
+        Raises:
+            ConfigurationError: the Trainer runs in several processes.
+        """
         strategy = self.trainer.strategy if self._trainer is not None else None
+        if self._trainer is not None and self.trainer.world_size > 1:
+            raise ConfigurationError(
+                f"trainer.devices: the client runs on 1 device, got {self.trainer.world_size}; set trainer.devices=1 "
+                "(a swarm is what spreads a model over several)"
+            )
         session = strategy.session if isinstance(strategy, RemoteBlockStrategy) else 0
         if self._session == session:
             return
@@ -138,6 +154,12 @@ class TuningModule(pl.LightningModule):
             return distributed.from_pretrained(name, **arguments, **strategy.client_arguments)
         return local.from_pretrained(name, **arguments)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # StochasticWeightAveraging copies the module before Lightning asks for the model, and would average nothing.
+        if self._trainer is not None:
+            self.configure_model()
+        return super().__getstate__()
+
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
@@ -153,13 +175,32 @@ class TuningModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         trained = [weight for weight in self.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = round(self.hparams["warmup_ratio"] * steps)
-        schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+        self._scheduled_lr = self.hparams["lr"]
+        optimizer = torch.optim.AdamW(trained, lr=self._scheduled_lr, weight_decay=self.hparams["weight_decay"])
+        steps = planned_steps(self.trainer)
+        if steps is None:
+            log.warning(
+                "the number of steps is not known before training: the learning rate stays %g, "
+                "without warm-up and decay; set max_steps or max_epochs to have them",
+                self._scheduled_lr,
+            )
+            return optimizer
+        schedule = get_linear_schedule_with_warmup(optimizer, round(self.hparams["warmup_ratio"] * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def log_training(self, loss: Tensor, batch_size: int) -> None:
+        """Logs `train/loss` and `train/lr`, the rate of the first optimizer."""
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
+        rate = self.trainer.optimizers[0].param_groups[0].get("lr")
+        if rate is not None:  # as with Lightning's stand-in for no optimizer
+            self.log("train/lr", rate)
+
     def on_fit_start(self) -> None:
+        if not self.automatic_optimization and type(self).training_step.__module__.startswith("petals_lightning."):
+            raise ConfigurationError(
+                "automatic_optimization=False: training_step has to step the optimizers then, "
+                f"and that of {type(self).__name__} does not; override it"
+            )
         # The frozen model is in eval mode on purpose: neither servers nor client apply dropout to it.
         warnings.filterwarnings("ignore", r".*module\(s\) in eval mode at the start of training")
         # GradScaler leaves out the first optimizer steps while it looks for its scale; the schedule goes on.
@@ -169,6 +210,16 @@ class TuningModule(pl.LightningModule):
         if self._rng_state is not None:
             torch.set_rng_state(self._rng_state.cpu())
             self._rng_state = None
+        self._follow_learning_rate_finder()
+
+    def _follow_learning_rate_finder(self) -> None:
+        """Lightning's LearningRateFinder sets `hparams.lr` when the schedule is there, which would go on as it was."""
+        lr, schedule = self.hparams["lr"], self.lr_schedulers()
+        if self._scheduled_lr in (None, lr) or not isinstance(schedule, LambdaLR):
+            return
+        schedule.base_lrs = [lr for _ in schedule.base_lrs]
+        for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["lr"] = lr * factor(schedule.last_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["torch_rng_state"] = torch.get_rng_state()
@@ -176,11 +227,21 @@ class TuningModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._rng_state = checkpoint.get("torch_rng_state")
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Trained weights only, under every strategy."""
-        return trainable_state_dict(self)
+    def state_dict(
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Trained weights only, under every strategy, also inside other modules (averages of weights)."""
+        found = {} if destination is None else destination
+        found.update({prefix + name: weight for name, weight in trainable_state_dict(self).items()})
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes trained weights only; see `load_trained_weights`."""
         load_trained_weights(self, state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def _frozen_weights_are_not_missing(module: torch.nn.Module, keys: Any) -> None:
+    """Lets a module that holds this one load what its `state_dict` has given."""
+    trained = tuple(trainable_state_dict(module))
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key.endswith(trained)]

@@ -7,16 +7,20 @@ import difflib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from petals_lightning.errors import PetalsLightningError
+from petals_lightning.training.schema import unknown_setting
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 _DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG}
+_LIBRARIES = {"pytorch_lightning", "lightning_fabric", "wandb"}
 _TRACEBACKS_WANTED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -30,7 +34,7 @@ def one_line_errors() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
-    except (PetalsLightningError, HydraException, OmegaConfBaseException, OSError) as error:
+    except Exception as error:
         message = explain(error)
         if _TRACEBACKS_WANTED or message is None:
             raise
@@ -49,11 +53,11 @@ def explain(error: BaseException) -> str | None:
             return None
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; free the disk or set hydra.run.dir=… to a folder that can be written"
-    if isinstance(error, PetalsLightningError):
+    if isinstance(error, PetalsLightningError) or _is_refusal(error):
         message = str(error)
     elif isinstance(cause, PetalsLightningError):  # raised in a constructor that Hydra called
         message = str(cause)
-    elif isinstance(error, InstantiationException):
+    elif isinstance(error, InstantiationException) or not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     else:
         if isinstance(error, MissingConfigException) and error.options is not None:
@@ -61,6 +65,16 @@ def explain(error: BaseException) -> str | None:
         source = next((e for e in (error, cause) if isinstance(e, (ConfigKeyError, ConfigAttributeError))), None)
         message = _unknown_setting(source, str(error)) if source is not None else _with_cause(error)
     return " ".join(message.split())
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether Lightning or W&B have raised it on purpose: on a metric that is not logged, a device that is not there, a
+    key that is not valid."""
+    frames = traceback.extract_tb(error.__traceback__)[-1:]
+    return any(
+        _LIBRARIES.intersection(Path(frame.filename).parts) and (frame.line or "").startswith("raise ")
+        for frame in frames
+    )
 
 
 def _unknown_option(error: MissingConfigException) -> str:
@@ -78,11 +92,8 @@ def _with_cause(error: BaseException) -> str:
 
 def _unknown_setting(error: OmegaConfBaseException, message: str) -> str:
     """Names the misspelt setting and what it may have been meant to be."""
-    key, full_key = str(error.key), error.full_key or str(error.key)
+    full_key = error.full_key or str(error.key)
     if not dataclasses.is_dataclass(error.object_type):
         return message
-    known = [field.name for field in dataclasses.fields(error.object_type) if not field.name.startswith("_")]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    hint = f"did you mean {full_key.removesuffix(key)}{close[0]}?" if close else f"there are: {', '.join(known)}"
     where = message.split(":")[0] + ": " if message.startswith("In '") else ""
-    return f"{where}unknown setting {full_key}; {hint}"
+    return where + unknown_setting(full_key, [field.name for field in dataclasses.fields(error.object_type)])
