@@ -76,7 +76,7 @@ class RunSummary(Callback):
             "train/parameters": sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad),
             # Linux counts in KiB. Of this process only: servers have their own.
             "client/peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "checkpoint": checkpoints[0].best_model_path if checkpoints else None,
+            "checkpoint": (checkpoints[0].best_model_path or None) if checkpoints else None,
             **self.facts,
         }
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a trial, maybe beside the results of a real run

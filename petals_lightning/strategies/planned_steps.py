@@ -10,6 +10,8 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 def planned_steps(trainer: pl.Trainer) -> int | None:
     """Optimizer steps of a whole fit, those before a resume included; None if only time or the data's end tells."""
+    if trainer.limit_train_batches == 0:
+        return 0
     steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         # Lightning's estimate takes the first epoch's accumulation for all.

@@ -20,7 +20,7 @@ from petals_lightning.training.schema import unknown_setting
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 _DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG}
-_LIBRARIES = {"pytorch_lightning", "lightning_fabric", "wandb"}
+_LIBRARIES = {"pytorch_lightning", "lightning_fabric", "hydra", "wandb"}
 _TRACEBACKS_WANTED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -53,12 +53,16 @@ def explain(error: BaseException) -> str | None:
             return None
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; free the disk or set hydra.run.dir=… to a folder that can be written"
-    if isinstance(error, PetalsLightningError) or _is_refusal(error):
+    if isinstance(error, PetalsLightningError):
         message = str(error)
     elif isinstance(cause, PetalsLightningError):  # raised in a constructor that Hydra called
         message = str(cause)
-    elif isinstance(error, InstantiationException) or not isinstance(error, (HydraException, OmegaConfBaseException)):
+    elif isinstance(error, InstantiationException):
         return None
+    elif not isinstance(error, (HydraException, OmegaConfBaseException)):
+        if not _is_refusal(error):
+            return None
+        message = str(error).replace("Config group override", "The value of a group, such as logger=none,")
     else:
         if isinstance(error, MissingConfigException) and error.options is not None:
             return _unknown_option(error)
@@ -68,8 +72,8 @@ def explain(error: BaseException) -> str | None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether Lightning or W&B have raised it on purpose: on a metric that is not logged, a device that is not there, a
-    key that is not valid."""
+    """Whether Lightning, Hydra or W&B have raised it on purpose: on a metric that is not logged, a device that is not
+    there, a key that is not valid."""
     frames = traceback.extract_tb(error.__traceback__)[-1:]
     return any(
         _LIBRARIES.intersection(Path(frame.filename).parts) and (frame.line or "").startswith("raise ")

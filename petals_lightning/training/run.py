@@ -17,6 +17,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
 from petals_lightning.data import TextClassificationDataModule, TextDataModule
@@ -149,6 +150,7 @@ def build_trainer(
             *(each for each in callbacks if each is not bar),
         ],
         logger=logger or False,
+        profiler=_profiler(cfg.trainer.profiler, folder),
         enable_progress_bar=bar is not None,
         use_distributed_sampler=False,
     )
@@ -157,6 +159,12 @@ def build_trainer(
             f"trainer.devices={cfg.trainer.devices}: a run trains on 1 device here; set trainer.devices=1"
         )
     return trainer
+
+
+def _profiler(name: str | None, folder: Path) -> Profiler | str | None:
+    """Lightning's profilers write to the log unless they are given a file."""
+    kinds: dict[str | None, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    return kinds[name](dirpath=folder, filename="profile") if name in kinds else name
 
 
 class BestCheckpoint(ModelCheckpoint):

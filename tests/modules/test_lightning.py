@@ -218,20 +218,16 @@ def test_optimization_by_hand_that_nobody_does_is_refused(text_model, data, tmp_
 
 
 def test_a_found_learning_rate_is_the_one_that_is_scheduled(text_model, data, tmp_path) -> None:
-    finder, seen, module = (
-        LearningRateFinder(num_training_steps=20, min_lr=1e-4),
-        Seen(),
-        make_module(text_model, lr=LR),
-    )
-    trainer_of(tmp_path, finder, seen).fit(module, data)
+    finder = LearningRateFinder(num_training_steps=20, min_lr=1e-4, early_stop_threshold=None)
+    seen, module = Seen(), make_module(text_model, lr=LR)
+    trainer_of(tmp_path, finder, seen, max_epochs=5).fit(module, data)
     assert finder.optimal_lr is not None
     found = finder.optimal_lr.suggestion()
     assert module.hparams["lr"] == found != LR
-    assert seen.rates == pytest.approx(
-        [0.0] + [found * (10 - step) / 9 for step in range(1, 10)]
-    )  # one step of warm-up
+    factors = [0, 1 / 2, *((25 - step) / 23 for step in range(2, 25))]  # two steps of warm-up
+    assert seen.rates == pytest.approx([found * factor for factor in factors])
     plain = Seen()
-    trainer_of(tmp_path, plain).fit(make_module(text_model), data)
+    trainer_of(tmp_path, plain, max_epochs=5).fit(make_module(text_model), data)
     for batch, right in zip(seen.batches, plain.batches, strict=True):
         assert torch.equal(batch, right)
 

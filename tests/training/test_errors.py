@@ -42,6 +42,7 @@ WRONG = {
     "recipe=sst2_ptune +tuning.pre_sq_len=8": "unknown setting tuning.pre_sq_len; did you mean tuning.pre_seq_len?",
     "recipe=sst2_ptune swarm=none +swarm.servers=3": "unknown setting swarm.servers; there are: none here",
     "recipe=sst2_ptune trainer.logger=false": "unknown setting trainer.logger; use logger=wandb, csv",
+    "recipe=sst2_ptune logger=false": "The value of a group, such as logger=none, must be a string or a list. Got bool",
     "recipe=sst2_ptune logger=wandb logger.mode=online": "logger.mode=online: this machine is not logged in to W&B",
     "recipe=sst2_ptune callbacks=early_stoping": "no callbacks is called 'early_stoping'; did you mean early_stopping?",
     "recipe=sst2_ptune callbacks=early_stopping +callbacks.early_stopping.patiense=2": (
@@ -101,10 +102,10 @@ def test_a_wrong_setting_is_one_line(
     ("arguments", "message"),
     {
         "trainer.devices=2": "trainer.devices=2: a run trains on 1 device here; set trainer.devices=1",
-        "trainer.profiler=best": "profiler",
-        "trainer.accelerator=warp": "accelerator",
+        "trainer.profiler=best": "it can only be one of ['simple', 'advanced', 'pytorch', 'xla']",
+        "trainer.accelerator=warp": "invalid accelerator name: `accelerator='warp'`",
         "callbacks=learning_rate_monitor logger=none": "Cannot use `LearningRateMonitor` callback with `Trainer`",
-        "callbacks=early_stopping callbacks.early_stopping.monitor=val/los": "conditioned on metric `val/los` which is not",
+        "callbacks=early_stopping callbacks.early_stopping.monitor=val/los": "metric `val/los` which is not available",
         "trainer.val_check_interval=1000": "must be less than or equal to the number of the training batches",
     }.items(),
 )  # fmt: skip

@@ -155,7 +155,7 @@ def test_a_trial_leaves_no_results(compose_run: Callable[..., DictConfig], tmp_p
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     run(compose_run("trainer.fast_dev_run=2", f"output_dir={tmp_path / 'trial'}"))
     assert not [path for path in (tmp_path / "trial").rglob("*") if path.is_file()]
-    assert "no files are left of this trial" in capsys.readouterr().out
+    assert "no files are left: this was a trial" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
