@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 from hydra.errors import HydraException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging
 
@@ -31,15 +32,18 @@ def _build(where: str, node: Any) -> Callback:
         )
     target = node._target_
     try:
-        _refuse_unread(where, node)
-        callback = instantiate(node, _convert_="all")
+        unmade = instantiate(node, _partial_=True, _convert_="all")
     except HydraException as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConfigurationError(f"{where}: {target} cannot be made: {reason}") from error
-    if not isinstance(callback, Callback):
+        raise ConfigurationError(f"{where}: {target} cannot be made: {error.__cause__ or error}") from error
+    if not isinstance(unmade.func, type) or not issubclass(unmade.func, Callback):
         raise ConfigurationError(
             f"{where}._target_={target}: no callback of pytorch_lightning, such as pytorch_lightning.callbacks.Timer"
         )
+    _refuse_unread(where, unmade)
+    try:
+        callback: Callback = unmade()
+    except Exception as error:  # the user's arguments, which each class checks in its own way
+        raise ConfigurationError(f"{where}: {target} cannot be made: {error}") from error
     if isinstance(callback, StochasticWeightAveraging):
         raise ConfigurationError(
             f"{where}: StochasticWeightAveraging averages after the last validation, so that no checkpoint has its "
@@ -48,10 +52,9 @@ def _build(where: str, node: Any) -> Callback:
     return callback
 
 
-def _refuse_unread(where: str, node: DictConfig) -> None:
-    parameters = inspect.signature(get_object(node._target_)).parameters
+def _refuse_unread(where: str, unmade: partial[Callback]) -> None:
+    parameters = inspect.signature(unmade.func).parameters
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return
-    for key in node:
-        if not str(key).startswith("_") and key not in parameters:
-            raise ConfigurationError(unknown_setting(f"{where}.{key}", parameters))
+    for key in unmade.keywords.keys() - parameters.keys():
+        raise ConfigurationError(unknown_setting(f"{where}.{key}", parameters))

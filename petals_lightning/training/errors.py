@@ -98,6 +98,7 @@ def _unknown_setting(error: OmegaConfBaseException, message: str) -> str:
     """Names the misspelt setting and what it may have been meant to be."""
     full_key = error.full_key or str(error.key)
     if not dataclasses.is_dataclass(error.object_type):
-        return message
+        known = [str(key) for key in error.parent_node or ()]
+        return f"{unknown_setting(full_key, known)} (A new one is added with +{full_key}=…)"
     where = message.split(":")[0] + ": " if message.startswith("In '") else ""
     return where + unknown_setting(full_key, [field.name for field in dataclasses.fields(error.object_type)])

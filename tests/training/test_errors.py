@@ -48,6 +48,9 @@ WRONG = {
     "recipe=sst2_ptune callbacks=early_stopping +callbacks.early_stopping.patiense=2": (
         "unknown setting callbacks.early_stopping.patiense; did you mean callbacks.early_stopping.patience?"
     ),
+    "recipe=sst2_ptune callbacks=early_stopping callbacks.early_stopping.patiense=2": (
+        "unknown setting callbacks.early_stopping.patiense; did you mean callbacks.early_stopping.patience?"
+    ),
     "recipe=sst2_ptune +callbacks.mine=1": "callbacks.mine must have a _target_, e.g. callbacks.mine._target_=",
     "recipe=sst2_ptune +callbacks.mine._target_=pytorch_lightning.callbacks.Timmer": (
         "callbacks.mine: pytorch_lightning.callbacks.Timmer cannot be made: "
