@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel
 
 from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError
@@ -84,7 +85,7 @@ class TuningModule(pl.LightningModule):
         self._token = token
         self._session: int | None = None
         self._rng_state: Tensor | None = None
-        self._scheduled_lr: float | None = None
+        self._plan: tuple[float, int | None] | None = None  # learning rate and steps of our schedule
         self.register_load_state_dict_post_hook(_frozen_weights_are_not_missing)
 
     # --- the model -------------------------------------------------------------------------------------------------
@@ -175,18 +176,20 @@ class TuningModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         trained = [weight for weight in self.parameters() if weight.requires_grad]
-        self._scheduled_lr = self.hparams["lr"]
-        optimizer = torch.optim.AdamW(trained, lr=self._scheduled_lr, weight_decay=self.hparams["weight_decay"])
-        steps = planned_steps(self.trainer)
+        self._plan = lr, steps = self.hparams["lr"], planned_steps(self.trainer)
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.hparams["weight_decay"])
         if steps is None:
             log.warning(
                 "the number of steps is not known before training: the learning rate stays %g, "
                 "without warm-up and decay; set max_steps or max_epochs to have them",
-                self._scheduled_lr,
+                lr,
             )
             return optimizer
-        schedule = get_linear_schedule_with_warmup(optimizer, round(self.hparams["warmup_ratio"] * steps), steps)
+        schedule = LambdaLR(optimizer, self._rate_factor(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate_factor(self, steps: int) -> partial[float]:
+        return partial(_warm_up_and_decay, warmup=round(self.hparams["warmup_ratio"] * steps), steps=steps)
 
     def log_training(self, loss: Tensor, batch_size: int) -> None:
         """Logs `train/loss` and `train/lr`, the rate of the first optimizer."""
@@ -210,14 +213,16 @@ class TuningModule(pl.LightningModule):
         if self._rng_state is not None:
             torch.set_rng_state(self._rng_state.cpu())
             self._rng_state = None
-        self._follow_learning_rate_finder()
+        self._follow_finders()
 
-    def _follow_learning_rate_finder(self) -> None:
-        """Lightning's LearningRateFinder sets `hparams.lr` when the schedule is there, which would go on as it was."""
-        lr, schedule = self.hparams["lr"], self.lr_schedulers()
-        if self._scheduled_lr in (None, lr) or not isinstance(schedule, LambdaLR):
+    def _follow_finders(self) -> None:
+        """LearningRateFinder and BatchSizeFinder find another rate or number of steps after the schedule was made."""
+        plan = lr, steps = self.hparams["lr"], planned_steps(self.trainer)
+        schedule = self.lr_schedulers()
+        if self._plan in (None, plan) or steps is None or not isinstance(schedule, LambdaLR):
             return
         schedule.base_lrs = [lr for _ in schedule.base_lrs]
+        schedule.lr_lambdas = [self._rate_factor(steps) for _ in schedule.lr_lambdas]
         for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
             group["lr"] = lr * factor(schedule.last_epoch)
 
@@ -239,6 +244,11 @@ class TuningModule(pl.LightningModule):
         """Takes trained weights only; see `load_trained_weights`."""
         load_trained_weights(self, state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def _warm_up_and_decay(step: int, *, warmup: int, steps: int) -> float:
+    """A linear rise from 0 to 1, then a linear fall to 0 at `steps`."""
+    return step / warmup if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
 
 
 def _frozen_weights_are_not_missing(module: torch.nn.Module, keys: Any) -> None:

@@ -335,14 +335,14 @@ def unknown_setting(full_key: str, known: Iterable[str]) -> str:
     section, _, key = full_key.rpartition(".")
     known = [name for name in known if not name.startswith("_")]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    guesses = [f"{section}.{close[0]}" if section else close[0]] if close else _settings_called(key)
+    guesses = [f"{section}.{close[0]}" if section else close[0]] if close else _settings_called(key, but=full_key)
     if guesses:
         return f"unknown setting {full_key}; did you mean {' or '.join(guesses)}?"
     return f"unknown setting {full_key}; there are: {', '.join(known) or 'none here'}"
 
 
-def _settings_called(key: str) -> list[str]:
-    """Settings of all sections that have this name."""
+def _settings_called(key: str, *, but: str) -> list[str]:
+    """Settings of all sections that have this name, without that which there is only where another option is chosen."""
     sections = {each.name: each.default_factory for each in fields(RunConfig) if isinstance(each.default_factory, type)}
     options = {
         (section, each.name)
@@ -351,4 +351,4 @@ def _settings_called(key: str) -> list[str]:
         if is_dataclass(base) and issubclass(option, base)
         for each in fields(option)
     }
-    return sorted(f"{section}.{name}" for section, name in options if name == key)
+    return sorted({f"{section}.{name}" for section, name in options if name == key} - {but})

@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
     Callback,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
@@ -230,6 +231,15 @@ def test_a_found_learning_rate_is_the_one_that_is_scheduled(text_model, data, tm
     trainer_of(tmp_path, plain, max_epochs=5).fit(make_module(text_model), data)
     for batch, right in zip(seen.batches, plain.batches, strict=True):
         assert torch.equal(batch, right)
+
+
+def test_the_schedule_is_as_long_as_a_run_with_a_found_batch_size(text_model, data, tmp_path) -> None:
+    seen = Seen()
+    trainer = trainer_of(tmp_path, BatchSizeFinder(init_val=2, max_trials=1, steps_per_trial=1), seen)
+    trainer.fit(make_module(text_model, lr=LR, warmup_ratio=0), data)
+    assert trainer.global_step == 2 * 40 / data.batch_size != 10
+    steps = trainer.global_step
+    assert seen.rates == pytest.approx([LR * (steps - step) / steps for step in range(steps)])
 
 
 # --- averages of weights ---------------------------------------------------------------------------------------------
