@@ -7,9 +7,19 @@ import math
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
+from petals_lightning.errors import ConfigurationError
+
 
 def planned_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of a whole fit, those before a resume included; None if only time or the data's end tells."""
+    """Optimizer steps of a whole fit, those before a resume included; None if only time or the data's end tells.
+
+    Raises:
+        ConfigurationError: gradients of no batch at all are to be accumulated.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        raise ConfigurationError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: must be at least 1, one batch a step"
+        )
     if trainer.limit_train_batches == 0:
         return 0
     steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs

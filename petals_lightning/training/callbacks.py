@@ -14,6 +14,8 @@ from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.training.schema import unknown_setting
 
+_NUMBERS: dict[Any, Any] = {bool: bool, int: int, float: (int, float)}  # an annotation, and what may be given for it
+
 
 def build_callbacks(settings: DictConfig) -> list[Callback]:
     """The callbacks of a mapping of names and their settings: a `_target_`, and its arguments.
@@ -39,7 +41,7 @@ def _build(where: str, node: Any) -> Callback:
         raise ConfigurationError(
             f"{where}._target_={target}: no callback of pytorch_lightning, such as pytorch_lightning.callbacks.Timer"
         )
-    _refuse_unread(where, unmade)
+    _check_arguments(where, unmade)
     try:
         callback: Callback = unmade()
     except Exception as error:  # the user's arguments, which each class checks in its own way
@@ -52,9 +54,12 @@ def _build(where: str, node: Any) -> Callback:
     return callback
 
 
-def _refuse_unread(where: str, unmade: partial[Callback]) -> None:
+def _check_arguments(where: str, unmade: partial[Callback]) -> None:
     parameters = inspect.signature(unmade.func).parameters
-    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        return
-    for key in unmade.keywords.keys() - parameters.keys():
-        raise ConfigurationError(unknown_setting(f"{where}.{key}", parameters))
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for key, value in unmade.keywords.items():
+        if key not in parameters and not takes_any:
+            raise ConfigurationError(unknown_setting(f"{where}.{key}", parameters))
+        kind = parameters[key].annotation if key in parameters else None
+        if kind in _NUMBERS and not isinstance(value, _NUMBERS[kind]):
+            raise ConfigurationError(f"{where}.{key}={value}: must be of type {kind.__name__}")

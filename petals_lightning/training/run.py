@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, RichModelSummary
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
@@ -148,6 +148,9 @@ def build_trainer(
             *(checkpoints if cfg.trainer.enable_checkpointing else ()),
             *filter(None, [summary, bar]),
             *(each for each in callbacks if each is not bar),
+            *(
+                [RichModelSummary()] if cfg.trainer.enable_model_summary else ()
+            ),  # Lightning's other one goes to the log
         ],
         logger=logger or False,
         profiler=_profiler(cfg.trainer.profiler, folder),

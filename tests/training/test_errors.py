@@ -51,6 +51,9 @@ WRONG = {
     "recipe=sst2_ptune callbacks=early_stopping callbacks.early_stopping.patiense=2": (
         "unknown setting callbacks.early_stopping.patiense; did you mean callbacks.early_stopping.patience?"
     ),
+    "recipe=sst2_ptune callbacks=early_stopping callbacks.early_stopping.patience=2x": (
+        "callbacks.early_stopping.patience=2x: must be of type int"
+    ),
     "recipe=sst2_ptune +callbacks.mine=1": "callbacks.mine must have a _target_, e.g. callbacks.mine._target_=",
     "recipe=sst2_ptune +callbacks.mine._target_=pytorch_lightning.callbacks.Timmer": (
         "callbacks.mine: pytorch_lightning.callbacks.Timmer cannot be made: "
@@ -104,6 +107,7 @@ def test_a_wrong_setting_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     {
+        "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches=0: must be at least 1",
         "trainer.devices=2": "trainer.devices=2: a run trains on 1 device here; set trainer.devices=1",
         "trainer.profiler=best": "it can only be one of ['simple', 'advanced', 'pytorch', 'xla']",
         "trainer.accelerator=warp": "invalid accelerator name: `accelerator='warp'`",

@@ -148,6 +148,19 @@ def test_a_continued_run_counts_the_whole(compose_run: Callable[..., DictConfig]
     assert summary["train/tokens"] == pytest.approx(1.5 * expected["train/tokens"], rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [("trainer.log_every_n_steps=0", 10), ("trainer.overfit_batches=2", 4), ("trainer.max_steps=7", 7)],
+)
+def test_settings_of_the_trainer_are_obeyed(
+    settings: str, steps: int, compose_run: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    run(compose_run(settings, "trainer.profiler=simple", "trainer.detect_anomaly=true", "logger=none"))
+    assert json.loads((tmp_path / "summary.json").read_text())["train/steps"] == steps
+    assert "run_training_epoch" in (tmp_path / "fit-profile.txt").read_text()
+    assert not (tmp_path / "csv").exists()
+
+
 def test_a_trial_leaves_no_results(compose_run: Callable[..., DictConfig], tmp_path: Path, capsys: Any) -> None:
     run(compose_run())
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
