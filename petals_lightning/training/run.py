@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, RichModelSummary
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, RichModelSummary
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
@@ -133,6 +133,8 @@ def build_trainer(
         bar = next((each for each in callbacks if isinstance(each, ProgressBar)), None) or progress_bar()
     else:
         bar = None
+    # Lightning's own choice would go to the log.
+    wants_summary = cfg.trainer.enable_model_summary and not any(isinstance(each, ModelSummary) for each in callbacks)
     checkpoints: list[Callback] = [LastCheckpoint(folder / LAST_CHECKPOINT, cfg.checkpoint_period)]
     if cfg.trainer.limit_val_batches != 0:
         best = folder / BEST_CHECKPOINT
