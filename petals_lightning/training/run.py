@@ -150,9 +150,7 @@ def build_trainer(
             *(checkpoints if cfg.trainer.enable_checkpointing else ()),
             *filter(None, [summary, bar]),
             *(each for each in callbacks if each is not bar),
-            *(
-                [RichModelSummary()] if cfg.trainer.enable_model_summary else ()
-            ),  # Lightning's other one goes to the log
+            *([RichModelSummary()] if wants_summary else ()),
         ],
         logger=logger or False,
         profiler=_profiler(cfg.trainer.profiler, folder),
