@@ -307,20 +307,18 @@ def register_schema() -> None:
         store(name, node, group="schema")
 
 
-def refuse_unread(cfg: DictConfig) -> None:
+def refuse_unread(cfg: DictConfig, section: str = "") -> None:
     """Refuses settings that were added with `+` and that nothing reads. (Those without it Hydra refuses.)
 
     Raises:
         ConfigurationError: names the first one, and what it may have been meant to be.
     """
-    where = cfg._get_full_key(None)
     known = [each.name for each in fields(OmegaConf.get_type(cfg))]
-    for key, value in cfg._content.items():  # missing and interpolated values are left alone
-        full_key = f"{where}.{key}" if where else str(key)
+    for key in map(str, cfg):
         if key not in known:
-            raise ConfigurationError(unknown_setting(full_key, known))
-        if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
-            refuse_unread(value)
+            raise ConfigurationError(unknown_setting(section + key, known))
+        if not OmegaConf.is_missing(cfg, key) and is_dataclass(OmegaConf.get_type(cfg, key)):
+            refuse_unread(cfg[key], f"{section}{key}.")
 
 
 def unknown_setting(full_key: str, known: Iterable[str]) -> str:
