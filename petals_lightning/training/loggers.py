@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,7 @@ def _run_id(path: Path, resume: bool) -> str:
     """The id of the folder's W&B run, kept in a file: that of the run so far, or a new one."""
     if resume and path.is_file():
         return path.read_text(encoding="utf-8").strip()
-    from wandb.util import generate_id
-
-    run_id: str = generate_id()
+    run_id = secrets.token_hex(4)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(run_id + "\n", encoding="utf-8")
     return run_id

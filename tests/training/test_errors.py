@@ -60,7 +60,7 @@ WRONG = {
     ),
     "recipe=sst2_ptune +callbacks.mine._target_=pytorch_lightning.callbacks.EarlyStopping": "argument: 'monitor'",
     "recipe=sst2_ptune +callbacks.mine._target_=collections.Counter": "no callback of pytorch_lightning, such as",
-    "recipe=sst2_ptune +callbacks.mine={{_target_:pytorch_lightning.callbacks.StochasticWeightAveraging,swa_lrs:0.1}}": (
+    "recipe=sst2_ptune +callbacks.m={{_target_:pytorch_lightning.callbacks.StochasticWeightAveraging,swa_lrs:1.0}}": (
         "use callbacks=ema_weight_averaging"
     ),
     "recipe=sst2_ptune hydra.run.dir={folder}/three.jsonl/run {model}": "Not a directory; free the disk or set",
