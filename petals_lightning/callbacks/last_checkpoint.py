@@ -39,7 +39,8 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _require_room(self.path.parent, pl_module)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            _require_room(self.path.parent, pl_module)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:

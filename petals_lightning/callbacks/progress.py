@@ -10,6 +10,8 @@ from pytorch_lightning.callbacks import Callback, ProgressBar, RichProgressBar
 from pytorch_lightning.callbacks.progress.rich_progress import RichProgressBarTheme
 from rich import get_console
 
+from petals_lightning.strategies import planned_steps
+
 
 def progress_bar() -> ProgressBar | None:
     """A bar with rate and remaining time on a terminal; None where output goes to a file."""
@@ -41,14 +43,15 @@ class ProgressLines(Callback):
 
     def _print(self, trainer: pl.Trainer, names: tuple[str, ...]) -> None:
         now = self._printed = time.monotonic()
-        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        step, steps = trainer.global_step, planned_steps(trainer)
         rate = (step - self._first_step) / max(now - self._started, 1e-9)
         metrics = [
             f"{name} {float(trainer.callback_metrics[name]):.3f}" for name in names if name in trainer.callback_metrics
         ]
-        left = f"{(steps - step) / rate:,.0f} s left" if rate else ""
+        left = f"{(steps - step) / rate:,.0f} s left" if rate and steps is not None else ""
+        epochs = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
         get_console().print(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {step}/{steps}  "
+            f"epoch {trainer.current_epoch + 1}{epochs}  step {step}{f'/{steps}' if steps is not None else ''}  "
             f"{'  '.join(metrics)}  {rate:.1f} steps/s  {left}",
             highlight=False,
             soft_wrap=True,

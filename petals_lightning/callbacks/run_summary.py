@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ class RunSummary(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._tokens += int(batch["attention_mask"].sum())
-        self._train.append((trainer.global_step, float(outputs["loss"])))
+        # Lightning gives a step's share of the loss of all that it accumulates; by hand, steps may give nothing.
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is not None:
+            self._train.append((trainer.global_step, float(loss) * trainer.accumulate_grad_batches))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -72,15 +76,18 @@ class RunSummary(Callback):
             "train/parameters": sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad),
             # Linux counts in KiB. Of this process only: servers have their own.
             "client/peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "checkpoint": checkpoints[0].best_model_path if checkpoints else None,
+            "checkpoint": (checkpoints[0].best_model_path or None) if checkpoints else None,
             **self.facts,
         }
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a trial, maybe beside the results of a real run
+            return
         self._write()
         draw_learning_curve(self.folder / "learning_curve.png", self._train, self._validation, self.title, self._score)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.summary |= {name: _rounded(v) for name, v in trainer.callback_metrics.items() if name.startswith("test/")}
-        self._write()
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write()
 
     def state_dict(self) -> dict[str, Any]:
         """Goes into checkpoints, so that a resumed run's summary and picture are of the whole."""

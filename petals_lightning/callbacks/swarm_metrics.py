@@ -25,7 +25,8 @@ class SwarmMetrics(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._tokens += int(batch["attention_mask"].sum())
-        if (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or (batch_idx + 1) % every:
             return
         now = time.monotonic()
         pl_module.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True, batch_size=1)

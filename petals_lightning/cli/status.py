@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -23,19 +24,8 @@ if TYPE_CHECKING:
     from petals_lightning.swarm.directory import ModelEntry
 
 _PING_TIMEOUT = 5.0  # seconds
-_COLUMNS = (
-    "blocks",
-    "server",
-    "peer",
-    "kind",
-    "version",
-    "dtype",
-    "requests/s",
-    "tokens/s a block",
-    "cache left",
-    "ms",
-)
-_NUMBERS = {"blocks", "requests/s", "tokens/s a block", "cache left", "ms"}
+_NUMBERS = {"requests/s": 10, "tokens/s\na block": 8, "cache\nleft": 9, "ms": 6}
+"""Columns of numbers, and how many characters each has: with these a table is readable on 80."""
 
 Server = dict[str, Any]
 
@@ -172,22 +162,25 @@ def _table(model: dict[str, Any]) -> Table:
     if model["missing_blocks"]:
         state = f"[red]blocks without a server: {model['missing_blocks']}[/]"
     # Names are strangers' words.
-    table = Table(title=f"{escape(name)} ({model['num_blocks']} blocks, {state})", title_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left")
+    table = Table(
+        title=f"{escape(name)} ({model['num_blocks']} blocks, {state})", title_justify="left", box=SIMPLE, padding=0,
+        collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("blocks", justify="right", min_width=6, overflow="fold")
+    table.add_column("server", overflow="fold")
+    table.add_column("runs", min_width=16, overflow="fold")
+    for column, width in _NUMBERS.items():
+        table.add_column(column, justify="right", width=width)
     for server in model["servers"]:
         trip = server["round_trip"]
         table.add_row(
             server["blocks"],
-            escape(server["public_name"] or ""),
-            f"…{server['peer_id'][-10:]}",
-            server["kind"],
-            escape(server["version"] or ""),
-            escape(server["dtype"] or ""),
+            " ".join(filter(None, [escape(server["public_name"] or ""), f"…{server['peer_id'][-10:]}"])),
+            " ".join(filter(None, [server["kind"], *(escape(server[of] or "") for of in ("version", "dtype"))])),
             f"{server['throughput']:,.1f}",
             *(f"{value:,.0f}" if value is not None else "" for value in (
                 server["tokens_per_second"], server["cache_tokens_left"]
             )),
-            f"{1000 * trip:,.0f}" if trip is not None else "[red]no answer[/]",
+            f"{1000 * trip:,.0f}" if trip is not None else "[red]silent[/]",
         )  # fmt: skip
     return table

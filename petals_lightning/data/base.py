@@ -159,10 +159,14 @@ class TextDataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     def train_dataloader(self) -> ResumableDataLoader:
-        samples, collate = self._splits["train"], self._collate
-        assert collate is not None
-        sampler = LengthGroupedSampler(samples.lengths, self.batch_size, self.seed)
-        return ResumableDataLoader(samples, sampler, collate, self._batches_done)
+        samples = self._splits["train"]
+        return ResumableDataLoader(
+            samples,
+            batch_size=self.batch_size,
+            sampler=LengthGroupedSampler(samples.lengths, self.batch_size, self.seed),
+            collate_fn=self._collate,
+            batches_done=self._batches_done,
+        )
 
     def val_dataloader(self) -> DataLoader:
         return self._by_length(self._splits["validation"])

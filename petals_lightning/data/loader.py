@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -25,23 +26,17 @@ class LengthGroupedSampler(Sampler[int]):
     def __init__(self, lengths: list[int], batch_size: int, seed: int, pool_batches: int = 50):
         self.lengths, self.batch_size, self.seed, self.pool_batches = lengths, batch_size, seed, pool_batches
         self.epoch = 0
-        self._skip = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before an epoch's first batch."""
         self.epoch = epoch
-
-    def skip(self, samples: int) -> None:
-        """Leaves out the first `samples` of the next pass only."""
-        self._skip = samples
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
         # A generator: the epoch is read when the first sample is asked for, which is after `set_epoch`.
-        skip, self._skip = self._skip, 0
-        yield from self._order()[skip:]
+        yield from self._order()
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -63,33 +58,23 @@ class ResumableDataLoader(DataLoader):
     batch that it has handed out may not have been trained on when training is interrupted. (And Lightning 2.6 would not
     give it back: `estimated_stepping_batches` sets loaders up before their states are there.)
 
+    Lightning makes it anew with a sampler that does not shuffle where `Trainer(overfit_batches=…)` asks for that, hence
+    the attribute and arguments as a DataLoader has them.
+
     Args:
         dataset: a map-style dataset.
-        sampler: gives the order.
-        collate_fn: makes a batch of samples.
         batches_done: how many batches of the current epoch have been trained on.
+        options: as of `DataLoader`.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        sampler: LengthGroupedSampler,
-        collate_fn: Callable[[list[Any]], Any],
-        batches_done: Callable[[], int],
-    ):
+    def __init__(self, dataset: Dataset, *, batches_done: Callable[[], int], **options: Any):
         # A generator of its own, so that iterating draws nothing from the global one and resumed runs stay equal.
-        super().__init__(
-            dataset,
-            batch_sampler=BatchSampler(sampler, sampler.batch_size, drop_last=False),
-            collate_fn=collate_fn,
-            generator=torch.Generator(),
-        )
-        self._grouped_sampler, self._batches_done = sampler, batches_done
+        super().__init__(dataset, **{"generator": torch.Generator(), **options})
+        self.batches_done = batches_done
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: this runs when the first batch is asked for. After a finished epoch the next starts at its start.
-        self._grouped_sampler.skip(self._batches_done() % len(self) * self._grouped_sampler.batch_size)
-        yield from super().__iter__()
+        yield from islice(super().__iter__(), self.batches_done() % len(self), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty; that it is there tells Lightning that this loader can be resumed."""

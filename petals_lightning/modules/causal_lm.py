@@ -57,8 +57,7 @@ class CausalLMModule(TuningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, _ = self(**batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        self.log_training(loss, len(batch["labels"]))
         return loss
 
     # Reset when a pass begins: in the inference mode at the end of one, its states would be of no use to other modes.

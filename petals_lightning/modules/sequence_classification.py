@@ -63,8 +63,7 @@ class SequenceClassificationModule(TuningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self(**batch).loss
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        self.log_training(loss, len(batch["labels"]))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -96,7 +95,11 @@ class SequenceClassificationModule(TuningModule):
             zero_division=0,
         )
         self.print(report)
-        (Path(self.trainer.default_root_dir) / "test_report.txt").write_text(report, encoding="utf-8")
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "test_report.txt").write_text(report, encoding="utf-8")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """`probabilities` [B, num_labels] and the most probable `labels` [B]."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
 from petals_lightning.hf.skeleton import vocabulary_size
 from petals_lightning.models import trainable_state_dict
-from petals_lightning.strategies import BEGUN, RemoteBlockStrategy, ServedModel, load_trained_weights
+from petals_lightning.strategies import BEGUN, RemoteBlockStrategy, ServedModel, load_trained_weights, planned_steps
+
+log = logging.getLogger(__name__)
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
 
@@ -33,7 +38,8 @@ class TuningModule(pl.LightningModule):
         pre_seq_len: virtual tokens, P.
         lr: AdamW's peak learning rate.
         weight_decay: AdamW's.
-        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0.
+        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0. (Where the
+            number of steps is not known before training, as with `max_epochs=-1`, the rate stays `lr`.)
         dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
         revision: the model's revision on the hub.
         dht_prefix: the name of the model's blocks in the swarm; None derives it from `model_name`.
@@ -83,6 +89,8 @@ class TuningModule(pl.LightningModule):
         self._session: int | None = None
         self._loaded: dict[str, Tensor] | None = None  # trained weights that wait for their model
         self._rng_state: Tensor | None = None
+        self._plan: tuple[float, int | None] | None = None  # learning rate and steps of our schedule
+        self.register_load_state_dict_post_hook(_frozen_weights_are_not_missing)
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -91,10 +99,18 @@ class TuningModule(pl.LightningModule):
 
         Without a Trainer, as in `load_from_checkpoint`, there is nothing to be done yet: whether the whole model is
         wanted here or its ends alone is the Trainer's to say.
+
+        Raises:
+            ConfigurationError: the Trainer runs in several processes.
         """
         if self._trainer is None:
             return
-        strategy = self.trainer.strategy
+        strategy, processes = self.trainer.strategy, self.trainer.world_size
+        if processes > 1:
+            raise ConfigurationError(
+                f"devices={processes}: the client runs on 1 device; set devices=1 (what spreads a model over several "
+                "is a swarm)"
+            )
         session = strategy.session if isinstance(strategy, RemoteBlockStrategy) else 0
         if self._session == session:
             return
@@ -159,6 +175,12 @@ class TuningModule(pl.LightningModule):
             return distributed.from_pretrained(name, **arguments, **strategy.client_arguments)
         return local.from_pretrained(name, **arguments)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # StochasticWeightAveraging copies the module before Lightning asks for the model, and would average nothing.
+        if self._trainer is not None:
+            self.configure_model()
+        return super().__getstate__()
+
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
@@ -174,13 +196,34 @@ class TuningModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         trained = [weight for weight in self.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = round(self.hparams["warmup_ratio"] * steps)
-        schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+        self._plan = lr, steps = self.hparams["lr"], planned_steps(self.trainer)
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.hparams["weight_decay"])
+        if steps is None:
+            log.warning(
+                "the number of steps is not known before training: the learning rate stays %g, "
+                "without warm-up and decay; set max_steps or max_epochs to have them",
+                lr,
+            )
+            return optimizer
+        schedule = LambdaLR(optimizer, self._rate_factor(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _rate_factor(self, steps: int) -> partial[float]:
+        return partial(_warm_up_and_decay, warmup=round(self.hparams["warmup_ratio"] * steps), steps=steps)
+
+    def log_training(self, loss: Tensor, batch_size: int) -> None:
+        """Logs `train/loss` and `train/lr`, the rate of the first optimizer."""
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
+        rate = self.trainer.optimizers[0].param_groups[0].get("lr")
+        if rate is not None:  # as with Lightning's stand-in for no optimizer
+            self.log("train/lr", rate)
+
     def on_fit_start(self) -> None:
+        if not self.automatic_optimization and type(self).training_step.__module__.startswith("petals_lightning."):
+            raise ConfigurationError(
+                "automatic_optimization=False: training_step has to step the optimizers then, "
+                f"and that of {type(self).__name__} does not; override it"
+            )
         # The frozen model is in eval mode on purpose: neither servers nor client apply dropout to it.
         warnings.filterwarnings("ignore", r".*module\(s\) in eval mode at the start of training")
         # GradScaler leaves out the first optimizer steps while it looks for its scale; the schedule goes on.
@@ -190,6 +233,18 @@ class TuningModule(pl.LightningModule):
         if self._rng_state is not None:
             torch.set_rng_state(self._rng_state.cpu())
             self._rng_state = None
+        self._follow_finders()
+
+    def _follow_finders(self) -> None:
+        """LearningRateFinder and BatchSizeFinder find another rate or number of steps after the schedule was made."""
+        plan = lr, steps = self.hparams["lr"], planned_steps(self.trainer)
+        schedule = self.lr_schedulers()
+        if self._plan in (None, plan) or steps is None or not isinstance(schedule, LambdaLR):
+            return
+        schedule.base_lrs = [lr for _ in schedule.base_lrs]
+        schedule.lr_lambdas = [self._rate_factor(steps) for _ in schedule.lr_lambdas]
+        for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["lr"] = lr * factor(schedule.last_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["torch_rng_state"] = torch.get_rng_state()
@@ -197,9 +252,14 @@ class TuningModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._rng_state = checkpoint.get("torch_rng_state")
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Trained weights only, under every strategy."""
-        return trainable_state_dict(self) if self._loaded is None else self._loaded
+    def state_dict(
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Trained weights only, under every strategy, also inside other modules (averages of weights)."""
+        found, own = {} if destination is None else destination, self._loaded
+        own = trainable_state_dict(self) if own is None else own
+        found.update({prefix + name: weight for name, weight in own.items()})
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes trained weights only; see `load_trained_weights`. They wait for the model if there is none yet."""
@@ -208,3 +268,14 @@ class TuningModule(pl.LightningModule):
         else:
             load_trained_weights(self, state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def _warm_up_and_decay(step: int, *, warmup: int, steps: int) -> float:
+    """A linear rise from 0 to 1, then a linear fall to 0 at `steps`."""
+    return step / warmup if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
+
+
+def _frozen_weights_are_not_missing(module: torch.nn.Module, keys: Any) -> None:
+    """Lets a module that holds this one load what its `state_dict` has given."""
+    trained = tuple(trainable_state_dict(module))
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key.endswith(trained)]

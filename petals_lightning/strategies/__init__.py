@@ -3,6 +3,7 @@
 from petals_lightning.strategies.batches_in_flight import BEGUN
 from petals_lightning.strategies.existing_swarms import PrivateSwarm, PublicSwarm
 from petals_lightning.strategies.local_swarm import LocalSwarm
+from petals_lightning.strategies.planned_steps import planned_steps
 from petals_lightning.strategies.precision import precision_plugin
 from petals_lightning.strategies.remote_block import RemoteBlockStrategy
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
@@ -17,5 +18,6 @@ __all__ = [
     "ServedModel",
     "SwarmSource",
     "load_trained_weights",
+    "planned_steps",
     "precision_plugin",
 ]

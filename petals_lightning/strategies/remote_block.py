@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities import move_data_to_device
+from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.plugins import CheckpointIO, Precision
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
@@ -78,10 +79,15 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
         self.session = next(_SESSIONS)
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Has the forwards of evaluation batches begun ahead of their turn, if the module lets it (`evaluate`)."""
+        """Has the forwards of evaluation batches begun ahead of their turn, if the module lets it (`evaluate`).
+
+        Not those of a loader without a length: Lightning takes its first batch before callbacks that change weights for
+        an evaluation (averages) have done so.
+        """
         module, size = self.lightning_module, self.swarm.batches_in_flight
         assert module is not None
-        if module.trainer.training or size == 1 or not hasattr(module, "evaluate") or _changes_batches(module):
+        one_by_one = size == 1 or sized_len(dataloader) is None or _changes_batches(module)
+        if module.trainer.training or one_by_one or not hasattr(module, "evaluate"):
             return super().process_dataloader(dataloader)
         return BatchesInFlight(dataloader, self._begin, size, lambda: _batches_to_come(module.trainer))
 

@@ -19,6 +19,7 @@ from petals_lightning.data import (
 )
 
 _REAL_THING = "python train.py recipe={recipe} model=llama3_8b {data} swarm=private 'swarm.initial_peers=[{maddr}]'"
+_FILES = "summary.json", "learning_curve.png", "prompts", "checkpoints", "fit-profile.txt"
 _MADDR = "/ip4/HOST/tcp/PORT/p2p/ID"
 _SAMPLES: dict[type[TextDataModule], tuple[str, str]] = {  # what the sample is, and what to say for one's own
     TextClassificationDataModule: ("reviews", "data=sst2"),
@@ -57,8 +58,11 @@ def print_results(summary: dict[str, Any], folder: Path) -> None:
         table.add_row(label, value)
     console = get_console()
     console.print(table)
+    files = [path.name for path in map(folder.joinpath, _FILES) if path.exists()]
     console.print(
-        f"files: {folder}  (summary.json, learning_curve.png, checkpoints/)",
+        f"files: {folder}  ({', '.join(files)})"
+        if files
+        else "no files are left: this was a trial, or nothing was trained",
         soft_wrap=True,
         highlight=False,
         markup=False,

@@ -7,18 +7,22 @@ import difflib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from petals_lightning.errors import PetalsLightningError
+from petals_lightning.training.schema import unknown_setting
 from petals_lightning.training.settings import in_words_of_settings
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 _DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG}
+_LIBRARIES = {"pytorch_lightning", "lightning_fabric", "hydra", "wandb"}
 _TRACEBACKS_WANTED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -33,7 +37,7 @@ def one_line_errors(cfg: DictConfig | None = None) -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
-    except (PetalsLightningError, HydraException, OmegaConfBaseException, OSError) as error:
+    except Exception as error:
         message = explain(error, cfg)
         if _TRACEBACKS_WANTED or message is None:
             raise
@@ -58,12 +62,26 @@ def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
         message = str(ours) if cfg is None else in_words_of_settings(str(ours), cfg)
     elif isinstance(error, InstantiationException):
         return None
+    elif not isinstance(error, (HydraException, OmegaConfBaseException)):
+        if not _is_refusal(error):
+            return None
+        message = str(error).replace("Config group override", "The value of a group, such as logger=none,")
     else:
         if isinstance(error, MissingConfigException) and error.options is not None:
             return _unknown_option(error)
         source = next((e for e in (error, cause) if isinstance(e, (ConfigKeyError, ConfigAttributeError))), None)
         message = _unknown_setting(source, str(error)) if source is not None else _with_cause(error)
     return " ".join(message.split())
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether Lightning, Hydra or W&B have raised it on purpose: on a metric that is not logged, a device that is not
+    there, a key that is not valid."""
+    frames = traceback.extract_tb(error.__traceback__)[-1:]
+    return any(
+        _LIBRARIES.intersection(Path(frame.filename).parts) and (frame.line or "").startswith("raise ")
+        for frame in frames
+    )
 
 
 def _unknown_option(error: MissingConfigException) -> str:
@@ -81,11 +99,9 @@ def _with_cause(error: BaseException) -> str:
 
 def _unknown_setting(error: OmegaConfBaseException, message: str) -> str:
     """Names the misspelt setting and what it may have been meant to be."""
-    key, full_key = str(error.key), error.full_key or str(error.key)
+    full_key = error.full_key or str(error.key)
     if not dataclasses.is_dataclass(error.object_type):
-        return message
-    known = [field.name for field in dataclasses.fields(error.object_type) if not field.name.startswith("_")]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    hint = f"did you mean {full_key.removesuffix(key)}{close[0]}?" if close else f"there are: {', '.join(known)}"
+        known = [str(key) for key in error.parent_node or ()]
+        return f"{unknown_setting(full_key, known)} (A new one is added with +{full_key}=…)"
     where = message.split(":")[0] + ": " if message.startswith("In '") else ""
-    return f"{where}unknown setting {full_key}; {hint}"
+    return where + unknown_setting(full_key, [field.name for field in dataclasses.fields(error.object_type)])

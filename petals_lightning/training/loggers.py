@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import ParseResult, urlparse
 
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
@@ -16,12 +17,14 @@ from petals_lightning.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
+WANDB_RUN_ID = Path("wandb") / "run_id"
 _MODES = ("online", "offline", "disabled")
 
 
 def wandb_logger(
     folder: str | Path,
     settings: dict[str, Any],
+    resume: bool,
     project: str,
     name: str | None = None,
     entity: str | None = None,
@@ -33,15 +36,21 @@ def wandb_logger(
     Args:
         folder: the run's folder; W&B's files are in `folder/wandb`.
         settings: the resolved settings of the run.
+        resume: whether to go on with the W&B run that the folder's run has been so far.
         project, name, entity, tags: as of `wandb.init`.
         mode: `online`, `offline` or `disabled`; None takes WANDB_MODE, or finds out.
 
     Raises:
-        ConfigurationError: another mode.
+        ConfigurationError: another mode, or `online` without a login.
     """
     mode = mode or os.environ.get("WANDB_MODE")
     if mode is not None and mode not in _MODES:
         raise ConfigurationError(f"logger.mode={mode}: must be one of {', '.join(_MODES)}, or null to find out")
+    if mode == "online" and not _has_wandb_login():
+        raise ConfigurationError(
+            "logger.mode=online: this machine is not logged in to W&B; run `wandb login`, or set logger.mode=offline "
+            "and upload later with `wandb sync`"
+        )
     mode = mode or ("online" if _wandb_is_reachable() else "offline")
     import wandb
 
@@ -51,6 +60,8 @@ def wandb_logger(
         config=settings,
         project=project,
         name=name,
+        id=_run_id(Path(folder) / WANDB_RUN_ID, resume),
+        resume="allow",
         entity=entity,
         mode=mode,
         tags=tags,
@@ -62,12 +73,12 @@ def wandb_logger(
     return logger
 
 
-def csv_logger(folder: str | Path, settings: dict[str, Any]) -> CSVLogger:
+def csv_logger(folder: str | Path, settings: dict[str, Any], resume: bool) -> CSVLogger:
     """Logs to `folder/csv/version_0/metrics.csv`; when the run is continued, to version_1, and so on."""
     return CSVLogger(save_dir=str(folder), name="csv")
 
 
-def tensorboard_logger(folder: str | Path, settings: dict[str, Any]) -> TensorBoardLogger:
+def tensorboard_logger(folder: str | Path, settings: dict[str, Any], resume: bool) -> TensorBoardLogger:
     """Logs to `folder/tensorboard`.
 
     Raises:
@@ -79,11 +90,29 @@ def tensorboard_logger(folder: str | Path, settings: dict[str, Any]) -> TensorBo
         raise ConfigurationError("logger=tensorboard: not installed; pip install tensorboard") from error
 
 
+def _run_id(path: Path, resume: bool) -> str:
+    """The id of the folder's W&B run, kept in a file: that of the run so far, or a new one."""
+    if resume and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    run_id = secrets.token_hex(4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
+
+
+def _wandb_url() -> ParseResult:
+    return urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+
+
+def _has_wandb_login() -> bool:
+    return bool(os.environ.get("WANDB_API_KEY")) or _has_netrc_login(_wandb_url().hostname or "")
+
+
 def _wandb_is_reachable(timeout: float = 3.0) -> bool:
     """Whether this machine has a W&B key and can open a connection to W&B within `timeout` seconds."""
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if not os.environ.get("WANDB_API_KEY") and not _has_netrc_login(url.hostname or ""):
+    if not _has_wandb_login():
         return False
+    url = _wandb_url()
     try:
         socket.create_connection((url.hostname, url.port or 443), timeout).close()
     except OSError:

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,22 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, RichModelSummary
 from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
 from petals_lightning.data import TextClassificationDataModule, TextDataModule
-from petals_lightning.errors import SwarmError
+from petals_lightning.errors import ConfigurationError, SwarmError
 from petals_lightning.library_messages import libraries_to_root_log
 from petals_lightning.models import save_prompts
 from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
 from petals_lightning.strategies import RemoteBlockStrategy, SwarmSource, load_trained_weights, precision_plugin
+from petals_lightning.training.callbacks import build_callbacks
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
 from petals_lightning.training.errors import INTERRUPTED
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
+from petals_lightning.training.schema import refuse_unread
 from petals_lightning.training.settings import OF_DATA, OF_MODULES
 
 
@@ -49,6 +52,8 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     checkpoint = checkpoint_to_continue(folder, cfg.resume, cfg.ckpt_path)
     pl.seed_everything(cfg.seed, verbose=False)
     # In the order of their cost: what is wrong with settings and data shows before any server is started.
+    refuse_unread(cfg)
+    callbacks = build_callbacks(cfg.callbacks)
     swarm: SwarmSource | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
     data = _build_data(cfg)
     if isinstance(data, TextClassificationDataModule):
@@ -56,21 +61,30 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     else:
         module = build_module(cfg)
     announce(cfg, recipe, data)
-    logger: Logger = _partial(cfg.logger)(folder=folder, settings=OmegaConf.to_container(cfg, resolve=True))
+    logger = _build_logger(cfg, folder)
     facts = {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name}
     summary = RunSummary(folder, _title(cfg, recipe), facts, score=module.monitor)
-    trainer = build_trainer(cfg, folder, swarm, logger, summary, monitor=(module.monitor, module.monitor_mode))
+    monitor = (module.monitor, module.monitor_mode)
+    trainer = build_trainer(cfg, folder, swarm, logger, summary, monitor=monitor, callbacks=callbacks)
     try:
         with swarm.held(module.served_model, folder / "servers") if swarm else nullcontext():
             _fit(trainer, module, data, checkpoint)
             if cfg.test and data.has_labelled_test and trainer.global_step:
-                trainer.test(module, datamodule=data, ckpt_path=str(folder / BEST_CHECKPOINT), verbose=False)
+                trainer.test(module, datamodule=data, ckpt_path=_best(folder), verbose=False)
     finally:
         _finish(logger)
-    if isinstance(module, CausalLMModule):
+    if isinstance(module, CausalLMModule) and trainer.global_step and not cfg.trainer.fast_dev_run:
         _save_best_prompts(module, folder, summary.summary)
     print_results(summary.summary, folder)
     return summary.summary.get(module.monitor)
+
+
+def _build_logger(cfg: DictConfig, folder: Path) -> Logger | None:
+    if "_target_" not in cfg.logger:
+        return None
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    logger: Logger = _partial(cfg.logger)(folder=folder, settings=settings, resume=cfg.resume)
+    return logger
 
 
 def _build_data(cfg: DictConfig) -> TextDataModule:
@@ -97,32 +111,59 @@ def build_trainer(
     logger: Logger | None,
     summary: RunSummary | None,
     monitor: tuple[str, str] = ("val/accuracy", "max"),
+    callbacks: Sequence[Callback] = (),
 ) -> pl.Trainer:
-    """The Trainer of a run, which keeps the checkpoint with the best `monitor` (name and mode). Starts nothing yet."""
-    bar = progress_bar()
-    callbacks: list[Callback] = [
-        RouteTable(),
-        SwarmMetrics(),
-        ProgressLines(score=monitor[0]),
-        LastCheckpoint(folder / LAST_CHECKPOINT, cfg.checkpoint_period),
-        ModelCheckpoint(
-            dirpath=folder / BEST_CHECKPOINT.parent,
-            filename=BEST_CHECKPOINT.stem,
-            monitor=monitor[0],
-            mode=monitor[1],
-            enable_version_counter=False,
-        ),
-        *filter(None, [summary, bar]),
-    ]
-    return _partial(cfg.trainer)(
+    """The Trainer of a run, which keeps the checkpoint with the best `monitor` (name and mode). Starts nothing yet.
+
+    Raises:
+        ConfigurationError: it would run on several devices.
+    """
+    if cfg.trainer.enable_progress_bar:
+        bar = next((each for each in callbacks if isinstance(each, ProgressBar)), None) or progress_bar()
+    else:
+        bar = None
+    # Lightning's own choice would go to the log.
+    wants_summary = cfg.trainer.enable_model_summary and not any(isinstance(each, ModelSummary) for each in callbacks)
+    checkpoints: list[Callback] = [LastCheckpoint(folder / LAST_CHECKPOINT, cfg.checkpoint_period)]
+    if cfg.trainer.limit_val_batches != 0:
+        best = folder / BEST_CHECKPOINT
+        checkpoints.append(BestCheckpoint(dirpath=best.parent, filename=best.stem, monitor=monitor[0], mode=monitor[1]))
+    trainer: pl.Trainer = _partial(cfg.trainer)(
         default_root_dir=str(folder),
         strategy=RemoteBlockStrategy(swarm) if swarm else "auto",
         plugins=[precision_plugin(cfg.amp.precision, _device_type(cfg.trainer.accelerator))],
-        callbacks=callbacks,
+        callbacks=[
+            RouteTable(),
+            SwarmMetrics(),
+            ProgressLines(score=monitor[0]),
+            *(checkpoints if cfg.trainer.enable_checkpointing else ()),
+            *filter(None, [summary, bar]),
+            *(each for each in callbacks if each is not bar),
+            *([RichModelSummary()] if wants_summary else ()),
+        ],
         logger=logger or False,
+        profiler=_profiler(cfg.trainer.profiler, folder),
         enable_progress_bar=bar is not None,
         use_distributed_sampler=False,
     )
+    if trainer.num_devices > 1:
+        raise ConfigurationError(
+            f"trainer.devices={cfg.trainer.devices}: a run trains on 1 device here; set trainer.devices=1"
+        )
+    return trainer
+
+
+def _profiler(name: str | None, folder: Path) -> Profiler | str | None:
+    """Lightning's profilers write to the log unless they are given a file."""
+    kinds: dict[str | None, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    return kinds[name](dirpath=folder, filename="profile") if name in kinds else name
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint whose state is kept apart from that of the user's own with the same metric."""
+
+    def __init__(self, **options: Any):
+        super().__init__(enable_version_counter=False, **options)
 
 
 def _fit(
@@ -144,12 +185,17 @@ def _fit(
         raise
 
 
+def _best(folder: Path) -> Path | None:
+    """The best checkpoint; None where nothing was validated, so that the last weights are the best known."""
+    path = folder / BEST_CHECKPOINT
+    return path if path.is_file() else None
+
+
 def _save_best_prompts(module: CausalLMModule, folder: Path, summary: dict[str, Any]) -> None:
     """Leaves the best prompts in `folder`/prompts, for chat and for others."""
-    best = folder / BEST_CHECKPOINT
-    if not best.is_file():  # nothing was validated
-        return
-    load_trained_weights(module, torch.load(best, map_location="cpu", weights_only=False)["state_dict"])
+    best = _best(folder)
+    if best is not None:
+        load_trained_weights(module, torch.load(best, map_location="cpu", weights_only=False)["state_dict"])
     names = ("val/loss", "val/perplexity", "test/loss", "test/perplexity")
     metrics = {name: summary[name] for name in names if summary.get(name) is not None}
     save_prompts(module.model, folder / "prompts", metrics=metrics, command=shlex.join(["python", *sys.argv]))
@@ -174,7 +220,7 @@ def _title(cfg: DictConfig, recipe: str) -> str:
     return f"{recipe}: {Path(cfg.model.name).name}, {tuning}, lr {cfg.optim.lr:g}, seed {cfg.seed}"
 
 
-def _finish(logger: Logger) -> None:
+def _finish(logger: Logger | None) -> None:
     # A sweep's next run in this process must start a new one.
     if isinstance(logger, WandbLogger) and logger._experiment is not None:
         logger.experiment.finish()

@@ -5,11 +5,15 @@ Values are in conf/; a default here means "let the class decide". `MISSING` must
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from petals_lightning.errors import ConfigurationError
 
 
 @dataclass
@@ -184,19 +188,44 @@ class TrainerConfig:
 
     _target_: str = "pytorch_lightning.Trainer"
     max_epochs: int | None = MISSING
+    min_epochs: int | None = None
     max_steps: int = -1
+    min_steps: int | None = None
+    max_time: Any = None
+    """DD:HH:MM:SS, or a mapping such as {minutes:30}."""
     accelerator: str = "auto"
-    devices: int = 1
+    devices: Any = 1
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str | None = None
     log_every_n_steps: int = 10
-    val_check_interval: float | int | None = None
+    val_check_interval: float | int | str | None = None
     check_val_every_n_epoch: int | None = 1
+    fast_dev_run: bool | int = False
+    overfit_batches: float | int = 0.0
     limit_train_batches: float | int | None = None
     limit_val_batches: float | int | None = None
     limit_test_batches: float | int | None = None
     num_sanity_val_steps: int = 1
+    reload_dataloaders_every_n_epochs: int = 0
+    enable_checkpointing: bool = True
+    enable_progress_bar: bool = True
     enable_model_summary: bool = False
+    deterministic: bool | str | None = None
+    benchmark: bool | None = None
+    inference_mode: bool = True
+    detect_anomaly: bool = False
+    profiler: str | None = None
+
+
+ELSEWHERE = {
+    "trainer.logger": "logger=wandb, csv, tensorboard or none",
+    "trainer.callbacks": "callbacks=early_stopping or others of conf/callbacks",
+    "trainer.strategy": "swarm=local, private, public or none",
+    "trainer.precision": "amp=fp32, fp16 or bf16",
+    "trainer.default_root_dir": "hydra.run.dir=…",
+}
+"""Settings that people look for where they are not, and what sets them."""
 
 
 @dataclass
@@ -234,6 +263,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Lightning's or your own, by any name: a `_target_`, and its arguments."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = MISSING
     test: bool = MISSING
@@ -248,25 +279,74 @@ class RunConfig:
     """The run's folder."""
 
 
+_OPTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "local_swarm": LocalSwarmConfig,
+    "private_swarm": PrivateSwarmConfig,
+    "public_swarm": PublicSwarmConfig,
+    "no_swarm": SwarmConfig,
+    "tuning": TuningConfig,
+    "amp": AmpConfig,
+    "data": LabelledDataConfig,
+    "dialogue_data": DialogueDataConfig,
+    "plain_text_data": PlainTextDataConfig,
+    "optim": OptimConfig,
+    "trainer": TrainerConfig,
+    "wandb": WandbConfig,
+    "csv": CsvConfig,
+    "tensorboard": TensorBoardConfig,
+    "no_logger": LoggerConfig,
+}
+
+
 def register_schema() -> None:
     """Puts the schema where conf/ finds it: `run_schema` for the root, and in group `schema` one for each option."""
     store = ConfigStore.instance().store
     store("run_schema", RunConfig)
-    for name, node in {
-        "model": ModelConfig,
-        "local_swarm": LocalSwarmConfig,
-        "private_swarm": PrivateSwarmConfig,
-        "public_swarm": PublicSwarmConfig,
-        "no_swarm": SwarmConfig,
-        "tuning": TuningConfig,
-        "amp": AmpConfig,
-        "data": LabelledDataConfig,
-        "dialogue_data": DialogueDataConfig,
-        "plain_text_data": PlainTextDataConfig,
-        "optim": OptimConfig,
-        "trainer": TrainerConfig,
-        "wandb": WandbConfig,
-        "csv": CsvConfig,
-        "tensorboard": TensorBoardConfig,
-    }.items():
+    for name, node in _OPTIONS.items():
         store(name, node, group="schema")
+
+
+def refuse_unread(cfg: DictConfig, section: str = "") -> None:
+    """Refuses settings that were added with `+` and that nothing reads. (Those without it Hydra refuses.)
+
+    Raises:
+        ConfigurationError: names the first one, and what it may have been meant to be.
+    """
+    known = [each.name for each in fields(OmegaConf.get_type(cfg))]
+    for key in map(str, cfg):
+        if key not in known:
+            raise ConfigurationError(unknown_setting(section + key, known))
+        if not OmegaConf.is_missing(cfg, key) and is_dataclass(OmegaConf.get_type(cfg, key)):
+            refuse_unread(cfg[key], f"{section}{key}.")
+
+
+def unknown_setting(full_key: str, known: Iterable[str]) -> str:
+    """One line on a setting that there is not, and what it may have been meant to be.
+
+    Args:
+        full_key: with the sections that it was sought in, e.g. `trainer.fast_run`.
+        known: names of the settings of that section.
+    """
+    if full_key in ELSEWHERE:
+        return f"unknown setting {full_key}; use {ELSEWHERE[full_key]}"
+    section, _, key = full_key.rpartition(".")
+    known = [name for name in known if not name.startswith("_")]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    guesses = [f"{section}.{close[0]}" if section else close[0]] if close else _settings_called(key, but=full_key)
+    if guesses:
+        return f"unknown setting {full_key}; did you mean {' or '.join(guesses)}?"
+    return f"unknown setting {full_key}; there are: {', '.join(known) or 'none here'}"
+
+
+def _settings_called(key: str, *, but: str) -> list[str]:
+    """Settings of all sections that have this name, without that which there is only where another option is chosen."""
+    sections = {each.name: each.default_factory for each in fields(RunConfig) if isinstance(each.default_factory, type)}
+    options = {
+        (section, each.name)
+        for section, base in sections.items()
+        for option in _OPTIONS.values()
+        if is_dataclass(base) and issubclass(option, base)
+        for each in fields(option)
+    }
+    return sorted({f"{section}.{name}" for section, name in options if name == key} - {but})

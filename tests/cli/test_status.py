@@ -50,10 +50,22 @@ def test_a_table_names_blocks_that_nobody_holds_and_servers_that_do_not_answer(s
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments(swarm))
     assert "tiny (4 blocks, blocks without a server: 3)" in result.stdout
     (row,) = (line for line in result.stdout.splitlines() if "0:2" in line)
-    assert "no answer" in row
+    assert "silent" in row
     (row,) = (line for line in result.stdout.splitlines() if "0:3" in line)
     assert "petals-lightning" in row
     assert "float32" in row
+
+
+def test_a_table_is_readable_on_80_columns(swarm):
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, arguments(swarm))
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = result.stdout.split()
+    for header in ("blocks", "server", "runs", "requests/s", "tokens/s", "a", "block", "cache", "left", "ms"):
+        assert header in words
+    for running in swarm.servers:
+        assert f"…{running.node.peer_id.to_base58()[-10:]}" in words
+    assert {"petals", "petals-lightning", "float32"} <= set(words)
 
 
 def test_it_looks_again_until_it_is_interrupted(swarm):

@@ -48,7 +48,15 @@ def test_a_loader_continues_where_training_stopped(done: int, first: int) -> Non
 
     def batches(batches_done: int) -> list[list[dict[str, int]]]:
         sampler = LengthGroupedSampler([1] * 50, 8, seed=0)
-        return list(ResumableDataLoader(samples, sampler, list, lambda: batches_done))  # type: ignore[arg-type]
+        return list(
+            ResumableDataLoader(
+                samples,  # type: ignore[arg-type]
+                batch_size=8,
+                sampler=sampler,
+                collate_fn=list,
+                batches_done=lambda: batches_done,
+            )
+        )
 
     assert batches(done) == batches(0)[first:]
 

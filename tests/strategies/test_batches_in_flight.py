@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from torch.utils.data import DataLoader, IterableDataset
 
 from petals_lightning.data import DialogueDataModule, TextClassificationDataModule
 from petals_lightning.errors import ConfigurationError, NoServersError
@@ -215,3 +217,31 @@ def test_threads_may_run_one_model_at_once(text_model, start_swarm: Start) -> No
                 assert got.shape == wanted.shape
                 assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6)
     assert remote_blocks(classifier).stats.retries == 0
+
+
+class Rows(IterableDataset):
+    """The samples of a split, without a length."""
+
+    def __init__(self, samples: Any):
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.samples[row] for row in range(len(self.samples)))
+
+
+@pytest.mark.parametrize("length", ["known", "unknown"])
+def test_averaged_weights_are_what_is_validated(length: str, text_model, data, tmp_path, start_swarm: Start) -> None:
+    swarm = start_swarm(text_model, [(0, 2), (2, 4)])
+    data.setup()
+    validation = data.val_dataloader()
+    if length == "unknown":
+        validation = DataLoader(Rows(data._splits["validation"]), batch_size=3, collate_fn=data._collate)
+    found = []
+    for strategy in ("auto", RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers))):
+        trainer, module = (
+            make_trainer(tmp_path, strategy, EMAWeightAveraging(decay=0.5)),
+            make_module(text_model, lr=0.1),
+        )
+        trainer.fit(module, data.train_dataloader(), validation)
+        found.append({name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name})
+    assert found[1] == pytest.approx(found[0], abs=1e-4)

@@ -51,13 +51,45 @@ WRONG = {
     "recipe=sst2_ptune resume=true {model}": "resume=true: no earlier run to continue",
     "recipe=sst2_ptune ckpt_path=no.ckpt {model}": "ckpt_path=no.ckpt: no such file",
     "recipe=customer_reviews_deep_ptune": "data.source",
+    "recipe=sst2_ptune +foo=1": "unknown setting foo; there are: ",
+    "recipe=sst2_ptune +sede=1": "unknown setting sede; did you mean seed?",
+    "recipe=sst2_ptune +lr=1e-3": "unknown setting lr; did you mean optim.lr?",
+    "recipe=sst2_ptune fast_dev_run=true": "unknown setting fast_dev_run; did you mean trainer.fast_dev_run?",
+    "recipe=sst2_ptune +trainer.max_epoch=1": "unknown setting trainer.max_epoch; did you mean trainer.max_epochs?",
+    "recipe=sst2_ptune +tuning.pre_sq_len=8": "unknown setting tuning.pre_sq_len; did you mean tuning.pre_seq_len?",
+    "recipe=sst2_ptune swarm=none +swarm.servers=3": "unknown setting swarm.servers; there are: none here",
+    "recipe=sst2_ptune trainer.logger=false": "unknown setting trainer.logger; use logger=wandb, csv",
+    "recipe=sst2_ptune logger=false": "The value of a group, such as logger=none, must be a string or a list. Got bool",
+    "recipe=sst2_ptune logger=wandb logger.mode=online": "logger.mode=online: this machine is not logged in to W&B",
+    "recipe=sst2_ptune callbacks=early_stoping": "no callbacks is called 'early_stoping'; did you mean early_stopping?",
+    "recipe=sst2_ptune callbacks=early_stopping +callbacks.early_stopping.patiense=2": (
+        "unknown setting callbacks.early_stopping.patiense; did you mean callbacks.early_stopping.patience?"
+    ),
+    "recipe=sst2_ptune callbacks=early_stopping callbacks.early_stopping.patiense=2": (
+        "unknown setting callbacks.early_stopping.patiense; did you mean callbacks.early_stopping.patience?"
+    ),
+    "recipe=sst2_ptune callbacks=early_stopping callbacks.early_stopping.patience=2x": (
+        "callbacks.early_stopping.patience=2x: must be of type int"
+    ),
+    "recipe=sst2_ptune +callbacks.mine=1": "callbacks.mine must have a _target_, e.g. callbacks.mine._target_=",
+    "recipe=sst2_ptune +callbacks.mine._target_=pytorch_lightning.callbacks.Timmer": (
+        "callbacks.mine: pytorch_lightning.callbacks.Timmer cannot be made: "
+    ),
+    "recipe=sst2_ptune +callbacks.mine._target_=pytorch_lightning.callbacks.EarlyStopping": "argument: 'monitor'",
+    "recipe=sst2_ptune +callbacks.mine._target_=collections.Counter": "no callback of pytorch_lightning, such as",
+    "recipe=sst2_ptune +callbacks.m={{_target_:pytorch_lightning.callbacks.StochasticWeightAveraging,swa_lrs:1.0}}": (
+        "use callbacks=ema_weight_averaging"
+    ),
     "recipe=sst2_ptune hydra.run.dir={folder}/three.jsonl/run {model}": "Not a directory; free the disk or set",
 }
 
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """`main("recipe=…")` is `python train.py recipe=…` in `tmp_path`, without a process of its own."""
+    """`main("recipe=…")` is `python train.py recipe=…` in `tmp_path`, without a process of its own, or a W&B login."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
     assert spec is not None
     assert spec.loader is not None
@@ -128,6 +160,29 @@ def test_a_wrong_clock_is_one_line(
 def test_arguments_are_called_by_their_settings(said: str, meant: str, compose_run: Callable) -> None:
     cfg = compose_run("swarm=private", "swarm.initial_peers=[]")
     assert in_words_of_settings(said, cfg) == meant
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    {
+        "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches=0: must be at least 1",
+        "trainer.devices=2": "trainer.devices=2: a run trains on 1 device here; set trainer.devices=1",
+        "trainer.profiler=best": "it can only be one of ['simple', 'advanced', 'pytorch', 'xla']",
+        "trainer.accelerator=warp": "invalid accelerator name: `accelerator='warp'`",
+        "callbacks=learning_rate_monitor logger=none": "Cannot use `LearningRateMonitor` callback with `Trainer`",
+        "callbacks=early_stopping callbacks.early_stopping.monitor=val/los": "metric `val/los` which is not available",
+        "trainer.val_check_interval=1000": "must be less than or equal to the number of the training batches",
+    }.items(),
+)  # fmt: skip
+def test_what_lightning_refuses_is_one_line(
+    arguments: str, message: str, main: Callable, text_model: Path, texts: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(f"recipe=sst2_ptune swarm=none model.name={text_model} data.source={texts} logger=csv {arguments}")
+    assert left.value.code == 1
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("error: ")
+    assert message in said
 
 
 def test_a_full_disk_is_told_before_training(

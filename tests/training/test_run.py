@@ -9,10 +9,14 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
+import torch
 import wandb
 from omegaconf import DictConfig
 from PIL import Image
@@ -23,6 +27,7 @@ from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.modules import CausalLMModule
 from petals_lightning.training.run import run
 from petals_lightning.training.run_folder import choose_run_folder
+from petals_lightning.training.schema import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +88,24 @@ def test_wandb_logs_offline_into_the_run_folder(
         assert any(name in row for row in history), name
 
 
+def test_a_continued_run_goes_on_in_the_same_wandb_run(
+    compose_run: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    quick = ("logger=wandb", "test=false", "trainer.max_epochs=1")
+    run(compose_run(*quick))
+    run(compose_run(*quick, "resume=true", "trainer.max_epochs=2"))
+    wandb.teardown()
+    first, second = sorted(path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert first == second
+    steps = [row["trainer/global_step"] for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+             for row in read_wandb_history(path) if "train/loss" in row]  # fmt: skip
+    assert steps == list(range(10))
+    run(compose_run(*quick))  # a new run, even in this folder
+    wandb.teardown()
+    assert len({path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")}) == 2
+
+
 def read_wandb_history(path: Path) -> list[dict]:
     """The logged rows of an offline run. (W&B 0.31 has no reader in Python; the file is a LevelDB log of protobufs.)"""
     from wandb.proto import wandb_internal_pb2
@@ -123,6 +146,83 @@ def test_a_continued_run_counts_the_whole(compose_run: Callable[..., DictConfig]
     summary = json.loads((parts / "summary.json").read_text())
     assert summary["train/steps"] == 15
     assert summary["train/tokens"] == pytest.approx(1.5 * expected["train/tokens"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [("trainer.log_every_n_steps=0", 10), ("trainer.overfit_batches=2", 4), ("trainer.max_steps=7", 7)],
+)
+def test_settings_of_the_trainer_are_obeyed(
+    settings: str, steps: int, compose_run: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    run(compose_run(settings, "trainer.profiler=simple", "trainer.detect_anomaly=true", "logger=none"))
+    assert json.loads((tmp_path / "summary.json").read_text())["train/steps"] == steps
+    assert "run_training_epoch" in (tmp_path / "fit-profile.txt").read_text()
+    assert not (tmp_path / "csv").exists()
+
+
+def test_a_trial_leaves_no_results(compose_run: Callable[..., DictConfig], tmp_path: Path, capsys: Any) -> None:
+    run(compose_run())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run(compose_run("trainer.fast_dev_run=2", "resume=true", "trainer.max_epochs=4"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    run(compose_run("trainer.fast_dev_run=2", f"output_dir={tmp_path / 'trial'}"))
+    assert not [path for path in (tmp_path / "trial").rglob("*") if path.is_file()]
+    assert "no files are left: this was a trial" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("trainer.limit_val_batches=0",), ("trainer.enable_checkpointing=false",), ("trainer.check_val_every_n_epoch=3",)],
+    ids=lambda settings: settings[0],
+)
+def test_without_a_best_checkpoint_the_last_weights_are_tested(
+    settings: tuple[str, ...], compose_run: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    accuracy = run(compose_run(*settings, "optim.lr=0.1", "trainer.max_epochs=2"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    checkpoints = {path.name for path in tmp_path.glob("checkpoints/*")}
+    assert summary["val/accuracy"] == accuracy
+    if settings == ("trainer.enable_checkpointing=false",):
+        assert checkpoints == set()
+        assert accuracy is not None
+        return
+    assert checkpoints == {"last.ckpt"}
+    assert accuracy is None
+    again = tmp_path / "again"  # trains no further, and tests the weights of the checkpoint
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    run(compose_run(*settings, f"ckpt_path={last}", f"output_dir={again}", "optim.lr=0.1", "trainer.max_epochs=2"))
+    assert json.loads((again / "summary.json").read_text())["test/loss"] == summary["test/loss"]
+
+
+def test_callbacks_end_a_run_average_its_weights_and_save_more(
+    compose_run: Callable[..., DictConfig], tmp_path: Path, capsys: Any
+) -> None:
+    run(
+        compose_run(
+            "callbacks=[early_stopping,ema_weight_averaging,rich_model_summary,learning_rate_monitor]",
+            "callbacks.early_stopping.patience=1",
+            "callbacks.early_stopping.min_delta=10",
+            "+callbacks.mine._target_=pytorch_lightning.callbacks.ModelCheckpoint",
+            "+callbacks.mine.monitor=val/accuracy",
+            "+callbacks.mine.mode=max",
+            f"+callbacks.mine.dirpath={tmp_path / 'mine'}",
+            "trainer.max_epochs=9",
+        )
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["train/steps"] == 10, "nothing gets better by 10: after two epochs it is over"
+    assert summary["checkpoint"] == str(tmp_path / "checkpoints" / "best.ckpt")
+    assert "averaging_state" in torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=False)
+    assert len(list((tmp_path / "mine").glob("*.ckpt"))) == 1
+    assert "Modules in train mode" in capsys.readouterr().out
+    (metrics,) = (tmp_path / "csv").glob("version_0/metrics.csv")
+    assert "lr-AdamW" in metrics.read_text()
+
+
+def test_every_setting_of_the_trainer_is_lightnings() -> None:
+    known = {each.name for each in fields(TrainerConfig)} - {"_target_"}
+    assert known <= signature(pl.Trainer).parameters.keys()
 
 
 def test_resume_finds_the_newest_run(tmp_path: Path) -> None:

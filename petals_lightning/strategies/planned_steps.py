@@ -1,0 +1,32 @@
+"""How long a fit will be."""
+
+from __future__ import annotations
+
+import math
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
+
+from petals_lightning.errors import ConfigurationError
+
+
+def planned_steps(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps of a whole fit, those before a resume included; None if only time or the data's end tells.
+
+    Raises:
+        ConfigurationError: gradients of no batch at all are to be accumulated.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        raise ConfigurationError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: must be at least 1, one batch a step"
+        )
+    if trainer.limit_train_batches == 0:
+        return 0
+    steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # Lightning's estimate takes the first epoch's accumulation for all.
+        if isinstance(callback, GradientAccumulationScheduler) and epochs is not None and 0 < steps < math.inf:
+            batches = trainer.num_training_batches
+            steps = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+            steps = min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
+    return int(steps) if 0 < steps < math.inf else None
