@@ -36,7 +36,7 @@ def in_words_of_settings(message: str, cfg: DictConfig) -> str:
 
     Arguments are found by an underscore in their name, or by what is set to them: `lr=0`.
     """
-    keys = {name: f"{group}.{name}" for group in _GROUPS for name in cfg.get(group) or ()}
+    keys = {name: f"{group}.{name}" for group in _GROUPS for name in cfg.get(group) or () if name[0] != "_"}
     keys |= _OTHERS | OF_DATA | OF_MODULES
 
     def written(found: re.Match[str]) -> str:
