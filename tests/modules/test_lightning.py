@@ -295,5 +295,5 @@ def test_a_moving_average_is_validated_saved_and_resumed(text_model, data, tmp_p
 def test_several_devices_without_a_swarm_are_refused(text_model, tmp_path) -> None:
     module = make_module(text_model)
     module.trainer = trainer_of(tmp_path, devices=2, strategy="ddp_spawn")
-    with pytest.raises(ConfigurationError, match=r"trainer\.devices: the client runs on 1 device, got 2; set"):
+    with pytest.raises(ConfigurationError, match=r"^devices=2: the client runs on 1 device; set devices=1"):
         module.configure_model()
