@@ -20,7 +20,9 @@ def start(folder: Path, losses: Path, moment: str, model: Path, texts: Path, *ov
         f"model.name={model}", f"data.source={texts}", "swarm=none", "logger=csv", "data.batch_size=8", "test=false",
         "tuning.pre_seq_len=3", "trainer.max_epochs=3", "checkpoint_period=1e-3", f"hydra.run.dir={folder}", *overrides,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True).returncode
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
+    print(done.stdout, done.stderr, sep="\n")  # shown where a test fails
+    return done.returncode
 
 
 def read(losses: Path) -> list[tuple[int, str]]:
