@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -81,7 +82,7 @@ class InProcessSwarm:
         self._rules, self._share_prefix, self._device = rules, share_prefix, device
         self._throughput = throughput
         self.servers: list[Server] = []
-        self._models: list[Any] = []
+        self._models: weakref.WeakSet[Any] = weakref.WeakSet()  # their blocks; of what a test drops nothing is kept
         self._client: SwarmNode | None = None
 
     def load(self, auto_class: Any, *, shared_peer: bool = False, **options: Any) -> Any:
@@ -93,8 +94,9 @@ class InProcessSwarm:
         elif "initial_peers" not in options:
             options["initial_peers"] = self.initial_peers
         options = {"dht_prefix": self._prefix, **options}
-        self._models.append(auto_class.from_pretrained(self._checkpoint, **options))
-        return self._models[-1]
+        model = auto_class.from_pretrained(self._checkpoint, **options)
+        self._models.add(remote_blocks(model))
+        return model
 
     @property
     def initial_peers(self) -> list[str]:
@@ -122,8 +124,8 @@ class InProcessSwarm:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for model in self._models:
-            remote_blocks(model).close()
+        for layers in list(self._models):
+            layers.close()
         if self._client is not None:
             self._client.close()
         for server in reversed(self.servers):

@@ -45,7 +45,8 @@ _WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place 
 class _Ban:
     until: float
     count: int
-    is_proven: bool = False
+    is_proven: bool
+    reason: str
 
 
 class SwarmView:
@@ -207,7 +208,7 @@ class SwarmView:
             return  # several requests in flight tell of one failure
         count = known.count + 1 if known is not None else 1
         period = _LIAR_BAN if proven else min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
-        self._bans[peer] = _Ban(time.monotonic() + period, count, proven)
+        self._bans[peer] = _Ban(time.monotonic() + period, count, proven, failure.reason)
         if failure.code is None:  # the stream or the server itself; one that merely refuses keeps its other requests
             connection = self._connections.pop(peer, None)
             if connection is not None:
@@ -419,6 +420,12 @@ class SwarmView:
         excluded = [peer for peer in self._spans if not self._is_allowed(peer)]
         hint = f" ({len(excluded)} server(s) are excluded by allowed_servers / blocked_servers)" if excluded else ""
         served = [entry.dht_prefix for entry in await self._directory.models()]
+        reasons = {
+            ban.reason: None
+            for peer, ban in self._bans.items()
+            if peer in self._spans and any(self._spans[peer][0] <= block < self._spans[peer][1] for block in missing)
+        }
+        hint += "".join(f"; a server that lists them: {reason}" for reason in list(reasons)[:3])
         return (
             f"nobody serves blocks {format_blocks(missing)} of {self.dht_prefix!r} "
             f"({self.num_blocks} blocks){hint}; models listed in this swarm: {', '.join(served) or 'none'}. "

@@ -50,7 +50,8 @@ class TextDataModule(pl.LightningDataModule):
     Args:
         tokenizer: the model's hub id or folder.
         source: `bundled` (the sample in this package), a hub dataset id, or a file or folder in jsonl, json, csv, tsv,
-            txt or parquet, also compressed (.gz, …); a folder may be the clone of a hub dataset, or of `save_to_disk`.
+            txt, parquet or arrow, also compressed (.gz, …);
+            a folder may be the clone of a hub dataset, or of `save_to_disk`.
         name: the configuration of a hub dataset, e.g. `sst2` of `nyu-mll/glue`.
         train_split, validation_split, test_split: names of splits or files (without suffix) where they are unusual.
         encoding: of text files; None is UTF-8, or what a byte order mark tells.

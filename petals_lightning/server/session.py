@@ -69,7 +69,8 @@ class Session:
     async def serve(self) -> None:
         account = self._backend.accounts.open_stream(self._peer)
         if account is None:
-            words = f"this client has {self._backend.limits.max_streams_per_client} streams open, which is the limit"
+            limit = self._backend.limits.max_streams_per_client
+            words = f"this client has {limit} streams open, which is the limit: close models that it needs no more"
             await self._reply(0, Message(Method.ERROR, {"code": ErrorCode.OVERLOADED.value, "message": words}))
             self._writer.close()
             return

@@ -152,7 +152,9 @@ def test_calls_of_tools_are_as_they_were_written_and_the_template_sees_the_tools
     tokenizer: Any = make_tokenizer("byte_level", CALLING, "<|im_end|>")
     dialogues = [calling({"x": 1}), calling({"y": {"z": "w"}}), calling({})] * 2
     tools = [{"name": "f", "description": "does it"}]
-    rows = [{"messages": deepcopy(talk), "tools": json.dumps(tools) if as_json else tools} for talk in dialogues]
+    rows: list[dict[str, Any]] = [
+        {"messages": deepcopy(talk), "tools": json.dumps(tools) if as_json else tools} for talk in dialogues
+    ]
     path = tmp_path / f"talks.{suffix}"
     if suffix == "jsonl":
         write_rows(path, rows)

@@ -15,12 +15,13 @@ import pytest
 import torch
 import transformers as tf
 
-from petals_lightning.errors import PetalsLightningError, SwarmConnectionError, UnsupportedInputError
+from petals_lightning.errors import NoServersError, PetalsLightningError, SwarmConnectionError, UnsupportedInputError
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
     prompts_of,
 )
+from petals_lightning.server.limits import ServerLimits
 from petals_lightning.swarm import SwarmNode
 from tests.families import VOCAB
 from tests.models.test_parity import relative_error, right_padded_batch
@@ -213,3 +214,16 @@ def test_embeddings_may_grow(swarm, plain):
         plain.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
         plain.get_output_embeddings().weight.copy_(model.get_output_embeddings().weight)
     assert relative_error(model(input_ids=ids).logits, plain(input_ids=ids).logits) < 1e-5
+
+
+def test_more_models_than_a_server_lets_in_are_told_so(tiny_checkpoint, start_swarm):
+    """Those that are alive: of the ones dropped nothing is left."""
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], limits=ServerLimits(max_streams_per_client=2))
+    for _ in range(4):
+        swarm.load(AutoDistributedModelForCausalLM, shared_peer=True)
+        gc.collect()
+    kept = [swarm.load(AutoDistributedModelForCausalLM, shared_peer=True) for _ in range(2)]
+    with pytest.raises(NoServersError, match=r"lists them: .*2 streams open, which is the limit: close models"):
+        swarm.load(AutoDistributedModelForCausalLM, shared_peer=True, recovery_timeout=1)
+    kept[0].close()
+    assert swarm.load(AutoDistributedModelForCausalLM, shared_peer=True)(input_ids=IDS).logits.isfinite().all()
