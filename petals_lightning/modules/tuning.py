@@ -252,9 +252,7 @@ class TuningModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._rng_state = checkpoint.get("torch_rng_state")
 
-    def state_dict(
-        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Trained weights only, under every strategy, also inside other modules (averages of weights)."""
         found, own = {} if destination is None else destination, self._loaded
         own = trainable_state_dict(self) if own is None else own

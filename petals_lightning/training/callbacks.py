@@ -60,6 +60,6 @@ def _check_arguments(where: str, unmade: partial[Callback]) -> None:
     for key, value in unmade.keywords.items():
         if key not in parameters and not takes_any:
             raise ConfigurationError(unknown_setting(f"{where}.{key}", parameters))
-        kind = parameters[key].annotation if key in parameters else None
+        kind: Any = parameters[key].annotation if key in parameters else None
         if kind in _NUMBERS and not isinstance(value, _NUMBERS[kind]):
             raise ConfigurationError(f"{where}.{key}={value}: must be of type {kind.__name__}")

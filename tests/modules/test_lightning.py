@@ -39,7 +39,12 @@ def data(text_model: Path, texts: Path) -> TextClassificationDataModule:
 
 
 def trainer_of(folder: Path, *callbacks: Callback, **settings: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     settings = {"max_epochs": 2, "enable_checkpointing": checkpoints, **settings}
     return pl.Trainer(default_root_dir=str(folder), callbacks=list(callbacks), **quiet, **settings)
@@ -224,6 +229,7 @@ def test_a_found_learning_rate_is_the_one_that_is_scheduled(text_model, data, tm
     trainer_of(tmp_path, finder, seen, max_epochs=5).fit(module, data)
     assert finder.optimal_lr is not None
     found = finder.optimal_lr.suggestion()
+    assert found is not None
     assert module.hparams["lr"] == found != LR
     factors = [0, 1 / 2, *((25 - step) / 23 for step in range(2, 25))]  # two steps of warm-up
     assert seen.rates == pytest.approx([found * factor for factor in factors])
