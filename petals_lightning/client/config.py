@@ -24,7 +24,8 @@ class ClientConfig:
         here in between. Not with `audit_rate`, which needs what enters every server.
     heartbeat_period: seconds of silence after which a server that owes an answer is asked whether it lives.
     heartbeat_timeout: seconds of silence after which it counts as hung.
-    max_retries: how often a part of a step may fail before the step does.
+    max_retries: how often one server may fail at a part of a step before the step does. Several servers may fail more
+        often in all, within `recovery_timeout` seconds.
     recovery_timeout: seconds to wait for a block whose every holder has failed.
     ban_period: seconds that a failed server is left alone at first; doubles with every further failure.
     refresh_period: seconds between looks at the swarm's records.

@@ -37,7 +37,7 @@ class SwarmSource(ABC):
     Args:
         connect_timeout: seconds to reach the swarm or a server; None leaves the client's default. So below.
         request_timeout: seconds that a server may be silent during a request.
-        max_retries: attempts a part of a step, after the first, before the step fails.
+        max_retries: how often one server may fail at a part of a step before the step fails.
         recovery_timeout: seconds to wait for a block whose every holder has failed, before training ends.
         allowed_servers: peer ids to use; None: all.
         blocked_servers: peer ids never to use.
