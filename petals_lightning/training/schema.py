@@ -39,7 +39,7 @@ class ConnectedSwarmConfig(SwarmConfig):
     request_timeout: float | None = None
     """Seconds that a server may be silent."""
     max_retries: int | None = None
-    """Attempts a part of a step, after the first."""
+    """Failures of one server that a part of a step survives."""
     recovery_timeout: float | None = None
     """Seconds to wait for a block whose every holder has failed, before the run ends with a checkpoint."""
     allowed_servers: list[str] | None = None
