@@ -64,7 +64,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 5},
     "granitemoehybrid": _MIXED
-    if "linear_attention" in CONFIG_MAPPING["granitemoehybrid"](num_hidden_layers=1).layer_types
+    if "linear_attention" in CONFIG_MAPPING["granitemoehybrid"]().layer_types
     else {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": _ALTERNATING,
     "kimi_linear": _HEADS | _MIXED | {"linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2},

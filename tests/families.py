@@ -84,8 +84,8 @@ _EXPERTS: dict[str, Any] = {
 
 
 def _granite_layers() -> list[str]:
-    recurrent = tf.GraniteMoeHybridConfig(num_hidden_layers=1).layer_types[0]  # "mamba" in 5.10
-    return [recurrent, "full_attention" if recurrent == "linear_attention" else "attention"] * 2
+    is_new = "linear_attention" in (tf.GraniteMoeHybridConfig(num_hidden_layers=1).layer_types or ())
+    return _MIXED if is_new else ["mamba", "attention"] * 2  # as in transformers 5.10
 
 
 RECURRENT_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
