@@ -182,6 +182,7 @@ class SwarmView:
                     format_blocks(missing), self.dht_prefix, self.config.recovery_timeout,
                 )  # fmt: skip
             await asyncio.sleep(0.5)
+            await self.node.meet_again()
             await self.refresh()
 
     async def connection(self, peer: str) -> ServerConnection:
