@@ -23,7 +23,7 @@ def build_callbacks(settings: DictConfig) -> list[Callback]:
     Raises:
         ConfigurationError: one cannot be made of its settings, or would do nothing for the run.
     """
-    return [_build(f"callbacks.{name}", node) for name, node in settings.items() if node is not None]
+    return [_build(f"callbacks.{name!s}", node) for name, node in settings.items() if node is not None]
 
 
 def _build(where: str, node: Any) -> Callback:

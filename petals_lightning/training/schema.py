@@ -313,7 +313,8 @@ def refuse_unread(cfg: DictConfig, section: str = "") -> None:
     Raises:
         ConfigurationError: names the first one, and what it may have been meant to be.
     """
-    known = [each.name for each in fields(OmegaConf.get_type(cfg))]
+    schema: Any = OmegaConf.get_type(cfg)
+    known = [each.name for each in fields(schema)]
     for key in map(str, cfg):
         if key not in known:
             raise ConfigurationError(unknown_setting(section + key, known))
