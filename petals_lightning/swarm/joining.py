@@ -76,18 +76,25 @@ class Acquaintances:
         self._p2p, self._dht = p2p, dht
         self._initial: dict[PeerID, list[Multiaddr]] = {}
         for maddr in map(Multiaddr, initial_peers):
-            self._initial.setdefault(PeerID.from_base58(maddr["p2p"]), []).append(maddr.decapsulate("/p2p"))
+            peer = maddr["p2p"]
+            self._initial.setdefault(PeerID.from_base58(peer), []).append(maddr.decapsulate(Multiaddr(f"/p2p/{peer}")))
         self._others: dict[PeerID, None] = {}  # the newest last
 
     async def meet_again(self) -> None:
-        """Calls those that are out of the DHT's sight."""
+        """Calls those that are out of the DHT's sight.
+
+        A peer that others should find also calls its initial peers: after a restart they do not know it any more.
+        """
         known = self._dht.protocol.routing_table.peer_id_to_uid
+        lost = [peer for peer in {**self._initial, **self._others} if peer not in known]
+        if not self._dht.protocol.client_mode:
+            lost = list(dict.fromkeys([*self._initial, *lost]))
         for peer in known:
             self._others.pop(peer, None)
             self._others[peer] = None
         for peer in list(self._others)[:-_MOST_ACQUAINTANCES]:
             del self._others[peer]
-        await asyncio.gather(*(self._call(peer) for peer in {**self._initial, **self._others} if peer not in known))
+        await asyncio.gather(*(self._call(peer) for peer in lost))
 
     async def _call(self, peer: PeerID) -> None:
         if (maddrs := self._initial.get(peer)) is not None:  # the addresses of others are the daemon's to remember

@@ -6,7 +6,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,11 +69,11 @@ def test_a_peer_that_is_joined_by_is_not_alone_after_its_restart(tiny_checkpoint
         bootstrap.close()
         bootstrap = SwarmNode(host_maddrs=maddrs, identity_path=path).start()
         deadline = time.monotonic() + 3 * MEETING_PERIOD
-        with SwarmNode([peer], host_maddrs=(), client_mode=True) as newcomer:
-            held: Callable[[], list] = lambda: newcomer.run(SwarmDirectory(newcomer.dht).servers(PREFIX, 4))
-            while not all(held()) and time.monotonic() < deadline:
+        with SwarmNode([peer], host_maddrs=(), client_mode=True).start() as newcomer:
+            directory = SwarmDirectory(newcomer.dht)
+            while not all(held := newcomer.run(directory.servers(PREFIX, 4))) and time.monotonic() < deadline:
                 time.sleep(0.5)
-            assert [list(servers) for servers in held()] == [[server.peer_id]] * 4
+            assert [list(servers) for servers in held] == [[server.peer_id]] * 4
     finally:
         server.stop()
         bootstrap.close()
