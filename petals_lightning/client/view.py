@@ -38,6 +38,7 @@ _DEFAULT_REQUEST_SECONDS, _MAX_REQUEST_SECONDS = 0.01, 10.0  # where a server sa
 _TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
 _MAX_BAN = 300.0
 _LIAR_BAN = 86400.0  # a server that two others have contradicted has had its chance
+_DOUBT = 60.0  # seconds that a server counts as slower whose stream is open, but whose record says that it is away
 _WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place of the one in use
 
 
@@ -84,6 +85,7 @@ class SwarmView:
         self._spans: dict[str, tuple[int, int]] = {}
         self._records: dict[str, ServerRecord] = {}
         self._misfits: dict[str, str] = {}
+        self._contradicted: set[str] = set()
         self._refusals: dict[str, str] = {}
         self._bans: dict[str, _Ban] = {}
         self._routes: dict[tuple[int, int], list[RouteSpan]] = {}
@@ -147,6 +149,14 @@ class SwarmView:
                 if end == block:  # a span is contiguous; blocks behind a gap are leftovers of an earlier one
                     spans[peer] = (first, block + 1)
                     records[peer] = record
+        # Anybody may store a record under another's id, or hide one. An open stream tells more, also when it ends.
+        streams = {
+            peer for peer, each in self._connections.items() if isinstance(each, PeerConnection) and each.is_open
+        }
+        trusted = streams & self._spans.keys()
+        self._contradicted = {peer for peer in trusted if spans.get(peer) != self._spans[peer]}
+        for peer in trusted:
+            spans[peer], records[peer] = self._spans[peer], self._records[peer]
         self._spans, self._records = spans, records
         self._forget_absent()
         self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
@@ -182,6 +192,7 @@ class SwarmView:
                     format_blocks(missing), self.dht_prefix, self.config.recovery_timeout,
                 )  # fmt: skip
             await asyncio.sleep(0.5)
+            await self.node.meet_again()
             await self.refresh()
 
     async def connection(self, peer: str) -> ServerConnection:
@@ -302,7 +313,9 @@ class SwarmView:
             connection = self._connections.get(peer)
             # One that does not answer pings may hang: until that is known, others are better.
             silence = connection.silence if connection is not None else 0.0
-            spans.append(ServerSpan(peer, start, end, hop + silence, tokens / rate))
+            # One that a record calls away may be leaving: others are better.
+            doubt = _DOUBT if peer in self._contradicted else 0.0
+            spans.append(ServerSpan(peer, start, end, hop + silence + doubt, tokens / rate))
         return spans
 
     def _may_be_used(self, peer: str) -> bool:

@@ -42,6 +42,7 @@ from petals_lightning.server.span import BlockSpan, SpanInputs
 from petals_lightning.server.trials import check_family, verify_sessions, verify_shared_prefix, verify_skipping
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
+from petals_lightning.swarm.hivemind_repairs import MAX_LIFETIME
 
 logger = logging.getLogger(__name__)
 
@@ -258,8 +259,8 @@ class Server:
         self._record = record
         self._announcer = asyncio.create_task(self._announce_forever(prefix, count, record))
 
-    async def _announce(self, prefix: str, count: int, record: ServerRecord) -> bool:
-        directory, lifetime = SwarmDirectory(self.node.dht), max(2 * self._update_period, 3.0)
+    async def _announce(self, prefix: str, count: int, record: ServerRecord, lifetime: float | None = None) -> bool:
+        directory, lifetime = SwarmDirectory(self.node.dht), lifetime or max(2 * self._update_period, 3.0)
         if record.state is ServerState.ONLINE:
             repository = None if self._checkpoint.is_local else self._checkpoint.name_or_path
             await directory.announce_model(ModelEntry(prefix, count, repository), lifetime)
@@ -277,7 +278,10 @@ class Server:
             self._backend.caches.expire()
             try:
                 # hivemind waits for ever for a daemon that has died
-                stored = await asyncio.wait_for(self._announce(prefix, count, record), max(self._update_period, 10.0))
+                async with asyncio.timeout(max(self._update_period, 10.0)):
+                    stored = await self._announce(prefix, count, record)
+                    if not stored:  # somebody has stored another record under this peer's id, which expires later
+                        stored = await self._announce(prefix, count, record, MAX_LIFETIME)
             except _DAEMON_ERRORS as e:  # or this task would end, and with it, unnoticed, the server's visibility
                 logger.debug("announcing failed", exc_info=e)
                 stored = False

@@ -7,10 +7,13 @@ import threading
 from typing import Any
 from uuid import UUID
 
+from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, get_dht_time
 
+MAX_LIFETIME = 3600.0  # seconds that a record may have before it: servers announce themselves every minute
 _MAX_DEPTH = 16
 
 
@@ -70,10 +73,16 @@ def bound_nesting() -> None:
 
 
 class ReadableRecords(RecordValidatorBase):
-    """Lets values be read as None that are no msgpack: with hivemind alone, one such value under a key hides all."""
+    """What this peer stores for others, and reads.
+
+    With hivemind alone one record hides a server for good, or all: the later expiration wins, a value without a subkey
+    takes the place of all that have one, and one that is no msgpack cannot be read. Here the first two are refused, and
+    the third is read as None.
+    """
 
     def validate(self, record: DHTRecord) -> bool:
-        return True
+        in_time = record.expiration_time <= get_dht_time() + MAX_LIFETIME + MAX_DHT_TIME_DISCREPANCY_SECONDS
+        return in_time and record.subkey != DHTProtocol.IS_REGULAR_VALUE
 
     def strip_value(self, record: DHTRecord) -> bytes:
         try:

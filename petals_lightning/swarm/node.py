@@ -25,13 +25,14 @@ from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.swarm.daemon import P2PDaemon
 from petals_lightning.swarm.hivemind_repairs import ReadableRecords, bound_nesting
-from petals_lightning.swarm.joining import ClockError, meet
+from petals_lightning.swarm.joining import Acquaintances, ClockError, meet
 from petals_lightning.swarm.public import is_public
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MEETING_PERIOD = 10.0  # seconds between looks for peers that were lost
 DEFAULT_HOST_MADDRS = ("/ip4/0.0.0.0/tcp/0",)
 
 
@@ -73,6 +74,8 @@ class SwarmNode:
         self._process = os.getpid()
         self._p2p: P2P | None = None
         self._dht: DHTNode | None = None
+        self._acquaintances: Acquaintances | None = None
+        self._meeting: asyncio.Task[None] | None = None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -200,6 +203,8 @@ class SwarmNode:
                 )
                 if self.initial_peers:
                     await meet(self._dht, self.initial_peers)
+            self._acquaintances = Acquaintances(self._p2p, self._dht, self.initial_peers)
+            self._meeting = asyncio.create_task(self._keep_meeting())
         except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:
             raise SwarmConnectionError(self._explain(e)) from e
 
@@ -228,7 +233,22 @@ class SwarmNode:
             )
         return f"cannot start a swarm node: {detail}"
 
+    async def meet_again(self) -> None:
+        """Looks for peers that this one has lost: its initial peers, and those that it met later."""
+        assert self._acquaintances is not None, "the node has not been started"
+        await self._acquaintances.meet_again()
+
+    async def _keep_meeting(self) -> None:
+        while True:
+            await asyncio.sleep(MEETING_PERIOD)
+            try:
+                await self.meet_again()
+            except (OSError, RuntimeError, P2PDaemonError) as e:
+                logger.info("peers that were lost could not be looked for: %s", e)
+
     async def _leave(self) -> None:
+        if self._meeting is not None:
+            self._meeting.cancel()
         try:
             if self._dht is not None:
                 await asyncio.wait_for(self._dht.shutdown(), 3)  # hangs if the daemon is dead
