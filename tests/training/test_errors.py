@@ -120,8 +120,8 @@ def test_a_wrong_setting_is_one_line(
 def test_what_lightning_refuses_is_one_line(
     arguments: str, message: str, main: Callable, text_model: Path, texts: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    arguments = arguments if "swarm=" in arguments else f"swarm=none {arguments}"
     with pytest.raises(SystemExit) as left:
-        arguments = arguments if "swarm=" in arguments else f"swarm=none {arguments}"
         main(f"recipe=sst2_ptune model.name={text_model} data.source={texts} logger=csv {arguments}")
     assert left.value.code == 1
     (said,) = capfd.readouterr().err.splitlines()
