@@ -146,7 +146,7 @@ def build_trainer(
         enable_progress_bar=bar is not None,
         use_distributed_sampler=False,
     )
-    if trainer.num_devices > 1:
+    if len(getattr(trainer.strategy, "parallel_devices", ())) > 1:
         raise ConfigurationError(
             f"trainer.devices={cfg.trainer.devices}: a run trains on 1 device here; set trainer.devices=1"
         )

@@ -166,6 +166,7 @@ def test_arguments_are_called_by_their_settings(said: str, meant: str, compose_r
     ("arguments", "message"),
     {
         "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches=0: must be at least 1",
+        "trainer.devices=3 swarm=local": "trainer.devices=3: a run trains on 1 device here",
         "trainer.devices=2": "trainer.devices=2: a run trains on 1 device here; set trainer.devices=1",
         "trainer.profiler=best": "it can only be one of ['simple', 'advanced', 'pytorch', 'xla']",
         "trainer.accelerator=warp": "invalid accelerator name: `accelerator='warp'`",
@@ -177,8 +178,9 @@ def test_arguments_are_called_by_their_settings(said: str, meant: str, compose_r
 def test_what_lightning_refuses_is_one_line(
     arguments: str, message: str, main: Callable, text_model: Path, texts: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    arguments = arguments if "swarm=" in arguments else f"swarm=none {arguments}"
     with pytest.raises(SystemExit) as left:
-        main(f"recipe=sst2_ptune swarm=none model.name={text_model} data.source={texts} logger=csv {arguments}")
+        main(f"recipe=sst2_ptune model.name={text_model} data.source={texts} logger=csv {arguments}")
     assert left.value.code == 1
     (said,) = capfd.readouterr().err.splitlines()
     assert said.startswith("error: ")
