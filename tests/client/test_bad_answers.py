@@ -137,14 +137,27 @@ def test_a_generation_goes_on_elsewhere(error, tiny_checkpoint, start_swarm):
     assert len(calls) == 1
 
 
-def test_ten_servers_without_room_do_not_keep_from_the_one_that_has(tiny_checkpoint, start_swarm):
+def test_servers_without_room_do_not_keep_from_one_that_has(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
-    swarm = start_swarm(checkpoint, [ALL] * 11)
-    model = load(swarm, max_retries=3)
-    full = Refusal(ErrorCode.OVERLOADED, "no room")
-    calls = [fails(server, "forward", full) for server in swarm.servers[:-1]]
+    swarm = start_swarm(checkpoint, [ALL] * 6)
+    model = load(swarm, max_retries=1, ban_period=30.0)
+    asked: set[str] = set()
+
+    def only_the_sixth(server: Server) -> Callable[..., Any]:
+        honest, peer = server.span.forward, server.node.peer_id.to_base58()
+
+        def forward(*args: Any) -> Any:
+            if peer not in asked and len(asked) < 5:
+                asked.add(peer)
+                raise Refusal(ErrorCode.OVERLOADED, "no room")
+            return honest(*args)
+
+        return forward
+
+    for server in swarm.servers:
+        server.span.forward = only_the_sixth(server)  # type: ignore[method-assign]
     assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
-    assert sum(map(len, calls)) >= 4
+    assert len(asked) == remote_blocks(model).stats.retries == 5
 
 
 def test_a_queue_that_never_moves_is_waited_for_no_longer_than_is_said(tiny_checkpoint, start_swarm):

@@ -45,12 +45,7 @@ def load_pair(checkpoint, swarm, mode: str | None = "deep_ptune", **config):
     classes = AutoDistributedModelForCausalLM, LocalModelForCausalLM
     if "swarm_token" not in config:
         config |= {"heartbeat_period": 0.25, "heartbeat_timeout": 1.0, "ban_period": 60.0}
-    original = swarm.load
-    swarm.load = lambda *args, **options: original(*args, client_config=ClientConfig(**config), **options)
-    try:
-        return pair(*classes, checkpoint, swarm, mode)
-    finally:
-        swarm.load = original
+    return pair(*classes, checkpoint, swarm, mode, client_config=ClientConfig(**config))
 
 
 def assert_trains_as_local(remote, local, between: Callable[[], None] = lambda: None) -> None:
