@@ -148,6 +148,7 @@ def test_a_continued_run_counts_the_whole(compose_run: Callable[..., DictConfig]
     assert summary["train/tokens"] == pytest.approx(1.5 * expected["train/tokens"], rel=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit")  # Lightning's own
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [("trainer.log_every_n_steps=0", 10), ("trainer.overfit_batches=2", 4), ("trainer.max_steps=7", 7)],
@@ -195,6 +196,7 @@ def test_without_a_best_checkpoint_the_last_weights_are_tested(
     assert json.loads((again / "summary.json").read_text())["test/loss"] == summary["test/loss"]
 
 
+@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")  # Lightning's own
 def test_callbacks_end_a_run_average_its_weights_and_save_more(
     compose_run: Callable[..., DictConfig], tmp_path: Path, capsys: Any
 ) -> None:
