@@ -30,6 +30,9 @@ from petals_lightning.models import trainable_state_dict
 from petals_lightning.modules import SequenceClassificationModule
 from tests.modules.test_sequence_classification import make_module
 
+# What Lightning advises on features that are used here on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 LR = 0.05
 
 
