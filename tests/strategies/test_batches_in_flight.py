@@ -229,6 +229,7 @@ class Rows(IterableDataset):
         return (self.samples[row] for row in range(len(self.samples)))
 
 
+@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")  # Lightning's own
 @pytest.mark.parametrize("length", ["known", "unknown"])
 def test_averaged_weights_are_what_is_validated(length: str, text_model, data, tmp_path, start_swarm: Start) -> None:
     swarm = start_swarm(text_model, [(0, 2), (2, 4)])
