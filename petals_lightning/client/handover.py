@@ -15,9 +15,21 @@ from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.server_connection import ServerConnection
 from petals_lightning.protocol.handover import STREAM_KEY_BYTES, Hop, make_permit
-from petals_lightning.protocol.messages import Message
+from petals_lightning.protocol.messages import ErrorCode, Message
 
 logger = logging.getLogger(__name__)
+
+SHOWN_DIRECTLY = {
+    code.value
+    for code in (
+        ErrorCode.NOT_HANDED_OVER,
+        ErrorCode.GRAPH_LOST,
+        ErrorCode.PROMPTS_LOST,
+        ErrorCode.BAD_REQUEST,
+        ErrorCode.INTERNAL,
+    )
+}
+"""Of these it is not known whose fault they are: of the server, of one before it, or of handing over."""
 
 _AVOID_PERIOD, _MAX_AVOID_PERIOD = 30.0, 600.0
 

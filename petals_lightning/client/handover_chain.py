@@ -19,7 +19,7 @@ import torch
 from petals_lightning.client.attempts import Attempts
 from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
-from petals_lightning.client.handover import Handover, Stage
+from petals_lightning.client.handover import SHOWN_DIRECTLY, Handover, Stage
 from petals_lightning.client.hedging import race
 from petals_lightning.client.legs import ChainGrads, ChainResult, Leg, MicroBatch
 from petals_lightning.client.stats import TransferStats
@@ -32,17 +32,6 @@ from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, 
 T = TypeVar("T")
 
 # What says nothing of the server itself: asked directly, it does what it is asked.
-_SHOWN_DIRECTLY = {
-    code.value
-    for code in (
-        ErrorCode.NOT_HANDED_OVER,
-        ErrorCode.GRAPH_LOST,
-        ErrorCode.PROMPTS_LOST,
-        ErrorCode.BAD_REQUEST,
-        ErrorCode.INTERNAL,
-    )
-}
-"""Of these it is not known whose fault they are: of the server, of one before it, or of handing over."""
 
 
 class HandoverChain:
@@ -236,7 +225,7 @@ class HandoverChain:
 
     def _note(self, failure: PeerFailure, legs: list[Leg], attempts: Attempts) -> None:
         """Whose failure it is. A wrong answer or request may be the fault of a server before: directly, that shows."""
-        if failure.code not in _SHOWN_DIRECTLY and not isinstance(failure, WrongResult):
+        if failure.code not in SHOWN_DIRECTLY and not isinstance(failure, WrongResult):
             own = next(leg for leg in legs if leg.peer == failure.peer)
             attempts.failed(failure, own.start, own.end)
             return

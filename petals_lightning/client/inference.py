@@ -15,6 +15,7 @@ from typing import Self
 import torch
 
 from petals_lightning.client.attempts import Attempts
+from petals_lightning.client.handover import SHOWN_DIRECTLY
 from petals_lightning.client.handover_step import hand_over_step, may_hand_over
 from petals_lightning.client.session_leg import SessionLeg
 from petals_lightning.client.stats import TransferStats
@@ -32,7 +33,6 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.swarm import SwarmNode
 
 _numbers = itertools.count(1)
-_SHOWN_DIRECTLY = {code.value for code in (ErrorCode.NOT_HANDED_OVER, ErrorCode.BAD_REQUEST, ErrorCode.INTERNAL)}
 
 
 class InferenceSession:
@@ -245,7 +245,7 @@ class InferenceSession:
     async def _after_handover(self, failure: PeerFailure, attempts: Attempts) -> None:
         """Whatever failed: the step is run again directly, by others where a server is lost."""
         # What one server says may be the fault of the one before it: sent directly, that shows.
-        if isinstance(failure, WrongResult) or failure.code in _SHOWN_DIRECTLY:
+        if isinstance(failure, WrongResult) or failure.code in SHOWN_DIRECTLY:
             self._view.handover.avoid(self.peers, failure)
             return
         index = next(number for number, leg in enumerate(self._legs) if leg.peer == failure.peer)

@@ -67,6 +67,9 @@ class Server:
         petals_only: offer Petals' methods and not our own stream method, as a Petals server does.
         share_prefix: run a prefix once for the batch, where the family allows it; False shows what that saves.
         on_shard: progress of loading.
+
+    Raises:
+        ConfigurationError: peers would not take the records that follow from `update_period`.
     """
 
     def __init__(
@@ -93,6 +96,11 @@ class Server:
         self._dht_prefix = check_dht_prefix(dht_prefix) if dht_prefix is not None else None
         self._device, self._dtype = torch.device(device), dtype
         self._public_name, self._throughput = public_name, throughput
+        if 2 * update_period > MAX_LIFETIME:
+            raise ConfigurationError(
+                f"update_period={update_period:g}: peers take no record that lasts for more than {MAX_LIFETIME:.0f} s, "
+                f"and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
+            )
         self._update_period, self._limits, self._on_shard = update_period, limits or ServerLimits(), on_shard
         self._rules, self._petals_only, self._share_prefix = rules or AccessRules(), petals_only, share_prefix
         self._compute: ComputeThread | None = None

@@ -11,9 +11,12 @@ import torch
 from hivemind.utils.timed_storage import get_dht_time
 
 from petals_lightning.client import ClientConfig
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.hf import Checkpoint
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.protocol.uids import block_uid
+from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmNode
 from petals_lightning.swarm.hivemind_repairs import MAX_LIFETIME
 from tests.families import NUM_BLOCKS
@@ -79,3 +82,9 @@ def test_a_hijacked_record_heals_with_an_announcement(tiny_checkpoint, start_swa
 
     server.node.run(announce())
     swarm.load(AutoDistributedModelForCausalLM, client_config=ClientConfig(recovery_timeout=1))(IDS)
+
+
+def test_an_update_period_whose_records_nobody_takes_is_refused(tiny_checkpoint):
+    checkpoint = Checkpoint(tiny_checkpoint("llama"))
+    with pytest.raises(ConfigurationError, match=r"update_period=3600: .* use at most 1800"):
+        Server(checkpoint, SwarmNode(host_maddrs=LOOPBACK), update_period=3600.0)
