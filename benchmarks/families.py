@@ -21,6 +21,7 @@ import logging
 import tempfile
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +78,6 @@ def main(
     known = families()
     if unknown := sorted(set(family or ()) - known.keys()):
         raise typer.BadParameter(f"{unknown[0]}: no decoder that transformers {transformers.__version__} knows")
-    logging.getLogger("petals_lightning").setLevel(logging.ERROR)
     print(_HEAD, flush=True)
     rows = []
     for name in family or known:
@@ -97,7 +97,7 @@ def check(family: str, auto_class: Any, show_errors: bool = False) -> Verdict:
         auto_class: that of transformers which makes it.
         show_errors: print the traceback of what goes wrong.
     """
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet_transformers():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet_transformers(), _errors_only():
         warnings.simplefilter("ignore")
         try:
             auto_class = _save(auto_class, tiny_config(family), folder)
@@ -115,6 +115,18 @@ def check(family: str, auto_class: Any, show_errors: bool = False) -> Verdict:
             if show_errors:
                 traceback.print_exc()
             return Verdict(family, FAILED, FAILED, f"{type(e).__name__}: {_short(e)}")
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keeps our own warnings out of the table: each family's refusal is in its row."""
+    ours = logging.getLogger("petals_lightning")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
 
 
 def _save(auto_class: Any, config: Any, folder: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -107,6 +108,7 @@ def test_families_are_exact_or_refused_with_a_reason(run: Run, tmp_path: Path) -
     )
     options = ["--page", str(page), "--beside", str(other)]
     rows = {row["family"]: row for row in run("families", COMMANDS["families"], *options)}
+    assert logging.getLogger("petals_lightning").level == logging.NOTSET  # as it was before
     found = {family: (row["training"], row["sessions"]) for family, row in rows.items()}
     assert found == {
         "llama": ("exact", "exact"), "gemma3": ("exact", "exact"), "qwen3_next": ("exact", "refused"),
