@@ -20,7 +20,7 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.checks import floating, typed
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.handover import Envelope, Hop, carried_tensors, new_stream_key, read_route, split_reply
-from petals_lightning.protocol.messages import ErrorCode, Message, Method
+from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import INT8_BLOCKWISE
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_PROMPTS = 8  # sets of deep prompts that one stream may have registered; a client needs one or two at a time
 _PROMPTS_PATIENCE = 10.0  # seconds that a request handed over waits for prompts that come from the client itself
+_MAX_FAREWELL = 2.0  # seconds that a client may take to read why its stream is refused
 _MAX_GIVEN_UP = 256  # cancelled calls that are remembered, for those that are still on their way through other servers
 
 Handler = Callable[[], Coroutine[Any, Any, Message]]
@@ -59,7 +60,7 @@ class Session:
             reserve=self._reserve,
             release=self._release_partial,
         )
-        self._writer = MessageWriter(writer)
+        self._stream, self._writer = reader, MessageWriter(writer)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._sizes: dict[asyncio.Task[None], int] = {}
         self._prompts: OrderedDict[int, torch.Tensor] = OrderedDict()
@@ -71,7 +72,7 @@ class Session:
         if account is None:
             limit = self._backend.limits.max_streams_per_client
             words = f"this client has {limit} streams open, which is the limit: close models that it needs no more"
-            await self._reply(0, Message(Method.ERROR, {"code": ErrorCode.OVERLOADED.value, "message": words}))
+            await self._refuse_stream(ErrorCode.OVERLOADED, words)
             self._writer.close()
             return
         self._account = account
@@ -81,7 +82,7 @@ class Session:
                 await self._dispatch(item[0], item[1])
         except ProtocolError as e:
             logger.warning("client …%s breaks the protocol: %s", self._peer[-6:], e)
-            await self._reply(0, Message(Method.ERROR, {"code": ErrorCode.BAD_REQUEST.value, "message": str(e)}))
+            await self._refuse_stream(ErrorCode.BAD_REQUEST, str(e))
         finally:
             del self._backend.sessions[self._number]
             tasks = list(self._tasks.values())
@@ -95,6 +96,18 @@ class Session:
             self._release(self._reserved)  # also of a message that broke the protocol
             self._has_ended = True
             self._backend.accounts.close_stream(self._peer)
+
+    async def _refuse_stream(self, code: ErrorCode, reason: str) -> None:
+        """Tells the client why its stream ends, and waits for it to close its end.
+
+        What it sends meanwhile is read and thrown away: a stream closed over unread bytes is reset by libp2p, and the
+        reason on its way is lost.
+        """
+        await self._reply(0, Message(Method.ERROR, {"code": code.value, "message": reason}))
+        with suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(_MAX_FAREWELL):
+                while await self._stream.read(CHUNK_BYTES):
+                    pass
 
     async def _dispatch(self, call_id: int, message: Message) -> None:
         if message.method is Method.AUTH:

@@ -62,7 +62,9 @@ def test_two_devices_are_refused_before_anything_starts(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path
 ) -> None:
     strategy = RemoteBlockStrategy(PrivateSwarm("/ip4/10.0.0.1/tcp/1/p2p/Qm"))
-    trainer = pl.Trainer(default_root_dir=str(tmp_path), strategy=strategy, accelerator="cpu", devices=2, logger=False)
+    trainer = pl.Trainer(
+        default_root_dir=str(tmp_path), strategy=strategy, accelerator="cpu", devices=2, max_epochs=1, logger=False
+    )
     with pytest.raises(ConfigurationError, match=r"^devices=2: the client runs on 1 device; set devices=1$"):
         trainer.fit(make_module(text_model), datamodule=data)
 
