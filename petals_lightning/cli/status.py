@@ -71,7 +71,7 @@ def _look(node: SwarmNode, prefixes: list[str] | None, num_blocks: int | None) -
     from petals_lightning.swarm import SwarmDirectory
     from petals_lightning.swarm.directory import ModelEntry
 
-    directory = SwarmDirectory(node.dht)
+    directory = SwarmDirectory(node)
     models = node.run(directory.models())
     for prefix in prefixes or ():
         if num_blocks is not None and prefix not in {entry.dht_prefix for entry in models}:

@@ -38,7 +38,6 @@ _DEFAULT_REQUEST_SECONDS, _MAX_REQUEST_SECONDS = 0.01, 10.0  # where a server sa
 _TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
 _MAX_BAN = 300.0
 _LIAR_BAN = 86400.0  # a server that two others have contradicted has had its chance
-_DOUBT = 60.0  # seconds that a server counts as slower whose stream is open, but whose record says that it is away
 _WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place of the one in use
 
 
@@ -81,11 +80,10 @@ class SwarmView:
         self.handover, self.paces = HandoverPolicy(config), Paces()
         self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
         self._window = sliding_window
-        self._directory = SwarmDirectory(node.dht)
+        self._directory = SwarmDirectory(node, config.swarm_token)
         self._spans: dict[str, tuple[int, int]] = {}
         self._records: dict[str, ServerRecord] = {}
         self._misfits: dict[str, str] = {}
-        self._contradicted: set[str] = set()
         self._refusals: dict[str, str] = {}
         self._bans: dict[str, _Ban] = {}
         self._routes: dict[tuple[int, int], list[RouteSpan]] = {}
@@ -141,22 +139,20 @@ class SwarmView:
         table = await self._directory.servers(self.dht_prefix, self.num_blocks)
         spans: dict[str, tuple[int, int]] = {}
         records: dict[str, ServerRecord] = {}
+        gone: set[str] = set()
         for block, found in enumerate(table):
             for peer, record in found.items():
                 if record.state is not ServerState.ONLINE:
+                    gone.add(peer)
                     continue
                 first, end = spans.get(peer, (block, block))
                 if end == block:  # a span is contiguous; blocks behind a gap are leftovers of an earlier one
                     spans[peer] = (first, block + 1)
                     records[peer] = record
-        # Anybody may store a record under another's id, or hide one. An open stream tells more, also when it ends.
-        streams = {
-            peer for peer, each in self._connections.items() if isinstance(each, PeerConnection) and each.is_open
-        }
-        trusted = streams & self._spans.keys()
-        self._contradicted = {peer for peer in trusted if spans.get(peer) != self._spans[peer]}
-        for peer in trusted:
-            spans[peer], records[peer] = self._spans[peer], self._records[peer]
+        # A directory without a record of a server proves nothing; an open stream does, also when it ends.
+        for peer, connection in self._connections.items():
+            if peer in self._spans and peer not in gone and peer not in spans and connection.is_open:
+                spans[peer], records[peer] = self._spans[peer], self._records[peer]
         self._spans, self._records = spans, records
         self._forget_absent()
         self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
@@ -313,9 +309,7 @@ class SwarmView:
             connection = self._connections.get(peer)
             # One that does not answer pings may hang: until that is known, others are better.
             silence = connection.silence if connection is not None else 0.0
-            # One that a record calls away may be leaving: others are better.
-            doubt = _DOUBT if peer in self._contradicted else 0.0
-            spans.append(ServerSpan(peer, start, end, hop + silence + doubt, tokens / rate))
+            spans.append(ServerSpan(peer, start, end, hop + silence, tokens / rate))
         return spans
 
     def _may_be_used(self, peer: str) -> bool:

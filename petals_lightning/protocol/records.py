@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -39,6 +39,7 @@ class ServerRecord:
         stream_version: version of our stream method, None on servers that offer only Petals' methods.
         hidden_size: H of the served model; None if the server does not say.
         cache_tokens_left: positions of one block that keys and values can still be kept of; None if not said.
+        num_blocks, repository: of the served model, which may be a private one; None if not said.
     """
 
     state: ServerState
@@ -53,6 +54,12 @@ class ServerRecord:
     hidden_size: int | None = None
     fingerprint: str | None = None
     cache_tokens_left: int | None = None
+    num_blocks: int | None = None
+    repository: str | None = None
+
+    def without_claims(self) -> ServerRecord:
+        """As if a Petals server said it: without what only a signed record can say."""
+        return replace(self, stream_version=None, hidden_size=None, fingerprint=None, num_blocks=None, repository=None)
 
     def to_value(self) -> tuple[int, float, dict[str, Any]]:
         """The value to store in the DHT."""
@@ -72,6 +79,8 @@ class ServerRecord:
                 "stream": self.stream_version,
                 "hidden_size": self.hidden_size,
                 "fingerprint": self.fingerprint,
+                "num_blocks": self.num_blocks,
+                "repository": self.repository,
             }
         return int(self.state), float(self.throughput), {k: v for k, v in extra.items() if v is not None}
 
@@ -113,6 +122,8 @@ class ServerRecord:
             hidden_size=_typed(ours, "hidden_size", int),
             fingerprint=_word(ours, "fingerprint"),
             cache_tokens_left=_typed(extra, "cache_tokens_left", int),
+            num_blocks=_typed(ours, "num_blocks", int),
+            repository=_word(ours, "repository"),
         )
 
 

@@ -42,7 +42,7 @@ from petals_lightning.server.span import BlockSpan, SpanInputs
 from petals_lightning.server.trials import check_family, verify_sessions, verify_shared_prefix, verify_skipping
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
-from petals_lightning.swarm.hivemind_repairs import MAX_LIFETIME
+from petals_lightning.swarm.record_keeping import MAX_LIFETIME
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,9 @@ class Server:
                 self._compute = None
             self.node.close()
 
+    def _directory(self) -> SwarmDirectory:
+        return SwarmDirectory(self.node, self._rules.token)
+
     def _check_span(self, start: int, end: int, count: int) -> None:
         if not 0 <= start < end <= count:
             raise ConfigurationError(
@@ -196,7 +199,7 @@ class Server:
         wanted = count if self._num_blocks is None else self._num_blocks
         if wanted < 1:
             raise ConfigurationError(f"num_blocks is {wanted}: a server holds at least one block")
-        table = self.node.run(SwarmDirectory(self.node.dht).servers(prefix, count))
+        table = self.node.run(self._directory().servers(prefix, count))
         held = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
         return thinnest_span(held, wanted)
 
@@ -242,6 +245,8 @@ class Server:
             stream_version=None if self._petals_only else STREAM_VERSION,
             hidden_size=span.hidden_size,
             fingerprint=self._checkpoint.fingerprint,
+            num_blocks=num_blocks(self._checkpoint.config),
+            repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
         )
 
     def _request_seconds(self, span: BlockSpan) -> float:
@@ -267,16 +272,13 @@ class Server:
         self._record = record
         self._announcer = asyncio.create_task(self._announce_forever(prefix, count, record))
 
-    async def _announce(self, prefix: str, count: int, record: ServerRecord, lifetime: float | None = None) -> bool:
-        directory, lifetime = SwarmDirectory(self.node.dht), lifetime or max(2 * self._update_period, 3.0)
+    async def _announce(self, prefix: str, count: int, record: ServerRecord) -> bool:
+        directory, lifetime = self._directory(), max(2 * self._update_period, 3.0)
         if record.state is ServerState.ONLINE:
-            repository = None if self._checkpoint.is_local else self._checkpoint.name_or_path
-            await directory.announce_model(ModelEntry(prefix, count, repository), lifetime)
-        assert record.start is not None
-        assert record.end is not None
+            await directory.announce_model(ModelEntry(prefix, count, record.repository), lifetime)
         assert self._backend is not None
         left = replace(record, cache_tokens_left=self._backend.cache_tokens_left)
-        return await directory.announce(prefix, left, range(record.start, record.end), lifetime)
+        return await directory.announce(prefix, left, lifetime)
 
     async def _announce_forever(self, prefix: str, count: int, record: ServerRecord) -> None:
         while True:
@@ -288,8 +290,6 @@ class Server:
                 # hivemind waits for ever for a daemon that has died
                 async with asyncio.timeout(max(self._update_period, 10.0)):
                     stored = await self._announce(prefix, count, record)
-                    if not stored:  # somebody has stored another record under this peer's id, which expires later
-                        stored = await self._announce(prefix, count, record, MAX_LIFETIME)
             except _DAEMON_ERRORS as e:  # or this task would end, and with it, unnoticed, the server's visibility
                 logger.debug("announcing failed", exc_info=e)
                 stored = False

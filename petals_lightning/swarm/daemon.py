@@ -21,11 +21,11 @@ from contextlib import suppress
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from hivemind.p2p import P2P, PeerID
-from hivemind.proto import crypto_pb2
+from hivemind.p2p import P2P
 from hivemind.utils.multiaddr import Multiaddr
 
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.protocol.identity import Identity
 from petals_lightning.swarm.guard import ProcessGuard
 from petals_lightning.swarm.hivemind_repairs import acknowledge_end, repair_unary_calls
 
@@ -77,10 +77,9 @@ class P2PDaemon:
             options["noListenAddrs"] = 1
         if announce_maddrs:
             options["announceAddrs"] = ",".join(announce_maddrs)
-        if identity_path is not None:
-            options["id"] = identity_path
         self._arguments = [f"-{name}={value}" for name, value in options.items()]
         self._identity_path, self._start_timeout = identity_path, start_timeout
+        self._identity: Identity | None = None
         self._last_lines: collections.deque[str] = collections.deque(maxlen=20)
         self._process: subprocess.Popen[str] | None = None
         self._guard: ProcessGuard | None = None
@@ -99,12 +98,16 @@ class P2PDaemon:
                 f"TMPDIR={folder}: its {len(os.fsencode(folder))} characters are too long for the socket that is made "
                 f"there, whose path may have {_LONGEST_SOCKET_PATH} in all; set TMPDIR to a shorter folder, e.g. /tmp"
             )
-        if self._identity_path is not None:
-            _check_identity(self._identity_path)
         self._guard = ProcessGuard()
+        if self._identity_path is None:
+            self._identity, path = Identity.new(), self._socket + ".id"
+            _write_key(path, self._identity.encoded)
+        else:
+            path = self._identity_path
+            self._identity = _read_identity(path)
         with as_file(files("hivemind.hivemind_cli") / "p2pd") as executable:
             self._process = subprocess.Popen(
-                [str(executable), *self._arguments],
+                [str(executable), *self._arguments, f"-id={path}"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -113,7 +116,7 @@ class P2PDaemon:
                 env={"GOLOG_LOG_LEVEL": "error", **os.environ},
                 start_new_session=True,
             )
-        self._guard.protect(self._process.pid, self._socket)
+        self._guard.protect(self._process.pid, self._socket, *([path] if self._identity_path is None else []))
         threading.Thread(target=self._drain_output, name="p2pd-log", daemon=True).start()
         deadline = asyncio.get_running_loop().time() + self._start_timeout
         while not os.path.exists(self._socket):
@@ -129,9 +132,15 @@ class P2PDaemon:
                 if self._process.poll() is not None or asyncio.get_running_loop().time() > deadline:
                     raise SwarmConnectionError(self.last_words()) from None
                 await asyncio.sleep(0.01)
+        self._forget_key()
         repair_unary_calls(self._p2p._client.control)
         self._guard.protect(self._process.pid, self._p2p._client_listen_maddr["unix"])
         return self._p2p
+
+    @property
+    def identity(self) -> Identity:
+        assert self._identity is not None, "the daemon has not been started"
+        return self._identity
 
     @property
     def is_alive(self) -> bool:
@@ -152,6 +161,13 @@ class P2PDaemon:
             self._guard.release()
         with suppress(FileNotFoundError):
             os.remove(self._socket)
+        self._forget_key()
+
+    def _forget_key(self) -> None:
+        """Removes the file of a throw-away key, which the daemon has read."""
+        if self._identity_path is None:
+            with suppress(FileNotFoundError):
+                os.remove(self._socket + ".id")
 
     def _drain_output(self) -> None:
         assert self._process is not None
@@ -167,8 +183,8 @@ class P2PDaemon:
         return re.sub(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ", "", said)
 
 
-def _check_identity(path: str) -> None:
-    """Makes an identity file that is missing.
+def _read_identity(path: str) -> Identity:
+    """The key in an identity file, which is made if it is missing.
 
     Raises:
         SwarmConnectionError: it can be neither read nor written.
@@ -176,15 +192,19 @@ def _check_identity(path: str) -> None:
     """
     try:
         if not os.path.exists(path):
-            P2P.generate_identity(path)
+            _write_key(path, Identity.new().encoded)
         key = Path(path).read_bytes()
     except OSError as e:
         raise SwarmConnectionError(f"cannot read or write the identity file {path!r}: {e.strerror or e}") from e
     try:
-        if crypto_pb2.PrivateKey.FromString(key).key_type == crypto_pb2.RSA:  # the kind that hivemind makes and reads
-            PeerID.from_identity(key)
-    except Exception as e:  # protobuf's, cryptography's and ValueError have no common base
+        return Identity(key)
+    except ValueError as e:
         raise ConfigurationError(
-            f"the identity file {path!r} holds no private key of libp2p: give the file that was made as one, or the "
-            "name of a file that does not exist yet, where a key will be made"
+            f"the identity file {path!r} holds {e}: give the file that was made as one, or the name of a file that "
+            "does not exist yet, where a key will be made"
         ) from e
+
+
+def _write_key(path: str, key: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
+        file.write(key)

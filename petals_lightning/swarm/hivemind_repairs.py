@@ -7,13 +7,9 @@ import threading
 from typing import Any
 from uuid import UUID
 
-from hivemind.dht.protocol import DHTProtocol
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.utils.serializer import MSGPackSerializer
-from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, get_dht_time
 
-MAX_LIFETIME = 3600.0  # seconds that a record may have before it: servers announce themselves every minute
 _MAX_DEPTH = 16
 
 
@@ -70,23 +66,3 @@ def bound_nesting() -> None:
 
     bounded.is_bounded = True  # type: ignore[attr-defined]
     MSGPackSerializer._decode_ext_types = bounded  # type: ignore[method-assign]
-
-
-class ReadableRecords(RecordValidatorBase):
-    """What this peer stores for others, and reads.
-
-    With hivemind alone one record hides a server for good, or all: the later expiration wins, a value without a subkey
-    takes the place of all that have one, and one that is no msgpack cannot be read. Here the first two are refused, and
-    the third is read as None.
-    """
-
-    def validate(self, record: DHTRecord) -> bool:
-        in_time = record.expiration_time <= get_dht_time() + MAX_LIFETIME + MAX_DHT_TIME_DISCREPANCY_SECONDS
-        return in_time and record.subkey != DHTProtocol.IS_REGULAR_VALUE
-
-    def strip_value(self, record: DHTRecord) -> bytes:
-        try:
-            MSGPackSerializer.loads(record.value)
-        except Exception:  # msgpack documents no common base for what malformed input can raise
-            return MSGPackSerializer.dumps(None)
-        return record.value

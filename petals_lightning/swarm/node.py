@@ -23,10 +23,12 @@ from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.protocol.identity import Identity
 from petals_lightning.swarm.daemon import P2PDaemon
-from petals_lightning.swarm.hivemind_repairs import ReadableRecords, bound_nesting
+from petals_lightning.swarm.hivemind_repairs import bound_nesting
 from petals_lightning.swarm.joining import Acquaintances, ClockError, meet
 from petals_lightning.swarm.public import is_public
+from petals_lightning.swarm.record_keeping import RecordRules, keep_records_carefully
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,11 @@ class SwarmNode:
     @property
     def peer_id(self) -> PeerID:
         return self.p2p.peer_id
+
+    @property
+    def identity(self) -> Identity:
+        """The private key that the peer id follows from."""
+        return self._daemon.identity
 
     def start(self) -> SwarmNode:
         """Joins the swarm.
@@ -195,11 +202,12 @@ class SwarmNode:
 
     async def _join(self) -> None:
         bound_nesting()
+        keep_records_carefully()
         try:
             self._p2p = await self._daemon.start()
             async with asyncio.timeout(self._connect_timeout):
                 self._dht = await DHTNode.create(
-                    self._p2p, client_mode=self._client_mode, record_validator=ReadableRecords()
+                    self._p2p, client_mode=self._client_mode, record_validator=RecordRules()
                 )
                 if self.initial_peers:
                     await meet(self._dht, self.initial_peers)

@@ -101,7 +101,7 @@ def serve(checkpoint: Path, *extra: str) -> list[str]:
 
 
 def records(node: SwarmNode) -> list[dict[str, ServerRecord]]:
-    return node.run(SwarmDirectory(node.dht).servers(PREFIX, NUM_BLOCKS))
+    return node.run(SwarmDirectory(node).servers(PREFIX, NUM_BLOCKS))
 
 
 def test_a_server_announces_itself_and_leaves_in_order(run, join, tiny_checkpoint):

@@ -18,7 +18,7 @@ from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.protocol.uids import block_uid
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmNode
-from petals_lightning.swarm.hivemind_repairs import MAX_LIFETIME
+from petals_lightning.swarm.record_keeping import MAX_LIFETIME
 from tests.families import NUM_BLOCKS
 from tests.swarms import LOOPBACK, PREFIX, InProcessSwarm
 

@@ -279,7 +279,7 @@ def test_an_answer_of_another_shape_is_a_failure_of_the_server(calls, server, co
 
 
 def test_the_recorded_record_is_read(server):
-    directory = SwarmDirectory(server[1].dht)
+    directory = SwarmDirectory(server[1])
     (listed,) = server[1].run(directory.models())
     table = server[1].run(directory.servers(PREFIX, listed.num_blocks))
     assert len(table) == NUM_BLOCKS

@@ -63,7 +63,7 @@ def test_serve_petals_only(tiny_checkpoint):
     try:
         server.wait_ready()
         with closing(SwarmNode([server.maddr], host_maddrs=(), client_mode=True).start()) as node:
-            (found,) = node.run(SwarmDirectory(node.dht).servers(PREFIX, 1))
+            (found,) = node.run(SwarmDirectory(node).servers(PREFIX, 1))
             assert found[server.peer_id].stream_version is None
             caller, hidden = PetalsCaller(node, server.peer_id), torch.randn(1, 2, HIDDEN)
             assert caller.forward(PetalsForward(PREFIX, 0, NUM_BLOCKS, hidden)).shape == hidden.shape
@@ -76,7 +76,7 @@ def test_serve_petals_only(tiny_checkpoint):
 def test_private_models_are_served_and_not_listed(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)], prefix="_secret")
     with closing(SwarmNode(swarm.initial_peers, host_maddrs=(), client_mode=True).start()) as node:
-        assert node.run(SwarmDirectory(node.dht).models()) == []
+        assert node.run(SwarmDirectory(node).models()) == []
         caller, hidden = PetalsCaller(node, peer_id(swarm.servers[0])), torch.randn(1, 2, HIDDEN)
         assert caller.forward(PetalsForward("_secret", 0, 1, hidden)).shape == hidden.shape
 

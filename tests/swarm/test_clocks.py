@@ -99,7 +99,7 @@ def test_the_public_network_is_called_by_its_name(ahead: str, monkeypatch: pytes
 @pytest.mark.parametrize("client_mode", [False, True])
 def test_one_peer_with_a_right_clock_is_enough(first: str, client_mode: bool, ahead: str, right: SwarmNode) -> None:
     peer = right.peer_id.to_base58()
-    assert right.run(SwarmDirectory(right.dht).announce("m", RECORD, [0], 60))
+    assert right.run(SwarmDirectory(right).announce("m", RECORD, 60))
     peers = [ahead, *right.visible_maddrs()] if first == "wrong" else [*right.visible_maddrs(), ahead]
     with SwarmNode(peers, host_maddrs=() if client_mode else LOOPBACK, client_mode=client_mode).start() as node:
-        assert node.run(SwarmDirectory(node.dht).servers("m", 1)) == [{peer: RECORD}]
+        assert node.run(SwarmDirectory(node).servers("m", 2)) == [{peer: RECORD}] * 2

@@ -70,7 +70,7 @@ def test_a_peer_that_is_joined_by_is_not_alone_after_its_restart(tiny_checkpoint
         bootstrap = SwarmNode(host_maddrs=maddrs, identity_path=path).start()
         deadline = time.monotonic() + 3 * MEETING_PERIOD
         with SwarmNode([peer], host_maddrs=(), client_mode=True).start() as newcomer:
-            directory = SwarmDirectory(newcomer.dht)
+            directory = SwarmDirectory(newcomer)
             while not all(held := newcomer.run(directory.servers(PREFIX, 4))) and time.monotonic() < deadline:
                 time.sleep(0.5)
             assert [list(servers) for servers in held] == [[server.peer_id]] * 4

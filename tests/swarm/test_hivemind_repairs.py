@@ -86,7 +86,7 @@ def test_a_record_that_cannot_be_read_neither_ends_a_reader_nor_hides_others():
         closing(SwarmNode(holder.visible_maddrs(), host_maddrs=(), client_mode=True).start()) as attacker,
         closing(SwarmNode(holder.visible_maddrs(), host_maddrs=(), client_mode=True).start()) as reader,
     ):
-        assert holder.run(SwarmDirectory(holder.dht).announce("m", record, [0], 60))
+        assert holder.run(SwarmDirectory(holder).announce("m", record, 60))
 
         async def store(value: bytes, subkey: str) -> None:
             key, expires = DHTID.generate(source="m.0"), get_dht_time() + 60
@@ -98,7 +98,7 @@ def test_a_record_that_cannot_be_read_neither_ends_a_reader_nor_hides_others():
             found = node.run(node.dht.get("m.0", latest=True)).value
             assert {"Qm1", "Qm2"} < set(found)
             assert found["Qm1"].value is found["Qm2"].value is None
-            assert node.run(SwarmDirectory(node.dht).servers("m", 1)) == [{holder.peer_id.to_base58(): record}]
+            assert node.run(SwarmDirectory(node).servers("m", 1)) == [{holder.peer_id.to_base58(): record}]
 
 
 class _Bytes:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,14 @@ def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> bool:
 
 
 def read(node: SwarmNode, prefix: str = "m", num_blocks: int = 3) -> list[dict[str, ServerRecord]]:
-    return node.run(SwarmDirectory(node.dht).servers(prefix, num_blocks))
+    return node.run(SwarmDirectory(node).servers(prefix, num_blocks))
 
 
 def test_a_record_is_seen_by_other_peers(start_node):
     server = start_node()
     client = start_node(*server.visible_maddrs(), host_maddrs=(), client_mode=True)
-    directory = SwarmDirectory(server.dht)
-    assert server.run(directory.announce("m", RECORD, range(2), 60))
+    directory = SwarmDirectory(server)
+    assert server.run(directory.announce("m", RECORD, 60))
     peer = server.peer_id.to_base58()
     for node in (server, client):
         assert read(node) == [{peer: RECORD}, {peer: RECORD}, {}]
@@ -92,29 +93,29 @@ def test_two_servers_of_a_block_are_both_seen(start_node):
     first = start_node()
     second = start_node(*first.visible_maddrs())
     for node in (first, second):
-        assert node.run(SwarmDirectory(node.dht).announce("m", RECORD, [1], 60))
+        assert node.run(SwarmDirectory(node).announce("m", RECORD, 60))
     assert set(read(first)[1]) == set(read(second)[1]) == {first.peer_id.to_base58(), second.peer_id.to_base58()}
 
 
 def test_a_later_record_takes_the_place_of_an_earlier_one(start_node):
     node = start_node()
-    directory = SwarmDirectory(node.dht)
-    offline = ServerRecord(ServerState.OFFLINE, 0.0)
-    node.run(directory.announce("m", RECORD, [0], 60))
-    node.run(directory.announce("m", offline, [0], 61))
+    directory = SwarmDirectory(node)
+    offline = replace(RECORD, state=ServerState.OFFLINE)
+    node.run(directory.announce("m", RECORD, 60))
+    node.run(directory.announce("m", offline, 61))
     assert list(read(node)[0].values()) == [offline]
 
 
 def test_a_record_expires(start_node):
     node = start_node()
-    node.run(SwarmDirectory(node.dht).announce("m", RECORD, [0], 1.0))
+    node.run(SwarmDirectory(node).announce("m", RECORD, 1.0))
     assert read(node)[0]
     assert eventually(lambda: not read(node)[0])
 
 
 def test_models_are_listed_unless_private(start_node):
     node = start_node()
-    directory = SwarmDirectory(node.dht)
+    directory = SwarmDirectory(node)
     shown, private = ModelEntry("shown", 4, "org/shown"), ModelEntry("_private", 4, None)
     assert node.run(directory.announce_model(shown, 60))
     assert node.run(directory.announce_model(private, 60))
@@ -123,17 +124,18 @@ def test_models_are_listed_unless_private(start_node):
 
 def test_whatever_else_peers_store_is_passed_over(start_node):
     node = start_node()
-    directory = SwarmDirectory(node.dht)
+    directory = SwarmDirectory(node)
 
     def store(key: str, subkey: object, value: object) -> None:
         node.run(node.dht.store(key, subkey=subkey, value=value, expiration_time=get_dht_time() + 60))
 
     for subkey, value in [("no peer id!", RECORD.to_value()), (5, RECORD.to_value()), (STRANGER, "nonsense")]:
         store("m.0", subkey, value)
-    assert node.run(directory.announce("m", RECORD, [0], 60))
-    store("m.1", None, {"a": 1})
-    store("m.2", None, RECORD.to_value())
-    assert read(node) == [{node.peer_id.to_base58(): RECORD}, {}, {}]
+    assert node.run(directory.announce("m", RECORD, 60))
+    store("m.2", None, {"a": 1})
+    store("m.3", None, RECORD.to_value())
+    peer = node.peer_id.to_base58()
+    assert read(node, num_blocks=4) == [{peer: RECORD}, {peer: RECORD}, {}, {}]
     entries: list[tuple[str, Any]] = [
         ("a", 3),
         ("b", {"num_blocks": "4"}),
@@ -150,7 +152,7 @@ def test_whatever_else_peers_store_is_passed_over(start_node):
 def test_a_list_of_models_of_another_kind_is_passed_over(start_node):
     node = start_node()
     node.run(node.dht.store(MODELS_KEY, value={"a": {"num_blocks": 1}}, expiration_time=get_dht_time() + 60))
-    assert node.run(SwarmDirectory(node.dht).models()) == []
+    assert node.run(SwarmDirectory(node).models()) == []
 
 
 def test_an_identity_file_keeps_the_peer_id(start_node, tmp_path):

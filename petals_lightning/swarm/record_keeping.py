@@ -1,0 +1,172 @@
+"""What this peer keeps of the DHT's records for others, and what it believes of those that others keep.
+
+hivemind's `DHTProtocol` takes any record of anybody until its expiration, which anybody may set. The later expiration
+wins, a value without a subkey takes the place of all that have one, and one record that a validator refuses makes the
+answer of a peer worthless that holds a thousand others. Here the rules are narrower.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import Any
+
+import hivemind.dht.node
+from hivemind.dht.protocol import DHTProtocol as HivemindProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import P2PContext
+from hivemind.proto import dht_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, get_dht_time
+
+from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, SignedRecord, signed_key
+
+MAX_LIFETIME = 3600.0  # seconds that a record may have before it: servers announce themselves every minute
+MAX_RECORD_BYTES = 16 << 10  # of one record; servers' have some hundred
+MAX_KEY_BYTES = 1 << 20  # of all records under one key; libp2p carries answers of 4 MiB at most
+MAX_PEER_BYTES = 8 << 20  # of all records that one peer has stored here
+MAX_BYTES = 64 << 20  # of all records kept for others
+_CHECKED_KEPT = 4096  # signatures that need not be checked again
+"""Budgets of memory. `_Storage` counts values and keys; Python's objects around them take about as much again."""
+
+
+class RecordRules(RecordValidatorBase):
+    """Which records are kept for others, and believed.
+
+    None lasts for more than an hour, none is large, none is without a subkey (such a one hides all others of its key);
+    one that says that it is signed must be. One that is no msgpack is read as None.
+    """
+
+    def __init__(self) -> None:
+        self._checked: OrderedDict[DHTRecord, bool] = OrderedDict()
+
+    def validate(self, record: DHTRecord) -> bool:
+        if record.expiration_time > get_dht_time() + MAX_LIFETIME + MAX_DHT_TIME_DISCREPANCY_SECONDS:
+            return False
+        if record.subkey == HivemindProtocol.IS_REGULAR_VALUE or len(record.value) > MAX_RECORD_BYTES:
+            return False
+        subkey = _loads(record.subkey)
+        if not (isinstance(subkey, str) and subkey.startswith(SUBKEY_PREFIX)):
+            return True
+        if record not in self._checked:
+            self._checked[record] = _is_signed(record, subkey.removeprefix(SUBKEY_PREFIX))
+            if len(self._checked) > _CHECKED_KEPT:
+                self._checked.popitem(last=False)
+        return self._checked[record]
+
+    def strip_value(self, record: DHTRecord) -> bytes:
+        return record.value if _loads(record.value) is not None else MSGPackSerializer.dumps(None)
+
+
+def _loads(data: bytes) -> Any:
+    try:
+        return MSGPackSerializer.loads(data)
+    except Exception:  # msgpack documents no common base for what malformed input can raise
+        return None
+
+
+def _is_signed(record: DHTRecord, peer: str) -> bool:
+    try:
+        signed = SignedRecord.open(_loads(record.value), peer)
+    except ProtocolError:
+        return False
+    key = DHTID.generate(source=signed_key(signed.dht_prefix)).to_bytes()
+    return signed.expires == record.expiration_time and key == record.key
+
+
+class DHTProtocol(HivemindProtocol):
+    """hivemind's, with bounded memory. Its methods' names on the wire begin with the class's name, so it keeps that."""
+
+    storage: _Storage
+
+    @classmethod
+    async def create(cls, *args: Any, **kwargs: Any) -> DHTProtocol:
+        self = await super().create(*args, **kwargs)
+        self.storage, self.cache = _Storage(), _Storage(self.cache.maxsize)
+        return self
+
+    async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
+        # Nothing is awaited between here and the last record's place in the storage.
+        self.storage.sender = self.cache.sender = context.remote_id.to_base58()
+        try:
+            return await super().rpc_store(request, context)
+        finally:
+            self.storage.sender = self.cache.sender = None
+
+    def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue) -> bool:
+        """Takes out the records that may not be kept, and takes the others."""
+        with dictionary.freeze():
+            refused = [
+                subkey
+                for subkey, (value, expiration_time) in dictionary.items()
+                if not self._validate_record(key_bytes, self.serializer.dumps(subkey), value, expiration_time)
+            ]
+            for subkey in refused:
+                del dictionary[subkey]
+        return True
+
+
+class _Storage(DHTLocalStorage):
+    """A storage that takes no new record beyond its budgets; one that is there can always be renewed.
+
+    Attributes:
+        sender: who stores now; None: this peer itself, which has no budget.
+    """
+
+    def __init__(self, maxsize: float | None = None):
+        super().__init__(maxsize)
+        self.sender: str | None = None
+        self._senders: dict[tuple[DHTID, Any], str] = {}
+        self._by_sender: Counter[str] = Counter()
+        self._counted_at = 0.0
+
+    def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
+        held = self.get(key)
+        records = held.value if held is not None and isinstance(held.value, DictionaryDHTValue) else None
+        known = records.get(subkey) if records is not None else None
+        if known is not None and known.expiration_time >= expiration_time:
+            return False  # hivemind refuses it, too, and then forgets the known one at the time of the other
+        if self.sender is None or known is not None:
+            return super().store_subkey(key, subkey, value, expiration_time)
+        size = _size(subkey, value)
+        if records is not None and size + sum(len(item.value) for _, item in records.items()) > MAX_KEY_BYTES:
+            return False
+        if not self._has_room(size) and not self._has_room(size, count=True):
+            return False
+        if not super().store_subkey(key, subkey, value, expiration_time):
+            return False
+        self._senders[key, subkey] = self.sender
+        self._by_sender[self.sender] += size
+        return True
+
+    def _has_room(self, size: int, *, count: bool = False) -> bool:
+        """Whether this many bytes more are within the sender's budget and that of all.
+
+        The sums only grow as records come; `count` makes them what is still there, once a second at most.
+        """
+        if count:
+            if get_dht_time() < self._counted_at + 1:
+                return False
+            self._count()
+        assert self.sender is not None
+        return self._by_sender[self.sender] + size <= MAX_PEER_BYTES and self._by_sender.total() + size <= MAX_BYTES
+
+    def _count(self) -> None:
+        senders, self._senders, self._by_sender = self._senders, {}, Counter()
+        for key, item in self.items():
+            for subkey, (value, _) in item.value.items() if isinstance(item.value, DictionaryDHTValue) else ():
+                if (sender := senders.get((key, subkey))) is not None:
+                    self._senders[key, subkey] = sender
+                    self._by_sender[sender] += _size(subkey, value)
+        self._counted_at = get_dht_time()
+
+
+def _size(subkey: Any, value: bytes) -> int:
+    return len(value) + len(MSGPackSerializer.dumps(subkey)) + DHTID.HASH_NBYTES
+
+
+def keep_records_carefully() -> None:
+    """Makes every `DHTNode` of this process use these rules and budgets."""
+    hivemind.dht.node.DHTProtocol = DHTProtocol  # type: ignore[misc]
