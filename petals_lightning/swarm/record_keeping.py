@@ -18,7 +18,7 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2PContext
 from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer
-from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, get_dht_time
+from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, TimedStorage, get_dht_time
 
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, SignedRecord, signed_key
@@ -128,6 +128,9 @@ class _Storage(DHTLocalStorage):
         known = records.get(subkey) if records is not None else None
         if known is not None and known.expiration_time >= expiration_time:
             return False  # hivemind refuses it, too, and then forgets the known one at the time of the other
+        if records is not None:
+            _forget_ghosts(records)
+        _forget_ghosts(self)
         if self.sender is None or known is not None:
             return super().store_subkey(key, subkey, value, expiration_time)
         size = _size(subkey, value)
@@ -161,6 +164,12 @@ class _Storage(DHTLocalStorage):
                     self._senders[key, subkey] = sender
                     self._by_sender[sender] += _size(subkey, value)
         self._counted_at = get_dht_time()
+
+
+def _forget_ghosts(storage: TimedStorage[Any, Any]) -> None:
+    """Each renewal leaves an entry in the heap until its time has come; one peer could leave millions."""
+    if len(storage.expiration_heap) > 4 * len(storage.data) + 1024:
+        storage.expiration_heap = sorted(storage.key_to_heap.values())  # a sorted list is a heap
 
 
 def _size(subkey: Any, value: bytes) -> int:

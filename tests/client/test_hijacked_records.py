@@ -132,8 +132,8 @@ def test_nobody_signs_for_a_server(kind, tiny_checkpoint, start_swarm):
                 storage, raw = stranger.dht.protocol.storage, MSGPackSerializer.dumps(value)
                 storage.clear()
                 assert storage.store_subkey(DHTID.generate(source=key), subkey, raw, expires)
-            found = reader.run(SwarmDirectory(reader).servers(PREFIX, NUM_BLOCKS))
-            assert [records[peer].state for records in found] == [ServerState.ONLINE] * NUM_BLOCKS, value
+            found = reader.run(SwarmDirectory(reader).signed_servers(PREFIX))
+            assert {peer: record.state for peer, record in found.items()} == {peer: ServerState.ONLINE}, value
 
 
 def test_an_earlier_announcement_that_is_stored_again_ends_nothing(tiny_checkpoint, start_swarm):
