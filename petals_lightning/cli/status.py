@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,9 +23,10 @@ from petals_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from petals_lightning.protocol.records import ServerRecord
-    from petals_lightning.swarm import SwarmNode
+    from petals_lightning.swarm import SwarmDirectory, SwarmNode
     from petals_lightning.swarm.directory import ModelEntry
 
+_LOOK_SECONDS = 15.0  # for models that no server signs for
 _PING_TIMEOUT = 5.0  # seconds
 _NUMBERS = {"requests/s": 10, "tokens/s\na block": 8, "cache\nleft": 9, "ms": 6}
 """Columns of numbers, and how many characters each has: with these a table is readable on 80."""
@@ -68,24 +72,48 @@ def status(
 
 
 def _look(node: SwarmNode, prefixes: list[str] | None, num_blocks: int | None) -> list[dict[str, Any]]:
+    """What is known of the models; of a long list, of those first that servers sign for: anybody may list any name."""
     from petals_lightning.swarm import SwarmDirectory
     from petals_lightning.swarm.directory import ModelEntry
 
     directory = SwarmDirectory(node)
-    models = node.run(directory.models())
+    models = {entry.dht_prefix: entry for entry in node.run(directory.models())}
     for prefix in prefixes or ():
-        if num_blocks is not None and prefix not in {entry.dht_prefix for entry in models}:
-            models.append(ModelEntry(prefix, num_blocks, None))
+        if num_blocks is not None:
+            models.setdefault(prefix, ModelEntry(prefix, num_blocks, None))
     if prefixes:
-        models = [entry for entry in models if entry.dht_prefix in prefixes]
-    found = []
-    for entry in models:
-        described = _describe(entry, node.run(directory.servers(entry.dht_prefix, entry.num_blocks)))
-        trips = node.run(_round_trips(node, described))
-        for server in described["servers"]:
-            server["round_trip"] = trips[server["peer_id"]]
-        found.append(described)
+        models = {prefix: entry for prefix, entry in models.items() if prefix in prefixes}
+    signed = node.run(directory.signed_servers(*models))
+    entries = sorted(models.values(), key=lambda entry: (not signed[entry.dht_prefix], entry.dht_prefix))
+    found: list[dict[str, Any]] = []
+    enough = time.monotonic() + _LOOK_SECONDS
+    for entry in entries:
+        if time.monotonic() > enough and not signed[entry.dht_prefix]:
+            words = (
+                f"{len(entries)} models are listed; these are {len(found)} of them (--dht-prefix NAME shows another)"
+            )
+            print(words, file=sys.stderr)
+            break
+        entry = _as_signed(entry, list(signed[entry.dht_prefix].values()))
+        found.append(node.run(_look_at(node, directory, entry)))
     return found
+
+
+def _as_signed(entry: ModelEntry, records: list[ServerRecord]) -> ModelEntry:
+    """The model as most of its servers describe it, if any signs."""
+    said = Counter((record.num_blocks, record.repository) for record in records if record.num_blocks is not None)
+    if not said:
+        return entry
+    ((num_blocks, repository), _), *_ = said.most_common(1)
+    return replace(entry, num_blocks=num_blocks, repository=repository)
+
+
+async def _look_at(node: SwarmNode, directory: SwarmDirectory, entry: ModelEntry) -> dict[str, Any]:
+    described = _describe(entry, await directory.servers(entry.dht_prefix, entry.num_blocks))
+    trips = await _round_trips(node, described)
+    for server in described["servers"]:
+        server["round_trip"] = trips[server["peer_id"]]
+    return described
 
 
 def _describe(entry: ModelEntry, table: list[dict[str, ServerRecord]]) -> dict[str, Any]:

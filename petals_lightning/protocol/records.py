@@ -17,6 +17,8 @@ from petals_lightning.protocol.checks import printable
 
 STREAM_VERSION = 1
 MAX_WORD_LENGTH = 64
+MAX_NAME_LENGTH = 200  # of a model or a repository
+MAX_BLOCKS = 512  # of a model that a stranger lists; the largest have 126 blocks today
 _MIN_SPEED = 1e-3  # tokens a second; times computed from less could be infinite
 
 
@@ -106,6 +108,7 @@ class ServerRecord:
         start, end = _typed(extra, "start_block", int), _typed(extra, "end_block", int)
         if start is None or end is None or not 0 <= start < end:
             start = end = None
+        count = _typed(ours, "num_blocks", int)
         speed = _typed(extra, "forward_rps", (int, float))
         if speed is not None and not _MIN_SPEED <= speed <= sys.float_info.max:
             speed = None
@@ -122,8 +125,8 @@ class ServerRecord:
             hidden_size=_typed(ours, "hidden_size", int),
             fingerprint=_word(ours, "fingerprint"),
             cache_tokens_left=_typed(extra, "cache_tokens_left", int),
-            num_blocks=_typed(ours, "num_blocks", int),
-            repository=_word(ours, "repository"),
+            num_blocks=count if count is not None and 0 < count <= MAX_BLOCKS else None,
+            repository=_word(ours, "repository", MAX_NAME_LENGTH),
         )
 
 
@@ -132,6 +135,6 @@ def _typed(source: dict[Any, Any], key: str, kind: type | tuple[type, ...]) -> A
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
 
 
-def _word(source: dict[Any, Any], key: str) -> str | None:
+def _word(source: dict[Any, Any], key: str, longest: int = MAX_WORD_LENGTH) -> str | None:
     value = _typed(source, key, str)
-    return (printable(value, MAX_WORD_LENGTH) or None) if value is not None else None
+    return (printable(value, longest) or None) if value is not None else None

@@ -13,7 +13,7 @@ from hivemind.utils.timed_storage import get_dht_time
 
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.checks import printable
-from petals_lightning.protocol.records import ServerRecord
+from petals_lightning.protocol.records import MAX_BLOCKS, MAX_NAME_LENGTH, ServerRecord
 from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, SignedRecord, signed_key
 from petals_lightning.protocol.uids import MODELS_KEY, block_uid
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from petals_lightning.swarm.node import SwarmNode
 
 logger = logging.getLogger(__name__)
-
-MAX_BLOCKS, MAX_NAME_LENGTH = 4096, 200  # of a model that a stranger lists; the largest have 126 blocks today
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,8 @@ class SwarmDirectory:
         what Petals' servers say.
         """
         # Two calls: strangers who fill a block's key must not keep the answer about signed records from coming.
-        signed, table = await asyncio.gather(self.signed_servers(prefix), self._listed(prefix, num_blocks))
+        found, table = await asyncio.gather(self.signed_servers(prefix), self._listed(prefix, num_blocks))
+        signed = found[prefix]
         for block, records in enumerate(table):
             for peer in records.keys() & signed.keys():
                 del records[peer]
@@ -104,23 +103,25 @@ class SwarmDirectory:
                     records[peer] = record
         return table
 
-    async def signed_servers(self, prefix: str) -> dict[str, ServerRecord]:
-        """What our servers of a model say of themselves."""
-        key = signed_key(prefix)
-        found = (await self._dht.get_many([key], sufficient_expiration_time=math.inf))[key]
-        records = {}
-        for subkey, item in _entries(found):
-            peer = str(subkey).removeprefix(SUBKEY_PREFIX)
-            try:
-                signed = SignedRecord.open(item.value, peer)
-            except ProtocolError as e:
-                logger.debug("skipping a record of %s: %s", key, e)
-                continue
-            if signed.dht_prefix != prefix or signed.expires < get_dht_time():
-                continue
-            if self._token is None or signed.is_of_swarm(self._token, peer):
-                records[peer] = signed.record
-        return records
+    async def signed_servers(self, *prefixes: str) -> dict[str, dict[str, ServerRecord]]:
+        """What our servers say of themselves, for each of these models."""
+        keys = {signed_key(prefix): prefix for prefix in prefixes}
+        found = await self._dht.get_many(list(keys), sufficient_expiration_time=math.inf)
+        table: dict[str, dict[str, ServerRecord]] = {}
+        for key, prefix in keys.items():
+            records = table[prefix] = {}
+            for subkey, item in _entries(found[key]):
+                peer = str(subkey).removeprefix(SUBKEY_PREFIX)
+                try:
+                    signed = SignedRecord.open(item.value, peer)
+                except ProtocolError as e:
+                    logger.debug("skipping a record of %s: %s", key, e)
+                    continue
+                if signed.dht_prefix != prefix or signed.expires < get_dht_time():
+                    continue
+                if self._token is None or signed.is_of_swarm(self._token, peer):
+                    records[peer] = signed.record
+        return table
 
     async def _listed(self, prefix: str, num_blocks: int) -> list[dict[str, ServerRecord]]:
         """What stands under the blocks' keys."""

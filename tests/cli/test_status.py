@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
+from hivemind.utils.timed_storage import get_dht_time
 from typer.testing import CliRunner
 
 from petals_lightning.cli.app import app
 from petals_lightning.errors import ConfigurationError
-from tests.swarms import PREFIX
+from petals_lightning.protocol.uids import MODELS_KEY
+from petals_lightning.swarm import SwarmNode
+from tests.swarms import LOOPBACK, PREFIX
 
 
 @pytest.fixture
@@ -84,3 +88,26 @@ def test_it_looks_again_until_it_is_interrupted(swarm):
 def test_the_period_is_checked_first():
     result = CliRunner().invoke(app, ["status", "--watch", "0"])
     assert isinstance(result.exception, ConfigurationError)
+
+
+def test_a_long_list_of_strangers_names_hides_no_model(swarm):
+    with SwarmNode(swarm.initial_peers, host_maddrs=LOOPBACK).start() as stranger:
+        names = [f"a-model-{number}" for number in range(3000)]
+        expires = get_dht_time() + 600
+        stored = stranger.run(
+            stranger.dht.store_many(
+                [MODELS_KEY] * (len(names) + 1),
+                subkeys=[*names, PREFIX],
+                values=[{"num_blocks": 500, "repository": "stranger/model"}] * (len(names) + 1),
+                expiration_time=expires,
+            )
+        )
+        assert sum(stored.values()) > 2000
+        result = CliRunner().invoke(app, [*arguments(swarm), "--json"])
+    assert result.exit_code == 0
+    assert re.search(
+        r"\d{4} models are listed; these are \d+ of them \(--dht-prefix NAME shows another\)", result.stderr
+    )
+    shown = json.loads(result.stdout)
+    assert (shown[0]["dht_prefix"], shown[0]["num_blocks"], shown[0]["repository"]) == (PREFIX, 4, None)
+    assert len(shown[0]["servers"]) == 2
