@@ -6,9 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,7 +70,7 @@ def status(
 
 
 def _look(node: SwarmNode, prefixes: list[str] | None, num_blocks: int | None) -> list[dict[str, Any]]:
-    """What is known of the models; of a long list, of those first that servers sign for: anybody may list any name."""
+    """What is known of the models; of a long list, what can be read in seconds: anybody may list any name."""
     from petals_lightning.swarm import SwarmDirectory
     from petals_lightning.swarm.directory import ModelEntry
 
@@ -83,29 +81,17 @@ def _look(node: SwarmNode, prefixes: list[str] | None, num_blocks: int | None) -
             models.setdefault(prefix, ModelEntry(prefix, num_blocks, None))
     if prefixes:
         models = {prefix: entry for prefix, entry in models.items() if prefix in prefixes}
-    signed = node.run(directory.signed_servers(*models))
-    entries = sorted(models.values(), key=lambda entry: (not signed[entry.dht_prefix], entry.dht_prefix))
     found: list[dict[str, Any]] = []
     enough = time.monotonic() + _LOOK_SECONDS
-    for entry in entries:
-        if time.monotonic() > enough and not signed[entry.dht_prefix]:
-            words = (
-                f"{len(entries)} models are listed; these are {len(found)} of them (--dht-prefix NAME shows another)"
+    for entry in models.values():
+        if time.monotonic() > enough and not entry.is_signed:
+            print(
+                f"{len(models)} models are listed; these are {len(found)} of them (--dht-prefix NAME shows another)",
+                file=sys.stderr,
             )
-            print(words, file=sys.stderr)
             break
-        entry = _as_signed(entry, list(signed[entry.dht_prefix].values()))
         found.append(node.run(_look_at(node, directory, entry)))
     return found
-
-
-def _as_signed(entry: ModelEntry, records: list[ServerRecord]) -> ModelEntry:
-    """The model as most of its servers describe it, if any signs."""
-    said = Counter((record.num_blocks, record.repository) for record in records if record.num_blocks is not None)
-    if not said:
-        return entry
-    ((num_blocks, repository), _), *_ = said.most_common(1)
-    return replace(entry, num_blocks=num_blocks, repository=repository)
 
 
 async def _look_at(node: SwarmNode, directory: SwarmDirectory, entry: ModelEntry) -> dict[str, Any]:

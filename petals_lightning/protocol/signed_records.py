@@ -26,6 +26,10 @@ SUBKEY_PREFIX = "signed:"
 _PURPOSE = b"petals_lightning.server_record.v1\0"  # so that no other signature of the same key can stand for one
 
 
+LISTED_KEY = "_petals_lightning.models"
+"""The DHT key of the same records of all models that are not private."""
+
+
 def signed_key(dht_prefix: str) -> str:
     """The DHT key of a model's signed records; block keys end in a number."""
     return f"{dht_prefix}{UID_DELIMITER}servers"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from hivemind.utils.timed_storage import get_dht_time
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.checks import printable
 from petals_lightning.protocol.records import MAX_BLOCKS, MAX_NAME_LENGTH, ServerRecord
-from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, SignedRecord, signed_key
+from petals_lightning.protocol.signed_records import LISTED_KEY, SUBKEY_PREFIX, SignedRecord, signed_key
 from petals_lightning.protocol.uids import MODELS_KEY, block_uid
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
 
@@ -26,11 +27,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model that somebody serves: its dht prefix, number of blocks and hub repository (None for a private one)."""
+    """A model that somebody serves: its dht prefix, number of blocks and hub repository (None for a private one).
+
+    `is_signed`: a server says so, and not anybody.
+    """
 
     dht_prefix: str
     num_blocks: int
     repository: str | None
+    is_signed: bool = False
+
+
+def is_private(dht_prefix: str) -> bool:
+    """Whether a model is left out of lists: its prefix begins with `_`."""
+    return dht_prefix.startswith("_")
 
 
 class SwarmDirectory:
@@ -56,12 +66,14 @@ class SwarmDirectory:
         if record.stream_version is None:  # as Petals' servers do
             return is_listed
         expires = get_dht_time() + lifetime
-        return await self._dht.store(
-            signed_key(prefix),
-            subkey=SUBKEY_PREFIX + self._dht.peer_id.to_base58(),
-            value=SignedRecord.sign(record, prefix, expires, self._node.identity, self._token),
+        keys = [signed_key(prefix)] if is_private(prefix) else [signed_key(prefix), LISTED_KEY]
+        stored = await self._dht.store_many(
+            keys=keys,
+            subkeys=[SUBKEY_PREFIX + self._dht.peer_id.to_base58()] * len(keys),
+            values=[SignedRecord.sign(record, prefix, expires, self._node.identity, self._token)] * len(keys),
             expiration_time=expires,
         )
+        return all(stored.values())
 
     async def _list(self, prefix: str, record: ServerRecord, lifetime: float) -> bool:
         assert record.start is not None
@@ -76,8 +88,8 @@ class SwarmDirectory:
         return all(stored.values())
 
     async def announce_model(self, entry: ModelEntry, lifetime: float) -> bool:
-        """Adds a model to the public list. Prefixes that begin with `_` are private and are not listed."""
-        if entry.dht_prefix.startswith("_"):
+        """Adds a model to the list that everybody reads and may write."""
+        if is_private(entry.dht_prefix):
             return True
         return await self._dht.store(
             MODELS_KEY,
@@ -93,8 +105,7 @@ class SwarmDirectory:
         what Petals' servers say.
         """
         # Two calls: strangers who fill a block's key must not keep the answer about signed records from coming.
-        found, table = await asyncio.gather(self.signed_servers(prefix), self._listed(prefix, num_blocks))
-        signed = found[prefix]
+        signed, table = await asyncio.gather(self.signed_servers(prefix), self._listed(prefix, num_blocks))
         for block, records in enumerate(table):
             for peer in records.keys() & signed.keys():
                 del records[peer]
@@ -103,25 +114,28 @@ class SwarmDirectory:
                     records[peer] = record
         return table
 
-    async def signed_servers(self, *prefixes: str) -> dict[str, dict[str, ServerRecord]]:
-        """What our servers say of themselves, for each of these models."""
-        keys = {signed_key(prefix): prefix for prefix in prefixes}
-        found = await self._dht.get_many(list(keys), sufficient_expiration_time=math.inf)
-        table: dict[str, dict[str, ServerRecord]] = {}
-        for key, prefix in keys.items():
-            records = table[prefix] = {}
-            for subkey, item in _entries(found[key]):
-                peer = str(subkey).removeprefix(SUBKEY_PREFIX)
-                try:
-                    signed = SignedRecord.open(item.value, peer)
-                except ProtocolError as e:
-                    logger.debug("skipping a record of %s: %s", key, e)
-                    continue
-                if signed.dht_prefix != prefix or signed.expires < get_dht_time():
-                    continue
-                if self._token is None or signed.is_of_swarm(self._token, peer):
-                    records[peer] = signed.record
-        return table
+    async def signed_servers(self, prefix: str) -> dict[str, ServerRecord]:
+        """What our servers of a model say of themselves."""
+        return {
+            peer: signed.record
+            for peer, signed in await self._signed(signed_key(prefix))
+            if signed.dht_prefix == prefix
+        }
+
+    async def _signed(self, key: str) -> list[tuple[str, SignedRecord]]:
+        """Who has signed what, of what stands under a key."""
+        found = (await self._dht.get_many([key], sufficient_expiration_time=math.inf))[key]
+        records = []
+        for subkey, item in _entries(found):
+            peer = str(subkey).removeprefix(SUBKEY_PREFIX)
+            try:
+                signed = SignedRecord.open(item.value, peer)
+            except ProtocolError as e:
+                logger.debug("skipping a record of %s: %s", key, e)
+                continue
+            if signed.expires >= get_dht_time() and (self._token is None or signed.is_of_swarm(self._token, peer)):
+                records.append((peer, signed))
+        return records
 
     async def _listed(self, prefix: str, num_blocks: int) -> list[dict[str, ServerRecord]]:
         """What stands under the blocks' keys."""
@@ -140,7 +154,21 @@ class SwarmDirectory:
         return table
 
     async def models(self) -> list[ModelEntry]:
-        """The models that servers list publicly, with names that are safe to show; malformed entries are left out."""
+        """The models that are listed, with names that are safe to show; malformed entries are left out.
+
+        First those that servers sign for, as most of a model's servers describe it; the others are anybody's words.
+        """
+        records, entries = await asyncio.gather(self._signed(LISTED_KEY), self._named())
+        said: dict[str, Counter[ModelEntry]] = {}
+        for _, signed in records:
+            prefix, count = signed.dht_prefix, signed.record.num_blocks
+            if printable(prefix, MAX_NAME_LENGTH) == prefix and count is not None:
+                said.setdefault(prefix, Counter())[ModelEntry(prefix, count, signed.record.repository, True)] += 1
+        described = [counts.most_common(1)[0][0] for _, counts in sorted(said.items())]
+        return described + [entry for entry in entries if entry.dht_prefix not in said]
+
+    async def _named(self) -> list[ModelEntry]:
+        """What stands in the list that everybody may write."""
         found = (await self._dht.get_many([MODELS_KEY], sufficient_expiration_time=math.inf))[MODELS_KEY]
         entries = []
         for prefix, item in _entries(found):

@@ -21,7 +21,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, TimedStorage, get_dht_time
 
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, SignedRecord, signed_key
+from petals_lightning.protocol.signed_records import LISTED_KEY, SUBKEY_PREFIX, SignedRecord, signed_key
 
 MAX_LIFETIME = 3600.0  # seconds that a record may have before it: servers announce themselves every minute
 MAX_RECORD_BYTES = 16 << 10  # of one record; servers' have some hundred
@@ -72,8 +72,8 @@ def _is_signed(record: DHTRecord, peer: str) -> bool:
         signed = SignedRecord.open(_loads(record.value), peer)
     except ProtocolError:
         return False
-    key = DHTID.generate(source=signed_key(signed.dht_prefix)).to_bytes()
-    return signed.expires == record.expiration_time and key == record.key
+    keys = [DHTID.generate(source=key).to_bytes() for key in (signed_key(signed.dht_prefix), LISTED_KEY)]
+    return signed.expires == record.expiration_time and record.key in keys
 
 
 class DHTProtocol(HivemindProtocol):

@@ -132,7 +132,7 @@ def test_nobody_signs_for_a_server(kind, tiny_checkpoint, start_swarm):
                 storage, raw = stranger.dht.protocol.storage, MSGPackSerializer.dumps(value)
                 storage.clear()
                 assert storage.store_subkey(DHTID.generate(source=key), subkey, raw, expires)
-            found = reader.run(SwarmDirectory(reader).signed_servers(PREFIX))[PREFIX]
+            found = reader.run(SwarmDirectory(reader).signed_servers(PREFIX))
             assert {peer: record.state for peer, record in found.items()} == {peer: ServerState.ONLINE}, value
 
 
@@ -150,7 +150,7 @@ def test_an_earlier_announcement_that_is_stored_again_ends_nothing(tiny_checkpoi
             await asyncio.sleep(max(0.0, earlier - get_dht_time()) + 0.2)
 
         stranger.run(later())
-        assert peer in node.run(SwarmDirectory(node).signed_servers(PREFIX))[PREFIX]
+        assert peer in node.run(SwarmDirectory(node).signed_servers(PREFIX))
 
 
 def test_with_a_token_only_servers_that_know_it_are_seen(tiny_checkpoint, start_swarm: Callable[..., InProcessSwarm]):
@@ -160,7 +160,7 @@ def test_with_a_token_only_servers_that_know_it_are_seen(tiny_checkpoint, start_
         claims = record_of(swarm, tokens_per_second=1e12)
         assert stranger.run(SwarmDirectory(stranger, "another token of sixteen").announce(PREFIX, claims, 60))
         ours, everybody = (
-            set(stranger.run(SwarmDirectory(stranger, token).signed_servers(PREFIX))[PREFIX]) for token in (TOKEN, None)
+            set(stranger.run(SwarmDirectory(stranger, token).signed_servers(PREFIX))) for token in (TOKEN, None)
         )
         assert ours == {server.node.peer_id.to_base58()}
         assert everybody == ours | {stranger.peer_id.to_base58()}
