@@ -38,6 +38,7 @@ _DEFAULT_REQUEST_SECONDS, _MAX_REQUEST_SECONDS = 0.01, 10.0  # where a server sa
 _TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
 _MAX_BAN = 300.0
 _LIAR_BAN = 86400.0  # a server that two others have contradicted has had its chance
+_MODELS_TOLD = 20  # in an error; anybody may list thousands
 _WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place of the one in use
 
 
@@ -426,7 +427,10 @@ class SwarmView:
     async def _explain_missing(self, missing: list[int]) -> str:
         excluded = [peer for peer in self._spans if not self._is_allowed(peer)]
         hint = f" ({len(excluded)} server(s) are excluded by allowed_servers / blocked_servers)" if excluded else ""
-        served = [entry.dht_prefix for entry in await self._directory.models()]
+        listed = [entry.dht_prefix for entry in await self._directory.models()]
+        served = ", ".join(listed[:_MODELS_TOLD]) + (
+            f" and {more} more" if (more := len(listed[_MODELS_TOLD:])) else ""
+        )
         reasons = {
             ban.reason: None
             for peer, ban in self._bans.items()
@@ -435,6 +439,6 @@ class SwarmView:
         hint += "".join(f"; a server that lists them: {reason}" for reason in list(reasons)[:3])
         return (
             f"nobody serves blocks {format_blocks(missing)} of {self.dht_prefix!r} "
-            f"({self.num_blocks} blocks){hint}; models listed in this swarm: {', '.join(served) or 'none'}. "
+            f"({self.num_blocks} blocks){hint}; models listed in this swarm: {served or 'none'}. "
             "Start servers for them (`petals-lightning serve MODEL --initial-peers …`), or check dht_prefix"
         )
