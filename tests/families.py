@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from petals_lightning.hf.loading import quiet_transformers
 
 NUM_BLOCKS, HIDDEN, VOCAB = 4, 32, 96
-HEAVIER_BLOCKS = 6
+HEAVIER_BLOCKS, HEAVIER_HIDDEN = 6, 256
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
@@ -196,7 +196,7 @@ def save_tiny_checkpoint(
 def save_heavier_checkpoint(folder: Path) -> Path:
     """Heavy enough that what happens to a server shortly after a request lands while it is computed."""
     config = tf.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=768, num_hidden_layers=HEAVIER_BLOCKS,
+        vocab_size=VOCAB, hidden_size=HEAVIER_HIDDEN, intermediate_size=768, num_hidden_layers=HEAVIER_BLOCKS,
         num_attention_heads=4, max_position_embeddings=128, pad_token_id=0,
     )  # fmt: skip
     return save_tiny_checkpoint(config, folder)
