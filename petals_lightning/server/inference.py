@@ -192,10 +192,13 @@ class CacheStore:
         self._bytes_of: Counter[str] = Counter()
         self._sessions_of: Counter[str] = Counter()
 
+    @property
+    def num_bytes(self) -> int:
+        return self._bytes_of.total()
+
     def room(self, client: str = "") -> int:
         """Bytes that a session of a client may still take; of one that has none by default."""
-        held, taken = self._bytes_of[client], self._bytes_of.total()
-        return room_for(held, taken=taken, budget=self.max_bytes)
+        return room_for(self._bytes_of[client], taken=self.num_bytes, budget=self.max_bytes)
 
     def make_room(self, key: SessionKey, num_bytes: int, client: str) -> str | None:
         """Drops an older session under the same key and expired ones; says why if `num_bytes` do not fit then."""
@@ -205,10 +208,10 @@ class CacheStore:
             return f"this client has {count} sessions open, which is the limit: end those that it needs no more"
         if num_bytes <= (room := self.room(client)):
             return None
-        held, taken = self._bytes_of[client], self._bytes_of.total()
+        held = self._bytes_of[client]
         return (
             f"{room / 2**20:.1f} MiB are left for this client, which has {held / 2**20:.1f}; of this server's "
-            f"{self.max_bytes / 2**20:.1f} MiB {taken / 2**20:.1f} are taken"
+            f"{self.max_bytes / 2**20:.1f} MiB {self.num_bytes / 2**20:.1f} are taken"
         )
 
     def put(self, key: SessionKey, cache: SessionCache, client: str) -> None:

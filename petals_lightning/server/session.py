@@ -28,6 +28,7 @@ from petals_lightning.server.access import Gate
 from petals_lightning.server.admission import Account
 from petals_lightning.server.backend import Backend, Refusal, stream_numbers
 from petals_lightning.server.compute import Priority
+from petals_lightning.server.heap import give_back
 from petals_lightning.server.inference import SessionCache
 from petals_lightning.server.joint_steps import SessionStep
 from petals_lightning.server.span import PrefixRun, SpanGraph, SpanInputs
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 _MAX_PROMPTS = 8  # sets of deep prompts that one stream may have registered; a client needs one or two at a time
 _PROMPTS_PATIENCE = 10.0  # seconds that a request handed over waits for prompts that come from the client itself
 _MAX_FAREWELL = 2.0  # seconds that a client may take to read why its stream is refused
+_MUCH = 4 << 20  # bytes
 _MAX_GIVEN_UP = 256  # cancelled calls that are remembered, for those that are still on their way through other servers
 
 Handler = Callable[[], Coroutine[Any, Any, Message]]
@@ -92,6 +94,8 @@ class Session:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._reader.abandon()
             self._prompts.clear()  # now: this object is part of cycles, which may live on for long
+            if self._reserved >= _MUCH:
+                give_back()
             self._release(self._reserved)  # also of a message that broke the protocol
             self._has_ended = True
             self._backend.accounts.close_stream(self._peer)
