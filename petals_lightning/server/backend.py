@@ -73,9 +73,12 @@ class Backend:
         """Estimated bytes of the request's autograd graph."""
         batch, tokens, _ = request.hidden.shape
         prefix, blocks = _length(request.prefix), request.end - request.start
+        own = 0
         if not self.span.shares_prefix(prefix, tokens):
             tokens += prefix
-        return self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
+        elif prefix:  # its own pass; other micro-batches may share it, but this may be the only one
+            own = self.graph_cost.num_bytes(blocks=blocks, batch=1, queries=prefix, keys=prefix)
+        return own + self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
 
     def cache_size(self, request: StepRequest) -> int:
         """Bytes that the session opened by a request may come to hold, or takes in any case."""
