@@ -8,7 +8,7 @@ from typing import Any
 
 import msgpack
 import psutil
-import torch
+from hivemind.p2p import P2PHandlerError, PeerID
 
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, FRAME_PREFIX, STREAM_METHOD, FrameKind, Message
@@ -71,20 +71,19 @@ class Attacker:
 
     def __init__(self, server: Any):
         self.node, self._server = SwarmNode([server.maddr], host_maddrs=(), client_mode=True).start(), server.peer_id
+        self._writers: list[asyncio.StreamWriter] = []
 
     def run(self, coroutine: Any) -> Any:
         return self.node.run(coroutine)
 
     async def stream(self) -> RawStream:
-        return RawStream(*await open_stream(self.node.p2p, self._server, STREAM_METHOD))
+        return RawStream(*await self._open(STREAM_METHOD))
 
     async def petals_stream(self, method: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await open_stream(self.node.p2p, self._server, method_name(method))
+        return await self._open(method_name(method))
 
     async def petals_unary(self, method: str, request: bytes) -> str:
         """What the server answers to a unary call with these bytes, which is an error."""
-        from hivemind.p2p import P2PHandlerError, PeerID
-
         try:
             await self.node.p2p._client.call_unary_handler(
                 PeerID.from_base58(self._server), method_name(method), request
@@ -94,7 +93,17 @@ class Attacker:
         raise AssertionError("it was answered")
 
     def close(self) -> None:
+        async def close_streams() -> None:
+            for writer in self._writers:
+                writer.close()
+
+        self.run(close_streams())
         self.node.close()
+
+    async def _open(self, method: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await open_stream(self.node.p2p, self._server, method)
+        self._writers.append(writer)
+        return reader, writer
 
 
 def petals_announcement(num_bytes: int) -> bytes:
@@ -113,7 +122,3 @@ async def upload(stream: RawStream, calls: Sequence[int], num_bytes: int) -> Non
         await stream.write(announcement(call_id, num_bytes))
         for _ in range(num_bytes // CHUNK_BYTES - 1):
             await stream.write(piece(call_id))
-
-
-def hidden(tokens: int, size: int) -> torch.Tensor:
-    return torch.ones(1, tokens, size)

@@ -158,7 +158,9 @@ class MessageReader:
 
     def _free(self, partial: _Partial) -> None:
         partial.body = None
-        self._release(partial.charged, partial.method, partial.fields)
+        if partial.charged:  # else whoever reserves has not even seen the fields
+            self._release(partial.charged, partial.method, partial.fields)
+            partial.charged = 0
 
 
 class MessageWriter:
