@@ -236,3 +236,13 @@ def test_what_a_session_was_sent_lives_no_longer_than_its_use(span):
         assert kept[1]() is None
     finally:
         gc.enable()
+
+
+def test_a_kept_graph_counts_its_prefix(span):
+    async def talk(client, backend):
+        await client.ask(forward(keep=True))
+        without = backend.graphs.num_bytes
+        await client.ask(forward(keep=True, prefix=torch.ones(20, HIDDEN)))
+        assert backend.graphs.num_bytes - without == without + int(2 * 20 * 100.0 * 1.05)
+
+    with_session(span, talk)
