@@ -283,13 +283,14 @@ class BlockChain:
         lost: set[str] = set()
         while True:
             wire = self._view.wire_dtype(leg.peer)
+            again = self._request(leg, want_prefix=False, input_grad=input_grad)
             request = BackwardRequest(
                 grad=to_wire(grad, wire),
                 grad_prefix=to_wire(grad_prefix, wire) if grad_prefix is not None else None,
                 graph=leg.graph,
                 wire_dtype=wire,
+                answer_bytes=again.grads_bytes,
             )
-            again = self._request(leg, want_prefix=False, input_grad=input_grad)
             forward = None
             if leg.graph is None:
                 forward = request.forward = again

@@ -28,17 +28,19 @@ from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import STREAM_METHOD, ErrorCode, Message, Method
 from petals_lightning.swarm.streams import open_stream
 
-_MAX_MESSAGE_BYTES = 4 << 30  # a client trusts the sizes that it asked for; this only bounds nonsense
+_MAX_MESSAGE_BYTES = 4 << 30  # of all answers under way together; each one's limit is what was asked for
 _PROMPTS_KEPT = 8  # as many sets of prompts as a server keeps for one stream
 
 
 @dataclass
 class _Call:
-    """A request without its answer. `clock` runs while the server works on it, up to `deadline` seconds."""
+    """A request without its answer, which takes up to `max_bytes`. `clock` runs while the server works on it, up to
+    `deadline` seconds."""
 
     answer: asyncio.Future[Message]
     clock: ServiceClock
     deadline: float
+    max_bytes: int
 
 
 class PeerConnection:
@@ -66,7 +68,13 @@ class PeerConnection:
         self.info: dict[str, Any] = {}
         self.round_trip: float | None = None
         self._config, self._stats, self._on_failure = config, stats, on_failure
-        self._reader = MessageReader(reader, max_message_bytes=_MAX_MESSAGE_BYTES, max_open=1 << 16)
+        self._reader = MessageReader(
+            reader,
+            max_message_bytes=_MAX_MESSAGE_BYTES,
+            max_open=1 << 16,
+            limit=self._answer_limit,
+            reserve=self._still_wanted,
+        )
         self._writer = MessageWriter(writer)
         self._ids, self._last_id = itertools.count(1), 0
         self._pending: dict[int, _Call] = {}
@@ -142,7 +150,7 @@ class PeerConnection:
         """As `ServerConnection.call`; the stream carries it under `call_id`."""
         call_id = call_id if call_id is not None else self.next_id()
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout)
+        call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout, message.answer_bytes)
         call.clock.hold()
         try:
             async with self._room.enter(message.num_bytes):
@@ -169,18 +177,21 @@ class PeerConnection:
         return reply
 
     async def expect(
-        self, call_id: int, *, deadline: float | None = None, clock: ServiceClock | None = None
+        self, call_id: int, *, max_bytes: int, deadline: float | None = None, clock: ServiceClock | None = None
     ) -> Message:
         """Waits for the answer to a request that another server hands over to this one. Raises as `call`.
 
         Args:
             call_id: from `next_id`.
+            max_bytes: the most memory that the answer may take.
             deadline, clock: as in `call`; the clock stands until the caller knows that the request is there.
         """
         if self._failure is not None:
             raise self._failure
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        call = self._pending[call_id] = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout)
+        call = self._pending[call_id] = _Call(
+            answer, clock or ServiceClock(), deadline or self._config.request_timeout, max_bytes
+        )
         call.clock.hold()
         try:
             reply = await answer
@@ -266,15 +277,28 @@ class PeerConnection:
 
     async def _read(self) -> None:
         try:
-            while (item := await self._reader.next()) is not None:
-                call_id, message, num_bytes = item
-                self._stats.bytes_received += num_bytes
-                self._take(call_id, message)
+            while await self._read_one():
+                pass
             self._fail(PeerFailure(self.peer, "the stream ended"))
         except ProtocolError as e:
             self._fail(PeerFailure(self.peer, f"protocol broken: {e}"))
         except PeerFailure as e:
             self._fail(e)
+
+    async def _read_one(self) -> bool:
+        """Takes a message, which must not live on here while the next one is waited for; False at the stream's end."""
+        if (item := await self._reader.next()) is None:
+            return False
+        call_id, message, num_bytes = item
+        self._stats.bytes_received += num_bytes
+        self._take(call_id, message)
+        return True
+
+    def _answer_limit(self, call_id: int) -> int | None:
+        return call.max_bytes if (call := self._pending.get(call_id)) is not None else None
+
+    def _still_wanted(self, num_bytes: int, call_id: int, method: Method, fields: dict[str, Any]) -> str | None:
+        return None if call_id in self._pending else "the request was given up"
 
     def _take(self, call_id: int, message: Message) -> None:
         call = self._pending.get(call_id)

@@ -40,7 +40,7 @@ class Stage:
 
     Attributes:
         connection: the stream on which it answers us.
-        request: as we would send it ourselves; of all but the first only the fields are used.
+        request: as we would send it ourselves; of all but the first only the fields and the answer's size are used.
         answered: told of its answer, which may come after the last server's.
         deadline, clock: as of any call; the clock starts when the server before has handed over.
         call_id: of the request on this stream.
@@ -88,7 +88,10 @@ class Handover:
         ]
         # Expected before they are sent for: no answer can be early.
         expected = [
-            asyncio.create_task(s.connection.expect(s.call_id, deadline=s.deadline, clock=s.clock)) for s in others
+            asyncio.create_task(
+                s.connection.expect(s.call_id, max_bytes=s.request.answer_bytes, deadline=s.deadline, clock=s.clock)
+            )
+            for s in others
         ]
         sent = first.connection.call(first.request, first.call_id, deadline=first.deadline, clock=first.clock)
         calls = [asyncio.create_task(sent), *expected]

@@ -27,7 +27,7 @@ from petals_lightning.client.verify import check_backward, check_forward, second
 from petals_lightning.client.view import SwarmView
 from petals_lightning.errors import PeerFailure, WrongResult
 from petals_lightning.protocol.messages import ErrorCode, Message
-from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
+from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, grads_bytes, to_wire
 
 T = TypeVar("T")
 
@@ -163,7 +163,9 @@ class HandoverChain:
         stages = []
         for leg in legs:
             own_wire = self._view.wire_dtype(leg.peer)
-            request = BackwardRequest(sent[0], sent[1] if len(sent) > 1 else None, leg.graph, None, own_wire)
+            grad_prefix = sent[1] if len(sent) > 1 else None
+            most = grads_bytes(batch.hidden, batch.prefix, leg.end - leg.start)
+            request = BackwardRequest(sent[0], grad_prefix, leg.graph, None, own_wire, answer_bytes=most)
             stages.append(self._stage(batch, leg, request.to_message(), BACKWARD_COST, is_last=leg is legs[-1]))
         replies = await Handover(stages).all()
         peers = [leg.peer for leg in legs]

@@ -29,6 +29,7 @@ from petals_lightning.protocol.petals.metadata import parse_error
 from petals_lightning.protocol.petals.methods import MAX_UNARY_BYTES, method_name
 from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.petals.tensors import NONE
+from petals_lightning.protocol.petals.wire import RESPONSE
 from petals_lightning.protocol.uids import block_uid
 from petals_lightning.swarm.streams import open_stream
 
@@ -149,7 +150,7 @@ class PetalsCalls:
         # What the server answers in: as a rule the dtype of the request. A unary answer that is too long never comes.
         size = max(sum(t.nbytes for t in parts.tensors), 4 * sum(torch.Size(shape).numel() for shape in shapes))
         if size <= self.max_unary_bytes:
-            answers = [await self._unary(method, parts.to_request(compressions), ExpertResponse)]
+            answers = [await self._unary(method, parts.to_request(compressions), RESPONSE)]
         else:
             stream, answers = await self._open(f"{method}_stream"), []
             sending = asyncio.ensure_future(stream.send_all(parts.to_stream(compressions), on_sent))
@@ -186,7 +187,7 @@ class PetalsCalls:
             raise remote_error(self.peer, str(e)) from e
         except (P2PDaemonError, OSError, EOFError) as e:
             raise PeerFailure(self.peer, f"cannot be reached: {str(e)[:200] or type(e).__name__}") from e
-        except DecodeError as e:
+        except (DecodeError, ProtocolError) as e:
             raise PeerFailure(self.peer, f"protocol broken: {e}") from e
         self._stats.bytes_received += answer.ByteSize()
         return answer
@@ -293,8 +294,8 @@ class _Stream:
         try:
             if marker == P2P.ERROR_MARKER:
                 raise remote_error(self._peer, RPCError.FromString(data).message)
-            return ExpertResponse.FromString(data)
-        except DecodeError as e:
+            return RESPONSE.FromString(data)
+        except (DecodeError, ProtocolError) as e:
             raise PeerFailure(self._peer, f"protocol broken: {e}") from e
 
     def close(self) -> None:

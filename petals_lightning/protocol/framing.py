@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from petals_lightning.errors import ProtocolError
@@ -19,6 +19,10 @@ from petals_lightning.protocol.messages import (
     parse_header,
 )
 from petals_lightning.protocol.tensors import packed_size, unpack_tensors
+from petals_lightning.protocol.uploads import WINDOW, Pace, PatientReader, stalled
+
+Reserve = Callable[[int, int, Method, dict[str, Any]], str | None]
+Release = Callable[[int, Method, dict[str, Any]], None]
 
 
 @dataclass
@@ -28,22 +32,26 @@ class _Partial:
     description: list[Any]
     size: int
     memory: int
-    body: bytearray | None  # None: there was no room, and the bytes are let pass
+    pace: Pace
+    body: bytearray | None = field(default_factory=bytearray)  # None: there was no room, and the bytes are let pass
+    refusal: str = ""
+    charged: int = 0
     received: int = 0
     wire_bytes: int = 0
 
 
 class MessageReader:
-    """Reads messages that may come interleaved.
+    """Reads messages that may come interleaved. Memory is taken for what has come, not for what is announced.
 
     Args:
         reader: the stream.
-        max_message_bytes: the most memory that one message may take, and all that are under way together; none is
-            allocated beyond it.
+        max_message_bytes: the most memory that one message may announce, and all that are under way together.
         max_open: how many messages may be under way at once.
-        reserve: asked, with the message's method and fields, before so many bytes of memory are allocated for it;
-            if it says no, the message comes `dropped`, without its tensors. Who gives the bytes back is the caller's
-            affair, but for those of messages that never became complete, which go to `release`.
+        limit: by call id, the most memory that its message may announce; None sets no other limit.
+        reserve: asked, with bytes, call id, method and fields, before more memory is taken for a message: what its
+            bytes that have come become when they are unpacked. If it says why not, the message comes `dropped`, with
+            these words and without its tensors. Who gives the bytes back is the caller's affair, but for those of
+            messages that never became complete, which go to `release`.
     """
 
     def __init__(
@@ -52,12 +60,13 @@ class MessageReader:
         *,
         max_message_bytes: int,
         max_open: int,
-        reserve: Callable[[int, Method, dict[str, Any]], bool] = lambda num_bytes, method, fields: True,
-        release: Callable[[int, Method, dict[str, Any]], None] = lambda num_bytes, method, fields: None,
+        limit: Callable[[int], int | None] = lambda call_id: None,
+        reserve: Reserve = lambda num_bytes, call_id, method, fields: None,
+        release: Release = lambda num_bytes, method, fields: None,
     ):
-        self._reader = reader
+        self._reader = PatientReader(reader)
         self._max_bytes, self._max_open = max_message_bytes, max_open
-        self._reserve, self._release = reserve, release
+        self._limit, self._reserve, self._release = limit, reserve, release
         self._partial: dict[int, _Partial] = {}
         self.heard_at = time.monotonic()
         """When the last frame came, of whatever message."""
@@ -66,63 +75,92 @@ class MessageReader:
         """The next complete message: its call id, itself, its bytes on the wire. None at the end of the stream.
 
         Raises:
-            ProtocolError: the bytes break the format or a limit; the stream cannot be read on.
+            ProtocolError: the bytes break the format or a limit, or stand still; the stream cannot be read on.
         """
         while True:
             try:
-                prefix = await self._reader.readexactly(FRAME_PREFIX.size)
-                kind, call_id, header_length, chunk_length = FRAME_PREFIX.unpack(prefix)
-                if header_length > MAX_HEADER_BYTES or chunk_length > CHUNK_BYTES:
-                    raise ProtocolError(f"a frame of {header_length} + {chunk_length} bytes is over the limit")
-                header = await self._reader.readexactly(header_length)
-                chunk = await self._reader.readexactly(chunk_length)
+                kind, call_id, header, chunk = await self._frame()
             except (asyncio.IncompleteReadError, ConnectionError):
                 return None
             self.heard_at = time.monotonic()
             if (complete := self._accept(kind, call_id, header, chunk)) is not None:
                 return call_id, *complete
+            self._check_pace()
 
-    def _accept(self, kind: int, call_id: int, header: bytes, chunk: bytes) -> tuple[Message, int] | None:
+    async def _frame(self) -> tuple[int, int, bytes, memoryview]:
+        """Kind, call id, header and chunk of the next frame."""
+        prefix = await self._reader.exactly(FRAME_PREFIX.size, self._check_pace if self._partial else None)
+        kind, call_id, header_length, chunk_length = FRAME_PREFIX.unpack(prefix)
+        if header_length > MAX_HEADER_BYTES or chunk_length > CHUNK_BYTES:
+            raise ProtocolError(f"a frame of {header_length} + {chunk_length} bytes is over the limit")
+        began = self._reader.waited
+
+        def check() -> None:
+            self._check_pace()
+            if self._reader.waited >= began + WINDOW:
+                raise ProtocolError(stalled(f"a frame of call {call_id}"))
+
+        data = await self._reader.exactly(header_length + chunk_length, check)
+        return kind, call_id, data[:header_length], memoryview(data)[header_length:]
+
+    def _check_pace(self) -> None:
+        for call_id, partial in self._partial.items():
+            if partial.pace.is_stalled(self._reader.waited, partial.received):
+                raise ProtocolError(stalled(f"the message of call {call_id}"))
+
+    def _accept(self, kind: int, call_id: int, header: bytes, chunk: memoryview) -> tuple[Message, int] | None:
         if kind == FrameKind.HEAD:
-            method, fields, description = parse_header(header)
-            if call_id in self._partial:
-                if method is not Method.CANCEL:
-                    raise ProtocolError(f"two messages under call id {call_id}")
-                self._forget(call_id)  # its sender gave up in the middle
-            size, memory = packed_size(description)
-            under_way = sum(partial.memory for partial in self._partial.values() if partial.body is not None)
-            if len(self._partial) >= self._max_open or under_way + memory > self._max_bytes:
-                raise ProtocolError(f"a message of {memory} bytes is over this peer's limit of {self._max_bytes} bytes")
-            body = bytearray(size) if self._reserve(memory, method, fields) else None
-            partial = self._partial[call_id] = _Partial(method, fields, description, size, memory, body)
+            partial = self._begin(call_id, header)
         elif kind == FrameKind.MORE and call_id in self._partial and not header:
             partial = self._partial[call_id]
         else:
             raise ProtocolError(f"unexpected frame of kind {kind} for call {call_id}")
         partial.wire_bytes += FRAME_PREFIX.size + len(header) + len(chunk)
-        end = partial.received + len(chunk)
-        if end > partial.size:
+        partial.received += len(chunk)
+        if partial.received > partial.size:
             raise ProtocolError(f"call {call_id} sends more bytes than it announced")
-        if partial.body is not None:
-            partial.body[partial.received : end] = chunk
-        partial.received = end
-        if end < partial.size:
+        if len(chunk) and partial.body is not None:
+            due = partial.memory * partial.received // partial.size - partial.charged
+            if (refusal := self._reserve(due, call_id, partial.method, partial.fields)) is None:
+                partial.charged += due
+                partial.body += chunk
+            else:
+                partial.refusal = refusal
+                self._free(partial)
+        if partial.received < partial.size:
             return None
         del self._partial[call_id]
         if partial.body is None:
-            return Message(partial.method, partial.fields, dropped=True), partial.wire_bytes
+            return Message(partial.method, partial.fields, dropped=partial.refusal), partial.wire_bytes
         tensors = unpack_tensors(partial.description, partial.body)
         return Message(partial.method, partial.fields, tensors, reserved=partial.memory), partial.wire_bytes
 
+    def _begin(self, call_id: int, header: bytes) -> _Partial:
+        method, fields, description = parse_header(header)
+        if call_id in self._partial:
+            if method is not Method.CANCEL:
+                raise ProtocolError(f"two messages under call id {call_id}")
+            self._free(self._partial.pop(call_id))  # its sender gave up in the middle
+        size, memory = packed_size(description)
+        under_way = sum(partial.memory for partial in self._partial.values() if partial.body is not None)
+        if len(self._partial) >= self._max_open or under_way + memory > self._max_bytes:
+            raise ProtocolError(f"a message of {memory} bytes is over this peer's limit of {self._max_bytes} bytes")
+        if (limit := self._limit(call_id)) is not None and memory > limit:
+            raise ProtocolError(f"call {call_id} announces {memory} bytes, {limit} are the most that were asked for")
+        partial = _Partial(method, fields, description, size, memory, Pace(self._reader.waited))
+        self._partial[call_id] = partial
+        return partial
+
     def abandon(self) -> None:
         """Forgets messages that are under way: the stream has ended."""
-        for call_id in list(self._partial):
-            self._forget(call_id)
+        while self._partial:
+            self._free(self._partial.popitem()[1])
 
-    def _forget(self, call_id: int) -> None:
-        partial = self._partial.pop(call_id)
-        if partial.body is not None:
-            self._release(partial.memory, partial.method, partial.fields)
+    def _free(self, partial: _Partial) -> None:
+        partial.body = None
+        if partial.charged:  # else whoever reserves has not even seen the fields
+            self._release(partial.charged, partial.method, partial.fields)
+            partial.charged = 0
 
 
 class MessageWriter:

@@ -85,16 +85,18 @@ class Message:
 
     Attributes:
         int8_blockwise: its float32 tensors are to travel in 8 bits.
-        dropped: its reader had no room for the tensors and let them pass; only method and fields are there.
+        dropped: why its reader had no room for the tensors and let them pass; only method and fields are there then.
         reserved: bytes of memory that its reader took for it; 0 where none was.
+        answer_bytes: of a request, the most memory that its answer may take; not sent.
     """
 
     method: Method
     fields: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     int8_blockwise: bool = False
-    dropped: bool = False
+    dropped: str = ""
     reserved: int = 0
+    answer_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:

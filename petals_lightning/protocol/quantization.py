@@ -40,10 +40,13 @@ def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The float32 tensor that `quantize` gave these for."""
-    values = _in_blocks(codes.float())
-    values *= scales.view(*values.shape[:-1], 1)
-    return values.flatten(-2)[..., : codes.shape[-1]].contiguous()
+    """The float32 tensor that `quantize` gave these for. Takes no more memory than that: peers choose the shape."""
+    values = codes.float()
+    whole = values.shape[-1] // BLOCK_SIZE
+    scales = scales.view(*values.shape[:-1], _num_blocks(values.shape[-1:]))
+    values[..., : whole * BLOCK_SIZE].unflatten(-1, (whole, BLOCK_SIZE)).mul_(scales[..., :whole, None])
+    values[..., whole * BLOCK_SIZE :].mul_(scales[..., whole:])
+    return values
 
 
 def _num_blocks(shape: Sequence[int]) -> int:

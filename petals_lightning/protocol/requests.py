@@ -16,6 +16,19 @@ from petals_lightning.protocol.checks import WIRE_DTYPES, typed
 from petals_lightning.protocol.messages import Message, Method
 from petals_lightning.protocol.tensors import DTYPES, INT8_BLOCKWISE
 
+_ANSWER_VALUE_BYTES = 8
+"""Of memory that a value of an answer takes at most: 8 bits, its share of a scale, and the float32 that it becomes."""
+
+
+def answer_bytes(*tensors: torch.Tensor | None) -> int:
+    """The most memory that an answer may take which is as large as these tensors."""
+    return _ANSWER_VALUE_BYTES * sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+
+def grads_bytes(hidden: torch.Tensor, prefix: torch.Tensor | None, num_blocks: int) -> int:
+    """The most memory that gradients of a forward's inputs may take: hidden [B, S, H], prefix [P, H], deep prompts."""
+    return answer_bytes(hidden, *[prefix] * (1 + num_blocks))
+
 
 @dataclass
 class ForwardRequest:
@@ -53,7 +66,18 @@ class ForwardRequest:
     def to_message(self) -> Message:
         fields = {name: getattr(self, name) for name in self._FIELDS}
         tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
-        return Message(Method.FORWARD, fields, tensors, int8_blockwise=self.wire_dtype == INT8_BLOCKWISE)
+        return Message(
+            Method.FORWARD,
+            fields,
+            tensors,
+            int8_blockwise=self.wire_dtype == INT8_BLOCKWISE,
+            answer_bytes=answer_bytes(self.hidden, self.prefix),
+        )
+
+    @property
+    def grads_bytes(self) -> int:
+        """The most memory that the answer to its backward may take."""
+        return grads_bytes(self.hidden, self.prefix, self.end - self.start)
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ForwardRequest:
@@ -93,6 +117,7 @@ class BackwardRequest:
         graph: id of the forward call (same stream) whose graph is kept; None: run `forward` again first.
         forward: the request to run again, if `graph` is None.
         wire_dtype: of the gradients that come back; int8_blockwise also of those that go.
+        answer_bytes: from `grads_bytes`, for a client that asks by `graph`; not sent.
 
     Reply: those of `hidden`, `prefix` and `deep` that the forward had (`hidden` only with `input_grad`); prompts'
     gradients are summed over the batch.
@@ -103,6 +128,7 @@ class BackwardRequest:
     graph: int | None = None
     forward: ForwardRequest | None = None
     wire_dtype: str = "float32"
+    answer_bytes: int = 0
 
     def to_message(self) -> Message:
         fields: dict[str, Any] = {"graph": self.graph, "wire_dtype": self.wire_dtype}
@@ -113,7 +139,13 @@ class BackwardRequest:
             again = self.forward.to_message()
             fields["forward"] = again.fields
             tensors |= again.tensors
-        return Message(Method.BACKWARD, fields, tensors, int8_blockwise=self.wire_dtype == INT8_BLOCKWISE)
+        return Message(
+            Method.BACKWARD,
+            fields,
+            tensors,
+            int8_blockwise=self.wire_dtype == INT8_BLOCKWISE,
+            answer_bytes=self.forward.grads_bytes if self.forward is not None else self.answer_bytes,
+        )
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> BackwardRequest:

@@ -14,6 +14,7 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol import checks
 from petals_lightning.protocol.checks import typed
 from petals_lightning.protocol.messages import Message, Method
+from petals_lightning.protocol.requests import answer_bytes
 from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 
 
@@ -61,7 +62,13 @@ class StepRequest:
     def to_message(self) -> Message:
         fields = {name: getattr(self, name) for name in self._FIELDS}
         tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
-        return Message(Method.STEP, fields, tensors, int8_blockwise=self.wire_dtype == INT8_BLOCKWISE)
+        return Message(
+            Method.STEP,
+            fields,
+            tensors,
+            int8_blockwise=self.wire_dtype == INT8_BLOCKWISE,
+            answer_bytes=answer_bytes(self.hidden, self.prefix),
+        )
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> StepRequest:

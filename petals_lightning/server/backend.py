@@ -16,7 +16,13 @@ from petals_lightning.server.access import AccessRules
 from petals_lightning.server.admission import Accounts
 from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import GraphCost, GraphStore
-from petals_lightning.server.inference import CacheStore, SessionCache, SessionKey
+from petals_lightning.server.inference import (
+    SESSION_BLOCK_BYTES,
+    SESSION_BYTES,
+    CacheStore,
+    SessionCache,
+    SessionKey,
+)
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.links import Links
 from petals_lightning.server.span import BlockSpan
@@ -58,7 +64,7 @@ class Backend:
         self.accounts = Accounts(limits)
         self.graphs = GraphStore(limits.graph_bytes, limits.graph_lifetime)
         self.graph_cost = GraphCost(0.0, 0.0)
-        self.caches = CacheStore(limits.cache_bytes, limits.cache_lifetime)
+        self.caches = CacheStore(limits.cache_bytes, limits.cache_lifetime, limits.max_sessions_per_client)
         self.cache_bytes_per_token = 0.0
         self.leaving = False
         self.under_way = 0
@@ -67,23 +73,27 @@ class Backend:
         """Estimated bytes of the request's autograd graph."""
         batch, tokens, _ = request.hidden.shape
         prefix, blocks = _length(request.prefix), request.end - request.start
+        own = 0
         if not self.span.shares_prefix(prefix, tokens):
             tokens += prefix
-        return self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
+        elif prefix:  # its own pass; other micro-batches may share it, but this may be the only one
+            own = self.graph_cost.num_bytes(blocks=blocks, batch=1, queries=prefix, keys=prefix)
+        return own + self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
 
     def cache_size(self, request: StepRequest) -> int:
-        """Bytes that the session opened by a request may come to hold."""
+        """Bytes that the session opened by a request may come to hold, or takes in any case."""
         assert request.max_length is not None
         positions = request.max_length + _length(request.prefix)
         blocks = request.end - request.start
-        return int(len(request.hidden) * positions * blocks * self.cache_bytes_per_token)
+        keys_and_values = int(len(request.hidden) * positions * blocks * self.cache_bytes_per_token)
+        return max(keys_and_values, SESSION_BYTES + len(self.span.blocks) * SESSION_BLOCK_BYTES)
 
     @property
     def cache_tokens_left(self) -> int:
-        """Positions of one block whose keys and values still find room; 0 where none are kept."""
-        return int(self.caches.free_bytes / self.cache_bytes_per_token) if self.cache_bytes_per_token else 0
+        """Positions of one block whose keys and values a new client may keep here; 0 where none are kept."""
+        return int(self.caches.room() / self.cache_bytes_per_token) if self.cache_bytes_per_token else 0
 
-    def open_cache(self, key: SessionKey, request: StepRequest) -> None:
+    def open_cache(self, key: SessionKey, request: StepRequest, client: str) -> None:
         """Reserves room for the session that a request opens.
 
         Raises:
@@ -97,14 +107,13 @@ class Backend:
                 "model locally to generate"
             )
         size = self.cache_size(request)
-        if not self.caches.make_room(key, size):
+        if (refusal := self.caches.make_room(key, size, client)) is not None:
             raise Refusal(
                 ErrorCode.OVERLOADED,
-                f"no room for the keys and values of {len(request.hidden)} × {request.max_length} positions: they "
-                f"may take {size / 2**20:.1f} MiB, {self.caches.free_bytes / 2**20:.1f} of "
-                f"{self.caches.max_bytes / 2**20:.1f} MiB are free",
+                f"no room for the keys and values of {len(request.hidden)} × {request.max_length} positions, which "
+                f"may take {size / 2**20:.1f} MiB: {refusal}",
             )
-        self.caches.put(key, SessionCache(self.span, request, size))
+        self.caches.put(key, SessionCache(self.span, request, size), client)
 
     def check_size(self, start: int, end: int, hidden: torch.Tensor, prefix: torch.Tensor | None = None) -> None:
         """Checks a request against the span and the limits. Raises Refusal or ProtocolError."""

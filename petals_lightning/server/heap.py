@@ -9,6 +9,13 @@ from pathlib import Path
 
 _GROWTH, _PERIOD = 4 << 20, 0.1  # bytes, seconds
 _STATM = Path("/proc/self/statm")
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if _STATM.exists() else None
+
+
+def give_back() -> None:
+    """Returns what is free, in about 10 ms; for when much was freed at once."""
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 class HeapTrimmer:
@@ -20,16 +27,15 @@ class HeapTrimmer:
     """
 
     def __init__(self) -> None:
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if _STATM.exists() else None
         self._largest, self._looked_at = 0, 0.0
 
     def trim(self) -> None:
         """Returns what is free if the process is larger than at any look before: so not again and again (10 ms)."""
-        if self._trim is None or (now := time.monotonic()) < self._looked_at + _PERIOD:
+        if _TRIM is None or (now := time.monotonic()) < self._looked_at + _PERIOD:
             return
         self._looked_at = now
         if (size := _resident_bytes()) >= self._largest + _GROWTH:
-            self._trim(0)
+            give_back()
             self._largest = size
 
 

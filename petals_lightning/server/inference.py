@@ -6,6 +6,7 @@ Shapes: B batch, n new positions, P virtual tokens, H hidden size.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,14 @@ import torch
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
+from petals_lightning.server.limits import room_for
 from petals_lightning.server.span import BlockSpan
 from petals_lightning.server.transfers import Transfers
 
 _RECENT = 1.0  # seconds for which a session counts as in use after a step
+
+SESSION_BYTES, SESSION_BLOCK_BYTES = 4096, 2048
+"""What a session takes however short it is, and each block that the server holds: 2,200 and 900 measured."""
 
 SessionKey = tuple[int, Any]  # stream, the client's number of the session
 
@@ -176,40 +181,64 @@ class CacheStore:
     """Sessions of all streams within a budget of bytes, reserved when they open. For the event loop only.
 
     Args:
-        max_bytes: budget for all sessions together.
+        max_bytes: budget for all sessions together; the last part of it is for clients that hold least (`room_for`).
         lifetime: seconds after which a session that is not used is dropped.
+        max_per_client: sessions of one client.
     """
 
-    def __init__(self, max_bytes: int, lifetime: float):
-        self.max_bytes, self._lifetime = max_bytes, lifetime
-        self._caches: dict[SessionKey, SessionCache] = {}
+    def __init__(self, max_bytes: int, lifetime: float, max_per_client: int):
+        self.max_bytes, self._lifetime, self._max_per_client = max_bytes, lifetime, max_per_client
+        self._caches: dict[SessionKey, tuple[SessionCache, str]] = {}
+        self._bytes_of: Counter[str] = Counter()
+        self._sessions_of: Counter[str] = Counter()
 
     @property
-    def free_bytes(self) -> int:
-        return self.max_bytes - sum(cache.num_bytes for cache in self._caches.values())
+    def num_bytes(self) -> int:
+        return self._bytes_of.total()
 
-    def make_room(self, key: SessionKey, num_bytes: int) -> bool:
-        """Drops an older session under the same key and expired ones; whether `num_bytes` fit then."""
+    def room(self, client: str = "") -> int:
+        """Bytes that a session of a client may still take; of one that has none by default."""
+        return room_for(self._bytes_of[client], taken=self.num_bytes, budget=self.max_bytes)
+
+    def make_room(self, key: SessionKey, num_bytes: int, client: str) -> str | None:
+        """Drops an older session under the same key and expired ones; says why if `num_bytes` do not fit then."""
         self.pop(key)
         self.expire()
-        return num_bytes <= self.free_bytes
+        if (count := self._sessions_of[client]) >= self._max_per_client:
+            return f"this client has {count} sessions open, which is the limit: end those that it needs no more"
+        if num_bytes <= (room := self.room(client)):
+            return None
+        held = self._bytes_of[client]
+        return (
+            f"{room / 2**20:.1f} MiB are left for this client, which has {held / 2**20:.1f}; of this server's "
+            f"{self.max_bytes / 2**20:.1f} MiB {self.num_bytes / 2**20:.1f} are taken"
+        )
 
-    def put(self, key: SessionKey, cache: SessionCache) -> None:
-        self._caches[key] = cache
+    def put(self, key: SessionKey, cache: SessionCache, client: str) -> None:
+        self._caches[key] = cache, client
+        self._bytes_of[client] += cache.num_bytes
+        self._sessions_of[client] += 1
 
     def get(self, key: SessionKey) -> SessionCache | None:
         """The session, which counts as used now; None if it was never opened, has expired or was ended."""
-        if (cache := self._caches.get(key)) is not None:
-            cache.last_used = time.monotonic()
+        if key not in self._caches:
+            return None
+        cache, _ = self._caches[key]
+        cache.last_used = time.monotonic()
         return cache
 
     def is_alone(self, key: SessionKey) -> bool:
         """Whether no other session is in use."""
         recent = time.monotonic() - _RECENT
-        return not any(other != key and cache.last_used > recent for other, cache in self._caches.items())
+        return not any(other != key and cache.last_used > recent for other, (cache, _) in self._caches.items())
 
     def pop(self, key: SessionKey) -> None:
-        self._caches.pop(key, None)
+        if key in self._caches:
+            cache, client = self._caches.pop(key)
+            for counter, amount in ((self._bytes_of, cache.num_bytes), (self._sessions_of, 1)):
+                counter[client] -= amount
+                if not counter[client]:
+                    del counter[client]
 
     def drop_stream(self, stream: int) -> None:
         """Frees the sessions of a stream that has ended."""
@@ -219,7 +248,7 @@ class CacheStore:
     def expire(self) -> None:
         """Drops sessions that nobody has used for too long."""
         oldest = time.monotonic() - self._lifetime
-        for key in [key for key, cache in self._caches.items() if cache.last_used < oldest]:
+        for key in [key for key, (cache, _) in self._caches.items() if cache.last_used < oldest]:
             self.pop(key)
 
 

@@ -331,6 +331,9 @@ class Server:
         assert self._backend is not None
         task = asyncio.current_task()
         assert task is not None
+        if len(self._sessions) >= self._limits.all_streams * 3 // 2:  # too many are being told that there is no room
+            writer.close()
+            return
         self._sessions.add(task)
         try:
             await serve(info, reader, writer)

@@ -28,6 +28,7 @@ from petals_lightning.server.access import Gate
 from petals_lightning.server.admission import Account
 from petals_lightning.server.backend import Backend, Refusal, stream_numbers
 from petals_lightning.server.compute import Priority
+from petals_lightning.server.heap import give_back
 from petals_lightning.server.inference import SessionCache
 from petals_lightning.server.joint_steps import SessionStep
 from petals_lightning.server.span import PrefixRun, SpanGraph, SpanInputs
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 _MAX_PROMPTS = 8  # sets of deep prompts that one stream may have registered; a client needs one or two at a time
 _PROMPTS_PATIENCE = 10.0  # seconds that a request handed over waits for prompts that come from the client itself
 _MAX_FAREWELL = 2.0  # seconds that a client may take to read why its stream is refused
+_MUCH = 4 << 20  # bytes
 _MAX_GIVEN_UP = 256  # cancelled calls that are remembered, for those that are still on their way through other servers
 
 Handler = Callable[[], Coroutine[Any, Any, Message]]
@@ -69,17 +71,15 @@ class Session:
 
     async def serve(self) -> None:
         account = self._backend.accounts.open_stream(self._peer)
-        if account is None:
-            limit = self._backend.limits.max_streams_per_client
-            words = f"this client has {limit} streams open, which is the limit: close models that it needs no more"
-            await self._refuse_stream(ErrorCode.OVERLOADED, words)
+        if isinstance(account, str):
+            await self._refuse_stream(ErrorCode.OVERLOADED, account)
             self._writer.close()
             return
         self._account = account
         self._backend.sessions[self._number] = self
         try:
-            while (item := await self._reader.next()) is not None:
-                await self._dispatch(item[0], item[1])
+            while await self._read_one():
+                pass
         except ProtocolError as e:
             logger.warning("client …%s breaks the protocol: %s", self._peer[-6:], e)
             await self._refuse_stream(ErrorCode.BAD_REQUEST, str(e))
@@ -93,9 +93,19 @@ class Session:
             self._writer.close()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._reader.abandon()
+            self._prompts.clear()  # now: this object is part of cycles, which may live on for long
+            if self._reserved >= _MUCH:
+                give_back()
             self._release(self._reserved)  # also of a message that broke the protocol
             self._has_ended = True
             self._backend.accounts.close_stream(self._peer)
+
+    async def _read_one(self) -> bool:
+        """Serves a message, which must not live on here while the next one is waited for; False at the stream's end."""
+        if (item := await self._reader.next()) is None:
+            return False
+        await self._dispatch(item[0], item[1])
+        return True
 
     async def _refuse_stream(self, code: ErrorCode, reason: str) -> None:
         """Tells the client why its stream ends, and waits for it to close its end.
@@ -136,7 +146,8 @@ class Session:
                 self._backend.caches.pop((self._number, typed(message.fields, "session", int)))
             case Method.PROMPTS:
                 if not message.dropped:  # else those who wait for them will say that they are lost
-                    self._register(typed(message.fields, "key", int), floating(message.tensors, "deep", 3))
+                    with suppress(Refusal):  # likewise
+                        self._register(typed(message.fields, "key", int), floating(message.tensors, "deep", 3))
             case Method.FORWARD | Method.BACKWARD | Method.STEP:
                 self._begin(call_id, message)
                 return
@@ -183,12 +194,17 @@ class Session:
             self._account.requests -= 1
             self._release(num_bytes)
 
-    def _reserve(self, num_bytes: int, method: Method, fields: dict[str, Any]) -> bool:
+    def _reserve(self, num_bytes: int, call_id: int, method: Method, fields: dict[str, Any]) -> str | None:
         payer = self._payer(method, fields)
-        if payer is None or not self._backend.accounts.reserve(payer._account, num_bytes):
-            return False
-        payer._reserved += num_bytes
-        return True
+        return payer._charge(num_bytes) if payer is not None else "nobody pays for this"
+
+    def _charge(self, num_bytes: int) -> str | None:
+        """Counts bytes on this client's share; says why not if there is no room."""
+        if self._has_ended:
+            return "the client's stream has ended"
+        if (refusal := self._backend.accounts.reserve(self._account, num_bytes)) is None:
+            self._reserved += num_bytes
+        return refusal
 
     def _release_partial(self, num_bytes: int, method: Method, fields: dict[str, Any]) -> None:
         if (payer := self._payer(method, fields)) is not None:  # else it has ended, and all was given back then
@@ -213,8 +229,7 @@ class Session:
                 words = f"this client has {limits.max_open_requests} requests open, which is the limit"
                 raise Refusal(ErrorCode.OVERLOADED, words)
             if message.dropped:
-                words = f"no room: one client may have {limits.max_client_bytes >> 20} MiB of requests open"
-                raise Refusal(ErrorCode.OVERLOADED, words)
+                raise Refusal(ErrorCode.OVERLOADED, f"no room: {message.dropped}")
             route = read_route(message.fields)
             handler = self._handler(call_id, message, is_last=not route, handed_over=handed_over)
         except ProtocolError as e:
@@ -258,12 +273,27 @@ class Session:
                 raise Refusal(ErrorCode.PROMPTS_LOST, "these prompts are not registered here any more")
 
     def _register(self, key: int, deep: torch.Tensor | None) -> None:
+        """Keeps prompts [n, P, H] at the client's expense. Raises ProtocolError if they can be of no use here."""
+        span, most = self._backend.span, self._backend.limits.max_batch_tokens
         if deep is None:
             raise ProtocolError("the tensor `deep` is missing")
-        self._prompts[key] = deep
-        while len(self._prompts) > _MAX_PROMPTS:
-            self._prompts.popitem(last=False)
+        blocks, length, size = deep.shape
+        if not 1 <= blocks <= span.end - span.start or size != span.hidden_size or not 1 <= length < most:
+            raise ProtocolError(
+                f"prompts are {list(deep.shape)}, must be of up to {span.end - span.start} blocks and fewer than "
+                f"{most} positions, of hidden size {span.hidden_size}"
+            )
+        self._forget_prompts(key)
+        while len(self._prompts) >= _MAX_PROMPTS:
+            self._forget_prompts(next(iter(self._prompts)))
+        if (refusal := self._charge(deep.nbytes)) is not None:
+            raise Refusal(ErrorCode.OVERLOADED, f"no room for prompts: {refusal}")
+        self._prompts[key] = deep.clone()  # or all that came with them would stay, too
         self._prompts_came.set()
+
+    def _forget_prompts(self, key: int) -> None:
+        if (deep := self._prompts.pop(key, None)) is not None:
+            self._release(deep.nbytes)
 
     async def _forward_with_prompts(self, call_id: int, request: ForwardRequest) -> Message:
         """A forward that came by other servers, before its prompts which come straight from the client."""
@@ -279,7 +309,7 @@ class Session:
         """The cache that a step goes on with, opened here if the step says so."""
         key = (self._number, request.session)
         if request.max_length is not None:
-            self._backend.open_cache(key, request)
+            self._backend.open_cache(key, request, self._peer)
         cache = self._backend.caches.get(key)
         if cache is None:
             raise Refusal(ErrorCode.CACHE_LOST, "this session is not held here any more")
@@ -292,9 +322,23 @@ class Session:
     async def _answer(self, call_id: int, handler: Handler) -> None:
         self._backend.under_way += 1
         try:
-            await self._reply(call_id, await self._result(handler))
+            answer = await self._result(handler)
+            del handler  # and with it the request's tensors
+            await self._reply(call_id, self._charged(answer))
         finally:  # not before it is written: a client that does not read its answers must not get more of them made
             self._backend.under_way -= 1
+
+    def _charged(self, answer: Message) -> Message:
+        """The answer, which counts until it is written where it is larger than its request; or why there is no room."""
+        task = asyncio.current_task()
+        assert task is not None
+        if task not in self._sizes or (more := answer.num_bytes - self._sizes[task]) <= 0:
+            return answer
+        if (refusal := self._charge(more)) is not None:
+            words = f"no room for the answer: {refusal}"
+            return Message(Method.ERROR, {"code": ErrorCode.OVERLOADED.value, "message": words})
+        self._sizes[task] += more
+        return answer
 
     async def _result(self, handler: Handler) -> Message:
         try:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import pytest
+import torch
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
@@ -15,6 +16,8 @@ from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import ConfigurationError, PeerFailure
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import Message, Method
+from petals_lightning.protocol.requests import ForwardRequest
+from tests.attacks import announcement, piece
 
 CONFIG = ClientConfig(heartbeat_period=0.1, heartbeat_timeout=0.5)
 Reply = Callable[[Method, int], Message | None]
@@ -137,3 +140,34 @@ def test_patience_follows_what_was_measured_between_floor_and_ceiling():
 def test_a_setting_out_of_range_is_refused(wrong):
     with pytest.raises(ConfigurationError, match=r"must|share"):
         ClientConfig(**wrong)
+
+
+def test_an_answer_is_no_larger_than_what_was_asked_for():
+    """The server's word costs the client no memory: neither more than was asked for, nor for what was given up."""
+
+    async def main() -> tuple[str, int]:
+        async def serve(reader, writer):
+            writer.write(announcement(7, 1 << 31, "ok"))  # an answer to a call that was given up, and is let pass
+            for _ in range(8):
+                writer.write(piece(7))
+            incoming = MessageReader(reader, max_message_bytes=1 << 20, max_open=10)
+            while (item := await incoming.next()) is not None:
+                if item[1].method is Method.FORWARD:
+                    writer.write(announcement(item[0], 3 << 30, "ok"))
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        streams = await asyncio.open_connection(*server.sockets[0].getsockname())
+        connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats())
+        connection._last_id = 10
+        try:
+            with pytest.raises(PeerFailure) as failed:
+                await connection.call(ForwardRequest(0, 1, torch.ones(2, 3, 4)).to_message())
+            return str(failed.value), sum(len(p.body or b"") for p in connection._reader._partial.values())
+        finally:
+            connection.close()
+            server.close()
+
+    words, held = asyncio.run(main())
+    assert f"announces {3 << 30} bytes, {8 * 2 * 3 * 4} are the most that were asked for" in words
+    assert held == 0

@@ -97,7 +97,7 @@ def test_recorded_responses_are_read_and_built_again():
                 assert to_response(read_response([message], max_bytes=ROOM)) == message
         else:
             whole = to_response(read_response(call.responses, max_bytes=ROOM))
-            assert (split_response(whole) if call.kind == "stream" else [whole]) == call.responses
+            assert (list(split_response(whole)) if call.kind == "stream" else [whole]) == call.responses
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
@@ -130,7 +130,7 @@ def test_large_tensors_travel_in_parts():
     assert [len(message.tensors) for message in messages] == [1] * 3  # 5.5 MiB, and the empty prompts
     assert all(message.uid == "m.0 m.1" and message.ByteSize() < 4.1 * 2**20 for message in messages)
     assert torch.equal(PetalsForward.from_parts(join(messages)).hidden, request.hidden)
-    response = split_response(to_response([request.hidden, torch.ones(3)]))
+    response = list(split_response(to_response([request.hidden, torch.ones(3)])))
     assert len(response) == 3
     assert torch.equal(read_response(response, max_bytes=ROOM)[0], request.hidden)
 

@@ -125,7 +125,7 @@ def test_a_client_may_have_so_much_open_and_no_more(tiny_checkpoint, start_swarm
         for session in sessions:
             session.end()
         code, words = failure(lambda: caller.forward(PetalsForward(PREFIX, 0, 1, torch.ones(1, 600, HIDDEN))))
-        assert (code, "no room for" in words) == (ErrorCode.OVERLOADED, True)
+        assert (code, "MiB open, its limit is 0.0625 MiB" in words) == (ErrorCode.OVERLOADED, True)
         assert caller.forward(PetalsForward(PREFIX, 0, 1, torch.ones(1, 1, HIDDEN))).shape == (1, 1, HIDDEN)
 
 

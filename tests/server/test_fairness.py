@@ -6,11 +6,13 @@ import threading
 import time
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from petals_lightning.models import AutoDistributedModel
-from petals_lightning.server.admission import Accounts
+from petals_lightning.server.admission import Account, Accounts
 from petals_lightning.server.fair_queue import FairQueue
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.limits import ServerLimits, room_for
 from tests.families import NUM_BLOCKS
 
 FORWARD, BACKWARD, DECODE = 2, 1, 0
@@ -101,21 +103,57 @@ def test_clients_that_are_gone_are_forgotten():
 
 
 def test_accounts_count_what_is_open_and_forget_who_left():
-    accounts = Accounts(ServerLimits(max_streams_per_client=2, max_client_bytes=100, max_total_bytes=150))
+    accounts = Accounts(ServerLimits(max_streams_per_client=2, max_client_bytes=100, max_total_bytes=200))
     one, other = accounts.open_stream("a"), accounts.open_stream("b")
-    assert one is not None
-    assert other is not None
+    assert isinstance(one, Account)
+    assert isinstance(other, Account)
     assert accounts.open_stream("a") is one
-    assert accounts.open_stream("a") is None
-    assert accounts.reserve(one, 100)
-    assert not accounts.reserve(one, 1)
-    assert not accounts.reserve(other, 51), "all clients together"
-    assert accounts.reserve(other, 50)
+    assert "this client has 2 streams" in str(accounts.open_stream("a"))
+    assert accounts.reserve(one, 100) is None
+    assert "this client has" in str(accounts.reserve(one, 1))
+    assert "this server is full" in str(accounts.reserve(other, 51)), "all clients together"
+    assert accounts.reserve(other, 50) is None
     accounts.release(one, 100)
     accounts.release(other, 50)
     for peer in "aab":
         accounts.close_stream(peer)
-    assert (accounts.num_bytes, accounts._accounts) == (0, {})
+    assert (accounts.num_bytes, accounts.streams, accounts._accounts) == (0, 0, {})
+
+
+def test_the_last_part_is_for_those_who_hold_least():
+    limits = ServerLimits(max_client_bytes=100, max_total_bytes=320, max_streams=64, max_streams_per_client=48)
+    accounts = Accounts(limits)
+    held = []
+    for number in range(3):
+        account = accounts.open_stream(str(number))
+        assert isinstance(account, Account)
+        held.append(account)
+        accounts.reserve(account, 80)
+    assert accounts.num_bytes == 240
+    newcomer = accounts.open_stream("new")
+    assert isinstance(newcomer, Account)
+    assert "this server is full" in str(accounts.reserve(held[0], 1))
+    assert accounts.reserve(newcomer, 10) is None
+    assert "this server is full" in str(accounts.reserve(newcomer, 1))
+    while isinstance(accounts.open_stream("0"), Account):
+        pass
+    assert accounts.streams == 48
+    assert "this server is full: 48 of 64 streams" in str(accounts.open_stream("0"))
+    assert isinstance(accounts.open_call("another"), Account)
+
+
+@given(st.integers(1, 10**6), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 10**6)), max_size=60))
+def test_no_demand_takes_more_than_there_is_or_than_its_share_of_the_last_part(budget, demands):
+    held = [0] * 10
+    for client, amount in demands:
+        taken = sum(held)
+        room = room_for(held[client], taken=taken, budget=budget)
+        assert room <= budget - taken
+        if taken < budget - budget // 4:
+            assert room > 0
+        elif room:
+            assert held[client] + room <= budget // 32
+        held[client] += min(amount, room)
 
 
 def test_beside_a_greedy_client_another_keeps_its_share(tiny_checkpoint, start_swarm):

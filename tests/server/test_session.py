@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,12 +54,12 @@ class Client:
         return await asyncio.wait_for(self._reader.next(), 30)
 
 
-def with_session(span: BlockSpan, talk) -> Backend:
+def with_session(span: BlockSpan, talk, limits: ServerLimits = LIMITS) -> Backend:
     """Runs `talk(client, backend)` against a live session; returns the backend as the session left it."""
 
     async def main() -> Backend:
         compute = ComputeThread()
-        backend = Backend(span, compute, LIMITS, {"hidden_size": HIDDEN})
+        backend = Backend(span, compute, limits, {"hidden_size": HIDDEN})
         backend.graph_cost = GraphCost(100.0, 0.0)
         ended = asyncio.Event()
 
@@ -182,5 +185,64 @@ def test_a_server_may_not_be_answered(span):
         await client.writer.send(1, Message(Method.OK))
         assert (await client.next())[1].method is Method.ERROR
         assert await client.next() is None
+
+    with_session(span, talk)
+
+
+def test_an_answer_larger_than_its_request_is_charged_too(span):
+    async def talk(client, backend):
+        reply = await client.ask(forward(hidden=torch.ones(8, 7, HIDDEN, dtype=torch.float16)))
+        assert reply.fields["code"] == ErrorCode.OVERLOADED
+        assert "no room for the answer: this client has" in reply.fields["message"]
+        assert (await client.ask(forward())).method is Method.OK
+
+    limits = replace(LIMITS, max_client_bytes=2 * 8 * 7 * HIDDEN + 1000)
+    assert with_session(span, talk, limits).accounts.num_bytes == 0
+
+
+def test_registered_prompts_are_charged_until_they_are_dropped(span):
+    deep = torch.ones(2, 3, HIDDEN)
+
+    async def talk(client, backend):
+        for key in range(20):
+            await client.writer.send(100, Message(Method.PROMPTS, {"key": key % 10}, {"deep": deep}))
+        assert (await client.ask(Message(Method.PING))).method is Method.OK
+        assert backend.accounts.num_bytes == 8 * deep.nbytes
+
+    assert with_session(span, talk).accounts.num_bytes == 0
+
+
+def test_what_a_session_was_sent_lives_no_longer_than_its_use(span):
+    """No garbage collection is needed, neither between messages nor at the end of a stream."""
+    kept: list[weakref.ref[torch.Tensor]] = []
+    honest = Session._register
+
+    def register(session: Session, key: int, deep: torch.Tensor | None) -> None:
+        honest(session, key, deep)
+        kept.extend([weakref.ref(deep), weakref.ref(session._prompts[key])])
+
+    async def talk(client, backend):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Session, "_register", register)
+            await client.writer.send(100, Message(Method.PROMPTS, {"key": 1}, {"deep": torch.ones(2, 3, HIDDEN)}))
+            await client.ask(Message(Method.PING))
+        sent, registered = kept
+        assert sent() is None
+        assert registered() is not None
+
+    gc.disable()
+    try:
+        with_session(span, talk)
+        assert kept[1]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_kept_graph_counts_its_prefix(span):
+    async def talk(client, backend):
+        await client.ask(forward(keep=True))
+        without = backend.graphs.num_bytes
+        await client.ask(forward(keep=True, prefix=torch.ones(20, HIDDEN)))
+        assert backend.graphs.num_bytes - without == without + int(2 * 20 * 100.0 * 1.05)
 
     with_session(span, talk)

@@ -8,7 +8,7 @@ stands in `hidden`. Attention is causal over everything sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,15 +72,16 @@ class RequestJoiner:
 
     Args:
         max_bytes: of its tensors.
+        reserve: as of `TensorJoiner`.
     """
 
-    def __init__(self, *, max_bytes: int):
-        self._tensors = TensorJoiner(max_bytes=max_bytes, max_tensors=MAX_TENSORS)
+    def __init__(self, *, max_bytes: int, reserve: Callable[[int], None] = lambda num_bytes: None):
+        self._tensors = TensorJoiner(max_bytes=max_bytes, max_tensors=MAX_TENSORS, reserve=reserve)
         self._first: ExpertRequest | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors announced so far."""
+        """Reserved so far."""
         return self._tensors.num_bytes
 
     def add(self, message: ExpertRequest) -> None:
@@ -188,9 +189,9 @@ def to_response(tensors: Sequence[torch.Tensor], compressions: Sequence[int] | N
     return ExpertResponse(tensors=[pack_tensor(t, c) for t, c in zip(tensors, padded, strict=True)])
 
 
-def split_response(response: ExpertResponse) -> list[ExpertResponse]:
+def split_response(response: ExpertResponse) -> Iterator[ExpertResponse]:
     """The same in messages of one part of a tensor each, for the `_stream` methods."""
-    return [ExpertResponse(tensors=[part]) for tensor in response.tensors for part in split_tensor(tensor)]
+    return (ExpertResponse(tensors=[part]) for tensor in response.tensors for part in split_tensor(tensor))
 
 
 def read_response(messages: Sequence[ExpertResponse], *, max_bytes: int) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ UNIFORM_8BIT = runtime_pb2.CompressionType.UNIFORM_8BIT
 COMPRESSIONS = {NONE, FLOAT16, MEANSTD_16BIT, QUANTILE_8BIT, UNIFORM_8BIT}
 """All of hivemind's but BLOCKWISE_8BIT, which needs bitsandbytes."""
 
+_PIECE_VALUES = 1 << 18
 _CODEBOOK_BYTES = 8 + 4 * 256  # of the 8-bit compressions: the number of values, the values
 
 
@@ -106,17 +107,21 @@ def unpack_tensor(packed: runtime_pb2.Tensor, buffer: bytes | bytearray | None =
         return torch.frombuffer(body, dtype=sent).to(dtype).reshape(shape)
     if packed.compression == FLOAT16:
         return torch.frombuffer(body, dtype=torch.float16).to(dtype).reshape(shape)
-    if packed.compression == MEANSTD_16BIT:
+    if packed.compression == MEANSTD_16BIT:  # in place, here and below: peers choose what is unpacked
         values = torch.frombuffer(body, dtype=torch.float16, count=count).float().reshape(shape)
         means, stds = (
             part.reshape(*shape[:-1], 1)
             for part in torch.frombuffer(body, dtype=torch.float32, offset=2 * count).chunk(2)
         )
-        return (values * stds + means).to(dtype)
+        return values.mul_(stds).add_(means).to(dtype)
     if int.from_bytes(body[:8], "little") != 256:
         raise ProtocolError("an 8-bit tensor must come with 256 values")
     values = torch.frombuffer(body, dtype=torch.float32, offset=8, count=256).to(dtype)
-    return values[torch.frombuffer(body, dtype=torch.uint8, offset=_CODEBOOK_BYTES).long()].reshape(shape)
+    out = torch.empty(count, dtype=dtype)
+    codes = torch.frombuffer(body, dtype=torch.uint8, offset=_CODEBOOK_BYTES)
+    for piece, found in zip(codes.split(_PIECE_VALUES), out.split(_PIECE_VALUES), strict=True):
+        torch.index_select(values, 0, piece.int(), out=found)  # an index takes four bytes a value
+    return out.reshape(shape)
 
 
 def split_tensor(packed: runtime_pb2.Tensor) -> Iterator[runtime_pb2.Tensor]:
@@ -128,27 +133,32 @@ class TensorJoiner:
     """Puts the tensors of a call together from its messages, in which they are whole or in parts.
 
     Args:
-        max_bytes: of all tensors of the call, as they are in memory.
+        max_bytes: that all tensors of the call may announce, as they are in memory.
         max_tensors: of the call.
+        reserve: told before memory is taken for bytes that have come: how much they take when they are unpacked.
+            What it raises ends the call.
     """
 
-    def __init__(self, *, max_bytes: int, max_tensors: int):
-        self._max_bytes, self._max_tensors = max_bytes, max_tensors
+    def __init__(self, *, max_bytes: int, max_tensors: int, reserve: Callable[[int], None] = lambda num_bytes: None):
+        self._max_bytes, self._max_tensors, self._reserve = max_bytes, max_tensors, reserve
+        self._announced, self._expansion = 0, 0.0
         self._first: runtime_pb2.Tensor | None = None
         self._buffer = bytearray()
         self._tensors: list[torch.Tensor] = []
         self.num_bytes = 0
-        """Announced so far, as they will be in memory."""
+        """Reserved so far."""
 
     def add(self, parts: Iterable[runtime_pb2.Tensor]) -> None:
         """Raises ProtocolError if a limit is passed, or a part breaks the format."""
         for part in parts:
             if part.dtype:
                 self._finish()
-                self.num_bytes += max(unpacked_bytes(part), max(packed_bytes(part)))
-                if self.num_bytes > self._max_bytes or len(self._tensors) >= self._max_tensors:
+                most, unpacked = max(packed_bytes(part)), unpacked_bytes(part)
+                self._expansion = 1 + unpacked / most if part.compression != NONE and most else 1.0
+                self._announced += max(unpacked, most)
+                if self._announced > self._max_bytes or len(self._tensors) >= self._max_tensors:
                     raise ProtocolError(
-                        f"a call of {self.num_bytes} bytes in {len(self._tensors) + 1} tensors is over this peer's "
+                        f"a call of {self._announced} bytes in {len(self._tensors) + 1} tensors is over this peer's "
                         f"limit of {self._max_bytes} bytes in {self._max_tensors}"
                     )
                 self._first = runtime_pb2.Tensor()
@@ -156,8 +166,11 @@ class TensorJoiner:
                 self._first.buffer = b""
             elif self._first is None or not part.buffer:
                 raise ProtocolError("a part of a tensor comes without its beginning, or without bytes")
-            self._buffer += part.buffer
             assert self._first is not None
+            num_bytes = int(self._expansion * len(part.buffer))
+            self._reserve(num_bytes)
+            self.num_bytes += num_bytes
+            self._buffer += part.buffer
             if len(self._buffer) > max(packed_bytes(self._first)):
                 raise ProtocolError("a tensor has more bytes than it announced")
 

@@ -35,6 +35,7 @@ from petals_lightning.protocol.petals.methods import (
     method_name,
 )
 from petals_lightning.protocol.petals.steps import PetalsStep
+from petals_lightning.protocol.petals.wire import REQUEST
 from petals_lightning.protocol.uids import parse_chain
 from petals_lightning.server.access import Gate
 from petals_lightning.server.backend import Backend, Refusal
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_UNARY_RESPONSE = MAX_PART_BYTES - MAX_HEADER_BYTES  # a larger one never arrives, and the caller hangs
 _PUSH_TIMEOUT = 10.0  # seconds
+_UNARY_COPIES = 6  # of a request: as it came, joined, and four bytes for one where it is compressed
 
 
 class CallFailed(Exception):
@@ -83,9 +85,9 @@ class PetalsMethods:
         """Adds the unary methods to this server's peer."""
         for name, method, kind in (
             ("rpc_info", self._info, ExpertUID),
-            ("rpc_forward", self._forward_unary, ExpertRequest),
-            ("rpc_backward", self._backward_unary, ExpertRequest),
-            ("rpc_push", self._push, ExpertRequest),
+            ("rpc_forward", self._forward_unary, REQUEST),
+            ("rpc_backward", self._backward_unary, REQUEST),
+            ("rpc_push", self._push, REQUEST),
         ):
             await self._p2p.add_protobuf_handler(method_name(name), partial(self.answer_unary, method), kind)
         await Reachability(self._backend, self._p2p).register()
@@ -99,7 +101,7 @@ class PetalsMethods:
         try:
             charge = self._let_in(peer)
             try:
-                charge.reserve(request.ByteSize())
+                charge.reserve(_UNARY_COPIES * request.ByteSize())
                 return await method(request, peer)
             finally:
                 charge.close()
@@ -114,12 +116,13 @@ class PetalsMethods:
         """One call that is a stream, until it is answered or the client has gone."""
         peer, limits = info.peer_id.to_base58(), self._backend.limits
         try:
-            charge = self._let_in(peer)
+            charge = self._let_in(peer, has_stream=True)
         except Refusal as e:
             await end_with_error(reader, writer, self._error(e, peer))
             return
         room = limits.max_message_bytes + MAX_HEADER_BYTES
-        stream = CallStream(reader, writer, charge, max_message_bytes=room, idle_timeout=limits.cache_lifetime)
+        idle = limits.cache_lifetime if method == self._inference else None
+        stream = CallStream(reader, writer, charge, max_message_bytes=room, idle_timeout=idle)
         answering = asyncio.create_task(self._answer(method, stream, peer))
         reading = asyncio.create_task(stream.read_on())
         error = None
@@ -142,12 +145,12 @@ class PetalsMethods:
         else:
             await end(reader, writer)
 
-    def _let_in(self, peer: str) -> Charge:
+    def _let_in(self, peer: str, *, has_stream: bool = False) -> Charge:
         gate = Gate(self._backend.rules, peer, self._backend.peer_id)
         if not gate.is_open:
             raise Refusal(ErrorCode.NOT_ALLOWED, gate.refusal().fields["message"])
         self._check_staying()
-        return Charge(self._backend.accounts, peer)
+        return Charge(self._backend.accounts, peer, has_stream=has_stream)
 
     async def _answer(self, method: StreamMethod, stream: CallStream, peer: str) -> str | None:
         """Returns the words of an error."""
@@ -189,16 +192,19 @@ class PetalsMethods:
         self, method: Callable[[Parts, str], Awaitable[ExpertResponse]], stream: CallStream, peer: str
     ) -> None:
         """A call whose request and response come in parts; it stays charged until the response is written."""
-        joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes)
+        joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes, reserve=stream.charge.reserve)
         while (arrival := await stream.next()) is not None:
-            announced = joiner.num_bytes
-            joiner.add(arrival.message)
-            stream.charge.reserve(joiner.num_bytes - announced)
-            arrival.release()
+            try:
+                joiner.add(arrival.message)
+            finally:
+                arrival.release()
         self._backend.under_way += 1
         try:
             parts = await asyncio.to_thread(joiner.finish)  # copies what may be a GiB
-            for message in split_response(await method(parts, peer)):
+            response = await method(parts, peer)
+            del joiner, parts
+            stream.charge.reserve(response.ByteSize())
+            for message in split_response(response):
                 await stream.send(message)
         finally:
             self._backend.under_way -= 1

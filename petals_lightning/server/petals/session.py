@@ -88,20 +88,19 @@ class PetalsSession:
         return self._stream.offer(arrival)
 
     async def _take(self, arrival: Arrival) -> None:
-        joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes)
+        charge = self._stream.charge
+        joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes, reserve=charge.reserve)
+        self._backend.under_way += 1
         try:
             joiner.add(arrival.message)
-            self._stream.charge.reserve(joiner.num_bytes)
-            self._backend.under_way += 1
-            try:
-                await self._answer(PetalsStep.from_parts(joiner.finish()), is_pushed=arrival.pushed)
-            finally:
-                self._backend.under_way -= 1
-                self._stream.charge.release(joiner.num_bytes)
+            await self._answer(PetalsStep.from_parts(joiner.finish()), is_pushed=arrival.pushed)
         except (ProtocolError, Refusal) as e:
             if not arrival.pushed:
                 raise
             logger.debug("a step pushed to a session of …%s is dropped: %s", self._peer[-6:], e)
+        finally:
+            self._backend.under_way -= 1
+            charge.release(joiner.num_bytes)
 
     async def _answer(self, step: PetalsStep, *, is_pushed: bool) -> None:
         if step.step_id is not None and step.step_id in self._done:
@@ -151,7 +150,7 @@ class PetalsSession:
         deadline = time.monotonic() + min(timeout, _MAX_WAIT)
         while True:
             try:
-                return self._backend.open_cache((self._number, 0), request)
+                return self._backend.open_cache((self._number, 0), request, self._peer)
             except Refusal:
                 if time.monotonic() >= deadline:
                     raise

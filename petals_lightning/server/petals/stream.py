@@ -21,31 +21,35 @@ from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse
 
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
+from petals_lightning.protocol.petals.wire import REQUEST
+from petals_lightning.protocol.uploads import Pace, PatientReader, stalled
 from petals_lightning.server.admission import Accounts
 from petals_lightning.server.backend import Refusal
 
 _READ_AHEAD = 2  # messages
+_PIECE_BYTES = 1 << 18
+_COPIES = 3  # of a message while it is parsed: as it came, as Python's bytes, and parsed
 _FAREWELL = 2.0  # seconds that a client has to read what ends its stream
 
 
 class Charge:
-    """What one call of a client costs while it is open: a request of its account, and bytes.
+    """What one call of a client costs while it is open: a request of its account, bytes, and maybe a stream.
 
     Raises:
-        Refusal: the client has too many requests open.
+        Refusal: the client has too many open, or the server.
     """
 
-    def __init__(self, accounts: Accounts, peer: str):
-        account = accounts.open_request(peer)
-        if account is None:
-            raise Refusal(ErrorCode.OVERLOADED, "this client has as many requests open as it may have")
-        self._accounts, self._account, self._peer = accounts, account, peer
+    def __init__(self, accounts: Accounts, peer: str, *, has_stream: bool = False):
+        account = accounts.open_call(peer) if has_stream else accounts.open_request(peer)
+        if isinstance(account, str):
+            raise Refusal(ErrorCode.OVERLOADED, account)
+        self._accounts, self._account, self._peer, self._has_stream = accounts, account, peer, has_stream
         self._num_bytes = 0
 
     def reserve(self, num_bytes: int) -> None:
         """Raises Refusal if there is no room for so many bytes more."""
-        if not self._accounts.reserve(self._account, num_bytes):
-            raise Refusal(ErrorCode.OVERLOADED, f"no room for {num_bytes} bytes of this client's requests")
+        if (refusal := self._accounts.reserve(self._account, num_bytes)) is not None:
+            raise Refusal(ErrorCode.OVERLOADED, f"no room: {refusal}")
         self._num_bytes += num_bytes
 
     def release(self, num_bytes: int) -> None:
@@ -54,6 +58,8 @@ class Charge:
 
     def close(self) -> None:
         self.release(self._num_bytes)
+        if self._has_stream:
+            self._accounts.close_stream(self._peer)
         self._accounts.close_request(self._peer)
 
 
@@ -73,7 +79,7 @@ class CallStream:
         reader, writer: the stream.
         charge: of the call.
         max_message_bytes: of one message.
-        idle_timeout: seconds that a client may let pass between messages.
+        idle_timeout: seconds that a client may let pass between messages; None: they are one upload, and must move.
     """
 
     def __init__(
@@ -83,28 +89,19 @@ class CallStream:
         charge: Charge,
         *,
         max_message_bytes: int,
-        idle_timeout: float,
+        idle_timeout: float | None,
     ):
-        self._reader, self._writer, self.charge = reader, writer, charge
+        self._reader, self._writer, self.charge = PatientReader(reader), writer, charge
         self._max_bytes, self._idle_timeout = max_message_bytes, idle_timeout
         self._arrivals: asyncio.Queue[Arrival | Exception | None] = asyncio.Queue(_READ_AHEAD)
+        self._received, self._pace = 0, Pace(0.0)
+        self._is_complete = False
 
     async def read_on(self) -> None:
         """Reads messages until the client has gone; for a task beside the one that answers."""
         try:
             while True:
-                kind = await self._reader.readexactly(1)
-                length = int.from_bytes(await self._reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
-                limit = self._max_bytes if kind == P2P.MESSAGE_MARKER else MAX_HEADER_BYTES
-                if kind not in (P2P.MESSAGE_MARKER, P2P.ERROR_MARKER) or length > limit:
-                    raise ProtocolError(f"a message of {length} bytes and kind {kind[0]}, the limit is {limit} bytes")
-                if kind == P2P.ERROR_MARKER:
-                    await self._reader.readexactly(length)
-                    await self._arrivals.put(None)
-                    continue
-                self.charge.reserve(length)
-                message = ExpertRequest.FromString(await self._reader.readexactly(length))
-                await self._arrivals.put(Arrival(message, partial(self.charge.release, length)))
+                await self._read_one()
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except DecodeError:
@@ -112,6 +109,44 @@ class CallStream:
         except (ProtocolError, Refusal) as e:
             await self._arrivals.put(e)
         await asyncio.Future()  # the answer to this is under way; nothing more is read
+
+    async def _read_one(self) -> None:
+        is_upload = self._idle_timeout is None and not self._is_complete
+        kind = await self._reader.exactly(1, self._check_pace if is_upload else None)
+        if not is_upload:
+            self._pace = Pace(self._reader.waited, self._received)
+        length = int.from_bytes(await self._exactly(P2P.HEADER_LEN), P2P.BYTEORDER)
+        limit = self._max_bytes if kind == P2P.MESSAGE_MARKER else MAX_HEADER_BYTES
+        if kind not in (P2P.MESSAGE_MARKER, P2P.ERROR_MARKER) or length > limit:
+            raise ProtocolError(f"a message of {length} bytes and kind {kind[0]}, the limit is {limit} bytes")
+        if kind == P2P.ERROR_MARKER:
+            await self._exactly(length)
+            self._is_complete = True
+            await self._arrivals.put(None)
+            return
+        data = bytearray()
+        try:
+            while len(data) < length:
+                piece = await self._exactly(min(length - len(data), _PIECE_BYTES))
+                self.charge.reserve(_COPIES * len(piece))
+                data += piece
+            message = REQUEST.FromString(bytes(data))
+        except BaseException:
+            self.charge.release(_COPIES * len(data))
+            raise
+        self.charge.release((_COPIES - 1) * length)
+        data.clear()  # while the message waits for its turn
+        await self._arrivals.put(Arrival(message, partial(self.charge.release, length)))
+
+    async def _exactly(self, count: int) -> bytes:
+        data = await self._reader.exactly(count, self._check_pace)
+        self._received += len(data)
+        self._check_pace()
+        return data
+
+    def _check_pace(self) -> None:
+        if self._pace.is_stalled(self._reader.waited, self._received):
+            raise ProtocolError(stalled("this call"))
 
     async def next(self) -> Arrival | None:
         """The next message; None at the end of the requests.
@@ -122,6 +157,7 @@ class CallStream:
         try:
             item = await asyncio.wait_for(self._arrivals.get(), self._idle_timeout)
         except TimeoutError as e:
+            assert self._idle_timeout is not None
             raise Refusal(ErrorCode.CACHE_LOST, f"nothing came for {self._idle_timeout:.0f} s") from e
         if isinstance(item, Exception):
             raise item
