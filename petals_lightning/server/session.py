@@ -345,7 +345,7 @@ class Session:
     async def _step(self, call_id: int, request: StepRequest, cache: SessionCache) -> Message:
         is_alone = self._backend.caches.is_alone((self._number, request.session))
         step = SessionStep(self._backend.span, cache, request, is_alone=is_alone)
-        timed = await self._backend.compute.run(Priority.DECODE, step, client=self._peer, key=(self._number, call_id))
+        timed = await self._backend.compute.run(step.priority, step, client=self._peer, key=(self._number, call_id))
         fields = {"queue": timed.queued, "compute": timed.computed}
         return Message(Method.OK, fields, timed.value, int8_blockwise=request.wire_dtype == INT8_BLOCKWISE)
 
