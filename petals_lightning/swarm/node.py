@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -195,6 +196,7 @@ class SwarmNode:
 
     async def _join(self) -> None:
         bound_nesting()
+        began = time.monotonic()
         try:
             self._p2p = await self._daemon.start()
             async with asyncio.timeout(self._connect_timeout):
@@ -206,9 +208,10 @@ class SwarmNode:
             self._acquaintances = Acquaintances(self._p2p, self._dht, self.initial_peers)
             self._meeting = asyncio.create_task(self._keep_meeting())
         except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:
-            raise SwarmConnectionError(self._explain(e)) from e
+            raise SwarmConnectionError(self._explain(e, time.monotonic() - began)) from e
 
-    def _explain(self, error: BaseException) -> str:
+    def _explain(self, error: BaseException, seconds: float) -> str:
+        """What went wrong, so many seconds after the start: the daemon may give up before `connect_timeout`."""
         detail = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
         if isinstance(error, ClockError):
             swarm = "the public Petals network" if is_public(self.initial_peers) else "the swarm"
@@ -219,15 +222,15 @@ class SwarmNode:
             )
         if is_public(self.initial_peers):
             return (
-                f"cannot reach the public Petals network: none of its bootstrap peers answered within "
-                f"{self._connect_timeout:.0f} s ({detail}). Check that this machine reaches the internet (ports 31337 "
+                f"cannot reach the public Petals network: none of its bootstrap peers answered, given up after "
+                f"{seconds:.0f} s ({detail}). Check that this machine reaches the internet (ports 31337 "
                 "and 31338) and that its clock is right; to use a swarm of your own give initial_peers=[…] (in a run: "
                 "swarm=private)"
             )
         if self.initial_peers:
             peers = ", ".join(self.initial_peers)
             return (
-                f"cannot join the swarm: none of initial_peers [{peers}] answered within {self._connect_timeout:.0f} s "
+                f"cannot join the swarm: none of initial_peers [{peers}] answered, given up after {seconds:.0f} s "
                 f"({detail}). Check that a peer runs there (`petals-lightning serve`/`bootstrap` print their "
                 "addresses), that its port is open, and that both machines' clocks agree within 3 s"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -203,6 +204,20 @@ def test_an_unreachable_peer_is_named_with_the_fix_and_nothing_is_left(socket_fo
         SwarmNode([maddr], host_maddrs=(), client_mode=True, connect_timeout=10).start()
     assert eventually(lambda: not daemons_of(me) and threading.active_count() <= threads)
     assert list(socket_folder.iterdir()) == []
+
+
+def test_the_time_that_was_waited_is_told_and_not_the_longest_allowed():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        maddr = f"/ip4/127.0.0.1/tcp/{closed.getsockname()[1]}/p2p/{STRANGER}"
+        began = time.monotonic()
+        with pytest.raises(SwarmConnectionError, match="none of initial_peers") as error:
+            SwarmNode([maddr], host_maddrs=(), client_mode=True, connect_timeout=500).start()
+        waited = time.monotonic() - began
+    told = re.search(r"given up after (\d+) s", str(error.value))
+    assert told is not None
+    assert int(told[1]) <= waited + 1
+    assert "500 s" not in str(error.value)
 
 
 def test_a_port_that_is_taken_is_an_error_of_one_line():
