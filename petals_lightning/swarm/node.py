@@ -26,6 +26,7 @@ from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.swarm.daemon import P2PDaemon
 from petals_lightning.swarm.hivemind_repairs import ReadableRecords, bound_nesting
+from petals_lightning.swarm.identity_check import check_identity_is_free
 from petals_lightning.swarm.joining import Acquaintances, ClockError, meet
 from petals_lightning.swarm.public import is_public
 
@@ -70,6 +71,7 @@ class SwarmNode:
             start_timeout=connect_timeout,
         )
         self._client_mode, self._connect_timeout = client_mode, connect_timeout
+        self._checked_identity = identity_path if host_maddrs and self.initial_peers else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
@@ -116,7 +118,8 @@ class SwarmNode:
         Raises:
             SwarmConnectionError: the daemon does not start, no initial peer answers in `connect_timeout` seconds, or
                 their clocks and this machine's differ.
-            ConfigurationError: the identity file holds no key, or TMPDIR is too long for sockets.
+            ConfigurationError: the identity file holds no key, or that of a peer that runs already (peers that only
+                call others are not looked for); or TMPDIR is too long for sockets.
         """
         started, self._process = threading.Event(), os.getpid()
         self._thread = threading.Thread(target=self._run_loop, args=(started,), name="swarm", daemon=True)
@@ -198,6 +201,8 @@ class SwarmNode:
         bound_nesting()
         began = time.monotonic()
         try:
+            if self._checked_identity is not None:
+                await check_identity_is_free(self._checked_identity, self.initial_peers, self._connect_timeout)
             self._p2p = await self._daemon.start()
             async with asyncio.timeout(self._connect_timeout):
                 self._dht = await DHTNode.create(

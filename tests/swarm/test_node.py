@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -161,6 +162,23 @@ def test_an_identity_file_keeps_the_peer_id(start_node, tmp_path):
     first.close()
     assert start_node(identity_path=identity).peer_id == peer
     assert start_node().peer_id != peer
+
+
+def test_an_identity_of_a_peer_that_runs_is_refused_until_that_one_is_gone(start_node, tmp_path):
+    identity, copy = tmp_path / "peer.id", tmp_path / "copy.id"
+    (maddr,) = start_node().visible_maddrs()
+    first = start_node(maddr, identity_path=str(identity))
+    shutil.copy(identity, copy)
+    for peers in ([maddr], first.visible_maddrs(), [maddr, *first.visible_maddrs()]):
+        with pytest.raises(
+            ConfigurationError, match=rf"'{copy}' is in use: .*{first.peer_id}.*stop that one, or"
+        ) as error:
+            start_node(*peers, identity_path=str(copy))
+        assert "\n" not in str(error.value)
+    assert first.is_alive
+    (daemon,) = [each for each in daemons_of(psutil.Process()) if str(identity) in " ".join(each.cmdline())]
+    daemon.kill()
+    assert start_node(maddr, identity_path=str(copy)).peer_id == first.peer_id
 
 
 def test_an_identity_that_cannot_be_written_is_named():
