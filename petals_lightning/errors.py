@@ -92,7 +92,7 @@ class WrongResult(PeerFailure):
 
 
 class NonFiniteResult(WrongResult):
-    """NaN or infinity where the inputs were finite: the peer is broken, or the model overflows in its dtype."""
+    """NaN, infinity or absurdly large values where the inputs had none: the peer is broken, or the model overflows."""
 
 
 class ProtocolError(PetalsLightningError, ValueError):

@@ -96,6 +96,7 @@ def serve(
     for name, value in (("--graph-memory", graph_memory), ("--cache-memory", cache_memory)):
         if not 0 <= value < math.inf:
             raise ConfigurationError(f"{name} is {value:g}: it must be 0 or more")
+    configure_logging(verbose)
     from petals_lightning.protocol.auth import read_token
     from petals_lightning.server.access import AccessRules, read_peer_list
 
@@ -103,7 +104,6 @@ def serve(
         allowed_peers=read_peer_list(allow_peers) if allow_peers is not None else None,
         token=read_token(token_file) if token_file is not None else None,
     )
-    configure_logging(verbose)
     stop = StopSignal()
 
     import torch  # after OMP_WAIT_POLICY is set, and not for --help

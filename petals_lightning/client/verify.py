@@ -24,7 +24,7 @@ def check_forward(peer: str, request: ForwardRequest, deep: torch.Tensor | None,
     if request.want_prefix and request.prefix is not None:
         expected["prefix"] = list(request.prefix.shape), message_dtype(request.wire_dtype, prompts=True)
     _check_tensors(peer, reply, expected)
-    _check_finite(peer, reply, _inputs(request, deep))
+    _check_sound(peer, reply, _inputs(request, deep))
 
 
 def check_backward(
@@ -49,7 +49,7 @@ def check_backward(
     expected = {name: (list(tensor.shape), dtype) for name, tensor in inputs.items() if tensor is not None}
     _check_tensors(peer, reply, expected)
     if not may_overflow:
-        _check_finite(peer, reply, [*grads, *_inputs(forward, deep)])
+        _check_sound(peer, reply, [*grads, *_inputs(forward, deep)])
 
 
 def output_shape(request: ForwardRequest) -> list[int]:
@@ -63,18 +63,21 @@ def seconds_of(reply: Message, name: str) -> float:
     return float(value) if isinstance(value, (int, float)) and 0 <= value < math.inf else 0.0
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    # One sum says it all, but for sums that overflow by themselves.
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+def is_sound(tensor: torch.Tensor) -> bool:
+    """Whether its norm is finite in float32: no NaN, no infinity, no value that is larger than any network works with.
+
+    Every block begins with a norm, which sums squares: beyond 1.8e19 they overflow, and only noise or zeros come out.
+    """
+    return bool(torch.linalg.vector_norm(tensor, dtype=torch.float32).isfinite())
 
 
 def disagreement(got: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest relative error among the tensors that both have; infinite where shapes or finiteness differ."""
+    """The largest relative error among the tensors that both have; infinite where shapes or soundness differ."""
     worst = 0.0
     for name in got.keys() & other.keys():
         a, b = got[name].float(), other[name].float()
-        if a.shape != b.shape or not (is_finite(a) and is_finite(b)):
-            if a.shape == b.shape and torch.equal(a.isfinite(), b.isfinite()):
+        if a.shape != b.shape or not (is_sound(a) and is_sound(b)):
+            if a.shape == b.shape and is_sound(a) == is_sound(b) and torch.equal(a.isfinite(), b.isfinite()):
                 continue  # both overflow in the same places
             return math.inf
         scale = max(a.norm().item(), b.norm().item())
@@ -99,8 +102,11 @@ def _check_tensors(peer: str, reply: Message, expected: dict[str, tuple[list[int
             raise WrongResult(peer, f"answered {got} as {name!r}, asked for {DTYPE_NAMES[dtype]} {shape}")
 
 
-def _check_finite(peer: str, reply: Message, inputs: list[torch.Tensor]) -> None:
-    if all(is_finite(tensor) for tensor in reply.tensors.values()):
+def _check_sound(peer: str, reply: Message, inputs: list[torch.Tensor]) -> None:
+    broken = next((tensor for tensor in reply.tensors.values() if not is_sound(tensor)), None)
+    if broken is None or not all(is_sound(tensor) for tensor in inputs):
         return
-    if all(is_finite(tensor) for tensor in inputs):
-        raise NonFiniteResult(peer, "answered NaN or infinity for finite inputs")
+    if broken.isfinite().all():
+        largest = broken.abs().max().item()
+        raise NonFiniteResult(peer, f"answered values of up to {largest:.1e}, whose squares overflow in float32")
+    raise NonFiniteResult(peer, "answered NaN or infinity for finite inputs")

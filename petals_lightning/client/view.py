@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from petals_lightning import __version__
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.handover import HandoverPolicy
@@ -27,7 +28,7 @@ from petals_lightning.errors import (
     WrongResult,
 )
 from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.protocol.records import ServerRecord, ServerState
+from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 
@@ -103,11 +104,8 @@ class SwarmView:
         await self.refresh()
         missing = uncovered(self._usable(1), 0, self.num_blocks)
         if missing:
-            misfits = [why for peer, why in self._misfits.items() if set(range(*self._spans[peer])) & set(missing)]
-            if misfits:
-                raise IncompatibleServerError(
-                    f"{misfits[0]}. Load the same model here and there, or give it a dht_prefix of its own"
-                )
+            if misfits := self._misfits_at(missing):
+                raise IncompatibleServerError(misfits[0])
             raise NoServersError(await self._explain_missing(missing))
         self._maintenance = asyncio.create_task(self._maintain())
         try:
@@ -372,17 +370,27 @@ class SwarmView:
     def _misfit(self, peer: str, record: ServerRecord) -> str | None:
         name = f"server …{peer[-6:]} ({record.public_name})" if record.public_name else f"server …{peer[-6:]}"
         if record.stream_version is None and self.config.swarm_token is not None:
-            return f"{name} offers only Petals' methods, which cannot prove that it knows the swarm's token"
+            return (
+                f"{name} offers only Petals' methods, which cannot prove that it knows the swarm's token. Use "
+                "servers of petals-lightning, or no token"
+            )
+        if record.stream_version not in (None, STREAM_VERSION):
+            return (
+                f"{name} speaks version {record.stream_version} of our stream protocol (petals-lightning "
+                f"{record.version or 'of unknown version'}), this client speaks version {STREAM_VERSION} "
+                f"(petals-lightning {__version__}). Install the same version of petals-lightning here and there"
+            )
+        other_model = f"{name} serves another model under {self.dht_prefix!r}"
+        fix = "Load the same model here and there, or give it a dht_prefix of its own"
         if record.hidden_size is not None and record.hidden_size != self._hidden_size:
-            return (
-                f"{name} serves another model under {self.dht_prefix!r}: its hidden size is {record.hidden_size}, "
-                f"here it is {self._hidden_size}"
-            )
+            return f"{other_model}: its hidden size is {record.hidden_size}, here it is {self._hidden_size}. {fix}"
         if record.fingerprint is not None and self._fingerprint not in (None, record.fingerprint):
-            return (
-                f"{name} serves another model under {self.dht_prefix!r}: config or tensor names differ from those here"
-            )
+            return f"{other_model}: config or tensor names differ from those here. {fix}"
         return None
+
+    def _misfits_at(self, blocks: Collection[int]) -> list[str]:
+        """Why servers that list some of these blocks cannot be used."""
+        return [why for peer, why in self._misfits.items() if not set(range(*self._spans[peer])).isdisjoint(blocks)]
 
     async def _open(self, peer: str) -> ServerConnection:
         try:
@@ -436,6 +444,7 @@ class SwarmView:
             for peer, ban in self._bans.items()
             if peer in self._spans and any(self._spans[peer][0] <= block < self._spans[peer][1] for block in missing)
         }
+        reasons |= dict.fromkeys(self._misfits_at(missing))
         hint += "".join(f"; a server that lists them: {reason}" for reason in list(reasons)[:3])
         return (
             f"nobody serves blocks {format_blocks(missing)} of {self.dht_prefix!r} "

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
@@ -18,7 +18,14 @@ from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
 from petals_lightning.hf.skeleton import vocabulary_size
 from petals_lightning.models import trainable_state_dict
-from petals_lightning.strategies import BEGUN, RemoteBlockStrategy, ServedModel, load_trained_weights, planned_steps
+from petals_lightning.strategies import (
+    BEGUN,
+    RemoteBlockStrategy,
+    ServedModel,
+    load_trained_weights,
+    no_code_from,
+    planned_steps,
+)
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +98,16 @@ class TuningModule(pl.LightningModule):
         self._rng_state: Tensor | None = None
         self._plan: tuple[float, int | None] | None = None  # learning rate and steps of our schedule
         self.register_load_state_dict_post_hook(_frozen_weights_are_not_missing)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Self:
+        """As Lightning's, but tensors and plain values alone are read, unless it is told `weights_only=False`.
+
+        Raises:
+            CheckpointError: the file holds more than that.
+        """
+        with no_code_from(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **options})
 
     # --- the model -------------------------------------------------------------------------------------------------
 

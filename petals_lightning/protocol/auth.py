@@ -8,10 +8,16 @@ answers with its own proof only then, so strangers get nothing from it to guess 
 from __future__ import annotations
 
 import hmac
+import logging
+import os
 import secrets
+import shlex
+import stat
 from pathlib import Path
 
 from petals_lightning.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 NONCE_BYTES = 32
 MIN_TOKEN_CHARACTERS = 16
@@ -54,13 +60,20 @@ def check_token(token: str) -> str:
 
 
 def read_token(path: str | Path) -> str:
-    """The token in a file, without white space around it.
+    """The token in a file, without white space around it; warns where others on this machine may read it.
 
     Raises:
         ConfigurationError: the file cannot be read, or holds no token.
     """
     try:
         token = Path(path).read_text(encoding="utf-8").strip()
+        mode = stat.S_IMODE(Path(path).stat().st_mode)
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigurationError(f"the token file {str(path)!r} cannot be read: {e}") from e
+    if os.name == "posix" and mode & stat.S_IRWXO:
+        logger.warning(
+            "the token file %r has mode %03o: others on this machine may read the secret of the swarm; only its owner "
+            "should, `chmod 600 %s` makes it so",
+            str(path), mode, shlex.quote(str(path)),
+        )  # fmt: skip
     return check_token(token)

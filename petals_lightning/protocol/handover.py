@@ -5,11 +5,12 @@ client without what goes on, and sends the next server a `handover`: the request
 the rest of the route. There it counts as if it had come on the client's own stream, and is answered on that.
 
 The client proves to the next server that it wants this: with each hop goes a permit, made with a key that only the
-client and the next server know, for one call by one peer.
+client and the next server know, for one call by one peer. It is good once.
 """
 
 from __future__ import annotations
 
+import heapq
 import hmac
 import secrets
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 
 STREAM_KEY_BYTES = 32
 MAX_HOPS = 256
+_MAX_USED = 4096  # call ids that one stream remembers
 _METHODS = {Method.FORWARD, Method.BACKWARD, Method.STEP}
 # What the next server needs besides outputs: `rows` are the last server's, the others are the same for all.
 _CARRIED = {"rows", "hypo_ids", "attention_mask", "position_ids"}
@@ -162,3 +164,28 @@ class Envelope:
     def open(self, message: Message) -> Message:
         """The request inside."""
         return replace(message, method=self.method, fields=self.fields)
+
+
+class UsedCalls:
+    """Call ids of one stream under which nothing may be handed over any more.
+
+    A bearer that could use its permit again would put a graph of other activations in place of the one that the client
+    will go back through. A client's ids rise, so if too many are remembered the lowest is dropped, and all up to it
+    count as used.
+    """
+
+    def __init__(self) -> None:
+        self._ids: set[int] = set()
+        self._lowest: list[int] = []  # a heap of the same
+        self._floor = 0
+
+    def add(self, call: int) -> bool:
+        """Whether the id was not used before."""
+        if call <= self._floor or call in self._ids:
+            return False
+        self._ids.add(call)
+        heapq.heappush(self._lowest, call)
+        if len(self._ids) > _MAX_USED:
+            self._floor = heapq.heappop(self._lowest)
+            self._ids.remove(self._floor)
+        return True

@@ -41,14 +41,22 @@ def pack_tensors(
         The description for the header, one `[name, dtype, shape]` per tensor, and the memoryviews of their bytes. The
         views share memory with the tensors: they must not change until the message is sent.
     """
-    description, buffers = [], []
-    for name, tensor in tensors.items():
+    description, buffers = describe_tensors(tensors, int8_blockwise=int8_blockwise), []
+    for (_, form, _), tensor in zip(description, tensors.values(), strict=True):
         data = tensor.detach().cpu().contiguous()
-        is_quantised = int8_blockwise and data.dtype == torch.float32 and data.ndim > 0
-        description.append([name, INT8_BLOCKWISE if is_quantised else DTYPE_NAMES[data.dtype], list(data.shape)])
-        parts: tuple[torch.Tensor, ...] = quantize(data) if is_quantised else (data,)
+        parts: tuple[torch.Tensor, ...] = quantize(data) if form == INT8_BLOCKWISE else (data,)
         buffers += [memoryview(part.reshape(-1).view(torch.uint8).numpy()) for part in parts]  # type: ignore[arg-type]
     return description, buffers
+
+
+def describe_tensors(tensors: Mapping[str, torch.Tensor], *, int8_blockwise: bool = False) -> list[list[Any]]:
+    """The description alone, as `pack_tensors` gives it."""
+
+    def form(tensor: torch.Tensor) -> str:
+        is_quantised = int8_blockwise and tensor.dtype == torch.float32 and tensor.ndim > 0
+        return INT8_BLOCKWISE if is_quantised else DTYPE_NAMES[tensor.dtype]
+
+    return [[name, form(tensor), list(tensor.shape)] for name, tensor in tensors.items()]
 
 
 def packed_size(description: Any) -> tuple[int, int]:

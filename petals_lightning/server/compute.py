@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
-from petals_lightning.server.fair_queue import FairQueue, Ticket
+from petals_lightning.server.fair_queue import LONG_STEP, SHORT_STEP, FairQueue, Ticket
 from petals_lightning.server.heap import HeapTrimmer
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,12 @@ T = TypeVar("T")
 
 
 class Priority(IntEnum):
-    """Lower runs first: a step of a conversation is short and somebody waits for it."""
+    """Lower runs first among the requests of one client; of several clients, see `FairQueue`."""
 
-    DECODE = 0
+    DECODE = SHORT_STEP
     BACKWARD = 1  # frees a kept graph, so it goes before new forwards
     FORWARD = 2
+    PREFILL = LONG_STEP  # a step of a session, of so many positions that it takes its turn
 
 
 @dataclass
@@ -108,7 +109,7 @@ class _Launch:
     """Jobs that have run, as one batch or one job alone; `wait` returns when their results are there."""
 
     outcomes: list[_Outcome[Any]]
-    shares: list[tuple[str, int]]  # of the seconds they take: client and size
+    shares: list[tuple[Ticket[_Job[Any]], int]]  # of the seconds they take go with the size
     began: float
     wait: Callable[[], None] | None
 
@@ -197,8 +198,13 @@ class ComputeThread:
         """False if there is nothing more to run. (What it refers to is gone when it returns: an idle thread would hold
         the last request's tensors.)"""
         with self._changed:
-            while not self._stopping and (self._under_way == (1 if self._mark is None else 2) or not len(self._queue)):
-                self._changed.wait()
+            while not self._stopping:
+                if self._under_way == (1 if self._mark is None else 2) or not len(self._queue):
+                    self._changed.wait()
+                elif (seconds := self._queue.hold()) > 0:
+                    self._changed.wait(seconds)
+                else:
+                    break
             if self._stopping:
                 return False
             first = self._queue.pop()
@@ -207,7 +213,7 @@ class ComputeThread:
             self._under_way += 1
         began = time.perf_counter()
         outcomes = _run([ticket.item for ticket in tickets])
-        launch = _Launch(outcomes, [(ticket.client, ticket.item.size) for ticket in tickets], began, None)
+        launch = _Launch(outcomes, [(ticket, ticket.item.size) for ticket in tickets], began, None)
         if self._mark is None:
             self._finish(launch)
         else:
@@ -234,8 +240,8 @@ class ComputeThread:
         size = sum(size for _, size in launch.shares)
         with self._changed:
             self._under_way -= 1
-            for client, own in launch.shares:
-                self._queue.charge(client, (ended - began) * own / size)
+            for ticket, own in launch.shares:
+                self._queue.charge(ticket, (ended - began) * own / size)
             self._changed.notify()
         for outcome in launch.outcomes:  # last, so that it is idle for who comes again at once
             outcome.settle(began, ended)

@@ -16,7 +16,7 @@ import torch
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.backend import Refusal
-from petals_lightning.server.compute import JointWork
+from petals_lightning.server.compute import JointWork, Priority
 from petals_lightning.server.inference import SessionCache
 from petals_lightning.server.kv_cache import SpanCache, StackedLayer
 from petals_lightning.server.span import BlockSpan
@@ -42,6 +42,7 @@ class SessionStep(JointWork[Outputs]):
     def __init__(self, span: BlockSpan, cache: SessionCache, request: StepRequest, *, is_alone: bool = False):
         self._span, self._cache, self._request = span, cache, request
         self.size = len(request.hidden) * request.hidden.shape[1]
+        self.priority = Priority.DECODE if self.size <= _MAX_POSITIONS else Priority.PREFILL
         self.is_brief = is_alone and self.size <= cache.last_size and cache.last_seconds < _BRIEF
         self._is_beyond = cache.turns_beyond(request)
         self._hypo_ids = request.hypo_ids

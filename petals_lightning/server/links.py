@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections import OrderedDict
 from contextlib import nullcontext
 
@@ -12,11 +13,13 @@ from hivemind.p2p import P2P
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, STREAM_METHOD, Message, Method
+from petals_lightning.protocol.tensors import describe_tensors, packed_size
 from petals_lightning.swarm.streams import open_stream
 
 _CONNECT_TIMEOUT = 5.0  # the client waits for it before it goes the direct way
 _MAX_LINKS = 64
 _PATIENCE, _SLOWEST = 10.0, 1 << 17  # seconds for the other server to take a request, and bytes a second on the way
+_BESIDE = 2 * CHUNK_BYTES  # memory of the one short message that may be under way beside a long one
 _MAX_ANSWER_BYTES, _MAX_ANSWERS = 1 << 16, 1 << 10
 
 
@@ -47,53 +50,77 @@ class Links:
             _end(self._links.popitem()[1])
 
     async def _open(self, peer: str) -> _Link:
+        link = None
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT):
-                return _Link(*await open_stream(self._p2p, peer, STREAM_METHOD))
-        except (TimeoutError, ValueError) as e:  # ValueError: what the client named is no peer id
-            raise ConnectionError(f"no stream to it: {str(e) or type(e).__name__}") from e
+                link = _Link(*await open_stream(self._p2p, peer, STREAM_METHOD))
+                await link.learn_limit()
+                return link
+        except BaseException as e:
+            if link is not None:
+                link.close("the stream to it was closed")
+            if isinstance(e, (TimeoutError, ValueError)):  # ValueError: what the client named is no peer id
+                raise ConnectionError(f"no stream to it: {str(e) or type(e).__name__}") from e
+            raise
 
 
 class _Link:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader = MessageReader(reader, max_message_bytes=_MAX_ANSWER_BYTES, max_open=_MAX_ANSWERS)
-        self._writer = MessageWriter(writer)
+        self._stream, self._writer = writer, MessageWriter(writer)
+        self._max_message_bytes = math.inf  # until it has said
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Message]] = {}
         self._long = asyncio.Lock()
-        self._cancels: set[asyncio.Task[int]] = set()
         self.is_open = True
         self._reading = asyncio.create_task(self._read())
 
+    async def learn_limit(self) -> None:
+        """Asks how large a message may be. Raises ConnectionError if it does not say."""
+        limit = (await self._ask(Message(Method.INFO))).fields.get("max_message_bytes")
+        if type(limit) is not int:
+            raise ConnectionError("it does not say how large a message it takes")
+        self._max_message_bytes = limit - _BESIDE
+
     async def send(self, message: Message) -> None:
+        """Returns when the other server has taken the request over. Raises ConnectionError if it does not."""
+        description = describe_tensors(message.tensors, int8_blockwise=message.int8_blockwise)
+        if (memory := packed_size(description)[1]) > self._max_message_bytes:
+            # It would end the stream, and with it what it hands over for others.
+            limit = int(self._max_message_bytes)
+            raise ConnectionError(f"a message of {memory} bytes, it takes up to {limit}: use smaller micro-batches")
+        reply = await self._ask(message)
+        if reply.method is not Method.OK:
+            raise ConnectionError(f"it says: {str(reply.fields.get('message'))[:300]}")
+
+    async def _ask(self, message: Message) -> Message:
         if not self.is_open:
             raise ConnectionError("the stream to it ended")
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        is_sent, limit = False, _PATIENCE + message.num_bytes / _SLOWEST
+        limit = _PATIENCE + message.num_bytes / _SLOWEST
         try:
             # Messages of several frames go one after another, and the time of those before does not count.
             async with self._long if message.num_bytes > CHUNK_BYTES else nullcontext(), asyncio.timeout(limit):
-                await self._writer.send(number, message)
-            is_sent = True
+                await self._send(number, message)
             async with asyncio.timeout(limit):
-                reply = await answer
+                return await answer
         except TimeoutError:
             self.close("it does not take what is handed over")
             raise ConnectionError("it does not take what is handed over") from None
-        except asyncio.CancelledError:
-            if not is_sent and self.is_open:  # or the other side would wait for the rest
-                task = asyncio.create_task(self._writer.send(number, Message(Method.CANCEL)))
-                self._cancels.add(task)
-                task.add_done_callback(self._cancels.discard)
-                task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            raise
         finally:
             del self._answers[number]
             if answer.done() and not answer.cancelled():
                 answer.exception()  # seen: whoever asked is told by what was raised here
-        if reply.method is not Method.OK:
-            raise ConnectionError(f"it says: {str(reply.fields.get('message'))[:300]}")
+
+    async def _send(self, number: int, message: Message) -> None:
+        try:
+            await self._writer.send(number, message)
+        except asyncio.CancelledError:
+            if self.is_open:  # or the other side would wait for the rest; before the next message, or it waits for both
+                for frame in Message(Method.CANCEL).frames(number):
+                    self._stream.writelines(frame)
+            raise
 
     def close(self, reason: str) -> None:
         self.is_open = False

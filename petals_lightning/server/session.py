@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -19,7 +19,15 @@ import torch
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.checks import floating, typed
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
-from petals_lightning.protocol.handover import Envelope, Hop, carried_tensors, new_stream_key, read_route, split_reply
+from petals_lightning.protocol.handover import (
+    Envelope,
+    Hop,
+    UsedCalls,
+    carried_tensors,
+    new_stream_key,
+    read_route,
+    split_reply,
+)
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
@@ -39,7 +47,6 @@ _MAX_PROMPTS = 8  # sets of deep prompts that one stream may have registered; a 
 _PROMPTS_PATIENCE = 10.0  # seconds that a request handed over waits for prompts that come from the client itself
 _MAX_FAREWELL = 2.0  # seconds that a client may take to read why its stream is refused
 _MUCH = 4 << 20  # bytes
-_MAX_GIVEN_UP = 256  # cancelled calls that are remembered, for those that are still on their way through other servers
 
 Handler = Callable[[], Coroutine[Any, Any, Message]]
 
@@ -67,7 +74,7 @@ class Session:
         self._sizes: dict[asyncio.Task[None], int] = {}
         self._prompts: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._prompts_came = asyncio.Event()
-        self._given_up: deque[int] = deque(maxlen=_MAX_GIVEN_UP)
+        self._used_calls = UsedCalls()  # handed over, or given up while they may be on their way through other servers
 
     async def serve(self) -> None:
         account = self._backend.accounts.open_stream(self._peer)
@@ -128,7 +135,10 @@ class Session:
             await self._reply(call_id, self._take_over(message))
             return
         if not self._gate.is_open:
-            await self._reply(call_id, self._gate.refusal())
+            refusal = self._gate.refusal()
+            if message.method is Method.INFO:  # a server that will hand over here must know this much
+                refusal.fields["max_message_bytes"] = self._backend.limits.max_message_bytes
+            await self._reply(call_id, refusal)
             return
         match message.method:
             case Method.PING:
@@ -141,7 +151,7 @@ class Session:
                     task.cancel()
                     self._settle(call_id, task)  # now: the next request may be read before the task can end
                 else:
-                    self._given_up.append(call_id)
+                    self._used_calls.add(call_id)
             case Method.END_SESSION:
                 self._backend.caches.pop((self._number, typed(message.fields, "session", int)))
             case Method.PROMPTS:
@@ -172,12 +182,13 @@ class Session:
         client = self._payer(Method.HANDOVER, message.fields)
         if client is None:
             words = "no client's stream here permits this (or it has ended)"
-            return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
-        if envelope.call in client._given_up or envelope.call in client._tasks:
+        elif envelope.call in client._tasks or not client._used_calls.add(envelope.call):
             client._release(message.reserved)
+            words = f"call {envelope.call} was handed over before, or given up by its client: a permit is good once"
         else:
             client._begin(envelope.call, envelope.open(message), handed_over=True)
-        return Message(Method.OK)
+            return Message(Method.OK)
+        return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
 
     def _payer(self, method: Method, fields: dict[str, Any]) -> Session | None:
         """Whose share a message of this stream counts on: the client's that has it handed over; None: nobody's."""
@@ -389,7 +400,7 @@ class Session:
     async def _step(self, call_id: int, request: StepRequest, cache: SessionCache) -> Message:
         is_alone = self._backend.caches.is_alone((self._number, request.session))
         step = SessionStep(self._backend.span, cache, request, is_alone=is_alone)
-        timed = await self._backend.compute.run(Priority.DECODE, step, client=self._peer, key=(self._number, call_id))
+        timed = await self._backend.compute.run(step.priority, step, client=self._peer, key=(self._number, call_id))
         fields = {"queue": timed.queued, "compute": timed.computed}
         return Message(Method.OK, fields, timed.value, int8_blockwise=request.wire_dtype == INT8_BLOCKWISE)
 

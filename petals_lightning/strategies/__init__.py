@@ -7,7 +7,7 @@ from petals_lightning.strategies.planned_steps import planned_steps
 from petals_lightning.strategies.precision import precision_plugin
 from petals_lightning.strategies.remote_block import RemoteBlockStrategy
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
-from petals_lightning.strategies.trained_weights import load_trained_weights
+from petals_lightning.strategies.trained_weights import load_trained_weights, no_code_from
 
 __all__ = [
     "BEGUN",
@@ -18,6 +18,7 @@ __all__ = [
     "ServedModel",
     "SwarmSource",
     "load_trained_weights",
+    "no_code_from",
     "planned_steps",
     "precision_plugin",
 ]

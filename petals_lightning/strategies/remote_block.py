@@ -24,7 +24,7 @@ from petals_lightning.models import trainable_state_dict
 from petals_lightning.strategies.batches_in_flight import BEGUN, BatchesInFlight
 from petals_lightning.strategies.local_swarm import LocalSwarm
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
-from petals_lightning.strategies.trained_weights import load_trained_weights
+from petals_lightning.strategies.trained_weights import load_trained_weights, no_code_from
 
 _SESSIONS = count(1)  # of all strategies of this process: a module may go from one Trainer to another
 
@@ -126,6 +126,11 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         assert self.lightning_module is not None
         return trainable_state_dict(self.lightning_module)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads tensors and plain values, unless the Trainer was told `weights_only=False`. Raises CheckpointError."""
+        with no_code_from(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only=weights_only is not False)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None

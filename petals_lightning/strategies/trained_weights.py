@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -31,3 +33,24 @@ def load_trained_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> No
         )
     for name, weight in own.items():
         weight.copy_(weights[name])
+
+
+@contextmanager
+def no_code_from(path: object) -> Iterator[None]:
+    """Around the loading of a checkpoint with `weights_only=True`: says in words what torch refuses to run.
+
+    Raises:
+        CheckpointError: the file holds more than tensors and plain values.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as e:
+        if "Weights only load failed" not in str(e):
+            raise  # of something else that was unpickled meanwhile
+        why = next((line.strip() for line in str(e).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(e))
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r} is not read: only tensors and plain values are taken from one, because "
+            f"anything else can run code on this machine ({why[:300]}). Use a checkpoint that was saved here; if one "
+            "holds objects of your own callbacks and you trust who made it, name their classes to "
+            "torch.serialization.add_safe_globals"
+        ) from e

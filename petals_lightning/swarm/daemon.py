@@ -104,7 +104,7 @@ class P2PDaemon:
             _write_key(path, self._identity.encoded)
         else:
             path = self._identity_path
-            self._identity = _read_identity(path)
+            self._identity = read_identity(path)
         with as_file(files("hivemind.hivemind_cli") / "p2pd") as executable:
             self._process = subprocess.Popen(
                 [str(executable), *self._arguments, f"-id={path}"],
@@ -183,7 +183,7 @@ class P2PDaemon:
         return re.sub(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ", "", said)
 
 
-def _read_identity(path: str) -> Identity:
+def read_identity(path: str) -> Identity:
     """The key in an identity file, which is made if it is missing.
 
     Raises:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -26,6 +27,7 @@ from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.protocol.identity import Identity
 from petals_lightning.swarm.daemon import P2PDaemon
 from petals_lightning.swarm.hivemind_repairs import bound_nesting
+from petals_lightning.swarm.identity_check import check_identity_is_free
 from petals_lightning.swarm.joining import Acquaintances, ClockError, meet
 from petals_lightning.swarm.public import is_public
 from petals_lightning.swarm.record_keeping import RecordRules, keep_records_carefully
@@ -71,6 +73,7 @@ class SwarmNode:
             start_timeout=connect_timeout,
         )
         self._client_mode, self._connect_timeout = client_mode, connect_timeout
+        self._checked_identity = identity_path if host_maddrs and self.initial_peers else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
@@ -122,7 +125,8 @@ class SwarmNode:
         Raises:
             SwarmConnectionError: the daemon does not start, no initial peer answers in `connect_timeout` seconds, or
                 their clocks and this machine's differ.
-            ConfigurationError: the identity file holds no key, or TMPDIR is too long for sockets.
+            ConfigurationError: the identity file holds no key, or that of a peer that runs already (peers that only
+                call others are not looked for); or TMPDIR is too long for sockets.
         """
         started, self._process = threading.Event(), os.getpid()
         self._thread = threading.Thread(target=self._run_loop, args=(started,), name="swarm", daemon=True)
@@ -203,7 +207,10 @@ class SwarmNode:
     async def _join(self) -> None:
         bound_nesting()
         keep_records_carefully()
+        began = time.monotonic()
         try:
+            if self._checked_identity is not None:
+                await check_identity_is_free(self._checked_identity, self.initial_peers, self._connect_timeout)
             self._p2p = await self._daemon.start()
             async with asyncio.timeout(self._connect_timeout):
                 self._dht = await DHTNode.create(
@@ -214,9 +221,10 @@ class SwarmNode:
             self._acquaintances = Acquaintances(self._p2p, self._dht, self.initial_peers)
             self._meeting = asyncio.create_task(self._keep_meeting())
         except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:
-            raise SwarmConnectionError(self._explain(e)) from e
+            raise SwarmConnectionError(self._explain(e, time.monotonic() - began)) from e
 
-    def _explain(self, error: BaseException) -> str:
+    def _explain(self, error: BaseException, seconds: float) -> str:
+        """What went wrong, so many seconds after the start: the daemon may give up before `connect_timeout`."""
         detail = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
         if isinstance(error, ClockError):
             swarm = "the public Petals network" if is_public(self.initial_peers) else "the swarm"
@@ -227,15 +235,15 @@ class SwarmNode:
             )
         if is_public(self.initial_peers):
             return (
-                f"cannot reach the public Petals network: none of its bootstrap peers answered within "
-                f"{self._connect_timeout:.0f} s ({detail}). Check that this machine reaches the internet (ports 31337 "
+                f"cannot reach the public Petals network: none of its bootstrap peers answered, given up after "
+                f"{seconds:.0f} s ({detail}). Check that this machine reaches the internet (ports 31337 "
                 "and 31338) and that its clock is right; to use a swarm of your own give initial_peers=[…] (in a run: "
                 "swarm=private)"
             )
         if self.initial_peers:
             peers = ", ".join(self.initial_peers)
             return (
-                f"cannot join the swarm: none of initial_peers [{peers}] answered within {self._connect_timeout:.0f} s "
+                f"cannot join the swarm: none of initial_peers [{peers}] answered, given up after {seconds:.0f} s "
                 f"({detail}). Check that a peer runs there (`petals-lightning serve`/`bootstrap` print their "
                 "addresses), that its port is open, and that both machines' clocks agree within 3 s"
             )

@@ -25,7 +25,13 @@ from petals_lightning.errors import ConfigurationError, SwarmError
 from petals_lightning.library_messages import libraries_to_root_log
 from petals_lightning.models import save_prompts
 from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
-from petals_lightning.strategies import RemoteBlockStrategy, SwarmSource, load_trained_weights, precision_plugin
+from petals_lightning.strategies import (
+    RemoteBlockStrategy,
+    SwarmSource,
+    load_trained_weights,
+    no_code_from,
+    precision_plugin,
+)
 from petals_lightning.training.callbacks import build_callbacks
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
 from petals_lightning.training.errors import INTERRUPTED
@@ -70,7 +76,9 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
         with swarm.held(module.served_model, folder / "servers") if swarm else nullcontext():
             _fit(trainer, module, data, checkpoint)
             if cfg.test and data.has_labelled_test and trainer.global_step:
-                trainer.test(module, datamodule=data, ckpt_path=_best(folder), verbose=False)
+                best = _best(folder)
+                with no_code_from(best):
+                    trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
     finally:
         _finish(logger)
     if isinstance(module, CausalLMModule) and trainer.global_step and not cfg.trainer.fast_dev_run:
@@ -173,7 +181,8 @@ def _fit(
     checkpoint: Path | None,
 ) -> None:
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        with no_code_from(checkpoint):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
         # Lightning has saved, torn everything down and leaves with exit code 1 after Ctrl-C.
         if trainer.interrupted:
@@ -195,7 +204,9 @@ def _save_best_prompts(module: CausalLMModule, folder: Path, summary: dict[str, 
     """Leaves the best prompts in `folder`/prompts, for chat and for others."""
     best = _best(folder)
     if best is not None:
-        load_trained_weights(module, torch.load(best, map_location="cpu", weights_only=False)["state_dict"])
+        with no_code_from(best):
+            weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        load_trained_weights(module, weights)
     names = ("val/loss", "val/perplexity", "test/loss", "test/perplexity")
     metrics = {name: summary[name] for name in names if summary.get(name) is not None}
     save_prompts(module.model, folder / "prompts", metrics=metrics, command=shlex.join(["python", *sys.argv]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from tests.families import NUM_BLOCKS
-from tests.swarms import LOOPBACK, PREFIX
+from tests.swarms import LOOPBACK, PREFIX, ServerProcess
 
 COMMAND = [sys.executable, "-m", "petals_lightning.cli.main"]
 STRANGER = "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
@@ -139,6 +140,25 @@ def test_a_bootstrap_peer_keeps_its_address_and_servers_join_where_they_are_need
     assert chosen.interrupt(signal.SIGTERM) < 5
     assert chosen.process.returncode == 0
     assert [record.state for record in records(client)[2].values()] == [ServerState.OFFLINE]
+
+
+def test_a_server_with_the_identity_of_another_says_so_and_starts_when_that_one_was_killed(tiny_checkpoint, tmp_path):
+    checkpoint, identity, copy = tiny_checkpoint("llama"), tmp_path / "server.id", tmp_path / "copy.id"
+    servers = [ServerProcess(checkpoint, (0, 2)).wait_ready()]
+    maddr = servers[0].maddr
+    try:
+        servers.append(ServerProcess(checkpoint, (2, 4), [maddr], "--identity-path", str(identity)).wait_ready())
+        shutil.copy(identity, copy)
+        servers.append(ServerProcess(checkpoint, (2, 4), [maddr], "--identity-path", str(copy)))
+        assert servers[-1].wait(60) == 1
+        (error,) = [line for line in servers[-1].errors if line.startswith("error: ")]
+        assert f"the identity file '{copy}' is in use: a peer of its id, {servers[1].peer_id}, runs" in error
+        servers[1].signal(signal.SIGKILL)
+        servers.append(ServerProcess(checkpoint, (2, 4), [maddr], "--identity-path", str(copy)).wait_ready())
+        assert servers[-1].peer_id == servers[1].peer_id
+    finally:
+        for server in servers:
+            server.stop()
 
 
 LLAMA, EMPTY = "a tiny llama", "an empty folder"

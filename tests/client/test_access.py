@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 
 import pytest
 import torch
@@ -164,3 +166,18 @@ def test_a_token_comes_from_a_file_and_must_be_hard_to_guess(tmp_path):
         read_token(tmp_path / "token")
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_token(tmp_path / "none")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+def test_a_token_file_that_others_may_read_is_warned_of_once(tmp_path, caplog):
+    path = tmp_path / "swarm token"
+    path.write_text(TOKEN)
+    path.chmod(0o640)
+    assert read_token(path) == TOKEN
+    assert caplog.text == ""
+    path.chmod(0o644)
+    assert read_token(path) == TOKEN
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"{str(path)!r} has mode 644" in record.getMessage()
+    assert f"`chmod 600 '{path}'`" in record.getMessage()

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from petals_lightning.protocol.messages import Message, Method
+from petals_lightning.protocol.messages import CHUNK_BYTES, Message, Method
 from petals_lightning.server.access import AccessRules
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.server import Server
@@ -252,6 +253,53 @@ def test_servers_of_a_private_swarm_hand_over_without_rules_of_their_own(tiny_ch
     assert_trains_as_local(remote, local)
     assert_generates_as_local(remote, local)
     assert remote_blocks(remote).stats.handovers == 2 + 7
+
+
+def test_an_old_envelope_sent_again_changes_no_gradient(tiny_checkpoint, start_swarm):
+    """The server in front puts other activations under the call whose graph the client will go back through."""
+    checkpoint = tiny_checkpoint("llama")
+    swarm = start_swarm(checkpoint, THREE)
+    remote, local = load_pair(checkpoint, swarm)
+    links = swarm.servers[0]._backend.links
+    honest, envelopes, refusals = links.send, [], []
+
+    async def send(peer: str, message: Message) -> None:
+        envelopes.append((peer, message))
+        await honest(peer, message)
+
+    async def send_again() -> None:
+        for peer, message in list(envelopes):
+            lie = {name: tensor * 3 if name == "hidden" else tensor for name, tensor in message.tensors.items()}
+            with pytest.raises(ConnectionError) as refusal:
+                await honest(peer, replace(message, tensors=lie))
+            refusals.append(str(refusal.value))
+
+    links.send = send
+    assert_trains_as_local(remote, local, between=lambda: swarm.servers[0].node.run(send_again()))
+    assert refusals
+    assert all("a permit is good once" in words for words in refusals)
+    assert remote_blocks(remote).stats.handovers == 2
+
+
+@pytest.mark.parametrize("rules", [None, AccessRules(token="a token of sixteen")], ids=["open", "private"])
+def test_a_server_hands_over_nothing_that_the_next_one_does_not_take(rules, tiny_checkpoint, start_swarm):
+    checkpoint = tiny_checkpoint("llama")
+    swarm = start_swarm(checkpoint, [(0, 2), (2, 4)], rules=rules)
+    taking = swarm.servers[1]._backend
+    taking.limits = replace(taking.limits, max_message_bytes=4 * CHUNK_BYTES)
+    taking.info["max_message_bytes"] = 4 * CHUNK_BYTES
+    remote, local = load_pair(checkpoint, swarm, swarm_token=rules.token if rules else None)
+    assert_trains_as_local(remote, local)
+    stats, links = remote_blocks(remote).stats, swarm.servers[0]._backend.links
+    ((peer, opening),) = links._links.items()
+    large = Message(Method.HANDOVER, {}, {"hidden": torch.zeros(5 * CHUNK_BYTES // 4)})
+    with pytest.raises(ConnectionError, match=r"a message of 1310720 bytes, it takes up to 524288"):
+        swarm.servers[0].node.run(links.send(peer, large))
+    assert stats.handovers == 2
+    assert_trains_as_local(remote, local)
+    assert stats.handovers == 4
+    assert links._links[peer] is opening
+    assert opening.result().is_open
 
 
 def test_graphs_that_are_gone_are_computed_again_and_then_kept_here(tiny_checkpoint, start_swarm):

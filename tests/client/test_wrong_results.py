@@ -69,9 +69,11 @@ def assert_as_local(model, checkpoint) -> None:
     ("change", "words"),
     [
         (lambda hidden: hidden * float("nan"), "NaN or infinity"),
+        (lambda hidden: hidden.sign() * 1e38, "values of up to 1.0e+38, whose squares overflow"),
+        (lambda hidden: torch.where(hidden == hidden.max(), 1e20, hidden), "values of up to 1.0e+20"),
         (lambda hidden: hidden[:-1], "asked for float32"),
     ],
-    ids=["NaN", "another shape"],
+    ids=["NaN", "absurd values that cancel out", "one absurd value", "another shape"],
 )
 def test_an_answer_that_cannot_be_right_is_the_servers_failure(change, words, tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
@@ -100,6 +102,12 @@ def test_gradients_that_are_not_finite_are_refused_and_overflowing_ones_excused(
     assert retries == 1
     (model(**BATCH).loss * float("inf")).backward()  # a loss scale that was too large is nobody's fault
     assert remote_blocks(model).stats.retries == retries
+
+
+def test_an_audit_tells_absurd_values_from_honest_ones():
+    honest, lie = torch.ones(2, 3), torch.full((2, 3), 1e30)
+    assert disagreement({"hidden": lie}, {"hidden": honest}) == float("inf")
+    assert disagreement({"hidden": honest}, {"hidden": honest}) == 0.0
 
 
 def test_two_servers_that_say_nan_are_believed_and_one_alone_is_named(tiny_checkpoint, start_swarm):

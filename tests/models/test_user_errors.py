@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers as tf
 
+from petals_lightning import __version__
+from petals_lightning.client import ClientConfig
 from petals_lightning.errors import (
     CheckpointError,
     ConfigurationError,
@@ -50,6 +52,30 @@ def test_a_server_with_another_hidden_size_is_refused_when_connecting(tiny_check
         AutoDistributedModel.from_pretrained(
             str(tiny_checkpoint("llama")), initial_peers=swarm.initial_peers, dht_prefix=PREFIX
         )
+
+
+@pytest.mark.ours("servers of Petals' methods alone state no version")
+def test_a_server_of_another_stream_version_is_named_with_both_versions(tiny_checkpoint, start_swarm, monkeypatch):
+    checkpoint = tiny_checkpoint("llama")
+    ours = start_swarm(checkpoint, [(0, 4)])
+    with monkeypatch.context() as later:
+        later.setattr("petals_lightning.server.server.STREAM_VERSION", 7)
+        later.setattr("petals_lightning.server.server.STREAM_METHOD", "petals_lightning.stream.v7")
+        other = start_swarm(checkpoint, [(0, 4)], initial_peers=ours.initial_peers, prefix="later")
+        start_swarm(checkpoint, [(0, 4)], initial_peers=ours.initial_peers)
+    name = f"server …{other.servers[0].node.peer_id.to_base58()[-6:]}"
+    words = (
+        rf"{name} speaks version 7 of .* \(petals-lightning {__version__}\), this client speaks version 1 .*Install the"
+    )
+    with pytest.raises(IncompatibleServerError, match=words) as error:
+        ours.load(AutoDistributedModel, dht_prefix="later")
+    assert "Load the same model" not in str(error.value)
+    config = ClientConfig(recovery_timeout=1.0, max_retries=1, heartbeat_period=0.25, heartbeat_timeout=1.0)
+    model = ours.load(AutoDistributedModel, client_config=config)
+    assert model(input_ids=IDS).last_hidden_state.isfinite().all(), "the server of our version is used"
+    ours.servers[0].stop(timeout=1)
+    with pytest.raises(NoServersError, match=r"a server that lists them: server …\S+ speaks version 7"):
+        model(input_ids=IDS)
 
 
 def test_a_server_of_another_model_of_the_same_shape_is_refused(tiny_checkpoint, start_swarm):

@@ -166,7 +166,7 @@ def test_one_that_fails_or_is_cancelled_harms_no_other_in_its_batch(compute):
 
 def test_members_of_a_batch_are_charged_by_their_size(compute, monkeypatch):
     charged: dict[str, float] = {}
-    monkeypatch.setattr(compute._queue, "charge", lambda client, seconds: charged.update({client: seconds}))
+    monkeypatch.setattr(compute._queue, "charge", lambda ticket, seconds: charged.update({ticket.client: seconds}))
     asyncio.run(run_together(compute, [Adding(0), Adding(1, size=3)]))
     compute.stop(timeout=5)
     assert charged["c1"] == pytest.approx(3 * charged["c0"])
@@ -294,7 +294,7 @@ def test_work_is_launched_while_the_results_of_one_before_are_awaited(device, la
 
 def test_seconds_are_counted_until_results_are_there_and_once(device, launching, monkeypatch):
     charged: list[float] = []
-    monkeypatch.setattr(launching._queue, "charge", lambda client, seconds: charged.append(seconds))
+    monkeypatch.setattr(launching._queue, "charge", lambda ticket, seconds: charged.append(seconds))
 
     async def main() -> list[float]:
         tasks = [asyncio.create_task(launching.run(Priority.FORWARD, lambda: None)) for _ in range(2)]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_lightning.models import AutoDistributedModel
+from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.admission import Account, Accounts
 from petals_lightning.server.fair_queue import FairQueue
 from petals_lightning.server.limits import ServerLimits, room_for
-from tests.families import NUM_BLOCKS
+from tests.families import HIDDEN, NUM_BLOCKS
 
-FORWARD, BACKWARD, DECODE = 2, 1, 0
+DECODE, BACKWARD, FORWARD, PREFILL = 0, 1, 2, 3
 
 
 def drain(queue: FairQueue, seconds: dict[str, float], count: int = 10**6) -> str:
@@ -23,7 +24,7 @@ def drain(queue: FairQueue, seconds: dict[str, float], count: int = 10**6) -> st
     order = ""
     while count and (ticket := queue.pop()) is not None:
         order += ticket.item
-        queue.charge(ticket.client, seconds[ticket.client])
+        queue.charge(ticket, seconds[ticket.client])
         count -= 1
     return order
 
@@ -57,12 +58,125 @@ def test_idle_time_is_not_saved_up():
 
 def test_decode_goes_first_and_backward_before_forward_of_one_client():
     queue: FairQueue[str] = FairQueue()
+    queue.put("b", FORWARD, "f")
+    drain(queue, {"b": 100.0})
     queue.put("a", FORWARD, "f")
     queue.put("a", BACKWARD, "b")
     queue.put("b", FORWARD, "F")
-    queue.charge("b", 100.0)
     queue.put("b", DECODE, "D")
     assert drain(queue, {"a": 1.0, "b": 1.0}) == "DbfF"
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_short_steps_go_first_only_while_their_client_is_not_ahead():
+    queue: FairQueue[str] = FairQueue(Clock())
+    for _ in range(9):
+        queue.put("talker", DECODE, "D")
+    for _ in range(3):
+        queue.put("trainer", FORWARD, "F")
+    assert drain(queue, {"talker": 1.0, "trainer": 3.0}) == "DFDDDFDDDFDD"
+
+
+def test_short_steps_beside_several_trainers_wait_for_what_runs_alone():
+    """What one talker uses beside trainers is far less than its share: no step waits for more than what runs."""
+    clock = Clock()
+    queue: FairQueue[str] = FairQueue(clock)
+    for number in range(4):
+        queue.put(f"trainer {number}", FORWARD, "F")
+    order = ""
+    for _ in range(40):
+        running = queue.pop()
+        assert running is not None
+        order += running.item
+        queue.put("talker", DECODE, "D")
+        clock.now += 0.1
+        queue.charge(running, 0.1)
+        queue.put(running.client, FORWARD, "F")
+        step = queue.pop()
+        assert step is not None
+        order += step.item
+        queue.charge(step, 0.005)
+    assert order == "FD" * 40
+
+
+def test_a_long_step_does_not_make_the_short_ones_after_it_wait():
+    queue: FairQueue[str] = FairQueue(Clock())
+    for name in ("a", "b"):
+        queue.put(name, FORWARD, "F")
+    queue.put("talker", PREFILL, "P")
+    order = drain(queue, {"a": 0.1, "b": 0.1, "talker": 2.0}, 3)
+    for name in ("a", "b"):
+        for _ in range(2):
+            queue.put(name, FORWARD, "F")
+    queue.put("talker", DECODE, "D")
+    queue.put("talker", PREFILL, "P")
+    assert order + drain(queue, {"a": 0.1, "b": 0.1, "talker": 0.01}) == "FFPDFFFFP"
+
+
+def test_a_long_step_is_held_for_one_that_is_behind_and_was_just_answered():
+    clock = Clock()
+    queue: FairQueue[str] = FairQueue(clock)
+
+    def take(seconds: float) -> str:
+        ticket = queue.pop()
+        assert ticket is not None
+        clock.now += seconds
+        queue.charge(ticket, seconds)
+        return ticket.item
+
+    for _ in range(3):
+        queue.put("greedy", PREFILL, "P")
+    assert queue.hold() == 0.0, "nobody else is here"
+    assert take(1.0) == "P"
+    for _ in range(4):
+        queue.put("trainer", FORWARD, "F")
+        assert queue.hold() == 0.0
+        assert take(0.01) == "F"
+        assert queue.hold() == pytest.approx(0.1), "it may come again at once"
+        clock.now += 0.05
+        assert queue.hold() == pytest.approx(0.05)
+    clock.now += 0.06
+    assert queue.hold() == 0.0, "it is away"
+    assert take(1.0) == "P"
+    queue.put("trainer", FORWARD, "F")
+    assert take(0.01) == "F"
+
+
+def test_time_that_is_held_free_for_a_client_counts_as_its_own():
+    """A trainer that keeps the server waiting has half of it: the waiting, too."""
+    clock = Clock()
+    queue: FairQueue[str] = FairQueue(clock)
+    used = {"greedy": 0.0, "trainer": 0.0}
+    comes_at = 0.0
+    queue.put("greedy", PREFILL, "P")
+    while clock.now < 60:
+        if comes_at <= clock.now:
+            queue.put("trainer", FORWARD, "F")
+            comes_at = float("inf")
+        if (held := queue.hold()) > 0:
+            clock.now = min(clock.now + held, max(comes_at, clock.now))
+            continue
+        ticket = queue.pop()
+        assert ticket is not None
+        seconds = {"greedy": 0.3, "trainer": 0.02}[ticket.client]
+        clock.now += seconds
+        used[ticket.client] += seconds
+        queue.charge(ticket, seconds)
+        if ticket.client == "greedy":
+            queue.put("greedy", PREFILL, "P")
+        else:
+            comes_at = clock.now + 0.02
+    assert 0.4 < used["greedy"] / clock.now < 0.6
+    assert used["trainer"] / clock.now > 0.2, "alone it has half"
 
 
 def test_company_is_taken_from_all_clients_and_overtakes_nothing_of_its_own():
@@ -75,8 +189,8 @@ def test_company_is_taken_from_all_clients_and_overtakes_nothing_of_its_own():
     assert ticket.item == "a1"
     company = queue.pop_company(lambda item: item.islower() and item != "c2")
     assert [ticket.item for ticket in company] == ["a2", "c1"]
-    for ticket in company:
-        queue.charge(ticket.client, 1.0)
+    for one in (ticket, *company):
+        queue.charge(one, 1.0)
     assert drain(queue, dict.fromkeys("abcd", 1.0)) == "B1b2c2d1"
     assert queue.pop_company(lambda item: True) == []
 
@@ -95,10 +209,12 @@ def test_a_request_knows_where_it_stands():
 
 
 def test_clients_that_are_gone_are_forgotten():
-    queue: FairQueue[str] = FairQueue()
+    clock = Clock()
+    queue: FairQueue[str] = FairQueue(clock)
     for number in range(1000):
         queue.put(f"client {number}", FORWARD, "x")
         drain(queue, {f"client {number}": 1.0})
+        clock.now += 1.0
     assert len(queue._shares) < 5
 
 
@@ -197,3 +313,61 @@ def test_beside_a_greedy_client_another_keeps_its_share(tiny_checkpoint, start_s
             thread.join()
     print(f"alone {alone:.1f} steps/s, beside a client with 12 requests open {beside:.1f}: {beside / alone:.0%}")
     assert beside / alone >= 0.4
+
+
+@pytest.mark.ours("counts are kept by our own stream's compute thread")
+@pytest.mark.parametrize("big", [(1, 200), (64, 1)], ids=["long prefills", "large batches"])
+def test_beside_big_inference_steps_of_one_client_another_trains_on(big, tiny_checkpoint, start_swarm):
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)])
+    span, queue = swarm.servers[0].span, swarm.servers[0]._compute._queue
+
+    def lasting(seconds: float, honest):  # so that compute is what they share
+        def run(*args, **kwargs):
+            time.sleep(seconds)
+            return honest(*args, **kwargs)
+
+        return run
+
+    span.step = lasting(0.3, span.step)
+    span.forward_with_graph = lasting(0.03, span.forward_with_graph)
+    span.backward = lasting(0.03, span.backward)
+    used: dict[str, float] = {}
+    honest_charge = queue.charge
+
+    def charge(ticket, seconds):
+        used[ticket.client] = used.get(ticket.client, 0.0) + seconds
+        honest_charge(ticket, seconds)
+
+    queue.charge = charge
+    trainer, greedy = (
+        remote_blocks(swarm.load(AutoDistributedModel, initial_peers=swarm.initial_peers)) for _ in range(2)
+    )
+    begun, stopping = threading.Semaphore(0), threading.Event()
+    batch, tokens = big
+
+    def be_greedy() -> None:
+        with greedy.inference_session(max_length=tokens) as session:
+            while not stopping.is_set():
+                session.position = 0
+                session.step(torch.randn(batch, tokens, HIDDEN))
+                begun.release()
+
+    threads = [threading.Thread(target=be_greedy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in threads:
+            assert begun.acquire(timeout=60)
+        used.clear()
+        for _ in range(20):
+            hidden = torch.randn(2, 8, HIDDEN, requires_grad=True)
+            trainer(hidden).sum().backward()
+        by_client = dict(used)
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    own = by_client.pop(trainer._swarm.view.node.peer_id.to_base58())
+    share = own / (own + sum(by_client.values()))
+    print(f"the trainer has {share:.0%} of the compute seconds")
+    assert share >= 0.4

@@ -324,9 +324,9 @@ def test_a_step_is_brief_if_the_last_one_was_and_was_no_smaller(load_span):
 
 
 def test_a_session_is_alone_while_no_other_was_used_of_late(load_span):
-    span, store = load_span("llama"), CacheStore(max_bytes=1 << 20, lifetime=60)
+    span, store = load_span("llama"), CacheStore(max_bytes=1 << 20, lifetime=60, max_per_client=10)
     for number in range(2):
-        store.put((number, 0), Talk(span, 3).cache)
+        store.put((number, 0), Talk(span, 3).cache, "client")
     assert not store.is_alone((0, 0))
     used = store.get((1, 0))
     assert used is not None

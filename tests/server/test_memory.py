@@ -213,7 +213,8 @@ def test_one_client_can_neither_fill_the_cache_nor_open_sessions_without_end(ser
     attacker, honest = peers(server, 2)
 
     async def fill(max_length: int) -> tuple[RawStream, list[Message]]:
-        stream, replies = await attacker.stream(), []
+        stream = await attacker.stream()
+        replies: list[Message] = []
         while not replies or (replies[-1].method is Method.OK and len(replies) < 1000):
             replies.append(await stream.ask(len(replies) + 1, step(len(replies), max_length)))
         return stream, replies
@@ -245,7 +246,7 @@ def test_all_clients_together_open_no_more_streams_than_the_process_can_have(ser
     *attackers, honest, another = peers(server, 5)
 
     async def open_all(peer: Attacker) -> tuple[list[RawStream], Message]:
-        streams = []
+        streams: list[RawStream] = []
         while len(streams) < 40:
             stream = await peer.stream()
             reply = await stream.ask(1, Message(Method.PING))

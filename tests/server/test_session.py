@@ -219,6 +219,7 @@ def test_what_a_session_was_sent_lives_no_longer_than_its_use(span):
 
     def register(session: Session, key: int, deep: torch.Tensor | None) -> None:
         honest(session, key, deep)
+        assert deep is not None
         kept.extend([weakref.ref(deep), weakref.ref(session._prompts[key])])
 
     async def talk(client, backend):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from petals_lightning.protocol.handover import Hop, carried_tensors, make_permit, read_route, split_reply
+from petals_lightning.protocol.handover import Hop, UsedCalls, carried_tensors, make_permit, read_route, split_reply
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
@@ -142,18 +142,29 @@ def test_what_the_client_gave_up_or_has_already_is_not_run_again(span, monkeypat
 
     async def talk(client, server, backend):
         await client.writer.send(50, Message(Method.CANCEL))
-        assert (await server.ask(await permitted(client, forward(), 50))).method is Method.OK
+        reply = await server.ask(await permitted(client, forward(), 50))
+        assert "given up by its client" in reply.fields["message"]
         assert runs == []
         copies = await permitted(client, forward(), 51)
         for frames in (copies.frames(1000), copies.frames(1001)):
             for frame in frames:
                 server.writer._writer.writelines(frame)
-        assert [(await server.next())[1].method for _ in range(2)] == [Method.OK, Method.OK]
+        assert [(await server.next())[1].method for _ in range(2)] == [Method.OK, Method.ERROR]
         assert (await client.next())[0] == 51
+        reply = await server.ask(await permitted(client, forward(), 51))
+        assert (reply.fields["code"], "good once" in reply.fields["message"]) == (ErrorCode.NOT_ALLOWED, True)
         assert (await client.ask(Message(Method.PING))).fields["calls"] == []
         assert len(runs) == 1
 
     with_streams(span, talk)
+
+
+def test_used_calls_are_remembered_within_bounds_and_never_come_back():
+    used = UsedCalls()
+    calls = [call + 1 if call % 2 else call - 1 for call in range(1, 20_001)]  # in pairs that change places
+    assert all(used.add(call) for call in calls)
+    assert not any(used.add(call) for call in calls)
+    assert len(used._ids) == len(used._lowest) < 5000
 
 
 def test_a_step_that_comes_after_a_newer_one_is_refused(span):  # noqa: F811

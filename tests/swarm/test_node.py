@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -164,6 +166,23 @@ def test_an_identity_file_keeps_the_peer_id(start_node, tmp_path):
     assert start_node().peer_id != peer
 
 
+def test_an_identity_of_a_peer_that_runs_is_refused_until_that_one_is_gone(start_node, tmp_path):
+    identity, copy = tmp_path / "peer.id", tmp_path / "copy.id"
+    (maddr,) = start_node().visible_maddrs()
+    first = start_node(maddr, identity_path=str(identity))
+    shutil.copy(identity, copy)
+    for peers in ([maddr], first.visible_maddrs(), [maddr, *first.visible_maddrs()]):
+        with pytest.raises(
+            ConfigurationError, match=rf"'{copy}' is in use: .*{first.peer_id}.*stop that one, or"
+        ) as error:
+            start_node(*peers, identity_path=str(copy))
+        assert "\n" not in str(error.value)
+    assert first.is_alive
+    (daemon,) = [each for each in daemons_of(psutil.Process()) if str(identity) in " ".join(each.cmdline())]
+    daemon.kill()
+    assert start_node(maddr, identity_path=str(copy)).peer_id == first.peer_id
+
+
 def test_an_identity_that_cannot_be_written_is_named():
     with pytest.raises(SwarmConnectionError, match=r"/nowhere/peer\.id"):
         SwarmNode(identity_path="/nowhere/peer.id", host_maddrs=LOOPBACK).start()
@@ -205,6 +224,20 @@ def test_an_unreachable_peer_is_named_with_the_fix_and_nothing_is_left(socket_fo
         SwarmNode([maddr], host_maddrs=(), client_mode=True, connect_timeout=10).start()
     assert eventually(lambda: not daemons_of(me) and threading.active_count() <= threads)
     assert list(socket_folder.iterdir()) == []
+
+
+def test_the_time_that_was_waited_is_told_and_not_the_longest_allowed():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        maddr = f"/ip4/127.0.0.1/tcp/{closed.getsockname()[1]}/p2p/{STRANGER}"
+        began = time.monotonic()
+        with pytest.raises(SwarmConnectionError, match="none of initial_peers") as error:
+            SwarmNode([maddr], host_maddrs=(), client_mode=True, connect_timeout=500).start()
+        waited = time.monotonic() - began
+    told = re.search(r"given up after (\d+) s", str(error.value))
+    assert told is not None
+    assert int(told[1]) <= waited + 1
+    assert "500 s" not in str(error.value)
 
 
 def test_a_port_that_is_taken_is_an_error_of_one_line():

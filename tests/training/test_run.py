@@ -22,9 +22,10 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from petals_lightning.data import DialogueDataModule
+from petals_lightning.errors import CheckpointError
 from petals_lightning.models import PromptCard
 from petals_lightning.models.local import LocalModelForCausalLM
-from petals_lightning.modules import CausalLMModule
+from petals_lightning.modules import CausalLMModule, SequenceClassificationModule
 from petals_lightning.training.run import run
 from petals_lightning.training.run_folder import choose_run_folder
 from petals_lightning.training.schema import TrainerConfig
@@ -245,6 +246,56 @@ def test_a_sweep_runs_every_combination(text_model: Path, texts: Path, tmp_path:
     summaries = [json.loads(path.read_text()) for path in tmp_path.glob("multirun/*/*/summary.json")]
     assert sorted(summary["recipe"] for summary in summaries) == ["sst2_deep_ptune"] * 2 + ["sst2_ptune"] * 2
     assert len({summary["val/loss"] for summary in summaries}) == 4
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+class Tamper(pl.Callback):
+    """Puts an object that runs code into the best checkpoint when it has been saved."""
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        tamper(self._folder / "checkpoints" / "best.ckpt", self._folder / "ran")
+
+
+def tamper(checkpoint: Path, ran: Path) -> None:
+    torch.save(torch.load(checkpoint, weights_only=True) | {"object": Touch(ran)}, checkpoint)
+
+
+@pytest.mark.parametrize("recipe", ["sst2_deep_ptune", "dialogue_deep_ptune"])
+def test_no_code_in_a_checkpoint_runs(
+    recipe: str, compose_run: Callable[..., DictConfig], tmp_path: Path, text_model: Path
+) -> None:
+    """Neither when the best one is tested, or made into prompts, nor when the last one is continued."""
+    settings = [f"model.name={text_model}"]
+    if recipe == "dialogue_deep_ptune":
+        source = tmp_path / "talks.jsonl"
+        source.write_text("\n".join(json.dumps({"turns": ["w1 w2", f"w{row} w4"]}) for row in range(30)))
+        settings += [f"data.source={source}", "test=false"]
+    mine = ("+callbacks.mine._target_=tests.training.test_run.Tamper", f"+callbacks.mine.folder={tmp_path}")
+    with pytest.raises(CheckpointError, match=r"best\.ckpt' is not read: only tensors and plain values"):
+        run(compose_run(*settings, *mine, recipe=recipe))
+    assert not (tmp_path / "ran").exists()
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    tamper(last, tmp_path / "ran")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt' is not read: only tensors and plain values"):
+        run(compose_run(*settings, "resume=true", "trainer.max_epochs=3", recipe=recipe))
+    module = CausalLMModule if recipe == "dialogue_deep_ptune" else SequenceClassificationModule
+    with pytest.raises(CheckpointError, match="can run code on this machine"):
+        module.load_from_checkpoint(last)
+    assert not (tmp_path / "ran").exists()
+    module.load_from_checkpoint(last, weights_only=False)
+    assert (tmp_path / "ran").exists(), "the test is blind"
 
 
 def test_a_dialogue_run_leaves_its_best_prompts_for_chat(

@@ -23,7 +23,6 @@ from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import DTYPE_NAMES
 from petals_lightning.server.backend import Backend, Refusal, stream_numbers
-from petals_lightning.server.compute import Priority
 from petals_lightning.server.joint_steps import SessionStep
 from petals_lightning.server.petals.stream import Arrival, CallStream
 
@@ -142,7 +141,7 @@ class PetalsSession:
             return step.hidden.to(span.dtype)
 
         work = SessionStep(span, cache, request, is_alone=self._backend.caches.is_alone(key))
-        timed = await self._backend.compute.run(Priority.DECODE, work, client=self._peer)
+        timed = await self._backend.compute.run(work.priority, work, client=self._peer)
         self._position += step.hidden.shape[1]
         return timed.value["hidden"]
 
