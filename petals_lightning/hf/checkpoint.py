@@ -55,6 +55,12 @@ class Checkpoint:
             "subfolder": subfolder,
         }
 
+    def on_disk(self) -> Checkpoint:
+        """The same checkpoint, of which nothing is fetched: what is not on this machine is missing."""
+        same = copy.copy(self)
+        same._hub = {**self._hub, "local_files_only": True}
+        return same
+
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The model's config.

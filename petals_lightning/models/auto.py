@@ -30,6 +30,7 @@ from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
+from petals_lightning.models.judge import LocalJudge
 from petals_lightning.models.prompt_files import (
     PromptCard,
     check_base_model,
@@ -213,6 +214,7 @@ class _AutoDistributed:
         max_retries: int = ClientConfig.max_retries,
         recovery_timeout: float = ClientConfig.recovery_timeout,
         audit_rate: float = ClientConfig.audit_rate,
+        trusted_servers: Sequence[str] | None = None,
         server_to_server: bool = ClientConfig.server_to_server,
         wire_dtype: str = ClientConfig.wire_dtype,
         min_microbatch_tokens: int = ClientConfig.min_microbatch_tokens,
@@ -239,6 +241,7 @@ class _AutoDistributed:
             max_retries: failures of one server that a part of a step survives.
             recovery_timeout: seconds to wait for a block whose every holder has failed.
             audit_rate: share of requests that are computed again on another server and compared.
+            trusted_servers: peer ids that are believed where two disagree; None: only what this machine computes is.
             server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
             wire_dtype: of activations and gradients on the wire: "auto" (16 bits where a server computes in 16 bits),
                 "float32", "bfloat16", "float16" or "int8_blockwise".
@@ -277,6 +280,7 @@ class _AutoDistributed:
             max_retries=max_retries,
             recovery_timeout=recovery_timeout,
             audit_rate=audit_rate,
+            trusted_servers=tuple(trusted_servers or ()),
             server_to_server=server_to_server,
             wire_dtype=wire_dtype,
             min_microbatch_tokens=min_microbatch_tokens,
@@ -400,6 +404,7 @@ def _connect(
             owns_node=owns_node,
             rotary_switch=limit.positions if limit is not None and limit.has_one_form_beyond else None,
             sliding_window=sliding_window(model.config),
+            judge=LocalJudge(checkpoint),
         )
     except BaseException:
         if owns_node:
