@@ -156,6 +156,7 @@ class RemoteSequential(nn.Module):
         """Ends the streams (and this process's peer, if it was made for these blocks)."""
         self._swarm.close()
 
+    @torch.compiler.disable
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the blocks.
 

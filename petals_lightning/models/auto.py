@@ -67,6 +67,8 @@ class DistributedModel(FrozenBody):
             own, replaced = getattr(cls, name, None), getattr(family, name, None)
             if own is not None and replaced is not None and own is not replaced:
                 setattr(cls, name, _with_signature_of(replaced, own))
+        if family is not None:  # torch.compile leaves it as it is: there is nothing to gain around remote blocks
+            cls.forward = torch.compiler.disable(cls.forward)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Leaves the swarm: ends the streams to servers, and this process's peer if it was made for this model."""
