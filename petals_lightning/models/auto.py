@@ -150,13 +150,19 @@ class DistributedClassifier(DistributedModel):
         """Indices [B] into B·S of the rightmost token that is not padding, and S.
 
         Raises:
-            UnsupportedInputError: it is padding by the mask, which Hugging Face reads though it is not `pad_token_id`.
+            UnsupportedInputError: it is padding by the mask, which Hugging Face reads though it is not `pad_token_id`;
+                or there is no `pad_token_id` to find it by in a batch.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise ConfigurationError("give input_ids or inputs_embeds")
         batch, length = tokens.shape[:2]
         pad = self.config.get_text_config().pad_token_id  # type: ignore[attr-defined]
+        if pad is None and batch > 1:
+            raise UnsupportedInputError(
+                f"{batch} samples at once, and the config has no pad_token_id to tell where each ends: set it, e.g. "
+                "from_pretrained(…, pad_token_id=tokenizer.pad_token_id)"
+            )
         if input_ids is None or pad is None:
             last = torch.full((batch,), length - 1, device=tokens.device)
         else:
