@@ -84,7 +84,7 @@ class PeerFailure(SwarmError):
 
 
 class WrongResult(PeerFailure):
-    """A peer's answer cannot be right. `proven`: two other servers agree on another one, so it is no accident."""
+    """A peer's answer cannot be right. `proven`: a judge found another one, so it is no accident."""
 
     def __init__(self, peer: str, reason: str, *, proven: bool = False):
         super().__init__(peer, reason)

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from petals_lightning.client.attempts import Attempts
-from petals_lightning.client.audit import Auditor
+from petals_lightning.client.audit import Auditor, Judge
 from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
 from petals_lightning.client.handover_chain import HandoverChain
 from petals_lightning.client.hedging import race
@@ -38,9 +38,9 @@ T = TypeVar("T")
 class BlockChain:
     """Blocks of one model on whatever servers the view offers. All methods belong to the node's loop."""
 
-    def __init__(self, view: SwarmView, stats: TransferStats):
+    def __init__(self, view: SwarmView, stats: TransferStats, judge: Judge | None = None):
         self._view, self._stats = view, stats
-        self._auditor = Auditor(view, stats, view.config.audit_rate)
+        self._auditor = Auditor(view, stats, judge)
         self._handover = HandoverChain(view, stats)
 
     async def forward(self, batch: MicroBatch, end: int, *, want_prefix: bool) -> ChainResult:
@@ -149,7 +149,7 @@ class BlockChain:
         leg, tensors = await self._hedged(
             batch, leg, lambda tried: self._forward_leg(batch, tried, want_prefix, attempts), 1.0, attempts
         )
-        await self._auditor.check(leg.peer, leg.start, leg.end, tensors, tokens=batch.tokens, again=again)
+        await self._auditor.check(leg, self._deep(batch, leg), None, tensors, again)
         return leg, tensors
 
     async def _backward_checked(
@@ -184,7 +184,7 @@ class BlockChain:
             _backward_cost(leg),
             attempts,
         )
-        await self._auditor.check(leg.peer, leg.start, leg.end, grads, tokens=batch.tokens, again=again)
+        await self._auditor.check(leg, self._deep(batch, leg), (grad, grad_prefix), grads, again)
         return leg, grads
 
     async def _run_once(

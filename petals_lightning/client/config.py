@@ -20,6 +20,7 @@ class ClientConfig:
     hedge_factor: a request that takes this many times its expected time is tried elsewhere too, and the first answer
         is taken; None never does so.
     audit_rate: share of requests, from 0 to 1, that are computed again on another server and compared.
+    trusted_servers: peer ids that are believed: they are asked first to compute again, and are not audited themselves.
     server_to_server: servers of a chain hand activations and gradients over to each other, instead of sending them back
         here in between. Not with `audit_rate`, which needs what enters every server.
     heartbeat_period: seconds of silence after which a server that owes an answer is asked whether it lives.
@@ -45,6 +46,7 @@ class ClientConfig:
     deadline_factor: float = 20.0
     hedge_factor: float | None = 4.0
     audit_rate: float = 0.0
+    trusted_servers: tuple[str, ...] = ()
     server_to_server: bool = True
     heartbeat_period: float = 1.0
     heartbeat_timeout: float = 6.0

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from petals_lightning.client.audit import Judge
 from petals_lightning.client.autograd import RemoteBlocks, RemoteRunner
 from petals_lightning.client.block_pass import BlockPass
 from petals_lightning.client.chain import BlockChain
@@ -109,6 +110,7 @@ class RemoteSequential(nn.Module):
         owns_node: bool = False,
         rotary_switch: int | None = None,
         sliding_window: int | None = None,
+        judge: Judge | None = None,
     ) -> RemoteSequential:
         """Finds servers for all blocks of a model and opens streams to a first route.
 
@@ -119,6 +121,7 @@ class RemoteSequential(nn.Module):
             owns_node: close the node with the blocks.
             rotary_switch: positions beyond which the model turns all of them by other rotary factors, if it does.
             sliding_window: how far back its attention reaches, padding counted; None: to the first position.
+            judge: computes here what servers disagree about; None: only trusted servers decide.
 
         Raises:
             NoServersError: some block is held by nobody who may be used.
@@ -136,7 +139,7 @@ class RemoteSequential(nn.Module):
             stats=stats,
         )
         node.run(view.start())
-        runner = RemoteRunner(node, BlockChain(view, stats))
+        runner = RemoteRunner(node, BlockChain(view, stats, judge))
         return cls(_Swarm(node, view, runner, stats, owns_node, rotary_switch), 0, num_blocks)
 
     @property
@@ -153,6 +156,7 @@ class RemoteSequential(nn.Module):
         """Ends the streams (and this process's peer, if it was made for these blocks)."""
         self._swarm.close()
 
+    @torch.compiler.disable
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the blocks.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ _DEFAULT_TOKENS_PER_SECOND = 1000.0
 _DEFAULT_REQUEST_SECONDS, _MAX_REQUEST_SECONDS = 0.01, 10.0  # where a server says nothing, or nonsense
 _TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
 _MAX_BAN = 300.0
-_LIAR_BAN = 86400.0  # a server that two others have contradicted has had its chance
+_LIAR_BAN = 86400.0  # a server that a judge has contradicted has had its chance
 _MODELS_TOLD = 20  # in an error; anybody may list thousands
 _WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place of the one in use
 
@@ -237,12 +238,34 @@ class SwarmView:
         """The fastest route through blocks [start, end) without the servers `avoid`, or None; never waits."""
         return plan_route([span for span in self._usable(tokens) if span.peer not in avoid], start, end)
 
+    def auditing_route(self, start: int, end: int, *, avoid: str, generator: random.Random) -> list[RouteSpan] | None:
+        """Servers drawn to compute blocks [start, end) again, without the server `avoid`, or None; never waits.
+
+        Trusted ones come first. All others are equally likely: one that claims to be fast must not become everybody's
+        auditor.
+        """
+        drawn = [  # a hop costs from 1 to 2, so one server that holds all is taken before a chain
+            ServerSpan(span.peer, span.start, span.end, 1 + generator.random(), 0.0)
+            for span in self._usable(1)
+            if span.peer != avoid
+        ]
+        trusted = [span for span in drawn if self.is_trusted(span.peer)]
+        return plan_route(trusted, start, end) or plan_route(drawn, start, end)
+
+    def is_trusted(self, peer: str) -> bool:
+        """Whether the user believes this server."""
+        return peer in self.config.trusted_servers
+
+    def is_proven_liar(self, peer: str) -> bool:
+        """Whether a judge has contradicted this server."""
+        return peer in self._bans and self._bans[peer].is_proven
+
     def others_hold(self, start: int, end: int, peer: str) -> bool:
         """Whether blocks [start, end) are held without this server, by others that may be in a ban now."""
         spans = [
             ServerSpan(other, *span, 0.0, 0.0)
             for other, span in self._spans.items()
-            if other != peer and self._may_be_used(other) and not (other in self._bans and self._bans[other].is_proven)
+            if other != peer and self._may_be_used(other) and not self.is_proven_liar(other)
         ]
         return plan_route(spans, start, end) is not None
 

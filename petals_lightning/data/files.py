@@ -6,7 +6,8 @@ are not used: they take texts for numbers, dates or missing values, and cannot t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from petals_lightning.data.delimited import read_csv, read_tsv
-from petals_lightning.data.json_rows import read_json, read_json_lines
+from petals_lightning.data.json_rows import read_json, read_json_lines, read_json_lists
 from petals_lightning.data.opening import (
     COMPRESSIONS,
     UNREADABLE,
@@ -70,6 +71,11 @@ def is_data_file(path: Path) -> bool:
     return suffixes(path)[0] in _READERS
 
 
+def is_text(path: Path) -> bool:
+    """Whether a file is one text."""
+    return suffixes(path)[0] == ".txt"
+
+
 def stem_of(path: Path) -> str:
     """A data file's name without the suffixes of its format and its compression; any other name as it is."""
     return path.name[: -len("".join(suffixes(path)))] if is_data_file(path) else path.name
@@ -90,22 +96,44 @@ def read_files(paths: Sequence[Path], form: TextFormat | None = None) -> tuple[d
     return datasets.Dataset(joined(tables)), [table.num_rows for table in tables]
 
 
+def read_lists(path: Path, form: TextFormat | None = None) -> dict[str, datasets.Dataset]:
+    """The lists of rows that a .json file holds by name, as one for each split; empty where there are not several.
+
+    Raises:
+        DataError: the file does not parse.
+    """
+    if suffixes(path)[0] != ".json":
+        return {}
+    form = form or TextFormat()
+    with _naming(path, form):
+        tables = read_json_lists(path, form)
+    return {name: datasets.Dataset(table) for name, table in tables.items()}
+
+
 def _read_table(path: Path, form: TextFormat) -> pa.Table:
     suffix = suffixes(path)[0]
     if suffix not in _READERS:
         raise DataError(
             f"{path}: unknown format; use one of {', '.join(SUFFIXES)}, as it is or packed as {', '.join(COMPRESSIONS)}"
         )
-    try:
+    with _naming(path, form):
         table = _READERS[suffix](path, form)
-    except UnicodeError as error:
-        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {why_undecodable(path, form)}") from error
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {reason}") from error
     if table.num_rows == 0:
         raise DataError(f"{path}: holds no rows")
     for name in table.column_names:
         if table.column_names.count(name) > 1:
             raise DataError(f"{path}: two columns are called {name!r}; rename one of them")
     return table
+
+
+@contextmanager
+def _naming(path: Path, form: TextFormat) -> Iterator[None]:
+    """Around a reader, so that its errors are DataErrors that name the file."""
+    suffix = suffixes(path)[0]
+    try:
+        yield
+    except UnicodeError as error:
+        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {why_undecodable(path, form)}") from error
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {reason}") from error

@@ -39,6 +39,16 @@ def read_json(path: Path, form: TextFormat) -> pa.Table:
         return table_of(chain(first, values))
 
 
+def read_json_lists(path: Path, form: TextFormat) -> dict[str, pa.Table]:
+    """The lists of rows that the single object of a file holds, by name; empty where there are not several of them."""
+    with open_text(path, form) as text:
+        first = list(islice(_values(text), 2))
+    if len(first) != 1 or not isinstance(first[0], dict):
+        return {}
+    lists = {key: rows for key, rows in first[0].items() if _are_rows(rows)}
+    return {key: table_of(rows) for key, rows in lists.items()} if len(lists) > 1 and "data" not in lists else {}
+
+
 def _values(text: IO[str]) -> Iterator[Any]:
     """The values of a file: one a line, which needs little memory, or else one after another, or those of an array."""
     number, line = next(((number, line) for number, line in enumerate(text, 1) if line.strip()), (1, ""))

@@ -57,6 +57,7 @@ class LabelEncoder:
     ):
         self.column, self.drop_unlabelled, self.where = column, drop_unlabelled, where
         self._map = {_written(old): _written(new) for old, new in (label_map or {}).items()}
+        self._mapped: set[str] = set()
         texts = self._texts(train, "train")
         rows = _first_rows(texts)
         feature = train.features[column]
@@ -102,6 +103,11 @@ class LabelEncoder:
         codes = {text: self._code(text, split, row) for text, row in _first_rows(texts).items()}
         return [codes[text] for text in texts]
 
+    @property
+    def never_mapped(self) -> list[str]:
+        """Labels that `label_map` names and that no row so far has."""
+        return [label for label in self._map if label not in self._mapped]
+
     def is_unlabelled(self, dataset: datasets.Dataset) -> bool:
         """Whether a split carries no labels: no such column, or no class in any row."""
         if self.column not in dataset.column_names:
@@ -130,7 +136,11 @@ class LabelEncoder:
         plain = str(int(float(stripped))) if _WHOLE.fullmatch(stripped) else stripped
         number = _TRUTH.get(plain.lower(), plain)
         usual = number if self._are_numbers else plain
-        return next((self._map[form] for form in (text, stripped, plain, number) if form in self._map), usual)
+        found = next((form for form in (text, stripped, plain, number) if form in self._map), None)
+        if found is None:
+            return usual
+        self._mapped.add(found)
+        return self._map[found]
 
     def _is_no_label(self, label: str) -> bool:
         return label in (_MISSING, _HIDDEN) or (self._are_numbers and label.lower() in _NO_NUMBER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from petals_lightning.data.files import SUFFIXES, is_data_file, read_file, read_files, stem_of
+from petals_lightning.data.files import SUFFIXES, is_data_file, is_text, read_file, read_files, read_lists, stem_of
 from petals_lightning.data.opening import TextFormat
 from petals_lightning.errors import DataError
 from petals_lightning.sample import REVIEWS_DIR
+
+log = logging.getLogger(__name__)
 
 __all__ = ["BUNDLED", "SPLIT_NAMES", "LocatedSplits", "load_splits", "read_file"]
 
@@ -64,8 +67,9 @@ def load_splits(
     """Reads a source's splits under the keys `train`, `validation` and `test`; those that it lacks are left out.
 
     Args:
-        source: `bundled`, a file (see `files.SUFFIXES`, also compressed), a folder of such files named after their
-            split, the clone of a dataset on the hub, a folder of `save_to_disk`, or the id of a dataset on the hub.
+        source: `bundled`, a file (see `files.SUFFIXES`, also compressed; one of .json may hold each split as a list of
+            its name), a folder of such files named after their split, or of .txt files of any name, which are all
+            train; the clone of a dataset on the hub, a folder of `save_to_disk`, or the id of a dataset on the hub.
         name: the configuration of a hub dataset or of its clone, e.g. `sst2` of `nyu-mll/glue`.
         split_names: what a split is called where it has an unusual name, e.g. `{"validation": "validation_matched"}`.
         bundled: the folder that `bundled` stands for.
@@ -79,6 +83,8 @@ def load_splits(
     if path.is_dir():
         return _load_folder(path, name, split_names, form)
     if path.is_file():
+        if lists := read_lists(path, form):
+            return _of_dict(lists, source, split_names)
         splits = LocatedSplits(source)
         splits.read("train", [path], form)
         return splits
@@ -102,6 +108,10 @@ def _load_folder(folder: Path, name: str | None, split_names: dict[str, str], fo
     if name is not None or ("train" not in _chosen(parts, split_names) and _is_clone(folder)):
         return _load_clone(folder, name, split_names, form)
     splits = LocatedSplits(str(folder))
+    if files and not split_names and not _chosen(parts, {}) and all(map(is_text, files)):
+        log.info("%s: no file is named after a split, so its %d .txt files are train", folder, len(files))
+        splits.read("train", files, form)
+        return splits
     for split, wanted in _chosen(parts, split_names).items():
         stems = [stem_of(file).lower() for file in parts[wanted]]
         if len(stems) > len(set(stems)) or (wanted in stems and len(stems) > 1):

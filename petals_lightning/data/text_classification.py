@@ -81,6 +81,11 @@ class TextClassificationDataModule(TextDataModule):
         self.num_labels, self.class_names = len(encoder.names), encoder.names
         hidden = {split for split, rows in raw.items() if split == "test" and encoder.is_unlabelled(rows)}
         checked = {split: self._checked(raw, split, texts, None if split in hidden else encoder) for split in raw}
+        if encoder.never_mapped:
+            log.warning(
+                "label_map names %s, which no row of %s has in column %r; its classes are %s",
+                ", ".join(map(repr, encoder.never_mapped)), self.source, label, ", ".join(encoder.names),
+            )  # fmt: skip
         return {
             split: EncodedTexts(
                 tokenizer,

@@ -55,6 +55,12 @@ class Checkpoint:
             "subfolder": subfolder,
         }
 
+    def on_disk(self) -> Checkpoint:
+        """The same checkpoint, of which nothing is fetched: what is not on this machine is missing."""
+        same = copy.copy(self)
+        same._hub = {**self._hub, "local_files_only": True}
+        return same
+
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The model's config.
@@ -158,9 +164,7 @@ class Checkpoint:
         for number, (file_name, wanted) in enumerate(sorted(by_file.items()), start=1):
             if on_shard is not None:
                 on_shard(file_name, number, len(by_file))
-            path = self._find(file_name)
-            if path is None:
-                raise CheckpointError(f"model {self.name_or_path!r}: the shard {file_name} is missing")
+            path = self._shard(file_name)
             if file_name.endswith(".bin"):
                 loaded = _load_bin(path)
                 lazy.update({name: loaded[name] for name in wanted})
@@ -170,6 +174,18 @@ class Checkpoint:
                     raise self._damaged(path, f"it lacks {sorted(missing)[0]!r}, which the index says it holds")
                 lazy.update({name: file.get_slice(name) for name in wanted})
         return lazy
+
+    def check_shards(self) -> None:
+        """Fetches what is not here yet.
+
+        Raises:
+            CheckpointError: a file of the weights is missing or damaged; the message names it.
+        """
+        for file_name in sorted(set(self.shard_of.values())):
+            path = self._shard(file_name)
+            if path.suffix == ".safetensors":
+                with self._open(path):
+                    pass
 
     @cached_property
     def fingerprint(self) -> str:
@@ -183,6 +199,12 @@ class Checkpoint:
         config = {k: v for k, v in written.items() if k not in _CONFIG_KEYS_THAT_DO_NOT_MATTER}
         content = json.dumps([config, sorted(self.shard_of)], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _shard(self, file_name: str) -> Path:
+        path = self._find(file_name)
+        if path is None:
+            raise CheckpointError(f"model {self.name_or_path!r}: the shard {file_name} is missing")
+        return path
 
     def _weight_map(self, path: Path) -> dict[str, str]:
         try:

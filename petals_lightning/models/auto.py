@@ -30,6 +30,7 @@ from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
+from petals_lightning.models.judge import LocalJudge
 from petals_lightning.models.prompt_files import (
     PromptCard,
     check_base_model,
@@ -66,6 +67,8 @@ class DistributedModel(FrozenBody):
             own, replaced = getattr(cls, name, None), getattr(family, name, None)
             if own is not None and replaced is not None and own is not replaced:
                 setattr(cls, name, _with_signature_of(replaced, own))
+        if family is not None:  # torch.compile leaves it as it is: there is nothing to gain around remote blocks
+            cls.forward = torch.compiler.disable(cls.forward)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Leaves the swarm: ends the streams to servers, and this process's peer if it was made for this model."""
@@ -147,13 +150,19 @@ class DistributedClassifier(DistributedModel):
         """Indices [B] into B·S of the rightmost token that is not padding, and S.
 
         Raises:
-            UnsupportedInputError: it is padding by the mask, which Hugging Face reads though it is not `pad_token_id`.
+            UnsupportedInputError: it is padding by the mask, which Hugging Face reads though it is not `pad_token_id`;
+                or there is no `pad_token_id` to find it by in a batch.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise ConfigurationError("give input_ids or inputs_embeds")
         batch, length = tokens.shape[:2]
         pad = self.config.get_text_config().pad_token_id  # type: ignore[attr-defined]
+        if pad is None and batch > 1:
+            raise UnsupportedInputError(
+                f"{batch} samples at once, and the config has no pad_token_id to tell where each ends: set it, e.g. "
+                "from_pretrained(…, pad_token_id=tokenizer.pad_token_id)"
+            )
         if input_ids is None or pad is None:
             last = torch.full((batch,), length - 1, device=tokens.device)
         else:
@@ -213,6 +222,7 @@ class _AutoDistributed:
         max_retries: int = ClientConfig.max_retries,
         recovery_timeout: float = ClientConfig.recovery_timeout,
         audit_rate: float = ClientConfig.audit_rate,
+        trusted_servers: Sequence[str] | None = None,
         server_to_server: bool = ClientConfig.server_to_server,
         wire_dtype: str = ClientConfig.wire_dtype,
         min_microbatch_tokens: int = ClientConfig.min_microbatch_tokens,
@@ -239,6 +249,7 @@ class _AutoDistributed:
             max_retries: failures of one server that a part of a step survives.
             recovery_timeout: seconds to wait for a block whose every holder has failed.
             audit_rate: share of requests that are computed again on another server and compared.
+            trusted_servers: peer ids that are believed where two disagree; None: only what this machine computes is.
             server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
             wire_dtype: of activations and gradients on the wire: "auto" (16 bits where a server computes in 16 bits),
                 "float32", "bfloat16", "float16" or "int8_blockwise".
@@ -277,6 +288,7 @@ class _AutoDistributed:
             max_retries=max_retries,
             recovery_timeout=recovery_timeout,
             audit_rate=audit_rate,
+            trusted_servers=tuple(trusted_servers or ()),
             server_to_server=server_to_server,
             wire_dtype=wire_dtype,
             min_microbatch_tokens=min_microbatch_tokens,
@@ -400,6 +412,7 @@ def _connect(
             owns_node=owns_node,
             rotary_switch=limit.positions if limit is not None and limit.has_one_form_beyond else None,
             sliding_window=sliding_window(model.config),
+            judge=LocalJudge(checkpoint),
         )
     except BaseException:
         if owns_node:

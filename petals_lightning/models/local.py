@@ -81,6 +81,7 @@ class _LocalModel:
                 )
                 model, fresh = cast(Any, whole.model), whole.fresh
             else:
+                checkpoint.check_shards()  # transformers' words about them are a traceback
                 model, info = cls.auto_class.from_pretrained(
                     checkpoint.name_or_path,
                     config=config,

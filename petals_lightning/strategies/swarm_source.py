@@ -42,6 +42,7 @@ class SwarmSource(ABC):
         allowed_servers: peer ids to use; None: all.
         blocked_servers: peer ids never to use.
         audit_rate: share of requests that are computed again on another server and compared.
+        trusted_servers: peer ids that are believed where two disagree.
         server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
         wire_dtype: of activations and gradients on the wire: auto (16 bits where a server computes in 16 bits),
             float32, bfloat16, float16 or int8_blockwise.
@@ -64,6 +65,7 @@ class SwarmSource(ABC):
         allowed_servers: list[str] | None = None,
         blocked_servers: list[str] | None = None,
         audit_rate: float | None = None,
+        trusted_servers: list[str] | None = None,
         server_to_server: bool | None = None,
         wire_dtype: str | None = None,
         min_microbatch_tokens: int | None = None,
@@ -82,6 +84,7 @@ class SwarmSource(ABC):
             "allowed_servers": allowed_servers,
             "blocked_servers": blocked_servers,
             "audit_rate": audit_rate,
+            "trusted_servers": trusted_servers,
             "server_to_server": server_to_server,
             "wire_dtype": wire_dtype,
             "min_microbatch_tokens": min_microbatch_tokens,

@@ -47,6 +47,8 @@ class ConnectedSwarmConfig(SwarmConfig):
     blocked_servers: list[str] | None = None
     audit_rate: float | None = None
     """Share of requests, 0 to 1, that are computed again on another server and compared."""
+    trusted_servers: list[str] | None = None
+    """Peer ids that are believed where two servers disagree; null: only what this machine computes is."""
     server_to_server: bool | None = None
     """Servers of a chain hand activations over to each other (the default); false: they all come by here."""
     wire_dtype: str | None = None

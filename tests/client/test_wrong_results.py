@@ -5,8 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import re
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +19,20 @@ import torch
 
 from petals_lightning.client import ClientConfig
 from petals_lightning.client.audit import stratified
+from petals_lightning.client.legs import Leg
 from petals_lightning.client.verify import disagreement
 from petals_lightning.errors import RetriesExhaustedError
-from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
+from petals_lightning.hf import Checkpoint
+from petals_lightning.models import (
+    AutoDistributedModel,
+    AutoDistributedModelForSequenceClassification,
+    prompts_of,
+    remote_blocks,
+)
+from petals_lightning.models.judge import LocalJudge
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.server.server import Server
-from tests.families import NUM_BLOCKS
+from tests.families import HIDDEN, NUM_BLOCKS
 from tests.swarms import InProcessSwarm, peer_with_the_graph
 
 ALL = (0, NUM_BLOCKS)
@@ -158,6 +171,118 @@ def test_a_liar_in_backward_is_caught_and_the_gradient_is_right(tiny_checkpoint,
     liar.span.backward = lambda *args: {name: grad * 1.01 for name, grad in honest(*args).items()}
     assert_as_local(model, checkpoint)
     assert liar.node.peer_id.to_base58() in caplog.text
+
+
+def collude(swarm: InProcessSwarm) -> tuple[set[str], str]:
+    """Makes the first two of three servers lie alike. Returns their ids, and the honest one's."""
+    *liars, honest = swarm.servers
+    for server in liars:
+        tamper(server, lambda hidden: hidden * 1.1)
+    return {server.node.peer_id.to_base58() for server in liars}, honest.node.peer_id.to_base58()
+
+
+def bans_of(model) -> dict[str, Any]:
+    return remote_blocks(model)._swarm.view._bans
+
+
+def test_liars_that_agree_do_not_outvote_what_this_machine_computes(tiny_checkpoint, start_swarm, caplog):
+    checkpoint = tiny_checkpoint("llama")
+    swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
+    liars, honest = collude(swarm)
+    model = load(swarm, audit_rate=1.0)
+    steps = 0
+    while not all(liar in bans_of(model) and bans_of(model)[liar].is_proven for liar in liars):
+        steps += 1
+        assert steps <= 50, "in half of its audits a liar is compared with the honest server"
+        with torch.no_grad():
+            model(**BATCH)
+        assert honest not in bans_of(model)
+    assert caplog.text.count("lies: its result is") == 2
+    assert_as_local(model, checkpoint)
+
+
+def test_trusted_servers_decide_from_the_first_step(tiny_checkpoint, start_swarm, tmp_path, caplog):
+    checkpoint = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
+    liars, honest = collude(swarm)
+    model = load(swarm, audit_rate=1.0, trusted_servers=(honest,))
+    take_weights_away(checkpoint)
+    for _ in range(5):
+        assert_as_local(model, tiny_checkpoint("llama"))
+    assert set(bans_of(model)) <= liars
+    assert all(ban.is_proven for ban in bans_of(model).values())
+
+
+def test_without_a_judge_nobody_is_called_a_liar(tiny_checkpoint, start_swarm, tmp_path, caplog):
+    checkpoint = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
+    liars, honest = collude(swarm)
+    model = load(swarm, audit_rate=1.0)
+    take_weights_away(checkpoint)
+    for _ in range(50):
+        with torch.no_grad():
+            model(**BATCH)
+        if honest in bans_of(model):
+            break
+    assert bans_of(model).keys() & liars
+    assert not any(ban.is_proven for ban in bans_of(model).values())
+    assert re.search(r"there is no judge \(.*model.safetensors.*\)\. Put the model .* trusted_servers", caplog.text)
+    assert "lies" not in caplog.text
+
+
+def take_weights_away(checkpoint: Path) -> None:
+    for path in checkpoint.glob("*.safetensors"):
+        path.unlink()
+
+
+def test_who_claims_to_be_fast_does_not_become_everybodys_auditor(tiny_checkpoint, start_swarm, monkeypatch):
+    measure = Server._measure
+    claims = iter([1e9, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(
+        Server, "_measure", lambda self, span: replace(measure(self, span), tokens_per_second=next(claims))
+    )
+    swarm = start_swarm(tiny_checkpoint("llama"), [ALL, ALL, ALL, ALL])
+    view = remote_blocks(load(swarm))._swarm.view
+    fast, *others = (server.node.peer_id.to_base58() for server in swarm.servers)
+    fastest = view.other_route(*ALL, tokens=1, avoid=[others[0]])
+    assert fastest is not None
+    assert fastest[0].peer_id == fast
+    generator = random.Random(0)
+    drawn = Counter(
+        route[0].peer_id
+        for _ in range(600)
+        if (route := view.auditing_route(*ALL, avoid=others[0], generator=generator))
+    )
+    assert set(drawn) == {fast, *others[1:]}
+    assert min(drawn.values()) > 150
+
+
+@pytest.mark.parametrize("has_prompts", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_the_judge_computes_what_an_honest_server_answers(has_prompts, family, tiny_checkpoint, start_swarm):
+    checkpoint = tiny_checkpoint(family)
+    swarm = start_swarm(checkpoint, [ALL])
+    layers = remote_blocks(swarm.load(AutoDistributedModel))
+    start, end = 1, NUM_BLOCKS
+    shapes = {"hidden": (2, 5, HIDDEN), "prefix": (3, HIDDEN), "deep": (end - start, 3, HIDDEN)}
+    names = ["hidden", "prefix", "deep"] if has_prompts else ["hidden"]
+    given = {name: torch.randn(shapes[name], requires_grad=True) for name in names}
+    values = {name: tensor.detach() for name, tensor in given.items()}
+    rows, prompts = torch.tensor([2, 9]), {name: given[name] for name in names[1:]}
+    outputs = layers[start:end].run(given["hidden"], rows=rows, want_prefix=has_prompts, **prompts)
+    answer = dict(zip(names[:2], outputs, strict=False))
+    leg, judge = (
+        Leg(start, end, values["hidden"], values.get("prefix"), rows, ""),
+        LocalJudge(Checkpoint(str(checkpoint))),
+    )
+    judged = judge(leg, values.get("deep"), None)
+    assert judged.keys() == answer.keys()
+    assert disagreement(judged, answer) < 1e-5
+    grads = {name: torch.randn_like(output) for name, output in answer.items()}
+    torch.autograd.backward(list(answer.values()), list(grads.values()))
+    judged = judge(leg, values.get("deep"), (grads["hidden"], grads.get("prefix")))
+    assert judged.keys() == given.keys()
+    assert disagreement(judged, {name: tensor.grad for name, tensor in given.items() if tensor.grad is not None}) < 1e-5
 
 
 def test_honest_servers_pass_every_audit(tiny_checkpoint, start_swarm, caplog):

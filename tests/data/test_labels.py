@@ -190,6 +190,19 @@ def test_rows_without_a_label_are_left_out_of_every_split(text_model: Path, tmp_
         ]  # fmt: skip
 
 
+def test_a_label_map_that_no_row_needs_is_told_of(text_model: Path, tmp_path: Path, caplog) -> None:
+    rows = [{"text": "w1", "label": ["neg", "pos", "1.0"][row % 3]} for row in range(9)]
+    pd.DataFrame(rows).to_csv(tmp_path / "train.csv", index=False)
+    pd.DataFrame([*rows, {"text": "w1", "label": "bad"}]).to_csv(tmp_path / "test.csv", index=False)
+    set_up(text_model, tmp_path, label_map={1: "pos", "bad": "neg"})
+    assert "label_map" not in caplog.text
+    set_up(text_model, tmp_path, label_map={1: "pos", "bad": "neg", "Neg": "neg", 4: "pos"})
+    assert (
+        f"label_map names 'Neg', '4', which no row of {tmp_path} has in column 'label'; its classes are neg, pos"
+        in (caplog.text)
+    )
+
+
 def test_rows_are_named_before_validation_is_cut(text_model: Path, tmp_path: Path) -> None:
     rows = [{"text": "w1", "label": "x" if row == 17 else str(row % 2)} for row in range(40)]
     path = tmp_path / "a.jsonl"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
 
 import pytest
 import torch
@@ -39,6 +41,21 @@ def test_a_text_file_is_read_whole_and_its_end_is_validation(text_model, tmp_pat
     for batch in data.train_dataloader():
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
         assert torch.equal(batch["labels"], batch["input_ids"])
+
+
+def test_a_folder_of_texts_of_any_name_is_train(text_model, tmp_path, caplog):
+    for name in ("b.txt", "a.txt", "c.txt.gz"):
+        text = " ".join([f"w{ord(name[0]) - 90}"] * 11)
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    with caplog.at_level(logging.INFO):
+        data = set_up(text_model, tmp_path, max_length=12, batch_size=3)
+    assert f"{tmp_path}: no file is named after a split, so its 3 .txt files are train" in caplog.text
+    tokens = load_tokenizer(str(text_model))(" ".join(f"w{ord(letter) - 90}" for letter in "abc"))["input_ids"]
+    samples = [list(ids) for split in ("train", "validation") for ids, _ in data._splits[split]]
+    assert samples == [[token] * 11 + [2] for token in tokens]
+    (tmp_path / "validation.txt").write_text("w1 w2 w3")
+    with pytest.raises(DataError, match=r"no train split in .*\(has a\.txt, b\.txt, c\.txt\.gz, validation\.txt\)"):
+        set_up(text_model, tmp_path)
 
 
 def test_files_by_split_and_any_text_column(text_model, tmp_path):

@@ -55,6 +55,20 @@ def test_splits_are_found_by_file_name(tmp_path: Path) -> None:
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 4, "validation": 4, "test": 4}
 
 
+def test_a_json_file_may_hold_each_split_as_a_list(text_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "all.json"
+    rows = [{"text": text, "label": label} for text, label in ROWS]
+    path.write_text(json.dumps({"version": 1, "train": rows, "dev": rows[:3]}))
+    data = set_up(text_model, path)
+    assert data.sizes == {"train": 4, "validation": 3}
+    path.write_text(json.dumps({"one": rows, "two": [*rows, {"text": "w1", "label": [0]}]}))
+    with pytest.raises(DataError, match=r"no train split in .*all\.json \(has one, two\); .*train_split"):
+        set_up(text_model, path)
+    with pytest.raises(DataError, match=r"label \[0\] \(row 4 of train of .*all\.json"):
+        set_up(text_model, path, train_split="two")
+    assert set_up(text_model, path, train_split="one", validation_split="one").sizes == {"train": 4, "validation": 4}
+
+
 def test_numbered_shards_make_one_split(tmp_path: Path) -> None:
     for number in range(2):
         write(tmp_path / f"train-0000{number}-of-00002.parquet")

@@ -16,6 +16,7 @@ from petals_lightning.errors import CheckpointError, UnsupportedModelError
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf import checkpoint as checkpoint_module
 from petals_lightning.hf.decoder import model_class
+from petals_lightning.models.local import LocalModel, LocalModelForCausalLM, LocalModelForSequenceClassification
 from tests.families import HIDDEN, TINY_CONFIGS, VOCAB, save_tiny_checkpoint
 
 BLOCKS = 8
@@ -219,6 +220,18 @@ def test_a_missing_shard_is_named(sharded, tmp_path):
     (tmp_path / shard).unlink()
     with pytest.raises(CheckpointError, match=shard):
         load(tmp_path, Part(0, 1, ends=False))
+
+
+@pytest.mark.parametrize("auto_class", [LocalModel, LocalModelForCausalLM, LocalModelForSequenceClassification])
+def test_a_missing_or_damaged_shard_is_named_in_one_process(auto_class, sharded, tmp_path):
+    copy_files(sharded, tmp_path)
+    (shard,) = shards_of(sharded, lambda name: name == "model.layers.0.mlp.up_proj.weight")
+    (tmp_path / shard).write_bytes((tmp_path / shard).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{shard} is damaged or incomplete"):
+        auto_class.from_pretrained(tmp_path)
+    (tmp_path / shard).unlink()
+    with pytest.raises(CheckpointError, match=rf"the shard {shard} is missing"):
+        auto_class.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from petals_lightning.models import (
 )
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.swarm import SwarmNode
-from tests.families import VOCAB
+from tests.families import HIDDEN, VOCAB
 from tests.models.test_parity import relative_error, right_padded_batch
 from tests.swarms import PREFIX
 
@@ -39,6 +39,23 @@ def swarm(tiny_checkpoint, start_swarm):
 @pytest.fixture
 def plain(tiny_checkpoint):
     return tf.AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")).eval()
+
+
+def test_a_compiled_model_gives_what_it_gives_uncompiled(swarm, tiny_checkpoint):
+    options = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 3}
+    torch.manual_seed(0)
+    model = swarm.load(AutoDistributedModelForSequenceClassification, **options)
+    batch = right_padded_batch()
+    losses, grads = [], []
+    for one in (model, torch.compile(model)):
+        model.zero_grad()
+        losses.append(one(**batch).loss)
+        losses[-1].backward()
+        grads.append(prompts_of(model).deep.grad.clone())
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    assert relative_error(grads[1], grads[0]) < 1e-5
+    layers, hidden = torch.compile(model.model.layers), torch.randn(2, 3, HIDDEN)
+    assert relative_error(layers(hidden), model.model.layers(hidden)) < 1e-6
 
 
 def load(swarm, tiny_checkpoint, **options):

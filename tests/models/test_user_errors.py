@@ -22,6 +22,7 @@ from petals_lightning.models import (
     AutoDistributedConfig,
     AutoDistributedModel,
     AutoDistributedModelForCausalLM,
+    AutoDistributedModelForSequenceClassification,
     remote_blocks,
 )
 from petals_lightning.swarm import SwarmNode
@@ -76,6 +77,16 @@ def test_a_server_of_another_stream_version_is_named_with_both_versions(tiny_che
     ours.servers[0].stop(timeout=1)
     with pytest.raises(NoServersError, match=r"a server that lists them: server …\S+ speaks version 7"):
         model(input_ids=IDS)
+
+
+def test_a_batch_without_a_padding_token_is_refused_before_it_is_sent(tiny_checkpoint, start_swarm):
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)])
+    model = swarm.load(AutoDistributedModelForSequenceClassification, num_labels=2, pad_token_id=None)
+    requests = remote_blocks(model).stats.requests
+    with pytest.raises(UnsupportedInputError, match=r"^2 samples at once, and .* no pad_token_id.*from_pretrained\("):
+        model(input_ids=IDS)
+    assert remote_blocks(model).stats.requests == requests
+    assert model(input_ids=IDS[:1]).logits.shape == (1, 2)
 
 
 def test_a_server_of_another_model_of_the_same_shape_is_refused(tiny_checkpoint, start_swarm):
