@@ -1,15 +1,20 @@
-"""A soak: servers are killed, hung and restarted at random under training, which must not notice.
+"""A soak: servers are killed, hung, cut off and attacked at random under training, which must not notice.
 
-    python -m benchmarks.churn --minutes 20
+    python -m benchmarks.churn --minutes 60
 
 Four servers hold a random Llama twice: two of them all blocks, two a half each. Every few seconds one is struck, but
-never so that a block is left without a holder. At the end the same steps are trained in one local process and the
-traces of losses compared; memory and file descriptors of the client and of the server that is never killed are
-compared between the first fifth of the time and the end.
+never so that a block is left without a holder. Now and then more happens: the peer that all join by is restarted,
+three servers are cut off, or all of them are killed at once and come back (in the first half of the time). A stranger
+attacks the first server all the while, each minute in another way (`tests.hostile`).
+
+At the end the same steps are trained in one local process and the traces of losses compared. Memory and file
+descriptors at the end are compared with earlier ones: the client's with those after a fifth of the time, and those of
+the first server, which is never killed alone, with those after three fifths.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -17,7 +22,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -27,10 +33,14 @@ import typer
 
 from benchmarks.swarm import PREFIX, batch_of, save_random_llama
 from petals_lightning.client import ClientConfig
+from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.swarm import SwarmNode
-from tests.swarms import LOOPBACK, ServerProcess
+from tests.attacks import Attacker
+from tests.faults.proxy import TcpProxy, free_port
+from tests.hostile.peers import ATTACKS, Victim
+from tests.swarms import ServerProcess
 
 BLOCKS = 4
 SPANS = [(0, 4), (0, 4), (0, 2), (2, 4)]
@@ -46,11 +56,16 @@ class Servers:
     seed: int
     kills: int = 0
     hangs: int = 0
+    cuts: int = 0
+    ends: int = 0
     processes: list[ServerProcess] = field(default_factory=list)
     down: set[int] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
         self._stop, self._random = threading.Event(), random.Random(self.seed)
+        self._ports = [free_port() for _ in SPANS]
+        self._proxies = [TcpProxy(port) for port in self._ports]
         self.processes = [self._launch(number) for number in range(len(SPANS))]
         for process in self.processes:
             process.wait_ready()
@@ -65,11 +80,55 @@ class Servers:
         self._thread.join()
         for process in self.processes:
             process.stop()
+        for proxy in self._proxies:
+            proxy.close()
+
+    def cut_off(self, seconds: float) -> None:
+        """Nobody reaches any server but the first for so long."""
+        with self._all_but({0}) as is_free:
+            if is_free:
+                self.cuts += 1
+                for proxy in self._proxies[1:]:
+                    proxy.black_hole()
+                self._stop.wait(seconds)
+                for proxy in self._proxies[1:]:
+                    proxy.heal()
+
+    def end_all(self, seconds: float) -> None:
+        """All are killed at once, and are back after so long."""
+        with self._all_but(set()) as is_free:
+            if is_free:
+                self.ends += 1
+                for process in self.processes:
+                    process.signal(signal.SIGKILL)
+                for process in self.processes:
+                    process.stop()
+                self._stop.wait(seconds)
+                self.processes = [self._launch(number) for number in range(len(SPANS))]
+                for process in self.processes:
+                    process.wait_ready()
+
+    @contextmanager
+    def _all_but(self, spared: set[int]) -> Iterator[bool]:
+        """Marks the servers as down; yields False if one of them is down already."""
+        struck = set(range(len(SPANS))) - spared
+        with self._lock:
+            is_free = not self.down
+            if is_free:
+                self.down |= struck
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                self.down -= struck
 
     def _launch(self, number: int) -> ServerProcess:
         return ServerProcess(
-            self.model, SPANS[number], self.initial_peers, "--dht-prefix", PREFIX, "--update-period", "10"
-        )
+            self.model, SPANS[number], self.initial_peers, "--dht-prefix", PREFIX, "--update-period", "10",
+            "--host-maddrs", f"/ip4/127.0.0.1/tcp/{self._ports[number]}",
+            "--announce-maddrs", f"/ip4/127.0.0.1/tcp/{self._proxies[number].port}",
+            "--identity-path", f"{self.model}/server-{number}.id",
+        )  # fmt: skip
 
     def _strike(self, period: float, in_use: Callable[[], set[str]]) -> None:
         while not self._stop.wait(self._random.uniform(0.5 * period, 1.5 * period)):
@@ -77,10 +136,11 @@ class Servers:
             used = [n for n, process in enumerate(self.processes) if process.peer_id in peers]
             numbers = used if used and self._random.random() < 0.7 else list(range(len(SPANS)))
             number = self._random.choice(numbers)
-            rest = set(range(len(SPANS))) - self.down - {number}
-            if number in self.down or not (rest & {0, 1} or {2, 3} <= rest):
-                continue
-            self.down.add(number)
+            with self._lock:
+                rest = set(range(len(SPANS))) - self.down - {number}
+                if number in self.down or not (rest & {0, 1} or {2, 3} <= rest):
+                    continue
+                self.down.add(number)
             # The first is hung only, and so lives long enough for its memory to be watched.
             strike = self._hang if number == 0 or self._random.random() < 0.3 else self._kill
             threading.Thread(target=strike, args=(number, self._random.uniform(1, 10)), daemon=True).start()
@@ -101,6 +161,65 @@ class Servers:
         self._stop.wait(seconds)
         self.processes[number].signal(signal.SIGCONT)
         self.down.discard(number)
+
+
+class Bootstrap:
+    """The peer that all join by, at one address and with one identity however often it is restarted."""
+
+    def __init__(self, folder: str):
+        self._maddrs, self._identity = [f"/ip4/127.0.0.1/tcp/{free_port()}"], f"{folder}/bootstrap.id"
+        self._start()
+
+    def _start(self) -> None:
+        self._node = SwarmNode(host_maddrs=self._maddrs, identity_path=self._identity).start()
+
+    def restart(self) -> None:
+        self._node.close()
+        self._start()
+
+    @property
+    def maddrs(self) -> list[str]:
+        return self._node.visible_maddrs()
+
+    def close(self) -> None:
+        self._node.close()
+
+
+def disturb(servers: Servers, bootstrap: Bootstrap, seconds: float, stop: threading.Event) -> None:
+    """What happens more seldom than a strike: one such thing every minute."""
+    began, chance = time.monotonic(), random.Random(servers.seed)
+    while not stop.wait(chance.uniform(40, 80)):
+        is_early = time.monotonic() - began < seconds / 2
+        kinds = ["bootstrap", "cut", "end"] if is_early else ["bootstrap", "cut"]
+        match chance.choice(kinds):
+            case "bootstrap":
+                bootstrap.restart()
+            case "cut":
+                servers.cut_off(chance.uniform(5, 20))
+            case "end":
+                servers.end_all(chance.uniform(1, 10))
+
+
+def attack_forever(maddr: str, peer_id: str, seed: int) -> None:
+    """The stranger's process: another attack every minute, each with peers of its own."""
+    os.nice(19)
+    chance = random.Random(seed)
+    while True:
+        name = chance.choice(sorted(ATTACKS))
+        identities, begin = ATTACKS[name]
+        attackers: list[Attacker] = []
+        try:
+            attackers += [Attacker(Victim(maddr, peer_id)) for _ in range(min(identities, 4))]
+            again, end = begin(Victim(maddr, peer_id), attackers), time.monotonic() + 60
+            while time.monotonic() < end:
+                again()
+                time.sleep(0.05)
+        except (OSError, TimeoutError, AssertionError, SwarmConnectionError) as e:  # the server is away, or ends it
+            print(f"stranger: {name}: {e!r:.120}", flush=True)
+            time.sleep(5)
+        finally:
+            for attacker in attackers:
+                attacker.close()
 
 
 def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
@@ -126,7 +245,7 @@ def footprint(pid: int) -> tuple[float, int]:
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="How long to train.")] = 20.0,
+    minutes: Annotated[float, typer.Option(help="How long to train.")] = 60.0,
     period: Annotated[float, typer.Option(help="Seconds between two strikes, on average.")] = 6.0,
     seed: int = 0,
 ) -> None:
@@ -134,8 +253,8 @@ def main(
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         save_random_llama(folder, hidden=128, blocks=BLOCKS, dtype="float32")
-        bootstrap = SwarmNode(host_maddrs=LOOPBACK).start()
-        servers = Servers(folder, bootstrap.visible_maddrs(), seed)
+        bootstrap = Bootstrap(folder)
+        servers = Servers(folder, bootstrap.maddrs, seed)
         servers.start()
         torch.manual_seed(0)
         model = AutoDistributedModelForSequenceClassification.from_pretrained(
@@ -146,17 +265,30 @@ def main(
         servers.strike_forever(period, lambda: {leg.peer_id for leg in remote_blocks(model).route(256)})
         losses: list[float] = []
         seconds: list[float] = []
-        early = None
+        stop = threading.Event()
+        disturbing = threading.Thread(target=disturb, args=(servers, bootstrap, minutes * 60, stop))
+        disturbing.start()
+        victim = servers.processes[0]
+        stranger = multiprocessing.get_context("spawn").Process(
+            target=attack_forever, args=(bootstrap.maddrs[0], victim.peer_id, seed), daemon=True
+        )
+        stranger.start()
+        client = server = None
         began = time.monotonic()
         try:
             while (elapsed := time.monotonic() - began) < minutes * 60:
-                if early is None and elapsed > minutes * 12:
-                    early = footprint(os.getpid()), footprint(servers.processes[0].pid)
+                if client is None and elapsed > minutes * 12:
+                    client = footprint(os.getpid())
+                if server is None and elapsed > minutes * 36 and servers.processes[0].process.is_alive():
+                    server = footprint(servers.processes[0].pid)
                 step_began = time.monotonic()
                 losses.append(train_step(model, optimizer, len(losses)))
                 seconds.append(time.monotonic() - step_began)
             late = footprint(os.getpid()), footprint(servers.processes[0].pid)
         finally:
+            stop.set()
+            disturbing.join()
+            stranger.kill()
             servers.stop()
         stats = remote_blocks(model).stats
         remote_blocks(model).close()
@@ -166,11 +298,14 @@ def main(
         optimizer = optimizer_of(local)
         undisturbed = [train_step(local, optimizer, step) for step in range(len(losses))]
     off = max(abs(got - expected) / abs(expected) for got, expected in zip(losses, undisturbed, strict=True))
-    assert early is not None
-    print(f"{len(losses)} steps in {minutes:g} min, none lost; {servers.kills} kills, {servers.hangs} hangs")
+    assert client is not None
+    assert server is not None
+    print(f"{len(losses)} steps in {minutes:g} min, none lost; {servers.kills} kills, {servers.hangs} hangs, ", end="")
+    print(f"{servers.cuts} times three cut off, {servers.ends} times all killed")
     print(f"retries {stats.retries}, hedges {stats.hedges}")
     print(f"step: median {statistics.median(seconds):.3f} s, longest {max(seconds):.2f} s")
     print(f"largest relative difference of a loss from the undisturbed run: {off:.1e}")
+    early = client, server
     for name, (memory, descriptors), (later, later_descriptors) in zip(("client", "server"), early, late, strict=True):
         print(f"{name}: {memory:.0f} -> {later:.0f} MiB, {descriptors} -> {later_descriptors} file descriptors")
     if off > 1e-4:
