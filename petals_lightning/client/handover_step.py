@@ -16,8 +16,8 @@ from petals_lightning.client.connection import PeerConnection
 from petals_lightning.client.handover import Handover, Stage
 from petals_lightning.client.history import LateInputs
 from petals_lightning.client.session_leg import SessionLeg
+from petals_lightning.client.verify import check_step
 from petals_lightning.client.view import SwarmView
-from petals_lightning.errors import WrongResult
 from petals_lightning.protocol.messages import Message
 from petals_lightning.protocol.requests import to_wire
 from petals_lightning.protocol.steps import StepRequest
@@ -85,10 +85,7 @@ async def hand_over_step(
         stage.answered = _takes_in(late, hidden.shape)
     try:
         reply = await Handover(stages).last()
-        out = reply.tensors.get("hidden")
-        if out is None or list(out.shape) != [len(hidden), keep, hidden.shape[2]]:
-            got = list(out.shape) if out is not None else "nothing"
-            raise WrongResult(legs[-1].peer, f"answered {got} to a step")
+        check_step(legs[-1].peer, request, reply)
     except BaseException:
         for number, leg in enumerate(legs):
             if number > 0:
@@ -98,7 +95,7 @@ async def hand_over_step(
         raise
     for leg in legs:
         leg.held, leg.reordering = position + hidden.shape[1], None
-    return out
+    return reply.tensors["hidden"]
 
 
 def _takes_in(late: LateInputs, shape: torch.Size) -> Callable[[Message], None]:

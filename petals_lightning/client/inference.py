@@ -19,6 +19,7 @@ from petals_lightning.client.handover import SHOWN_DIRECTLY
 from petals_lightning.client.handover_step import hand_over_step, may_hand_over
 from petals_lightning.client.session_leg import SessionLeg
 from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.verify import check_step
 from petals_lightning.client.view import SwarmView
 from petals_lightning.errors import (
     NoCacheRoomError,
@@ -348,16 +349,12 @@ class InferenceSession:
         )
         leg.number = request.session
         reply = await connection.call(request.to_message())
-        out, next_prefix = reply.tensors.get("hidden"), reply.tensors.get("prefix")
-        if out is None or list(out.shape) != [len(hidden), kept, hidden.shape[2]]:
-            raise PeerFailure(leg.peer, f"answered {list(out.shape) if out is not None else 'nothing'} to a step")
+        check_step(leg.peer, request, reply)
         if request.want_prefix:
-            if next_prefix is None or prefix is None or next_prefix.shape != prefix.shape:
-                raise PeerFailure(leg.peer, "answered without the prefix it was asked for")
             assert following is not None
-            following.prefix = next_prefix
+            following.prefix = reply.tensors["prefix"]
         leg.held, leg.reordering = end, None
-        return out, end - kept
+        return reply.tensors["hidden"], end - kept
 
 
 async def _leave(legs: list[SessionLeg]) -> None:

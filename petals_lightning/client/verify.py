@@ -12,6 +12,7 @@ import torch
 from petals_lightning.errors import NonFiniteResult, WrongResult
 from petals_lightning.protocol.messages import Message
 from petals_lightning.protocol.requests import ForwardRequest, message_dtype
+from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import DTYPE_NAMES, INT8_BLOCKWISE
 
 # Relative errors within which honest servers agree: kernels and orders of summation differ between machines.
@@ -50,6 +51,16 @@ def check_backward(
     _check_tensors(peer, reply, expected)
     if not may_overflow:
         _check_sound(peer, reply, [*grads, *_inputs(forward, deep)])
+
+
+def check_step(peer: str, request: StepRequest, reply: Message) -> None:
+    """As `check_forward`, of a session's step."""
+    batch, tokens, size = request.hidden.shape
+    expected = {"hidden": ([batch, request.keep or tokens, size], message_dtype(request.wire_dtype))}
+    if request.want_prefix and request.prefix is not None:
+        expected["prefix"] = list(request.prefix.shape), message_dtype(request.wire_dtype, prompts=True)
+    _check_tensors(peer, reply, expected)
+    _check_sound(peer, reply, [each for each in (request.hidden, request.prefix, request.deep) if each is not None])
 
 
 def output_shape(request: ForwardRequest) -> list[int]:

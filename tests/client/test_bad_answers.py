@@ -137,6 +137,29 @@ def test_a_generation_goes_on_elsewhere(error, tiny_checkpoint, start_swarm):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e30], ids=str)
+@pytest.mark.parametrize("spans", [[ALL, ALL], [(0, 2), (2, NUM_BLOCKS), ALL]], ids=["one", "handed over"])
+def test_a_step_that_cannot_be_right_is_made_elsewhere(spans, value, tiny_checkpoint, start_swarm):
+    swarm = start_swarm(tiny_checkpoint("llama"), spans)
+    model = swarm.load(AutoDistributedModelForCausalLM, client_config=ClientConfig(ban_period=30.0))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(BATCH["input_ids"][:1], **options)
+    with model.inference_session(max_length=20) as session:
+        begun = model.generate(BATCH["input_ids"][:1], **options | {"max_new_tokens": 3, "min_new_tokens": 3})
+        sick = next(each for each in swarm.servers if each.node.peer_id.to_base58() == session.peers[-1])
+        honest = sick.span.step
+        calls: list[int] = []
+
+        def step(*args: Any, **kwargs: Any) -> torch.Tensor:
+            calls.append(1)
+            return torch.full_like(honest(*args, **kwargs), value)
+
+        sick.span.step = step
+        end = model.generate(begun[:, :0], **options | {"max_new_tokens": 3, "min_new_tokens": 3})
+    assert torch.equal(torch.cat([begun, end], dim=1), expected)
+    assert calls
+
+
 def test_servers_without_room_do_not_keep_from_one_that_has(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL] * 6)

@@ -1,9 +1,14 @@
-"""Servers that are sick or lie: each is a `program` of `ServerProcess`, and claims to be the fastest by far."""
+"""Programs of `ServerProcess`: an honest server with small limits, and such as are sick or lie.
+
+The latter claim to be the fastest by far.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,9 +18,22 @@ import torch
 from petals_lightning.cli.main import main
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.records import ServerRecord
+from petals_lightning.server import limits
 from petals_lightning.server.backend import Refusal
 from petals_lightning.server.server import Server
 from petals_lightning.server.session import Session
+
+MIB = 1 << 20
+REQUESTS, GRAPHS, CACHE = 1024 * MIB, 512 * MIB, 256 * MIB
+"""Memory that clients may take of the honest server."""
+
+
+def honest() -> None:
+    limits.ServerLimits = functools.partial(  # type: ignore[misc, assignment]
+        limits.ServerLimits, max_message_bytes=256 * MIB, max_client_bytes=512 * MIB, max_total_bytes=REQUESTS
+    )
+    sys.argv += ["--graph-memory", str(GRAPHS / 2**30), "--cache-memory", str(CACHE / 2**30)]
+    main()
 
 
 def _serve(**methods: Any) -> None:
