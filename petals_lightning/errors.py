@@ -49,7 +49,7 @@ class SwarmConnectionError(SwarmError):
 
 
 class NoServersError(SwarmError):
-    """Some blocks of the model are served by nobody who may be used."""
+    """No usable server holds some of the model's blocks."""
 
 
 class NoCacheRoomError(SwarmError):

@@ -36,7 +36,7 @@ _HELP = """/undo         take your last message and its answer back
 @takes_model_options
 def chat(
     options: ModelOptions,
-    system: Annotated[str | None, typer.Option(help="What stands in front of the conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_length: Annotated[
         int | None,
         typer.Option(help="Tokens of the conversation at most.", show_default="2048, or the model's limit"),

@@ -20,8 +20,8 @@ from petals_lightning.cli.options import IdentityPath, InitialPeers
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.library_messages import OursOrErrors, libraries_to_root_log
 
-Temperature = Annotated[float, typer.Option(help="Randomness of the choice of words; 0 always takes the likeliest.")]
-TopP = Annotated[float, typer.Option(help="Choose among the likeliest words that make up this share.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling: keep the smallest set of tokens with this total probability.")]
 
 _NOTE_LENGTH = 90  # characters, with brackets on a line of most terminals
 _PEER_ID = re.compile(r"\b(12D3Koo|Qm)\w{30,}")

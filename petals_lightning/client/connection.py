@@ -269,7 +269,7 @@ class PeerConnection:
         if self._pending.pop(call_id, None) is not None and (not answer.done() or answer.cancelled()):
             self.tell(Message(Method.CANCEL), call_id)
         if answer.done() and not answer.cancelled():
-            answer.exception()  # seen: whoever asked is told by what was raised to them
+            answer.exception()  # marked as retrieved: the caller has received it
 
     def _error(self, reply: Message) -> PeerFailure:
         code, words = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), 500)

@@ -31,7 +31,7 @@ from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, 
 
 T = TypeVar("T")
 
-# What says nothing of the server itself: asked directly, it does what it is asked.
+# Errors that concern the hand-over only; the same server may succeed when it is asked directly.
 
 
 class HandoverChain:
@@ -80,8 +80,7 @@ class HandoverChain:
         *,
         cost: float = 1.0,
     ) -> T:
-        """Tries the handed-over way; if it fails, the direct one; if it is late at a server that others can take the
-        place of, both.
+        """Tries hand-over first; falls back to direct requests; races both when a replaceable server is slow.
 
         Args:
             directly: takes peers to do without, if that is possible.

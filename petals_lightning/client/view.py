@@ -100,7 +100,7 @@ class SwarmView:
         Raises:
             NoServersError: some block is held by nobody who may be used.
             IncompatibleServerError: all that hold some block serve another model under this name.
-            AccessDeniedError: all that hold some block let this peer not in.
+            AccessDeniedError: every server that holds some block refuses this peer.
         """
         await self.refresh()
         missing = uncovered(self._usable(1), 0, self.num_blocks)
@@ -166,7 +166,7 @@ class SwarmView:
         Raises:
             NoServersError: nobody came back, or only those to avoid are there.
             SwarmConnectionError: this process itself is cut off, because its daemon has ended.
-            AccessDeniedError: there are servers, but they let this peer not in.
+            AccessDeniedError: there are servers, but all of them refuse this peer.
         """
         deadline = time.monotonic() + self.config.recovery_timeout
         told = False

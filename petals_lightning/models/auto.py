@@ -250,7 +250,7 @@ class _AutoDistributed:
             recovery_timeout: seconds to wait for a block whose every holder has failed.
             audit_rate: share of requests that are computed again on another server and compared.
             trusted_servers: peer ids that are believed where two disagree; None: only what this machine computes is.
-            server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
+            server_to_server: servers forward activations to the next server; False: every hop returns to the client.
             wire_dtype: of activations and gradients on the wire: "auto" (16 bits where a server computes in 16 bits),
                 "float32", "bfloat16", "float16" or "int8_blockwise".
             min_microbatch_tokens: batches are not cut finer than this to fill a chain of servers. Where they are cut
@@ -271,7 +271,7 @@ class _AutoDistributed:
             CheckpointError, UnsupportedModelError: the model cannot be read, or is no decoder.
             SwarmConnectionError: no initial peer answers.
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
-            AccessDeniedError: the servers let this peer not in.
+            AccessDeniedError: every server that holds some block refuses this peer.
         """
         name = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}

@@ -47,7 +47,7 @@ class JointWork(ABC, Generic[T]):
     """Work that can run as one batch with its like. Its methods are called by the compute thread only.
 
     Attributes:
-        size: what of a batch's seconds it is charged goes with this.
+        size: weight by which a batch's compute time is split among its members.
         is_brief: it takes so short that waking the compute thread and being woken by it would be a good part of that,
             and nothing is likely to join it.
     """
@@ -243,7 +243,7 @@ class ComputeThread:
             for ticket, own in launch.shares:
                 self._queue.charge(ticket, (ended - began) * own / size)
             self._changed.notify()
-        for outcome in launch.outcomes:  # last, so that it is idle for who comes again at once
+        for outcome in launch.outcomes:  # last: the thread is idle by the time a caller submits its next request
             outcome.settle(began, ended)
 
     def _company(self, job: _Job[Any]) -> list[Ticket[_Job[Any]]]:

@@ -111,7 +111,7 @@ class _Link:
         finally:
             del self._answers[number]
             if answer.done() and not answer.cancelled():
-                answer.exception()  # seen: whoever asked is told by what was raised here
+                answer.exception()  # marked as retrieved: the caller has received it
 
     async def _send(self, number: int, message: Message) -> None:
         try:

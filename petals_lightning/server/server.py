@@ -225,7 +225,7 @@ class Server:
             logger.warning("this family keeps more than keys and values: it is served for training and evaluation only")
         span.joins_steps = span.has_sessions and verify_joint_steps(span)
         if span.has_sessions and not span.joins_steps:
-            logger.info("this family runs the steps of each session alone: its attention is not of the ordinary kind")
+            logger.info("steps of several sessions are not batched: this family gave different results when they were")
         return span
 
     def _measure(self, span: BlockSpan) -> ServerRecord:

@@ -60,7 +60,7 @@ class Transfers:
         return self._outward is not None
 
     def mark(self) -> Callable[[], None]:
-        """What waits until all is there that was to be computed and to travel so far."""
+        """Returns a callable that blocks until all work and copies queued so far have finished."""
         assert self._outward is not None
         self._outward.wait_stream(torch.cuda.current_stream(self.device))
         return self._outward.record_event().synchronize

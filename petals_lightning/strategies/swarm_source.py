@@ -43,7 +43,7 @@ class SwarmSource(ABC):
         blocked_servers: peer ids never to use.
         audit_rate: share of requests that are computed again on another server and compared.
         trusted_servers: peer ids that are believed where two disagree.
-        server_to_server: servers of a chain hand activations over to each other; False: they all come by here.
+        server_to_server: servers forward activations to the next server; False: every hop returns to the client.
         wire_dtype: of activations and gradients on the wire: auto (16 bits where a server computes in 16 bits),
             float32, bfloat16, float16 or int8_blockwise.
         min_microbatch_tokens: batches are not cut finer than this to fill a chain; a large value keeps them whole.

@@ -20,7 +20,7 @@ def repair_unary_calls(control: ControlClient) -> None:
 
 
 def acknowledge_end(control: ControlClient) -> None:
-    """Takes note of how the connection to the daemon has ended, or asyncio tells of it when it is forgotten."""
+    """Retrieves the tasks' exceptions, so that asyncio does not log that nobody did."""
     for task in (control._read_task, control._write_task):
         if task is not None and task.done() and not task.cancelled():
             task.exception()
