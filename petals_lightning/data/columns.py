@@ -15,6 +15,7 @@ LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", 
 
 _LETTER = re.compile(r"[^\W\d_]")
 _ROWS_LOOKED_AT = 1000
+_WORDS_OF_A_NAME = 3  # a longer name of a column is a text
 _NAMES_LISTED = 20
 
 
@@ -43,7 +44,8 @@ def find_text_column(
             )
         (named,) = wordy
     if named not in strings:
-        raise DataError(f"column {named!r} ({setting}) of {where} holds {dataset.features[named]}, not strings")
+        value = next((value for value in dataset[:_ROWS_LOOKED_AT][named] if value is not None), None)
+        raise DataError(f"column {named!r} ({setting}) of {where} holds values like {value!r:.80}, not strings")
     return named
 
 
@@ -86,4 +88,7 @@ def _has_words(values: Sequence[str | None]) -> bool:
 
 def _listing(dataset: datasets.Dataset) -> str:
     names = [repr(name) for name in dataset.column_names]
-    return ", ".join(names[:_NAMES_LISTED]) + (f", … ({len(names)} in all)" if len(names) > _NAMES_LISTED else "")
+    listed = ", ".join(names[:_NAMES_LISTED]) + (f", … ({len(names)} in all)" if len(names) > _NAMES_LISTED else "")
+    if any(name.isdigit() or len(name.split()) > _WORDS_OF_A_NAME for name in dataset.column_names):
+        listed += " (if that is the first row, the file has no header: give it one, such as text,label)"
+    return listed

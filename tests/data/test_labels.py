@@ -261,7 +261,7 @@ def test_a_column_that_another_part_lacks_is_named_with_the_part(text_model: Pat
 def test_a_text_column_of_another_type_is_named(text_model: Path, tmp_path: Path) -> None:
     pa.parquet.write_table(pa.table({"text": [1, 2], "label": [0, 1]}), tmp_path / "a.parquet")
     with pytest.raises(
-        DataError, match=r"column 'text' \(text_column\) of train of .* holds Value\('int64'\), not strings"
+        DataError, match=r"column 'text' \(text_column\) of train of .* holds values like \d+, not strings"
     ):
         set_up(text_model, tmp_path / "a.parquet")
     with pytest.raises(ConfigurationError, match=r"^label_map=x: must be a mapping"):

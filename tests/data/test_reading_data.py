@@ -136,6 +136,12 @@ def test_no_label_column_lists_the_columns_there_are(text_model: Path, tmp_path:
         set_up(text_model, path)
 
 
+def test_a_table_without_a_header_is_suspected(text_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a film that is worth it,1\na waste of an evening,0\n")
+    with pytest.raises(DataError, match=r"no label column in .*'1' \(if that is the first row, the file has no header"):
+        set_up(text_model, tmp_path / "a.csv")
+
+
 def test_a_misnamed_column_lists_the_columns_there_are(text_model: Path, texts: Path) -> None:
     with pytest.raises(
         DataError, match=r"label_column=lable: no such column in train of .*; there are 'sentence', 'label'"
