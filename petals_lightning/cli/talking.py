@@ -21,7 +21,9 @@ from petals_lightning.errors import ConfigurationError
 from petals_lightning.library_messages import OursOrErrors, libraries_to_root_log
 
 Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Nucleus sampling: keep the smallest set of tokens with this total probability.")]
+TopP = Annotated[
+    float, typer.Option(help="Nucleus sampling: keep the smallest set of tokens with this total probability.")
+]
 
 _NOTE_LENGTH = 90  # characters, with brackets on a line of most terminals
 _PEER_ID = re.compile(r"\b(12D3Koo|Qm)\w{30,}")

@@ -195,7 +195,9 @@ def _checked(splits: LocatedSplits, split_names: dict[str, str], where: str) -> 
         if split not in splits:
             raise DataError(f"{split}_split={wanted}: not in {where}")
     if "train" not in splits:
-        raise DataError(f"no train split in {where}; name a file for it (train.jsonl, train.csv, train.txt, …), or set train_split")
+        raise DataError(
+            f"no train split in {where}; name a file for it (train.jsonl, train.csv, train.txt, …), or set train_split"
+        )
     for split, rows in splits.items():
         if len(rows) == 0:
             raise DataError(f"{split} of {where} holds no rows")
