@@ -12,8 +12,11 @@ from petals_lightning.callbacks.traffic import Traffic
 
 
 class SwarmMetrics(Callback):
-    """Logs `train/tokens_per_second` (padding and prompts not counted) and, of the run so far, `swarm/bytes_sent`,
-    `swarm/bytes_received` and `swarm/retries`, every `log_every_n_steps` of the Trainer."""
+    """Logs the speed of training and the swarm's traffic every `log_every_n_steps` of the Trainer.
+
+    Metrics: `train/tokens_per_second` (without padding and prompts) and, of the run so far, `swarm/bytes_sent`,
+    `swarm/bytes_received` and `swarm/retries`.
+    """
 
     def __init__(self) -> None:
         self._tokens, self._since = 0, 0.0

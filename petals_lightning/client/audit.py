@@ -37,10 +37,12 @@ class _Answer:
 
 
 class Auditor:
-    """Args:
-    view: knows who else holds the blocks, who is trusted, and what share of requests to check.
-    stats: counts audits.
-    judge: computes blocks on this machine, if it can.
+    """Has a share of requests computed again elsewhere, and compares.
+
+    Args:
+        view: knows who else holds the blocks, who is trusted, and what share of requests to check.
+        stats: counts audits.
+        judge: computes blocks on this machine, if it can.
     """
 
     def __init__(self, view: SwarmView, stats: TransferStats, judge: Judge | None):

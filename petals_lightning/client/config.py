@@ -11,33 +11,36 @@ from petals_lightning.protocol.requests import WIRE_DTYPES
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """Args:
-    connect_timeout: seconds to open a stream to a server.
-    request_timeout: seconds that a server may work on one request while it answers heartbeats, at most; time in its
-        queue does not count.
-    min_request_timeout: the same, at least. In between, `deadline_factor` times what such requests have taken.
-    deadline_factor: see `min_request_timeout`.
-    hedge_factor: a request that takes this many times its expected time is tried elsewhere too, and the first answer
-        is taken; None never does so.
-    audit_rate: share of requests, from 0 to 1, that are computed again on another server and compared.
-    trusted_servers: peer ids that are believed: they are asked first to compute again, and are not audited themselves.
-    server_to_server: servers of a chain hand activations and gradients over to each other, instead of sending them back
-        here in between. Not with `audit_rate`, which needs what enters every server.
-    heartbeat_period: seconds of silence after which a server that owes an answer is asked whether it lives.
-    heartbeat_timeout: seconds of silence after which it counts as hung.
-    max_retries: how often one server may fail at a part of a step before the step does. Several servers may fail more
-        often in all, within `recovery_timeout` seconds.
-    recovery_timeout: seconds to wait for a block whose every holder has failed.
-    ban_period: seconds that a failed server is left alone at first; doubles with every further failure.
-    refresh_period: seconds between looks at the swarm's records.
-    allowed_servers: peer ids that alone may be used; None allows all.
-    blocked_servers: peer ids that are never used.
-    swarm_token: secret that servers and clients of a private swarm share; servers that do not know it are not used.
-    wire_dtype: of activations and gradients on the wire; "auto" is 16 bits where a server computes in 16 bits.
-        "int8_blockwise" halves that again at some loss of precision, and is "auto" for servers that cannot read it.
-    min_microbatch_tokens: batches are not cut into parts smaller than this, even if a chain would be filled sooner.
-        Within both limits the size follows from measured times.
-    max_microbatch_tokens: nor sent in parts larger than this.
+    """How a client behaves.
+
+    Args:
+        connect_timeout: seconds to open a stream to a server.
+        request_timeout: seconds that a server may work on one request while it answers heartbeats, at most; time in its
+            queue does not count.
+        min_request_timeout: the same, at least. In between, `deadline_factor` times what such requests have taken.
+        deadline_factor: see `min_request_timeout`.
+        hedge_factor: a request that takes this many times its expected time is tried elsewhere too, and the first
+            answer is taken; None never does so.
+        audit_rate: share of requests, from 0 to 1, that are computed again on another server and compared.
+        trusted_servers: peer ids that are believed: they are asked first to compute again, and are not audited
+            themselves.
+        server_to_server: servers forward activations and gradients to the next server instead of sending them back
+            here in between. Not with `audit_rate`, which needs what enters every server.
+        heartbeat_period: seconds of silence after which a server that owes an answer is asked whether it lives.
+        heartbeat_timeout: seconds of silence after which it counts as hung.
+        max_retries: how often one server may fail at a part of a step before the step does. Several servers may fail
+            more often in all, within `recovery_timeout` seconds.
+        recovery_timeout: seconds to wait for a block whose every holder has failed.
+        ban_period: seconds that a failed server is left alone at first; doubles with every further failure.
+        refresh_period: seconds between looks at the swarm's records.
+        allowed_servers: peer ids that alone may be used; None allows all.
+        blocked_servers: peer ids that are never used.
+        swarm_token: secret that servers and clients of a private swarm share; servers that do not know it are not used.
+        wire_dtype: of activations and gradients on the wire; "auto" is 16 bits where a server computes in 16 bits.
+            "int8_blockwise" halves that again at some loss of precision, and is "auto" for servers that cannot read it.
+        min_microbatch_tokens: batches are not cut into parts smaller than this, even if a chain would be filled sooner.
+            Within both limits the size follows from measured times.
+        max_microbatch_tokens: nor sent in parts larger than this.
     """
 
     connect_timeout: float = 6.0

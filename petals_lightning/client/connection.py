@@ -34,8 +34,12 @@ _PROMPTS_KEPT = 8  # as many sets of prompts as a server keeps for one stream
 
 @dataclass
 class _Call:
-    """A request without its answer, which takes up to `max_bytes`. `clock` runs while the server works on it, up to
-    `deadline` seconds."""
+    """A request that waits for its answer.
+
+    Attributes:
+        clock: runs while the server works on it, up to `deadline` seconds.
+        max_bytes: the most memory that the answer may take.
+    """
 
     answer: asyncio.Future[Message]
     clock: ServiceClock

@@ -75,10 +75,12 @@ def remote_error(peer: str, text: str) -> PeerFailure:
 
 
 class PetalsCalls:
-    """Args:
-    p2p: this process's peer.
-    peer: the server's base58 id.
-    stats: counts bytes.
+    """Petals' methods of one server.
+
+    Args:
+        p2p: this process's peer.
+        peer: the server's base58 id.
+        stats: counts bytes.
 
     Attributes:
         compression: of tensors on their way to the server, one of hivemind's.

@@ -44,11 +44,13 @@ class _Group:
 
 
 class PetalsSession:
-    """Args:
-    calls: the server's methods.
-    dht_prefix: the model's name.
-    request: the step that opens the session.
-    sliding_window: how far back the model's attention reaches, padding counted; None: to the first position.
+    """An inference session on a server by Petals' methods.
+
+    Args:
+        calls: the server's methods.
+        dht_prefix: the model's name.
+        request: the step that opens the session.
+        sliding_window: how far back the model's attention reaches, padding counted; None: to the first position.
     """
 
     def __init__(self, calls: PetalsCalls, dht_prefix: str, request: StepRequest, sliding_window: int | None):

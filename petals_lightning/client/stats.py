@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 @dataclass
 class TransferStats:
-    """Attributes:
-    bytes_sent, bytes_received: on all streams, headers included.
-    retries: parts of steps that were sent again after a failure.
-    requests: forward and backward requests sent from here and answered.
-    hedges: requests that were late and were answered by a second server first.
-    audits: requests that were computed again elsewhere and compared.
-    handovers: requests that servers handed over to each other, from the first to the last.
+    """Counters of what went over the wire.
+
+    Attributes:
+        bytes_sent, bytes_received: on all streams, headers included.
+        retries: parts of steps that were sent again after a failure.
+        requests: forward and backward requests sent from here and answered.
+        hedges: requests that were late and were answered by a second server first.
+        audits: requests that were computed again elsewhere and compared.
+        handovers: requests that servers handed over to each other, from the first to the last.
     """
 
     bytes_sent: int = 0

@@ -1,4 +1,4 @@
-"""Dialogues as token ids, the same in training and in chat, and which of the tokens the assistant says.
+r"""Dialogues as token ids, the same in training and in chat, and which of the tokens the assistant says.
 
 All token ids are those of `apply_chat_template` for a whole dialogue. None are put together from pieces, because
 templates may write earlier turns in another way once later ones follow, and tokenizers may treat the start of a text in

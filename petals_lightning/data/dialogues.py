@@ -44,7 +44,9 @@ _ROLE_NAMES = {
 
 
 def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
-    """The turns of a row, in any of these forms:
+    """Reads the turns of a row.
+
+    It may have any of these forms:
 
     - `messages`, `conversations`, `conversation` or `turns`: a list of turns. A turn is an object with `role` and
       `content`, as OpenAI's, or with `from` and `value`, as ShareGPT's; or a text, where the user begins and the

@@ -41,8 +41,9 @@ def versions() -> str:
 
 
 def cache_name(model: nn.Module) -> str:
-    """The keyword under which a model takes keys and values: `cache` since 5.24, `past_key_values` before
-    (`cache_params` in Mamba).
+    """The keyword under which a model takes keys and values.
+
+    It is `cache` since 5.24, `past_key_values` before (`cache_params` in Mamba).
 
     Raises:
         UnsupportedModelError: it takes neither.

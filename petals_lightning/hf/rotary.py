@@ -15,10 +15,12 @@ from petals_lightning.errors import ProtocolError
 
 @dataclass(frozen=True)
 class RotaryLimit:
-    """Attributes:
-    positions: up to this many, prefix counted, embeddings of a position do not depend on the length.
-    rope_type: as transformers calls it.
-    has_one_form_beyond: whether they do not depend on it beyond that either, but are others.
+    """Up to where rotary embeddings do not depend on the length of the sequence.
+
+    Attributes:
+        positions: up to this many, prefix counted, embeddings of a position do not depend on the length.
+        rope_type: as transformers calls it.
+        has_one_form_beyond: whether they do not depend on it beyond that either, but are others.
     """
 
     positions: int

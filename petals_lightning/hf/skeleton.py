@@ -60,6 +60,7 @@ class Part:
 
 
 def num_blocks(config: PreTrainedConfig) -> int:
+    """How many transformer blocks the text model of a config has."""
     return config.get_text_config().num_hidden_layers
 
 

@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class FrozenBody:
-    """Mixed into a family's class: `train()` leaves the frozen parts in eval mode. Their dropout would make servers'
-    and local results differ, and gradients noisy for nothing."""
+    """Mixed into a family's class: `train()` leaves the frozen parts in eval mode.
+
+    Their dropout would make servers' and local results differ, and gradients noisy for nothing.
+    """
 
     def train(self, mode: bool = True) -> Any:
         super().train(False)  # type: ignore[misc]

@@ -24,6 +24,7 @@ MIN_TOKEN_CHARACTERS = 16
 
 
 def new_nonce() -> bytes:
+    """A fresh random number for a challenge, NONCE_BYTES long."""
     return secrets.token_bytes(NONCE_BYTES)
 
 

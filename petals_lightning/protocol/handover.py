@@ -33,6 +33,7 @@ _CARRIED = {"rows", "hypo_ids", "attention_mask", "position_ids"}
 
 
 def new_stream_key() -> bytes:
+    """A secret for one client's stream, with which the client makes permits."""
     return secrets.token_bytes(STREAM_KEY_BYTES)
 
 

@@ -1,5 +1,6 @@
-"""Blockwise 8-bit: every 64 neighbours in a row share a scale, so that an outlier costs its neighbours their precision
-and nobody else.
+"""Blockwise 8-bit quantisation: every 64 neighbours in a row share a scale.
+
+So an outlier costs only its neighbours their precision.
 
 Absolute-maximum quantisation in blocks, as Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"
 (arXiv:2110.02861), with evenly spaced codes in place of their dynamic ones: those are finer only where a few values

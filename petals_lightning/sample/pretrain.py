@@ -138,6 +138,7 @@ def train(
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=MODEL_DIR)
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -17,9 +17,11 @@ _MIN_ID_BYTES = 34  # a multihash of SHA-256: two bytes of kind and length, and 
 
 @dataclass(frozen=True)
 class AccessRules:
-    """Args:
-    allowed_peers: base58 ids that may use this server, None for everybody. libp2p authenticates them.
-    token: secret that clients must prove to know, None for none. With both, a client needs both.
+    """Who may use a server.
+
+    Args:
+        allowed_peers: base58 ids that may use this server, None for everybody. libp2p authenticates them.
+        token: secret that clients must prove to know, None for none. With both, a client needs both.
     """
 
     allowed_peers: frozenset[str] | None = None

@@ -195,8 +195,11 @@ class ComputeThread:
         self._launches.put(None)
 
     def _run_next(self) -> bool:
-        """False if there is nothing more to run. (What it refers to is gone when it returns: an idle thread would hold
-        the last request's tensors.)"""
+        """Runs the next job, or the next batch of jobs; False after `stop`.
+
+        A method of its own, so that its references are gone when it returns: an idle thread would hold the last
+        request's tensors.
+        """
         with self._changed:
             while not self._stopping:
                 if self._under_way == (1 if self._mark is None else 2) or not len(self._queue):

@@ -10,20 +10,22 @@ _MANY_STREAMS = 1 << 14
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Args:
-    graph_bytes: budget for kept autograd graphs, all clients together.
-    graph_lifetime: seconds that a kept graph waits for its backward.
-    cache_bytes: budget for keys and values of inference sessions, all clients together.
-    cache_lifetime: seconds that a session may be idle.
-    max_batch_tokens: B·(P + S) of one request.
-    max_message_bytes: bytes of one request's tensors, and of all requests under way on one stream.
-    max_open_requests: requests of one client that may wait, run or be on their way back at once.
-    max_streams_per_client: streams of one client.
-    max_streams: streams of all clients together; None takes half of the file descriptors that the process may have.
-    max_sessions_per_client: inference sessions of one client.
-    max_client_bytes: bytes of one client's requests and answers under way and of its registered prompts, all its
-        streams together.
-    max_total_bytes: the same of all clients together.
+    """What one server grants its clients.
+
+    Args:
+        graph_bytes: budget for kept autograd graphs, all clients together.
+        graph_lifetime: seconds that a kept graph waits for its backward.
+        cache_bytes: budget for keys and values of inference sessions, all clients together.
+        cache_lifetime: seconds that a session may be idle.
+        max_batch_tokens: B·(P + S) of one request.
+        max_message_bytes: bytes of one request's tensors, and of all requests under way on one stream.
+        max_open_requests: requests of one client that may wait, run or be on their way back at once.
+        max_streams_per_client: streams of one client.
+        max_streams: streams of all clients together; None takes half of the file descriptors that the process may have.
+        max_sessions_per_client: inference sessions of one client.
+        max_client_bytes: bytes of one client's requests and answers under way and of its registered prompts, all its
+            streams together.
+        max_total_bytes: the same of all clients together.
 
     Of what clients share (`cache_bytes`, `max_total_bytes`, `max_streams`) the last part is kept for those who hold
     least, see `room_for`.

@@ -1,5 +1,6 @@
-"""Several evaluation batches on their way at once: their forwards do not depend on each other, so none has to wait for
-the swarm's answer to the one before.
+"""Keeps several evaluation batches in flight.
+
+Their forwards do not depend on each other, so none has to wait for the swarm's answer to the one before.
 """
 
 from __future__ import annotations

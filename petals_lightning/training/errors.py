@@ -75,8 +75,10 @@ def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether Lightning, Hydra or W&B have raised it on purpose: on a metric that is not logged, a device that is not
-    there, a key that is not valid."""
+    """Whether Lightning, Hydra or W&B have raised it on purpose.
+
+    For example: a metric that is not logged, a missing device, an invalid key.
+    """
     frames = traceback.extract_tb(error.__traceback__)[-1:]
     return any(
         _LIBRARIES.intersection(Path(frame.filename).parts) and (frame.line or "").startswith("raise ")

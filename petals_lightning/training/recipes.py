@@ -36,7 +36,7 @@ def find_recipes(folder: Path) -> list[Recipe]:
 
 
 def register_recipes(recipes: list[Recipe]) -> None:
-    """Makes each recipe an option of Hydra's group `recipe`. (A folder called recipes/ is no such group by itself.)"""
+    """Makes each recipe an option of Hydra's group `recipe`, which a folder called recipes/ is not by itself."""
     for recipe in recipes:
         ConfigStore.instance().store(
             recipe.name,

@@ -213,7 +213,7 @@ def _save_best_prompts(module: CausalLMModule, folder: Path, summary: dict[str, 
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:
-    """The target of a config node with its settings filled in. (Objects go in by calling it: Hydra would copy them.)"""
+    """The target of a config node with its settings filled in; objects go in by calling it, since Hydra copies them."""
     return instantiate(node, _partial_=True, _convert_="all")
 
 

@@ -12,8 +12,10 @@ BEST_CHECKPOINT = Path("checkpoints") / "best.ckpt"
 
 
 def choose_run_folder(parent: str, resume: bool) -> str:
-    """The folder for a run below `parent`: a new one named after the time, or with `resume` the newest that has a
-    checkpoint to continue from. Used by conf/config.yaml as `${run_folder:…}`."""
+    """The folder for a run below `parent`; conf/config.yaml calls this as `${run_folder:…}`.
+
+    It is a new one named after the time, or with `resume` the newest one with a checkpoint to continue from.
+    """
     if resume:
         checkpoints = sorted(Path(parent).glob(f"*/{LAST_CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
         if checkpoints:

@@ -310,7 +310,7 @@ def register_schema() -> None:
 
 
 def refuse_unread(cfg: DictConfig, section: str = "") -> None:
-    """Refuses settings that were added with `+` and that nothing reads. (Those without it Hydra refuses.)
+    """Refuses settings that were added with `+` and that nothing reads; Hydra refuses those without it.
 
     Raises:
         ConfigurationError: names the first one, and what it may have been meant to be.

@@ -21,11 +21,13 @@ _EXAMPLE_SHAPE = (1, 2048)  # what stands for [B, S] in the descriptors
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """Attributes:
-    version: of the server's software.
-    cache_tokens_available: positions of one block that keys and values can still be kept of; None if not said.
-    hidden_size, dtype, compression: H, how blocks run, and how tensors should be compressed on their way to the
-        server; None where only the server was asked for, and not a block.
+    """What a server says of itself by `rpc_info`.
+
+    Attributes:
+        version: of the server's software.
+        cache_tokens_available: positions of one block that keys and values can still be kept of; None if not said.
+        hidden_size, dtype, compression: H, how blocks run, and how tensors should be compressed on their way to the
+            server; None where only the server was asked for, and not a block.
     """
 
     version: str | None = None

@@ -19,7 +19,7 @@ _SLOT = b"__T"
 
 
 def dump(value: Any) -> bytes:
-    """msgpack with hivemind's tuples and tensor descriptors."""
+    """Packs a value by msgpack, with hivemind's tuples and tensor descriptors."""
     return MSGPackSerializer.dumps(value)
 
 
