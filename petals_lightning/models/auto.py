@@ -245,7 +245,8 @@ class _AutoDistributed:
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
             dtype (or torch_dtype): of what is held here; "auto", the default, takes the checkpoint's.
             token, revision, cache_dir, local_files_only, subfolder: as in transformers.
-            connect_timeout, request_timeout: seconds.
+            connect_timeout: seconds to open a stream to a server.
+            request_timeout: seconds that a server may work on one request while it answers heartbeats.
             max_retries: failures of one server that a part of a step survives.
             recovery_timeout: seconds to wait for a block whose every holder has failed.
             audit_rate: share of requests that are computed again on another server and compared.

@@ -36,7 +36,8 @@ class SwarmSource(ABC):
 
     Args:
         connect_timeout: seconds to reach the swarm or a server; None leaves the client's default. So below.
-        request_timeout: seconds that a server may be silent during a request.
+        request_timeout: seconds that a server may work on one request while it answers heartbeats; queueing does not
+            count.
         max_retries: how often one server may fail at a part of a step before the step fails.
         recovery_timeout: seconds to wait for a block whose every holder has failed, before training ends.
         allowed_servers: peer ids to use; None: all.

@@ -37,7 +37,7 @@ class ConnectedSwarmConfig(SwarmConfig):
     connect_timeout: float | None = None
     """Seconds to reach the swarm or a server."""
     request_timeout: float | None = None
-    """Seconds that a server may be silent."""
+    """Seconds that a server may work on one request while it answers heartbeats; queueing does not count."""
     max_retries: int | None = None
     """Failures of one server that a part of a step survives."""
     recovery_timeout: float | None = None
@@ -50,7 +50,7 @@ class ConnectedSwarmConfig(SwarmConfig):
     trusted_servers: list[str] | None = None
     """Peer ids that are believed where two servers disagree; null: only what this machine computes is."""
     server_to_server: bool | None = None
-    """Servers of a chain hand activations over to each other (the default); false: they all come by here."""
+    """Servers forward activations to the next server (the default); false: every hop returns to the client."""
     wire_dtype: str | None = None
     """Of activations and gradients on the wire: auto (the default: 16 bits where a server computes in 16 bits),
     float32, bfloat16, float16 or int8_blockwise."""
