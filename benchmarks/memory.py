@@ -8,9 +8,9 @@ Client: trains through a server. Its floor is a process that imports the same, h
 (embeddings, head, prompts, AdamW's state, a batch) and has made an optimizer's step. Twice, with few blocks and with
 many: what a client needs must not depend on blocks, which it does not have.
 
-Server: growth over what it had when it was ready, while sessions fill its `--cache-memory` and clients train, leaving
-forwards without a backward until `--graph-memory` is full. Beside these budgets it needs room for the requests under
-way: that is measured as the growth, under the same training, of a server that may keep neither graphs nor sessions.
+Server: growth over what it had when it was ready, while sessions fill what one client may take of its `--cache-memory`
+and clients train, leaving forwards without a backward until `--graph-memory` is full. Beside these budgets it needs room
+for the requests under way: that is measured as the growth, under the same training, of a server that may keep neither graphs nor sessions.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks.servers import running_server
 from benchmarks.swarm import batch_of, classifier, optimizer_of, peak_memory, save_random_llama
 from benchmarks.training_client import Client
 from petals_lightning.models import remote_blocks
+from petals_lightning.server.limits import room_for
 
 MIB = 2**20
 SESSION_BATCH, SESSION_LENGTH = 4, 256
@@ -118,7 +119,7 @@ def measure_server(hidden: int, blocks: int, case: str, gib: float, rounds: int)
     session = SESSION_BATCH * SESSION_LENGTH * blocks * 2 * hidden * 4
     with tempfile.TemporaryDirectory() as folder:
         save_random_llama(folder, hidden=hidden, blocks=blocks, dtype="float32")
-        full = server_growth(folder, case, gib, rounds, int(gib * 2**30 / session))
+        full = server_growth(folder, case, gib, rounds, room_for(0, taken=0, budget=int(gib * 2**30)) // session)
         empty = server_growth(folder, case, 0, rounds, 0)
     budget = 2 * gib * 1024
     return [

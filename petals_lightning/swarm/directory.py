@@ -48,7 +48,7 @@ class SwarmDirectory:
 
     Args:
         node: this process's peer, started.
-        token: the swarm's secret: records are made with it, and of signed ones only those made with it are believed.
+        token: the swarm's secret: records are made with it, and signed ones that were not count only if none was.
     """
 
     def __init__(self, node: SwarmNode, token: str | None = None):
@@ -133,9 +133,12 @@ class SwarmDirectory:
             except ProtocolError as e:
                 logger.debug("skipping a record of %s: %s", key, e)
                 continue
-            if signed.expires >= get_dht_time() and (self._token is None or signed.is_of_swarm(self._token, peer)):
+            if signed.expires >= get_dht_time():
                 records.append((peer, signed))
-        return records
+        if self._token is None:
+            return records
+        # Where nobody knows the token, others are kept: asked, they say what is wrong.
+        return [(peer, signed) for peer, signed in records if signed.is_of_swarm(self._token, peer)] or records
 
     async def _listed(self, prefix: str, num_blocks: int) -> list[dict[str, ServerRecord]]:
         """What stands under the blocks' keys."""

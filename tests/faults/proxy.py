@@ -82,6 +82,7 @@ class TcpProxy:
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
+            await asyncio.sleep(0)  # aborted connections are closed in the next turn
 
         self._run(stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -95,9 +96,11 @@ class TcpProxy:
         try:
             await self._flows.wait()
             there, back = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:
-            writer.transport.abort()  # the server is dead, so the port looks closed
-            return
+        except BaseException as e:
+            writer.transport.abort()
+            if isinstance(e, OSError):  # the server is dead, so the port looks closed
+                return
+            raise
         self._writers |= {writer, back}
         try:
             await asyncio.gather(self._pump(reader, back, 0, self.link), self._pump(there, writer, 1, self.link))

@@ -41,6 +41,7 @@ def plain(tiny_checkpoint):
     return tf.AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")).eval()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own modules
 def test_a_compiled_model_gives_what_it_gives_uncompiled(swarm, tiny_checkpoint):
     options = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 3}
     torch.manual_seed(0)
