@@ -9,9 +9,9 @@ Client: trains through a server. Its floor is a process that imports the same, h
 many: what a client needs must not depend on blocks, which it does not have.
 
 Server: growth over what it had when it was ready. Sessions fill what one client may take of its `--cache-memory`, and
-clients train, leaving forwards without a backward until `--graph-memory` is full. Beside these budgets it needs room for
-the requests under way: that is measured as the growth, under the same training, of a server that may keep neither graphs
-nor sessions.
+clients train, leaving forwards without a backward until `--graph-memory` is full. Beside these budgets it needs room
+for the requests under way: that is measured as the growth, under the same training, of a server that may keep neither
+graphs nor sessions.
 """
 
 from __future__ import annotations
