@@ -221,8 +221,8 @@ class BlockChain:
         winner, result = await race(leg, run, after=after, second=second, on_failure=on_failure)
         if winner is not leg:
             self._stats.hedges += 1
-            late = leg.clock.seconds / cost
-            self._view.paces.report_slow(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start, elapsed=late)
+            lost = leg.clock.lost / cost
+            self._view.paces.report_slow(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start, elapsed=lost)
         return winner, result
 
     def _patience(self, leg: Leg, batch: MicroBatch, cost: float) -> Patience:

@@ -65,6 +65,14 @@ class ServiceClock:
         """Seconds since the request was on its way, or its place in the server's queue last improved."""
         return time.monotonic() - self._improved_at if self._since is not None else 0.0
 
+    @property
+    def lost(self) -> float:
+        """Seconds that this server has cost, once another one was quicker: of work, or in a queue that did not move.
+
+        A wait in a queue that moves is not held against a server.
+        """
+        return max(self.seconds, self.stalled if self.stalled > QUEUE_PATIENCE else 0.0)
+
     def overdue(self, deadline: float, request_timeout: float) -> str | None:
         """Why the request is given up; None while it is waited for.
 

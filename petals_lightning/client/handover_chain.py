@@ -96,10 +96,10 @@ class HandoverChain:
             self._note(failure, legs, attempts)
 
         def second() -> _Way[T] | None:
-            late = max(legs, key=lambda leg: leg.clock.seconds)
+            late = max(legs, key=lambda leg: leg.clock.lost)
             if self._view.other_route(late.start, late.end, tokens=batch.tokens, avoid=[late.peer]) is None:
                 return None
-            elapsed = late.clock.seconds / cost
+            elapsed = late.clock.lost / cost
             self._view.paces.report_slow(late.peer, tokens=batch.tokens, blocks=late.end - late.start, elapsed=elapsed)
             return _Way(ServiceClock(), lambda: directly([late.peer]))
 

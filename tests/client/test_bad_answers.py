@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from petals_lightning.client import ClientConfig
+from petals_lightning.client import ClientConfig, deadlines
 from petals_lightning.client.deadlines import MAX_QUEUE_TIME, ServiceClock
 from petals_lightning.errors import RemoteRequestError
 from petals_lightning.models import (
@@ -202,6 +202,27 @@ def test_a_queue_that_never_moves_is_waited_for_no_longer_than_is_said(tiny_chec
     assert time.monotonic() - began > 1.0  # it was not given up at once: honest queues take their time
 
 
+def test_a_queue_that_never_moves_costs_one_step(tiny_checkpoint, start_swarm, monkeypatch):
+    monkeypatch.setattr(deadlines, "QUEUE_PATIENCE", 1.0)
+    checkpoint = tiny_checkpoint("llama")
+    swarm = start_swarm(checkpoint, [ALL, ALL])
+    model = load(swarm, heartbeat_period=0.2)
+    liar = chosen(model, swarm)
+    asked: list[int] = []
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        time.sleep(8)
+        raise AssertionError("nobody waits for this")
+
+    liar.span.forward_with_graph = never  # type: ignore
+    assert liar._backend is not None
+    liar._backend.compute.ahead = lambda key: 1  # type: ignore[method-assign]
+    for _ in range(5):
+        assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
+    assert len(asked) == remote_blocks(model).stats.hedges == 1
+
+
 def test_the_clock_of_a_request(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -225,3 +246,7 @@ def test_the_clock_of_a_request(monkeypatch):
         now, ahead = now + 10, ahead - 1
         clock.queue(ahead)
     assert now == 30.0 + MAX_QUEUE_TIME * 30.0 + 10.0
+    assert clock.lost == 0.0, "a queue that moves is not held against the server"
+    now += 16.0
+    clock.queue(ahead)
+    assert (clock.seconds, clock.lost) == (0.0, 16.0)
