@@ -16,7 +16,9 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.swarm.daemon import P2PDaemon, read_identity
 
-_TRIES, _PERIOD = 3, 1.0  # a process that was killed a moment ago may still seem to be there
+_ANSWERS = 3  # that show that it runs: a process that was killed a moment ago may still seem to be there
+_SILENCES = 2  # that show that it does not: others may not have heard yet of one that has just joined
+_PERIOD = 1.0  # seconds between two tries
 _DIAL_TIMEOUT = 5.0  # seconds for a peer to be found and to answer
 
 
@@ -36,10 +38,12 @@ async def check_identity_is_free(path: str, initial_peers: Sequence[str], start_
     )  # fmt: skip
     try:
         p2p = await stranger.start()
-        for number in range(_TRIES):
-            if number:
+        answers: list[bool] = []
+        while answers.count(True) < _ANSWERS:
+            if answers:
                 await asyncio.sleep(_PERIOD)
-            if not await _answers(p2p, peer):
+            answers.append(await _answers(p2p, peer))
+            if answers.count(False) == _SILENCES:
                 return
     finally:
         await stranger.stop()

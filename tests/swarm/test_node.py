@@ -170,6 +170,8 @@ def test_an_identity_of_a_peer_that_runs_is_refused_until_that_one_is_gone(start
     identity, copy = tmp_path / "peer.id", tmp_path / "copy.id"
     (maddr,) = start_node().visible_maddrs()
     first = start_node(maddr, identity_path=str(identity))
+    other = start_node(maddr, host_maddrs=(), client_mode=True)
+    assert eventually(lambda: other.run(other.dht.protocol.call_ping(first.peer_id)) is not None)  # it is known there
     shutil.copy(identity, copy)
     for peers in ([maddr], first.visible_maddrs(), [maddr, *first.visible_maddrs()]):
         with pytest.raises(
