@@ -25,7 +25,7 @@ from petals_lightning.protocol.signed_records import LISTED_KEY, SUBKEY_PREFIX, 
 
 MAX_LIFETIME = 3600.0  # seconds that a record may have before it: servers announce themselves every minute
 MAX_RECORD_BYTES = 16 << 10  # of one record; servers' have some hundred
-MAX_KEY_BYTES = 1 << 20  # of all records under one key; libp2p carries answers of 4 MiB at most
+MAX_KEY_BYTES = 1 << 19  # of the signed records under one key, and of the others; libp2p carries answers of 4 MiB
 MAX_PEER_BYTES = 8 << 20  # of all records that one peer has stored here
 MAX_BYTES = 64 << 20  # of all records kept for others
 _CHECKED_KEPT = 4096  # signatures that need not be checked again
@@ -48,7 +48,7 @@ class RecordRules(RecordValidatorBase):
         if record.subkey == HivemindProtocol.IS_REGULAR_VALUE or len(record.value) > MAX_RECORD_BYTES:
             return False
         subkey = _loads(record.subkey)
-        if not (isinstance(subkey, str) and subkey.startswith(SUBKEY_PREFIX)):
+        if not _claims_a_signature(subkey):
             return True
         if record not in self._checked:
             self._checked[record] = _is_signed(record, subkey.removeprefix(SUBKEY_PREFIX))
@@ -134,7 +134,7 @@ class _Storage(DHTLocalStorage):
         if self.sender is None or known is not None:
             return super().store_subkey(key, subkey, value, expiration_time)
         size = _size(subkey, value)
-        if records is not None and size + sum(len(item.value) for _, item in records.items()) > MAX_KEY_BYTES:
+        if records is not None and size + _bytes_like(subkey, records) > MAX_KEY_BYTES:
             return False
         if not self._has_room(size) and not self._has_room(size, count=True):
             return False
@@ -170,6 +170,16 @@ def _forget_ghosts(storage: TimedStorage[Any, Any]) -> None:
     """Each renewal leaves an entry in the heap until its time has come; one peer could leave millions."""
     if len(storage.expiration_heap) > 4 * len(storage.data) + 1024:
         storage.expiration_heap = sorted(storage.key_to_heap.values())  # a sorted list is a heap
+
+
+def _claims_a_signature(subkey: Any) -> bool:
+    return isinstance(subkey, str) and subkey.startswith(SUBKEY_PREFIX)
+
+
+def _bytes_like(subkey: Any, records: DictionaryDHTValue) -> int:
+    """Of the records that are signed, or of those that are not: the latter must not keep the former out."""
+    is_signed = _claims_a_signature(subkey)
+    return sum(len(item.value) for other, item in records.items() if _claims_a_signature(other) == is_signed)
 
 
 def _size(subkey: Any, value: bytes) -> int:

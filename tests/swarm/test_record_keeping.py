@@ -9,7 +9,9 @@ import pytest
 from hivemind.dht.routing import DHTID
 from hivemind.utils.timed_storage import get_dht_time
 
-from petals_lightning.swarm import SwarmNode, record_keeping
+from petals_lightning.protocol.records import ServerRecord, ServerState
+from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, signed_key
+from petals_lightning.swarm import SwarmDirectory, SwarmNode, record_keeping
 from petals_lightning.swarm.record_keeping import MAX_KEY_BYTES, MAX_PEER_BYTES, MAX_RECORD_BYTES
 from tests.swarms import LOOPBACK
 
@@ -77,6 +79,16 @@ def test_an_answer_about_one_key_can_always_be_sent(join) -> None:
     assert 0.9 * MAX_KEY_BYTES < kept(holder) <= MAX_KEY_BYTES
     found = stranger.run(stranger.dht.protocol.call_find(holder.peer_id, [DHTID.generate(source="key")]))
     assert len(next(iter(found.values()))[0].value) == sum(taken)
+
+
+def test_what_is_not_signed_keeps_no_signed_record_out(join) -> None:
+    holder, stranger, server = join(), join(), join()
+    names = [(signed_key("m"), f"junk {number}") for number in range(2 * MAX_KEY_BYTES // len(LARGE))]
+    assert not store(stranger, holder, names)[-1]
+    record = ServerRecord(ServerState.ONLINE, 3.0, 0, 2, stream_version=1)
+    assert server.run(SwarmDirectory(server).announce("m", record, 60))
+    item = holder.dht.protocol.storage.get(DHTID.generate(source=signed_key("m")))
+    assert SUBKEY_PREFIX + server.peer_id.to_base58() in item.value
 
 
 def test_all_peers_together_fill_no_more_than_the_total(join, monkeypatch: pytest.MonkeyPatch) -> None:
