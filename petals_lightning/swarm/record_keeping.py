@@ -8,7 +8,7 @@ answer of a peer worthless that holds a thousand others. Here the rules are narr
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import hivemind.dht.node
 from hivemind.dht.protocol import DHTProtocol as HivemindProtocol
@@ -26,8 +26,8 @@ from petals_lightning.protocol.signed_records import LISTED_KEY, SUBKEY_PREFIX, 
 MAX_LIFETIME = 3600.0  # seconds that a record may have before it: servers announce themselves every minute
 MAX_RECORD_BYTES = 16 << 10  # of one record; servers' have some hundred
 MAX_KEY_BYTES = 1 << 19  # of the signed records under one key, and of the others; libp2p carries answers of 4 MiB
-MAX_PEER_BYTES = 8 << 20  # of all records that one peer has stored here
-MAX_BYTES = 64 << 20  # of all records kept for others
+MAX_PEER_BYTES = 8 << 20  # of the records of one peer about itself, and of those that it has brought of others
+MAX_BYTES = 64 << 20  # of the records of all peers about themselves, and of the others
 _CHECKED_KEPT = 4096  # signatures that need not be checked again
 """Budgets of memory. `_Storage` counts values and keys; Python's objects around them take about as much again."""
 
@@ -108,6 +108,13 @@ class DHTProtocol(HivemindProtocol):
         return True
 
 
+class _Account(NamedTuple):
+    """Who has stored records here; `is_own`: those about itself."""
+
+    sender: str
+    is_own: bool
+
+
 class _Storage(DHTLocalStorage):
     """A storage that takes no new record beyond its budgets; one that is there can always be renewed.
 
@@ -118,8 +125,8 @@ class _Storage(DHTLocalStorage):
     def __init__(self, maxsize: float | None = None):
         super().__init__(maxsize)
         self.sender: str | None = None
-        self._senders: dict[tuple[DHTID, Any], str] = {}
-        self._by_sender: Counter[str] = Counter()
+        self._senders: dict[tuple[DHTID, Any], _Account] = {}
+        self._bytes: Counter[_Account] = Counter()
         self._counted_at = 0.0
 
     def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
@@ -136,16 +143,18 @@ class _Storage(DHTLocalStorage):
         size = _size(subkey, value)
         if records is not None and size + _bytes_like(subkey, records) > MAX_KEY_BYTES:
             return False
-        if not self._has_room(size) and not self._has_room(size, count=True):
+        # Peers bring each other what they keep. That must not use up what a peer may store about itself.
+        account = _Account(self.sender, subkey in (self.sender, SUBKEY_PREFIX + self.sender))
+        if not self._has_room(account, size) and not self._has_room(account, size, count=True):
             return False
         if not super().store_subkey(key, subkey, value, expiration_time):
             return False
-        self._senders[key, subkey] = self.sender
-        self._by_sender[self.sender] += size
+        self._senders[key, subkey] = account
+        self._bytes[account] += size
         return True
 
-    def _has_room(self, size: int, *, count: bool = False) -> bool:
-        """Whether this many bytes more are within the sender's budget and that of all.
+    def _has_room(self, account: _Account, size: int, *, count: bool = False) -> bool:
+        """Whether this many bytes more are within the account's budget and that of all accounts of its kind.
 
         The sums only grow as records come; `count` makes them what is still there, once a second at most.
         """
@@ -153,16 +162,16 @@ class _Storage(DHTLocalStorage):
             if get_dht_time() < self._counted_at + 1:
                 return False
             self._count()
-        assert self.sender is not None
-        return self._by_sender[self.sender] + size <= MAX_PEER_BYTES and self._by_sender.total() + size <= MAX_BYTES
+        total = sum(held for other, held in self._bytes.items() if other.is_own == account.is_own)
+        return self._bytes[account] + size <= MAX_PEER_BYTES and total + size <= MAX_BYTES
 
     def _count(self) -> None:
-        senders, self._senders, self._by_sender = self._senders, {}, Counter()
+        senders, self._senders, self._bytes = self._senders, {}, Counter()
         for key, item in self.items():
             for subkey, (value, _) in item.value.items() if isinstance(item.value, DictionaryDHTValue) else ():
-                if (sender := senders.get((key, subkey))) is not None:
-                    self._senders[key, subkey] = sender
-                    self._by_sender[sender] += _size(subkey, value)
+                if (account := senders.get((key, subkey))) is not None:
+                    self._senders[key, subkey] = account
+                    self._bytes[account] += _size(subkey, value)
         self._counted_at = get_dht_time()
 
 

@@ -27,7 +27,7 @@ MIB = 1 << 20
 SECONDS = 6.0  # for which speed is measured, without the attack and with it
 LEAST_SHARE = 0.4  # of the lone speed
 LONGEST_STEP = 20.0  # seconds; a queue that does not move is waited for 15, a server that is silent for ten
-SERVER_BUDGET = REQUESTS + GRAPHS + CACHE + record_keeping.MAX_BYTES + 128 * MIB  # the last for what it works with
+SERVER_BUDGET = REQUESTS + GRAPHS + CACHE + 2 * record_keeping.MAX_BYTES + 128 * MIB  # the last for what it works with
 CLIENT_BUDGET = 256 * MIB
 ROUNDING = 1e-4  # of float32: losses and gradients may differ by so much from those of one process
 

@@ -71,6 +71,17 @@ def test_one_peer_fills_its_share_and_no_more(join) -> None:
     assert all(store(stranger, holder, names[:3], lifetime=700)), "what is there can be renewed"
 
 
+def test_a_peer_that_brings_what_it_keeps_can_still_store_its_own(join) -> None:
+    holder, server = join(), join()
+    names = [(f"key {number}", "somebody") for number in range(2 * MAX_PEER_BYTES // len(LARGE))]
+    assert not all(store(server, holder, names))
+    peer = server.peer_id.to_base58()
+    assert all(store(server, holder, [("m.0", peer)]))
+    own = [(f"own {number}", peer) for number in range(2 * MAX_PEER_BYTES // len(LARGE))]
+    assert not all(store(server, holder, own))
+    assert kept(holder) <= 2 * MAX_PEER_BYTES
+
+
 def test_an_answer_about_one_key_can_always_be_sent(join) -> None:
     holder, stranger = join(), join()
     taken = store(stranger, holder, [("key", f"subkey {number}") for number in range(2 * MAX_KEY_BYTES // len(LARGE))])
