@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_STORE_TRIES = 3
+
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -65,15 +67,19 @@ class SwarmDirectory:
             is_listed = await self._list(prefix, record, MAX_LIFETIME)
         if record.stream_version is None:  # as Petals' servers do
             return is_listed
-        expires = get_dht_time() + lifetime
         keys = [signed_key(prefix)] if is_private(prefix) else [signed_key(prefix), LISTED_KEY]
-        stored = await self._dht.store_many(
-            keys=keys,
-            subkeys=[SUBKEY_PREFIX + self._dht.peer_id.to_base58()] * len(keys),
-            values=[SignedRecord.sign(record, prefix, expires, self._node.identity, self._token)] * len(keys),
-            expiration_time=expires,
-        )
-        return all(stored.values())
+        # hivemind tells what the last of the replicas said: one that has got this very record from another refuses it.
+        for _ in range(_STORE_TRIES):
+            expires = get_dht_time() + lifetime
+            stored = await self._dht.store_many(
+                keys=keys,
+                subkeys=[SUBKEY_PREFIX + self._dht.peer_id.to_base58()] * len(keys),
+                values=[SignedRecord.sign(record, prefix, expires, self._node.identity, self._token)] * len(keys),
+                expiration_time=expires,
+            )
+            if all(stored.values()):
+                return True
+        return False
 
     async def _list(self, prefix: str, record: ServerRecord, lifetime: float) -> bool:
         assert record.start is not None
