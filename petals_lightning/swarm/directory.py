@@ -62,13 +62,15 @@ class SwarmDirectory:
         Returns:
             Whether those who look for this server find it.
         """
-        is_listed = await self._list(prefix, record, lifetime)
-        if not is_listed:  # somebody has stored another record under this peer's id, which expires later
+        # hivemind tells what the last of the replicas said: one that has got this very record from another refuses it.
+        for _ in range(_STORE_TRIES):
+            if is_listed := await self._list(prefix, record, lifetime):
+                break
+        else:  # somebody has stored another record under this peer's id, which expires later
             is_listed = await self._list(prefix, record, MAX_LIFETIME)
         if record.stream_version is None:  # as Petals' servers do
             return is_listed
         keys = [signed_key(prefix)] if is_private(prefix) else [signed_key(prefix), LISTED_KEY]
-        # hivemind tells what the last of the replicas said: one that has got this very record from another refuses it.
         for _ in range(_STORE_TRIES):
             expires = get_dht_time() + lifetime
             stored = await self._dht.store_many(
