@@ -46,7 +46,6 @@ from petals_lightning.swarm.record_keeping import MAX_LIFETIME
 
 logger = logging.getLogger(__name__)
 
-_ANNOUNCE_TRIES = 4
 _DAEMON_ERRORS = (OSError, EOFError, P2PDaemonError, ControlFailure)  # TimeoutError is an OSError
 
 
@@ -266,11 +265,7 @@ class Server:
             streams[STREAM_METHOD] = self._serve_session
         for name, serve in streams.items():
             await self.node.p2p.add_binary_stream_handler(name, partial(self._handle_stream, serve))
-        for number in range(_ANNOUNCE_TRIES):  # peers may be restarting, too
-            await asyncio.sleep(number)
-            if await self._announce(prefix, count, record):
-                break
-        else:
+        if not await self._announce(prefix, count, record):
             raise SwarmConnectionError(
                 f"the swarm took no record of {prefix!r}: check that this machine's clock is right and its peers answer"
             )

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_STORE_TRIES = 3
-
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -62,26 +60,20 @@ class SwarmDirectory:
         Returns:
             Whether those who look for this server find it.
         """
-        # hivemind tells what the last of the replicas said: one that has got this very record from another refuses it.
-        for _ in range(_STORE_TRIES):
-            if is_listed := await self._list(prefix, record, lifetime):
-                break
-        else:  # somebody has stored another record under this peer's id, which expires later
+        is_listed = await self._list(prefix, record, lifetime)
+        if not is_listed:  # somebody has stored another record under this peer's id, which expires later
             is_listed = await self._list(prefix, record, MAX_LIFETIME)
         if record.stream_version is None:  # as Petals' servers do
             return is_listed
         keys = [signed_key(prefix)] if is_private(prefix) else [signed_key(prefix), LISTED_KEY]
-        for _ in range(_STORE_TRIES):
-            expires = get_dht_time() + lifetime
-            stored = await self._dht.store_many(
-                keys=keys,
-                subkeys=[SUBKEY_PREFIX + self._dht.peer_id.to_base58()] * len(keys),
-                values=[SignedRecord.sign(record, prefix, expires, self._node.identity, self._token)] * len(keys),
-                expiration_time=expires,
-            )
-            if all(stored.values()):
-                return True
-        return False
+        expires = get_dht_time() + lifetime
+        stored = await self._dht.store_many(
+            keys=keys,
+            subkeys=[SUBKEY_PREFIX + self._dht.peer_id.to_base58()] * len(keys),
+            values=[SignedRecord.sign(record, prefix, expires, self._node.identity, self._token)] * len(keys),
+            expiration_time=expires,
+        )
+        return all(stored.values())
 
     async def _list(self, prefix: str, record: ServerRecord, lifetime: float) -> bool:
         assert record.start is not None

@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 
 import uvloop
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
@@ -214,7 +215,11 @@ class SwarmNode:
             self._p2p = await self._daemon.start()
             async with asyncio.timeout(self._connect_timeout):
                 self._dht = await DHTNode.create(
-                    self._p2p, client_mode=self._client_mode, record_validator=RecordRules()
+                    self._p2p,
+                    # hivemind draws an id; then one that is restarted stands in others' tables twice.
+                    node_id=DHTID.generate(source=self.identity.peer_id),
+                    client_mode=self._client_mode,
+                    record_validator=RecordRules(),
                 )
                 if self.initial_peers:
                     await meet(self._dht, self.initial_peers)

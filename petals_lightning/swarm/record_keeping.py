@@ -134,7 +134,9 @@ class _Storage(DHTLocalStorage):
         records = held.value if held is not None and isinstance(held.value, DictionaryDHTValue) else None
         known = records.get(subkey) if records is not None else None
         if known is not None and known.expiration_time >= expiration_time:
-            return False  # hivemind refuses it, too, and then forgets the known one at the time of the other
+            # hivemind would forget the known one at the time of the other, and refuse one that has come before from
+            # another peer: its sender, which hears the last answer only, would take that for a failure.
+            return known == (value, expiration_time)
         if records is not None:
             _forget_ghosts(records)
         _forget_ghosts(self)

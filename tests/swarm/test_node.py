@@ -166,6 +166,18 @@ def test_an_identity_file_keeps_the_peer_id(start_node, tmp_path):
     assert start_node().peer_id != peer
 
 
+def test_a_peer_that_is_restarted_stands_in_others_tables_once(start_node, tmp_path):
+    holder, identity = start_node(), str(tmp_path / "peer.id")
+    peer = None
+    for _ in range(2):
+        node = start_node(*holder.visible_maddrs(), identity_path=identity)
+        peer = node.peer_id
+        assert node.run(SwarmDirectory(node).announce("m", RECORD, 60))
+        node.close()
+    table = holder.dht.protocol.routing_table
+    assert list(table.uid_to_peer_id.values()).count(peer) == 1
+
+
 def test_an_identity_of_a_peer_that_runs_is_refused_until_that_one_is_gone(start_node, tmp_path):
     identity, copy = tmp_path / "peer.id", tmp_path / "copy.id"
     (maddr,) = start_node().visible_maddrs()

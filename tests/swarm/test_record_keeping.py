@@ -102,6 +102,18 @@ def test_what_is_not_signed_keeps_no_signed_record_out(join) -> None:
     assert SUBKEY_PREFIX + server.peer_id.to_base58() in item.value
 
 
+def test_a_record_that_has_come_before_counts_as_stored(join) -> None:
+    holder, one, other = join(), join(), join()
+    expires = get_dht_time() + 60
+
+    def bring(sender: SwarmNode, value: bytes, expires: float) -> list[bool]:
+        key, protocol = DHTID.generate(source="key"), sender.dht.protocol
+        return sender.run(protocol.call_store(holder.peer_id, [key], [value], expires, subkeys=["subkey"]))
+
+    assert bring(one, b"x", expires) == bring(other, b"x", expires) == [True]
+    assert bring(other, b"y", expires) == bring(other, b"x", expires - 1) == [False]
+
+
 def test_all_peers_together_fill_no_more_than_the_total(join, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_keeping, "MAX_BYTES", 20 * MAX_RECORD_BYTES)
     holder = join()
