@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _MAX_PROMPTS = 8  # sets of deep prompts that one stream may have registered; a client needs one or two at a time
 _PROMPTS_PATIENCE = 10.0  # seconds that a request handed over waits for prompts that come from the client itself
 _MAX_FAREWELL = 2.0  # seconds that a client may take to read why its stream is refused
-_MUCH = 4 << 20  # bytes that a stream must have held for the heap to be trimmed when it ends
+_WORTH_TRIMMING = 4 << 20  # bytes that a stream must have held for the heap to be trimmed when it ends
 
 Handler = Callable[[], Coroutine[Any, Any, Message]]
 
@@ -101,7 +101,7 @@ class Session:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._reader.abandon()
             self._prompts.clear()  # now: this object is part of cycles, which may live on for long
-            if self._reserved >= _MUCH:
+            if self._reserved >= _WORTH_TRIMMING:
                 give_back()
             self._release(self._reserved)  # also of a message that broke the protocol
             self._has_ended = True

@@ -23,7 +23,7 @@ _DIAL_TIMEOUT = 5.0  # seconds for a peer to be found and to answer
 
 
 async def check_identity_is_free(path: str, initial_peers: Sequence[str], start_timeout: float) -> None:
-    """Has a peer of no name look for one with the identity in a file; nothing if there is no such file yet.
+    """Looks in the swarm for a peer with the identity in a file; does nothing if there is no such file yet.
 
     Raises:
         ConfigurationError: one answers; or the file holds no key.

@@ -7,6 +7,8 @@ answer of a peer worthless that holds a thousand others. Here the rules are narr
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections import Counter, OrderedDict
 from typing import Any, NamedTuple
 
@@ -28,8 +30,7 @@ MAX_RECORD_BYTES = 16 << 10  # of one record; servers' have some hundred
 MAX_KEY_BYTES = 1 << 19  # of the signed records under one key, and of the others; libp2p carries answers of 4 MiB
 MAX_PEER_BYTES = 8 << 20  # of the records of one peer about itself, and of those that it has brought of others
 MAX_BYTES = 64 << 20  # of the records of all peers about themselves, and of the others
-_CHECKED_KEPT = 4096  # signatures that need not be checked again
-"""Budgets of memory. `_Storage` counts values and keys; Python's objects around them take about as much again."""
+_CHECKED_KEPT = 4096  # right signatures that need not be checked again
 
 
 class RecordRules(RecordValidatorBase):
@@ -40,7 +41,7 @@ class RecordRules(RecordValidatorBase):
     """
 
     def __init__(self) -> None:
-        self._checked: OrderedDict[DHTRecord, bool] = OrderedDict()
+        self._checked: OrderedDict[bytes, None] = OrderedDict()  # digests: records may be large
 
     def validate(self, record: DHTRecord) -> bool:
         if record.expiration_time > get_dht_time() + MAX_LIFETIME + MAX_DHT_TIME_DISCREPANCY_SECONDS:
@@ -50,11 +51,15 @@ class RecordRules(RecordValidatorBase):
         subkey = _loads(record.subkey)
         if not _claims_a_signature(subkey):
             return True
-        if record not in self._checked:
-            self._checked[record] = _is_signed(record, subkey.removeprefix(SUBKEY_PREFIX))
-            if len(self._checked) > _CHECKED_KEPT:
-                self._checked.popitem(last=False)
-        return self._checked[record]
+        digest = hashlib.sha256(MSGPackSerializer.dumps(dataclasses.astuple(record))).digest()
+        if digest in self._checked:
+            return True
+        if not _is_signed(record, subkey.removeprefix(SUBKEY_PREFIX)):
+            return False
+        self._checked[digest] = None
+        if len(self._checked) > _CHECKED_KEPT:
+            self._checked.popitem(last=False)
+        return True
 
     def strip_value(self, record: DHTRecord) -> bytes:
         return record.value if _loads(record.value) is not None else MSGPackSerializer.dumps(None)
