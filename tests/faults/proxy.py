@@ -48,11 +48,12 @@ class TcpProxy:
         self.link: SharedLink | None = None
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self._flows = asyncio.Event()
         self._flows.set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
-        self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self._server = self._run(asyncio.start_server(self._accept, "127.0.0.1", 0))
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     def black_hole(self) -> None:
@@ -74,17 +75,18 @@ class TcpProxy:
 
     def close(self) -> None:
         self.heal()
-        self.cut()
 
         async def stop() -> None:
             self._server.close()
-            left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-            await asyncio.sleep(0)  # aborted connections are closed in the next turn
+            while left := asyncio.all_tasks() - {asyncio.current_task()}:  # connections may just be coming in
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
+                await asyncio.sleep(0)
 
         self._run(stop())
+        self.cut()
+        self._run(asyncio.sleep(0))  # aborted connections are closed in the next turn
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -92,20 +94,26 @@ class TcpProxy:
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Not a coroutine: one that is cancelled before its first step would leave its connection open.
+        self._writers.add(writer)
+        task = self._loop.create_task(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        task.add_done_callback(lambda _: (writer.transport.abort(), self._writers.discard(writer)))
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._flows.wait()
         try:
-            await self._flows.wait()
             there, back = await asyncio.open_connection("127.0.0.1", self._target)
-        except BaseException as e:
-            writer.transport.abort()
-            if isinstance(e, OSError):  # the server is dead, so the port looks closed
-                return
-            raise
-        self._writers |= {writer, back}
+        except OSError:  # the server is dead, so the port looks closed
+            return
+        self._writers.add(back)
         try:
             await asyncio.gather(self._pump(reader, back, 0, self.link), self._pump(there, writer, 1, self.link))
         finally:
-            self._writers -= {writer, back}
+            self._writers.discard(back)
+            back.transport.abort()
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: int, link: SharedLink | None
