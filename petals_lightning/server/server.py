@@ -18,8 +18,9 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from transformers import AutoModel
 
 from petals_lightning import __version__
-from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.errors import ConfigurationError, SwarmConnectionError, is_out_of_memory
 from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.protocol.checks import WIRE_DTYPES
@@ -140,7 +141,16 @@ class Server:
             on_joined()
             start, end = self._block_indices or self._choose_span(prefix, count)
             logger.info("loading blocks %d:%d of %s", start, end, self._checkpoint.name_or_path)
-            span = self._load(start, end)
+            try:
+                span = self._load(start, end)
+            except (MemoryError, OSError, RuntimeError) as e:
+                if not is_out_of_memory(e):
+                    raise
+                where = f"this machine's {self._device.type} ({first_line(e)})"
+                raise ConfigurationError(
+                    f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in memory of {where}. Hold "
+                    "fewer blocks with --num-blocks or --block-indices, or halve their size with --dtype bfloat16"
+                ) from e
             self._compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None)
             self._backend = Backend(
                 span,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import queue
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -16,7 +18,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from petals_lightning.cli.main import main
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from tests.families import NUM_BLOCKS
@@ -159,6 +164,48 @@ def test_a_server_with_the_identity_of_another_says_so_and_starts_when_that_one_
     finally:
         for server in servers:
             server.stop()
+
+
+def save_hollow_checkpoint(folder: Path, gib: int) -> Path:
+    """A model of one block that takes so much memory, and no room on the disk: a sparse file of zeros."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=gib * (1 << 30) // (3 * 64 * 4), num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=100, dtype="float32",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        weights = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + 4 * tensor.numel()]}
+        end += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+def short_of_memory() -> None:
+    """The command on a machine that has 512 MiB left."""
+    import petals_lightning.server.server  # its libraries take address space, too
+
+    assert petals_lightning.server.server
+    size = psutil.Process().memory_info().vms + (512 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    main()
+
+
+def test_blocks_that_do_not_fit_are_one_line(tmp_path):
+    server = ServerProcess(save_hollow_checkpoint(tmp_path, gib=2), None, program=short_of_memory)
+    try:
+        assert server.wait(120) == 1
+        (error,) = [line for line in server.errors if " INFO " not in line]
+        assert error.startswith("error: blocks 0:1 of ")
+        assert "do not fit in memory of this machine's cpu" in error
+        assert "fewer blocks with --num-blocks" in error
+    finally:
+        server.stop()
 
 
 LLAMA, EMPTY = "a tiny llama", "an empty folder"
