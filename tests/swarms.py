@@ -225,12 +225,12 @@ def _run(program: Callable[[], None], command: list[str], output: Connection, er
 
 def peer_with_the_graph(loss: torch.Tensor) -> str:
     """The id of the server that the backward of `loss` will be sent to first."""
-    return _parts(loss)[0].result.legs[-1].peer
+    return _parts(loss)[0].result.segments[-1].peers[-1]
 
 
 def peers_at_work(blocks: Any) -> list[str]:
     """Ids of the servers that owe `blocks`, a RemoteSequential, an answer now."""
-    connections = list(blocks._swarm.view._connections.items())
+    connections = list(blocks._swarm.servers._connections.items())
     return [peer for peer, each in connections if getattr(each, "_pending", None) or getattr(each, "_under_way", 0)]
 
 

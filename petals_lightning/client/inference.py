@@ -9,28 +9,31 @@ Shapes: B batch, n new positions, T positions before and with them, P virtual to
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from petals_lightning.client.attempts import Attempts
-from petals_lightning.client.handover import SHOWN_DIRECTLY
-from petals_lightning.client.handover_step import hand_over_step, may_hand_over
+from petals_lightning.client.exchange import Exchange, Stage
+from petals_lightning.client.handover import may_be_anothers_fault
+from petals_lightning.client.history import LateInputs
+from petals_lightning.client.router import Router
+from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.session_leg import SessionLeg
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.verify import check_step
-from petals_lightning.client.view import SwarmView
 from petals_lightning.errors import (
     NoCacheRoomError,
     NoServersError,
     PeerFailure,
     UnsupportedInputError,
-    WrongResult,
 )
-from petals_lightning.protocol.messages import ErrorCode
+from petals_lightning.protocol.messages import ErrorCode, Message
 from petals_lightning.protocol.requests import to_wire
 from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.protocol.tensors import is_same
 from petals_lightning.swarm import SwarmNode
 
 _numbers = itertools.count(1)
@@ -40,7 +43,7 @@ class InferenceSession:
     """Runs blocks on one position after another; made by `RemoteSequential.inference_session`.
 
     Args:
-        node, view, stats: the client's.
+        node, servers, router, stats: the client's.
         start, end: the blocks.
         max_length: positions that servers reserve room for, the prefix not counted.
         prefix: [P, H] in front of every sample, or None.
@@ -52,7 +55,8 @@ class InferenceSession:
     def __init__(
         self,
         node: SwarmNode,
-        view: SwarmView,
+        servers: ServerPool,
+        router: Router,
         stats: TransferStats,
         start: int,
         end: int,
@@ -68,7 +72,7 @@ class InferenceSession:
             raise UnsupportedInputError(
                 f"deep prompts {tuple(deep.shape)} do not fit {end - start} blocks and the prefix"
             )
-        self._node, self._view, self._stats = node, view, stats
+        self._node, self._servers, self._router, self._stats = node, servers, router, stats
         self.start, self.end, self.max_length = start, end, max_length
         self._prefix = prefix.detach().cpu() if prefix is not None else None
         self._deep = deep.detach().cpu() if deep is not None else None
@@ -198,36 +202,56 @@ class InferenceSession:
         self._legs[0].history.append(hidden, position_ids)
         if self._comes_to_switch(position_ids):
             await self._start_anew()
-        attempts, lost = Attempts(self._view, self._stats), set[str]()
-        if may_hand_over(self._view, self._legs, hidden, self._position):
-            try:
-                out = await hand_over_step(
-                    self._view, self._legs, hidden, self._position, mask=mask, position_ids=position_ids, keep=keep
-                )
-                self._position += hidden.shape[1]
-                self._stats.handovers += 1
-                return out
-            except PeerFailure as e:
-                await self._after_handover(e, attempts)
-        for leg in self._legs:
-            leg.settle()
-        index, out = 0, hidden
+        attempts = Attempts(self._servers, self._router, self._stats)
+        sizes, index, out = self._segments(hidden), 0, hidden
         while index < len(self._legs):
-            leg, following = self._legs[index], self._legs[index + 1] if index + 1 < len(self._legs) else None
+            size = sizes.pop(0) if sizes else 1
+            legs, following = self._legs[index : index + size], next(iter(self._legs[index + size :]), None)
             try:
-                out = await self._run(leg, following, mask, keep)
+                out = await self._run(legs, following, mask, keep)
             except PeerFailure as e:
-                if e.code == ErrorCode.CACHE_LOST.value and leg.peer not in lost:
-                    lost.add(leg.peer)  # once: the same server takes the inputs again
-                    attempts.count(e)
-                else:
-                    self._legs[index : index + 1] = await self._replace(leg, e, attempts)
+                await self._recover(legs, index, e, attempts)
+                sizes.clear()  # from here on server by server
+                for leg in self._legs:
+                    leg.settle()
                 continue
             if following is not None:
-                following.history.append(out, leg.history.read(following.history.length)[1])
-            index += 1
+                following.history.append(out, legs[0].history.read(following.history.length)[1])
+            self._stats.handovers += size > 1
+            index += size
         self._position += hidden.shape[1]
         return out
+
+    def _segments(self, hidden: torch.Tensor) -> list[int]:
+        """How many legs in a row run [B, n, H] as one request, for each segment.
+
+        Servers hand a step over to each other if they have all come as far as the step's first position.
+        """
+        room = hidden.shape[0] * hidden.shape[1] <= min(self._max_tokens(leg) for leg in self._legs)
+        if room and all(self._is_ready(leg) for leg in self._legs):
+            sizes = self._router.handover.group([leg.connection for leg in self._legs])
+        else:
+            sizes = [1] * len(self._legs)
+        index = 0
+        for size in sizes:  # what enters a segment must be known here; what passes inside of it may still be on its way
+            self._legs[index].settle()
+            if self._legs[index].history.length < self._position:
+                sizes = [1] * len(self._legs)
+                break
+            index += size
+        if max(sizes) == 1:
+            for leg in self._legs:
+                leg.settle()
+        return sizes
+
+    def _is_ready(self, leg: SessionLeg) -> bool:
+        is_same_order = is_same(leg.reordering, self._legs[0].reordering)
+        return leg.number is not None and leg.held == self._position and is_same_order
+
+    def _max_tokens(self, leg: SessionLeg) -> int:
+        """B·n that a leg's server takes at once."""
+        said = leg.connection.info["max_batch_tokens"] if leg.connection is not None else 0
+        return min(said, self._servers.config.max_microbatch_tokens)
 
     def _comes_to_switch(self, position_ids: torch.Tensor | None) -> bool:
         """Whether keys of the positions before a step, which is in the history, must be made anew."""
@@ -243,22 +267,22 @@ class InferenceSession:
         for leg in self._legs[1:]:
             leg.history.crop(0)
 
-    async def _after_handover(self, failure: PeerFailure, attempts: Attempts) -> None:
-        """Whatever failed: the step is run again directly, by others where a server is lost."""
-        # What one server says may be the fault of the one before it: sent directly, that shows.
-        if isinstance(failure, WrongResult) or failure.code in SHOWN_DIRECTLY:
-            self._view.handover.avoid(self.peers, failure)
+    async def _recover(self, legs: list[SessionLeg], index: int, failure: PeerFailure, attempts: Attempts) -> None:
+        """Gets the segment at `index` ready to run again: by others where a server is lost."""
+        if len(legs) > 1 and may_be_anothers_fault(failure):
+            self._router.handover.avoid([leg.peer for leg in legs], failure)
             return
-        index = next(number for number, leg in enumerate(self._legs) if leg.peer == failure.peer)
-        if failure.code == ErrorCode.CACHE_LOST.value:
-            self._legs[index].leave()
+        number, leg = next((n, leg) for n, leg in enumerate(legs, index) if leg.peer == failure.peer)
+        if failure.code == ErrorCode.CACHE_LOST.value and leg.peer not in attempts.cache_lost:
+            attempts.cache_lost.add(leg.peer)  # once: the same server takes the inputs again
+            leg.leave()
             attempts.count(failure)
         else:
-            self._legs[index : index + 1] = await self._replace(self._legs[index], failure, attempts)
+            self._legs[number : number + 1] = await self._replace(leg, failure, attempts)
 
     async def _plan(self, start: int, end: int) -> list[SessionLeg]:
         try:
-            route = await self._view.route(start, end, tokens=1, avoid=self._full)
+            route = await self._router.route(start, end, tokens=1, avoid=self._full)
         except NoServersError as e:
             if not self._full:
                 raise
@@ -281,44 +305,103 @@ class InferenceSession:
         return legs
 
     async def _run(
-        self, leg: SessionLeg, following: SessionLeg | None, mask: torch.Tensor | None, keep: int
+        self, legs: list[SessionLeg], following: SessionLeg | None, mask: torch.Tensor | None, keep: int
     ) -> torch.Tensor:
-        """Brings a leg's server up to date; returns the last `keep` outputs, or all that the following leg lacks."""
+        """Brings a segment's servers up to date; returns the last `keep` outputs, or all that the following leg lacks.
+
+        Raises:
+            PeerFailure: what servers have beyond the inputs kept here is overwritten by the next step.
+        """
+        first = legs[0]
         try:
-            if leg.connection is None or not leg.connection.is_open:
-                leg.number, leg.held, leg.reordering = None, 0, None  # sessions end with their stream
-                leg.connection = await self._view.connection(leg.peer)
-            wanted = leg.history.length - keep
+            if len(legs) == 1 and (first.connection is None or not first.connection.is_open):
+                first.number, first.held, first.reordering = None, 0, None  # sessions end with their stream
+                first.connection = await self._servers.connection(first.peer)
+            wanted = first.history.length - keep
             if following is not None:
                 wanted = following.history.length
-                leg.held = min(leg.held, wanted)
+                first.held = min(first.held, wanted)
             outputs = []
-            while leg.held < leg.history.length:
-                out, first = await self._send(leg, following, mask, wanted)
-                outputs.append(out[:, max(wanted - first, 0) :])
+            while first.held < first.history.length:
+                out, position = await self._send(legs, following, mask, wanted)
+                outputs.append(out[:, max(wanted - position, 0) :])
         except BaseException:
-            leg.leave()  # how far the server came is not known
+            for leg in legs[1:]:
+                leg.history.crop(leg.held)
+            for leg in legs:
+                if len(legs) == 1 or leg.reordering is not None:
+                    leg.leave()  # how far its server came is not known
             raise
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     async def _send(
-        self, leg: SessionLeg, following: SessionLeg | None, mask: torch.Tensor | None, wanted: int
+        self, legs: list[SessionLeg], following: SessionLeg | None, mask: torch.Tensor | None, wanted: int
     ) -> tuple[torch.Tensor, int]:
-        """Sends as much of what the server lacks as it takes at once.
+        """Sends as much of what servers lack as they take at once.
 
         Returns:
             Outputs of the positions that are at or behind `wanted` (one at least), and the first one's position.
         """
-        connection = leg.connection
-        assert connection is not None
-        hidden, position_ids = leg.history.read(leg.held)
-        opens = leg.number is None
-        prefix = leg.prefix if opens else None
-        tokens = min(connection.info["max_batch_tokens"], self._view.config.max_microbatch_tokens)
-        at_once = max(tokens // len(hidden) - (len(prefix) if prefix is not None else 0), 1)
+        first, last = legs[0], legs[-1]
+        hidden, position_ids = first.history.read(first.held)
+        opens = first.number is None
+        at_once = self._at_once(first, hidden, position_ids, mask)
+        hidden = hidden[:, :at_once]
+        start, end = first.held, first.held + hidden.shape[1]
+        kept = min(max(end - wanted, 1), hidden.shape[1])
+        entering = self._servers.wire_dtype(first.peer)
+        prefix = to_wire(first.prefix, entering, prompts=True) if opens and first.prefix is not None else None
+        deep = (
+            self._deep[first.start - self.start : first.end - self.start] if opens and self._deep is not None else None
+        )
+        position_ids = position_ids[:, :at_once] if position_ids is not None else None
+        requests = []
+        for leg in legs:
+            leg.number = next(_numbers) if leg.number is None else leg.number
+            request = StepRequest(
+                session=leg.number,
+                start=leg.start,
+                end=leg.end,
+                hidden=to_wire(hidden, entering) if leg is first else hidden,
+                position=start,
+                max_length=self.max_length if opens else None,
+                keep=kept if leg is last else 0,
+                prefix=prefix,
+                deep=to_wire(deep, entering, prompts=True) if deep is not None else None,
+                hypo_ids=leg.reordering if not opens else None,
+                attention_mask=mask[:, :end] if mask is not None else None,
+                position_ids=position_ids,
+                want_prefix=prefix is not None and following is not None,
+                wire_dtype=self._servers.wire_dtype(leg.peer),
+            )
+            requests.append(request)
+        stages = []
+        for leg, request in zip(legs, requests, strict=True):
+            assert leg.connection is not None
+            stages.append(Stage(leg.connection, request.to_message()))
+        for stage, inner in zip(stages, legs[1:], strict=False):
+            late = LateInputs(hidden.shape[1])
+            inner.history.append(late, position_ids)
+            stage.answered = _takes_in(late, hidden.shape)
+        reply = await Exchange(stages).last()
+        check_step(last.peer, requests[-1], reply)
+        if requests[-1].want_prefix:
+            assert following is not None
+            following.prefix = reply.tensors["prefix"]
+        for leg in legs:
+            leg.held, leg.reordering = end, None
+        return reply.tensors["hidden"], end - kept
+
+    def _at_once(
+        self, leg: SessionLeg, hidden: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> int:
+        """How many of the positions [B, n, H] that a leg's server lacks go there in one request."""
+        assert leg.connection is not None
+        prefix = len(leg.prefix) if leg.number is None and leg.prefix is not None else 0
+        at_once = max(self._max_tokens(leg) // len(hidden) - prefix, 1)
         if self._is_beyond and self._switch is not None and leg.held == 0:
             at_once = max(at_once, self._switch + 1) if position_ids is None else hidden.shape[1]  # a piece by itself
-        if connection.cuts_steps:
+        if leg.connection.cuts_steps:
             at_once = hidden.shape[1]
             if self._is_beyond and mask is not None and bool((mask.sum(1) <= (self._switch or 0)).any()):
                 raise UnsupportedInputError(
@@ -326,35 +409,18 @@ class InferenceSession:
                     "also those that are shorter without padding; servers that offer only Petals' methods take no "
                     "padding: run samples one by one, or serve the model with petals-lightning"
                 )
-        hidden = hidden[:, :at_once]
-        end = leg.held + hidden.shape[1]
-        kept = min(max(end - wanted, 1), hidden.shape[1])
-        wire = self._view.wire_dtype(leg.peer)
-        deep = self._deep[leg.start - self.start : leg.end - self.start] if self._deep is not None and opens else None
-        request = StepRequest(
-            session=next(_numbers) if leg.number is None else leg.number,
-            start=leg.start,
-            end=leg.end,
-            hidden=to_wire(hidden, wire),
-            position=leg.held,
-            max_length=self.max_length if opens else None,
-            keep=kept,
-            prefix=to_wire(prefix, wire, prompts=True) if prefix is not None else None,
-            deep=to_wire(deep, wire, prompts=True) if deep is not None else None,
-            hypo_ids=leg.reordering if not opens else None,
-            attention_mask=mask[:, :end] if mask is not None else None,
-            position_ids=position_ids[:, :at_once] if position_ids is not None else None,
-            want_prefix=prefix is not None and following is not None,
-            wire_dtype=wire,
-        )
-        leg.number = request.session
-        reply = await connection.call(request.to_message())
-        check_step(leg.peer, request, reply)
-        if request.want_prefix:
-            assert following is not None
-            following.prefix = reply.tensors["prefix"]
-        leg.held, leg.reordering = end, None
-        return reply.tensors["hidden"], end - kept
+        return at_once
+
+
+def _takes_in(late: LateInputs, shape: torch.Size) -> Callable[[Message], None]:
+    """Takes a server's output, which comes home too, as the inputs of the next one; without it they stay missing."""
+
+    def take(reply: Message) -> None:
+        out = reply.tensors.get("hidden")
+        if out is not None and out.shape == shape:
+            late.hidden = out
+
+    return take
 
 
 async def _leave(legs: list[SessionLeg]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.uids import block_uid
 
 _MAX_REQUESTS, _MAX_BYTES = 16, 256 << 20  # under way at once: such servers say nothing of what they grant
+_PROMPTS_KEPT = 8  # sets of prompts
 
 
 class PetalsConnection:
@@ -69,6 +71,7 @@ class PetalsConnection:
         self.sliding_window: int | None = None
         self._ids = itertools.count(1)
         self._room = Room(_MAX_REQUESTS, _MAX_BYTES)
+        self._prompts: OrderedDict[tuple[int, int, int], tuple[int, torch.Tensor]] = OrderedDict()
         self._sessions: dict[int, PetalsSession] = {}
         self._failure: PeerFailure | None = None
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -124,21 +127,16 @@ class PetalsConnection:
         message: Message,
         call_id: int | None = None,
         *,
-        sent: asyncio.Future[None] | None = None,
         deadline: float | None = None,
         clock: ServiceClock | None = None,
     ) -> Message:
         clock = clock or ServiceClock()
         clock.hold()
         began = time.perf_counter()
-        try:
-            async with self._room.enter(message.num_bytes):
-                clock.restart()
-                answer = self._answer(message, clock.restart)
-                tensors = await self._in_time(answer, deadline or self._config.request_timeout, clock)
-        finally:
-            if sent is not None and not sent.done():
-                sent.set_result(None)
+        async with self._room.enter(message.num_bytes):
+            clock.restart()
+            answer = self._answer(message, clock.restart)
+            tensors = await self._in_time(answer, deadline or self._config.request_timeout, clock)
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
         # Such servers do not say how long they worked on it.
         elapsed = time.perf_counter() - began
@@ -151,11 +149,17 @@ class PetalsConnection:
     def next_id(self) -> int:
         return next(self._ids)
 
-    async def prompts_key(self, version: int, start: int, end: int) -> tuple[int, asyncio.Future[None] | None]:
-        return 0, asyncio.get_running_loop().create_future()  # such servers remember no prompts
+    async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
+        """Such servers remember no prompts: they are kept here, and go with every request that names them."""
+        wanted = (version, start, len(deep))
+        if wanted not in self._prompts:
+            self._prompts[wanted] = self.next_id(), deep
+            while len(self._prompts) > _PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+        return self._prompts[wanted][0]
 
     def forget_prompts(self) -> None:
-        return
+        self._prompts.clear()
 
     def tell(self, message: Message, call_id: int = 0) -> None:
         if message.method is Method.END_SESSION:
@@ -176,6 +180,7 @@ class PetalsConnection:
         raise AssertionError(f"{message.method} has no equal in Petals' protocol")
 
     async def _forward(self, request: ForwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
+        self._find_prompts(request)
         hidden, prompts = with_prefix(request.hidden, request.prefix), prompts_of(request)
         outputs = [
             await self._calls.forward(PetalsForward(self._prefix, request.start, request.end, piece, prompts), on_sent)
@@ -186,6 +191,7 @@ class PetalsConnection:
     async def _backward(self, request: BackwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         forward = request.forward
         assert forward is not None, "such servers keep no graphs, so none is named to them"
+        self._find_prompts(forward)
         hidden, prompts = with_prefix(forward.hidden, forward.prefix), prompts_of(forward)
         grad, size = output_grad(request, forward), _samples_at_once(hidden)
         answers = [
@@ -200,6 +206,12 @@ class PetalsConnection:
             torch.cat([of_hidden for of_hidden, _ in answers]),
             torch.cat(grad_prompts, 1) if prompts is not None else None,
         )
+
+    def _find_prompts(self, request: ForwardRequest) -> None:
+        if request.prompts_key is not None:
+            request.deep = next((deep for key, deep in self._prompts.values() if key == request.prompts_key), None)
+            if request.deep is None:
+                raise PeerFailure(self.peer, "these prompts are not kept any more", ErrorCode.PROMPTS_LOST.value)
 
     async def _step(self, request: StepRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         if request.max_length is not None:

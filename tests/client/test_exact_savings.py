@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from petals_lightning.client import ClientConfig
-from petals_lightning.client.pace import Speed
 from petals_lightning.models import (
     AutoDistributedModel,
     AutoDistributedModelForSequenceClassification,
@@ -97,13 +96,11 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tiny_checkpoint, st
 
 
 @pytest.mark.parametrize(("spans", "is_cut"), [([(0, 4)], False), ([(0, 2), (2, 4)], True)])
-def test_a_chain_that_was_found_slow_is_filled_with_micro_batches(spans, is_cut, tiny_checkpoint, start_swarm):
+def test_a_chain_is_filled_with_micro_batches(spans, is_cut, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, spans)
     remote, local = pair(*CLASSIFIERS, checkpoint, swarm, "deep_ptune", num_labels=3)
-    batch, blocks = right_padded_batch(batch=16, length=30), remote_blocks(remote)
-    for leg in blocks.route():
-        blocks._swarm.view.paces.speeds[leg.peer_id] = Speed(0.0, tokens_per_second=500.0, request_tokens=480.0)
+    batch = right_padded_batch(batch=16, length=30)
     loss = remote(**batch).loss
     assert (micro_batches(loss) > 1) == is_cut
     loss.backward()

@@ -103,7 +103,7 @@ def strike(server: Server, method: str, number: signal.Signals, struck_in: list[
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_server_lost_in_the_middle_changes_nothing(fault, victim, tiny_checkpoint, start_swarm, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be missed.
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, *[THREE[victim]] * 3])
     remote, local = load_pair(checkpoint, swarm, hedge_factor=None)  # or a second server would answer before that
@@ -138,7 +138,7 @@ def test_a_server_lost_in_the_middle_changes_nothing(fault, victim, tiny_checkpo
 @pytest.mark.parametrize("method", ["forward", "backward"])
 def test_a_late_server_in_the_chain_is_not_waited_for(method, tiny_checkpoint, start_swarm, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be late.
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, (1, 3)])
     remote, local = load_pair(checkpoint, swarm)
@@ -181,7 +181,7 @@ def test_training_and_generation_equal_local_hugging_face(mode, tiny_checkpoint,
 
 def count_sent(remote, counts: Counter[str]) -> None:
     """From now on counts the messages that the client sends, by method; asking for a sign of life is none."""
-    connections: list[Any] = list(remote_blocks(remote)._swarm.view._connections.values())
+    connections: list[Any] = list(remote_blocks(remote)._swarm.servers._connections.values())
     for connection in connections:
 
         async def send(call_id: int, message: Message, original=connection._writer.send) -> int:
@@ -234,7 +234,7 @@ def test_a_server_that_cannot_reach_the_next_costs_nothing_but_the_direct_way(ti
     assert stats.handovers == 0
     assert stats.retries == 0, "that it does not hand over is no failure"
     middle.links = links
-    remote_blocks(remote)._swarm.view.handover._avoided.clear()  # its time is over
+    remote_blocks(remote)._swarm.router.handover._avoided.clear()  # its time is over
     assert_trains_as_local(remote, local)
     assert stats.handovers == 2
 
@@ -247,9 +247,9 @@ def test_servers_of_a_private_swarm_hand_over_without_rules_of_their_own(tiny_ch
     client = remote_blocks(remote)._swarm.node.peer_id.to_base58()
     for server in swarm.servers:
         server._backend.rules = AccessRules(allowed_peers=frozenset([client]), token=token)
-    view = remote_blocks(remote)._swarm.view
-    for peer in list(view._connections):  # streams that were opened under the old rules
-        view.node.loop.call_soon_threadsafe(view._connections.pop(peer).close)
+    servers = remote_blocks(remote)._swarm.servers
+    for peer in list(servers._connections):  # streams that were opened under the old rules
+        servers.node.loop.call_soon_threadsafe(servers._connections.pop(peer).close)
     assert_trains_as_local(remote, local)
     assert_generates_as_local(remote, local)
     assert remote_blocks(remote).stats.handovers == 2 + 7
@@ -317,16 +317,16 @@ def test_graphs_that_are_gone_are_computed_again_and_then_kept_here(tiny_checkpo
 def test_a_stream_that_ends_between_forward_and_backward_counts_as_a_retry(
     number, tiny_checkpoint, start_swarm, monkeypatch
 ):
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)  # as above
+    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)  # as above
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, *THREE])
     remote, local = load_pair(checkpoint, swarm)
-    view, stats = remote_blocks(remote)._swarm.view, remote_blocks(remote).stats
+    servers, stats = remote_blocks(remote)._swarm.servers, remote_blocks(remote).stats
 
     def end_stream() -> None:
         assert stats.handovers
         server = in_use(remote, swarm)[number]
-        connection = view._connections[server.node.peer_id.to_base58()]
+        connection = servers._connections[server.node.peer_id.to_base58()]
         for session in list(server._backend.sessions.values()):
             server.node.loop.call_soon_threadsafe(session._writer.close)
         while connection.is_open:
@@ -349,7 +349,7 @@ def test_a_loss_can_be_gone_back_through_twice(tiny_checkpoint, start_swarm):
 
 
 def test_a_wrong_answer_in_the_chain_is_found_in_the_direct_way(tiny_checkpoint, start_swarm, caplog, monkeypatch):
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, (1, 3)])
     remote, local = load_pair(checkpoint, swarm)

@@ -70,8 +70,8 @@ def test_an_unsigned_record_hides_no_server(changes, tiny_checkpoint, start_swar
     with torch.no_grad():
         expected = running(IDS).logits
         assert all(hijack(swarm, record_of(swarm, **changes).to_value(), MAX_LIFETIME / 2))
-        view = remote_blocks(running)._swarm.view
-        view.node.run(view.refresh())
+        servers = remote_blocks(running)._swarm.servers
+        servers.node.run(servers.refresh())
         newcomer = swarm.load(AutoDistributedModelForCausalLM, client_config=ClientConfig(recovery_timeout=1))
         for model in (running, newcomer):
             assert torch.equal(model(IDS).logits, expected)

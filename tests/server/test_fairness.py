@@ -367,7 +367,7 @@ def test_beside_big_inference_steps_of_one_client_another_trains_on(big, tiny_ch
         stopping.set()
         for thread in threads:
             thread.join()
-    own = by_client.pop(trainer._swarm.view.node.peer_id.to_base58())
+    own = by_client.pop(trainer._swarm.node.peer_id.to_base58())
     share = own / (own + sum(by_client.values()))
     print(f"the trainer has {share:.0%} of the compute seconds")
     assert share >= 0.4

@@ -1,30 +1,23 @@
-"""What a client knows of the servers of one model: who holds what, how fast, and whom to leave alone."""
+"""The servers of one model, as a client knows them: records, connections, speeds, and bans."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import random
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from petals_lightning import __version__
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
-from petals_lightning.client.handover import HandoverPolicy
-from petals_lightning.client.pace import DEFAULT_HOP_SECONDS, Paces
 from petals_lightning.client.petals_connection import PetalsConnection
-from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, route_seconds, uncovered
+from petals_lightning.client.routing import format_blocks
 from petals_lightning.client.server_connection import ServerConnection
-from petals_lightning.client.sizing import Stage, microbatch_size
+from petals_lightning.client.speed import DEFAULT_HOP_SECONDS, SpeedEstimates
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import (
     AccessDeniedError,
-    IncompatibleServerError,
-    NoServersError,
     PeerFailure,
     WrongResult,
 )
@@ -36,12 +29,10 @@ from petals_lightning.swarm import SwarmDirectory, SwarmNode
 logger = logging.getLogger(__name__)
 
 _DEFAULT_TOKENS_PER_SECOND = 1000.0
-_DEFAULT_REQUEST_SECONDS, _MAX_REQUEST_SECONDS = 0.01, 10.0  # where a server says nothing, or nonsense
 _TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
 _MAX_BAN = 300.0
 _LIAR_BAN = 86400.0  # a server that a judge has contradicted has had its chance
 _MODELS_TOLD = 20  # in an error; anybody may list thousands
-_WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place of the one in use
 
 
 @dataclass
@@ -52,11 +43,11 @@ class _Ban:
     reason: str
 
 
-class SwarmView:
+class ServerPool:
     """The servers of one model. Everything but the constructor belongs to the node's loop.
 
-    A server that fails leaves the view at once. It comes back when, after its ban, a connection in the background
-    succeeds: a record that lives on in the DHT never costs a step again.
+    A server that fails leaves the pool at once. It comes back when its ban is over and a connection, tried in the
+    background, succeeds: a record that lives on in the DHT never costs a step again.
 
     Args:
         node: this process's peer, started.
@@ -65,6 +56,10 @@ class SwarmView:
         sliding_window: how far back the model's attention reaches, padding counted; None: to the first position.
         config: timeouts and filters.
         stats: counts bytes and retries.
+
+    Attributes:
+        spans: blocks [start, end) that each server lists, by peer id; also of those that may not be used.
+        speeds: as our own requests found them.
     """
 
     def __init__(
@@ -80,50 +75,23 @@ class SwarmView:
         stats: TransferStats,
     ):
         self.node, self.dht_prefix, self.num_blocks, self.config = node, dht_prefix, num_blocks, config
-        self.handover, self.paces = HandoverPolicy(config), Paces()
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.speeds = SpeedEstimates()
         self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
         self._window = sliding_window
         self._directory = SwarmDirectory(node, config.swarm_token)
-        self._spans: dict[str, tuple[int, int]] = {}
         self._records: dict[str, ServerRecord] = {}
         self._misfits: dict[str, str] = {}
         self._refusals: dict[str, str] = {}
         self._bans: dict[str, _Ban] = {}
-        self._routes: dict[tuple[int, int], list[RouteSpan]] = {}
         self._connections: dict[str, ServerConnection] = {}
         self._opening: dict[str, asyncio.Task[ServerConnection]] = {}
         self._maintenance: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Reads the records and connects to a first route.
-
-        Raises:
-            NoServersError: some block is held by nobody who may be used.
-            IncompatibleServerError: all that hold some block serve another model under this name.
-            AccessDeniedError: every server that holds some block refuses this peer.
-        """
+        """Reads the records, and keeps them fresh from now on."""
         await self.refresh()
-        missing = uncovered(self._usable(1), 0, self.num_blocks)
-        if missing:
-            if misfits := self._misfits_at(missing):
-                raise IncompatibleServerError(misfits[0])
-            raise NoServersError(await self._explain_missing(missing))
         self._maintenance = asyncio.create_task(self._maintain())
-        try:
-            await self._connect_first_route()
-        except BaseException:
-            await self.close()
-            raise
-
-    async def _connect_first_route(self) -> None:
-        # Connecting now finds dead records before the first step, and measures the way to each server.
-        while True:
-            try:
-                for leg in await self.route(0, self.num_blocks, tokens=1024):
-                    await self.connection(leg.peer_id)
-                return
-            except PeerFailure as e:
-                self.report_failure(e)
 
     async def close(self) -> None:
         if self._maintenance is not None:
@@ -135,7 +103,7 @@ class SwarmView:
         self._connections.clear()
 
     async def refresh(self) -> None:
-        """Reads the records anew."""
+        """Reads the records again."""
         table = await self._directory.servers(self.dht_prefix, self.num_blocks)
         spans: dict[str, tuple[int, int]] = {}
         records: dict[str, ServerRecord] = {}
@@ -151,45 +119,11 @@ class SwarmView:
                     records[peer] = record
         # A directory without a record of a server proves nothing; an open stream does, also when it ends.
         for peer, connection in self._connections.items():
-            if peer in self._spans and peer not in gone and peer not in spans and connection.is_open:
-                spans[peer], records[peer] = self._spans[peer], self._records[peer]
-        self._spans, self._records = spans, records
+            if peer in self.spans and peer not in gone and peer not in spans and connection.is_open:
+                spans[peer], records[peer] = self.spans[peer], self._records[peer]
+        self.spans, self._records = spans, records
         self._forget_absent()
         self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
-
-    async def route(self, start: int, end: int, *, tokens: int, avoid: Collection[str] = ()) -> list[RouteSpan]:
-        """The fastest route through blocks [start, end) for requests of `tokens` tokens.
-
-        Waits up to `recovery_timeout` seconds for blocks whose every holder has failed. With peers to `avoid` it takes
-        what is there without them, or raises.
-
-        Raises:
-            NoServersError: nobody came back, or only those to avoid are there.
-            SwarmConnectionError: this process itself is cut off, because its daemon has ended.
-            AccessDeniedError: there are servers, but all of them refuse this peer.
-        """
-        deadline = time.monotonic() + self.config.recovery_timeout
-        told = False
-        while True:
-            usable = [server for server in self._usable(tokens) if server.peer not in avoid]
-            if (legs := plan_route(usable, start, end)) is not None:
-                return legs if avoid else self._settle(usable, start, end, legs)
-            self.node.check_alive()
-            missing = uncovered(usable, start, end)
-            self._check_refusals(missing)
-            if avoid:
-                raise NoServersError(f"no other server holds blocks {format_blocks(missing)} of {self.dht_prefix!r}")
-            if time.monotonic() > deadline:
-                raise NoServersError(await self._explain_missing(missing))
-            if not told:
-                told = True
-                logger.warning(
-                    "blocks %s of %s have no server left; waiting up to %.0f s for one",
-                    format_blocks(missing), self.dht_prefix, self.config.recovery_timeout,
-                )  # fmt: skip
-            await asyncio.sleep(0.5)
-            await self.node.meet_again()
-            await self.refresh()
 
     async def connection(self, peer: str) -> ServerConnection:
         """The open connection to a server, opened if need be (once, however many wait for it).
@@ -206,7 +140,7 @@ class SwarmView:
         return await asyncio.shield(self._opening[peer])
 
     def report_failure(self, failure: PeerFailure) -> None:
-        """Takes a server out of the view and bans it, longer every time."""
+        """Takes a server out of the pool and bans it, longer every time."""
         peer = failure.peer
         if failure.code == ErrorCode.NOT_ALLOWED.value:
             self._refusals[peer] = failure.reason
@@ -229,29 +163,6 @@ class SwarmView:
         if peer in self._bans and not self._bans[peer].is_proven:
             del self._bans[peer]
 
-    def expected_seconds(self, peer: str, *, tokens: int, blocks: int) -> tuple[float, bool]:
-        """What a forward on a server should take, and whether that is measured: else it is what the server claims."""
-        hop, rate = self._pace(peer)
-        return hop + tokens * blocks / rate, peer in self.paces.speeds
-
-    def other_route(self, start: int, end: int, *, tokens: int, avoid: Collection[str]) -> list[RouteSpan] | None:
-        """The fastest route through blocks [start, end) without the servers `avoid`, or None; never waits."""
-        return plan_route([span for span in self._usable(tokens) if span.peer not in avoid], start, end)
-
-    def auditing_route(self, start: int, end: int, *, avoid: str, generator: random.Random) -> list[RouteSpan] | None:
-        """Servers drawn to compute blocks [start, end) again, without the server `avoid`, or None; never waits.
-
-        Trusted ones come first. All others are equally likely: one that claims to be fast must not become everybody's
-        auditor.
-        """
-        drawn = [  # a hop costs from 1 to 2, so one server that holds all is taken before a chain
-            ServerSpan(span.peer, span.start, span.end, 1 + generator.random(), 0.0)
-            for span in self._usable(1)
-            if span.peer != avoid
-        ]
-        trusted = [span for span in drawn if self.is_trusted(span.peer)]
-        return plan_route(trusted, start, end) or plan_route(drawn, start, end)
-
     def is_trusted(self, peer: str) -> bool:
         """Whether the user believes this server."""
         return peer in self.config.trusted_servers
@@ -259,15 +170,6 @@ class SwarmView:
     def is_proven_liar(self, peer: str) -> bool:
         """Whether a judge has contradicted this server."""
         return peer in self._bans and self._bans[peer].is_proven
-
-    def others_hold(self, start: int, end: int, peer: str) -> bool:
-        """Whether blocks [start, end) are held without this server, by others that may be in a ban now."""
-        spans = [
-            ServerSpan(other, *span, 0.0, 0.0)
-            for other, span in self._spans.items()
-            if other != peer and self._may_be_used(other) and not self.is_proven_liar(other)
-        ]
-        return plan_route(spans, start, end) is not None
 
     def compute_dtype(self, peer: str) -> str | None:
         """The dtype that a server says it computes in."""
@@ -284,62 +186,17 @@ class SwarmView:
         record = self._records.get(peer)
         return record.torch_dtype if record is not None and record.torch_dtype in ("float16", "bfloat16") else "float32"
 
-    def round_trip(self, peer: str) -> float:
-        """Seconds of a call to a server that computes nothing."""
-        connection = self._connections.get(peer)
-        return (connection.round_trip if connection is not None else None) or 0.0
+    def usable(self) -> list[str]:
+        """Peer ids of servers that may be asked now."""
+        return [peer for peer in self.may_be_used() if peer not in self._bans or self._is_readmitted(peer)]
 
-    def microbatch_size(self, route: list[RouteSpan], batch: int, tokens: int, prefix: int, *, deep: bool) -> int:
-        """Samples to send through a route in one request, of [batch, tokens, H] behind so many positions of a prefix.
+    def may_be_used(self) -> list[str]:
+        """The same, with those that are left alone for a while after a failure."""
+        return [peer for peer in self.spans if self._may_be_used(peer)]
 
-        `deep`: there are deep prompts, whose gradients every micro-batch brings home.
-        """
-        position_seconds = self._hidden_size * self.paces.element_seconds
-        link = Stage(batch * tokens * position_seconds, prefix * position_seconds)
-        stages = [stage for leg in route for stage in (link, self._server_stage(leg, batch * tokens, prefix))]
-        if deep:
-            stages.append(Stage(0.0, (route[-1].end - route[0].start) * prefix * position_seconds))
-        said = [self._info(leg.peer_id).get("max_batch_tokens") for leg in route]
-        limits = [self.config.max_microbatch_tokens, *(limit for limit in said if type(limit) is int and limit > 0)]
-        smallest = math.ceil(self.config.min_microbatch_tokens / tokens)
-        return microbatch_size(batch, stages, smallest=smallest, largest=min(limits) // (tokens + prefix))
-
-    def _server_stage(self, leg: RouteSpan, tokens: int, prefix: int) -> Stage:
-        """A server's time for a batch of so many tokens, and for each request besides."""
-        blocks, (_, rate) = leg.end - leg.start, self._pace(leg.peer_id)
-        said = self._info(leg.peer_id).get("request_seconds")
-        of_request = said if isinstance(said, float) and 0 <= said < _MAX_REQUEST_SECONDS else _DEFAULT_REQUEST_SECONDS
-        of_request += prefix * blocks / rate
-        of_token = blocks / rate
-        if (speed := self.paces.speeds.get(leg.peer_id)) is not None:  # measured on whole requests
-            of_token = max(of_token - of_request / speed.request_tokens, of_token / 4)
-        return Stage(tokens * of_token, of_request)
-
-    def _info(self, peer: str) -> dict[str, Any]:
-        """What a server says of itself, if we have met it."""
-        connection = self._connections.get(peer)
-        return connection.info if connection is not None else {}
-
-    def _usable(self, tokens: int) -> list[ServerSpan]:
-        spans = []
-        for peer, (start, end) in self._spans.items():
-            if peer in self._bans and not self._is_readmitted(peer):
-                continue
-            if not self._may_be_used(peer):
-                continue
-            hop, rate = self._pace(peer)
-            connection = self._connections.get(peer)
-            # One that does not answer pings may hang: until that is known, others are better.
-            silence = connection.silence if connection is not None else 0.0
-            spans.append(ServerSpan(peer, start, end, hop + silence, tokens / rate))
-        return spans
-
-    def _may_be_used(self, peer: str) -> bool:
-        return peer not in self._misfits and peer not in self._refusals and self._is_allowed(peer)
-
-    def _pace(self, peer: str) -> tuple[float, float]:
+    def speed(self, peer: str) -> tuple[float, float]:
         """Seconds to get a request to a server and back, and its tokens a second of one block: measured, or claimed."""
-        if (speed := self.paces.speeds.get(peer)) is not None:
+        if (speed := self.speeds.by_peer.get(peer)) is not None:
             return speed.hop_seconds, speed.tokens_per_second
         record, connection = self._records.get(peer), self._connections.get(peer)
         hop = connection.round_trip if connection is not None else None
@@ -347,28 +204,40 @@ class SwarmView:
         rate = (claimed or _DEFAULT_TOKENS_PER_SECOND) * _TRUST_IN_CLAIMS
         return hop if hop is not None else DEFAULT_HOP_SECONDS, rate
 
-    def _settle(self, usable: list[ServerSpan], start: int, end: int, planned: list[RouteSpan]) -> list[RouteSpan]:
-        """The planned route, or the last one while it is about as fast: servers there have our prompts and streams."""
-        last = self._routes.get((start, end), [])
-        now, then = route_seconds(usable, planned), route_seconds(usable, last)
-        assert now is not None
-        if not last or then is None or now < then * (1 - _WORTH_A_CHANGE):
-            names = {peer: record.public_name for peer, record in self._records.items()}
-            last = [RouteSpan(leg.peer_id, leg.start, leg.end, names.get(leg.peer_id)) for leg in planned]
-            self._routes[start, end] = last
-        return list(last)
+    def silence(self, peer: str) -> float:
+        """Seconds for which a server has not answered a ping."""
+        connection = self._connections.get(peer)
+        return connection.silence if connection is not None else 0.0
+
+    def round_trip(self, peer: str) -> float | None:
+        """Seconds of a call to a server that computes nothing; None before the first."""
+        connection = self._connections.get(peer)
+        return connection.round_trip if connection is not None else None
+
+    def max_batch_tokens(self, peer: str) -> int | None:
+        """B·(P + S) that a server takes in one request, if it has said so."""
+        connection = self._connections.get(peer)
+        said = connection.info.get("max_batch_tokens") if connection is not None else None
+        return said if type(said) is int and said > 0 else None
+
+    def public_name(self, peer: str) -> str | None:
+        record = self._records.get(peer)
+        return record.public_name if record is not None else None
+
+    def _may_be_used(self, peer: str) -> bool:
+        return peer not in self._misfits and peer not in self._refusals and self._is_allowed(peer)
 
     def _forget_absent(self) -> None:
         """Servers come and go under new ids: of those without a record and a running ban nothing is remembered."""
         now = time.monotonic()
-        self._bans = {p: ban for p, ban in self._bans.items() if p in self._spans or ban.until > now}
-        self.paces.forget_absent(self._spans)
-        self._refusals = {p: words for p, words in self._refusals.items() if p in self._spans}
+        self._bans = {p: ban for p, ban in self._bans.items() if p in self.spans or ban.until > now}
+        self.speeds.forget_absent(self.spans)
+        self._refusals = {p: words for p, words in self._refusals.items() if p in self.spans}
 
-    def _check_refusals(self, missing: list[int]) -> None:
-        """Waiting does not help where the only servers of a block do not let us in."""
+    def check_refusals(self, missing: list[int]) -> None:
+        """Raises AccessDeniedError if the only servers of a block do not let us in: waiting does not help then."""
         for block in missing:
-            holders = [peer for peer, (start, end) in self._spans.items() if start <= block < end]
+            holders = [peer for peer, (start, end) in self.spans.items() if start <= block < end]
             refusals = [self._refusals[peer] for peer in holders if peer in self._refusals]
             if refusals and len(refusals) == len(holders):
                 raise AccessDeniedError(
@@ -411,13 +280,13 @@ class SwarmView:
             return f"{other_model}: config or tensor names differ from those here. {fix}"
         return None
 
-    def _misfits_at(self, blocks: Collection[int]) -> list[str]:
+    def misfits_at(self, blocks: Collection[int]) -> list[str]:
         """Why servers that list some of these blocks cannot be used."""
-        return [why for peer, why in self._misfits.items() if not set(range(*self._spans[peer])).isdisjoint(blocks)]
+        return [why for peer, why in self._misfits.items() if not set(range(*self.spans[peer])).isdisjoint(blocks)]
 
     async def _open(self, peer: str) -> ServerConnection:
         try:
-            record, (start, _) = self._records.get(peer), self._spans.get(peer, (0, 0))
+            record, (start, _) = self._records.get(peer), self.spans.get(peer, (0, 0))
             context = self.config, self._stats, self.report_failure
             connection: ServerConnection
             if record is not None and record.stream_version is None:
@@ -436,14 +305,14 @@ class SwarmView:
             self._opening.pop(peer, None)
 
     async def _maintain(self) -> None:
-        """Refreshes the view, and tries banned servers again when their time is over."""
+        """Reads the records again and again, and tries banned servers when their time is over."""
         refreshed = time.monotonic()
         while True:
             await asyncio.sleep(min(0.5, self.config.ban_period))
             try:
                 for peer, ban in list(self._bans.items()):
                     is_over = ban.until < time.monotonic() and peer not in self._refusals
-                    if is_over and peer in self._spans and not self._is_readmitted(peer):
+                    if is_over and peer in self.spans and not self._is_readmitted(peer):
                         try:
                             await self.connection(peer)
                             logger.info("server …%s is back", peer[-6:])
@@ -453,10 +322,11 @@ class SwarmView:
                     await self.refresh()
                     refreshed = time.monotonic()
             except (OSError, RuntimeError) as e:
-                logger.warning("the view of the swarm could not be refreshed: %s", e)
+                logger.warning("the records of the swarm could not be read again: %s", e)
 
-    async def _explain_missing(self, missing: list[int]) -> str:
-        excluded = [peer for peer in self._spans if not self._is_allowed(peer)]
+    async def explain_missing(self, missing: list[int]) -> str:
+        """Why nobody can be asked for these blocks."""
+        excluded = [peer for peer in self.spans if not self._is_allowed(peer)]
         hint = f" ({len(excluded)} server(s) are excluded by allowed_servers / blocked_servers)" if excluded else ""
         listed = [entry.dht_prefix for entry in await self._directory.models()]
         served = ", ".join(listed[:_MODELS_TOLD]) + (
@@ -465,9 +335,9 @@ class SwarmView:
         reasons = {
             ban.reason: None
             for peer, ban in self._bans.items()
-            if peer in self._spans and any(self._spans[peer][0] <= block < self._spans[peer][1] for block in missing)
+            if peer in self.spans and any(self.spans[peer][0] <= block < self.spans[peer][1] for block in missing)
         }
-        reasons |= dict.fromkeys(self._misfits_at(missing))
+        reasons |= dict.fromkeys(self.misfits_at(missing))
         hint += "".join(f"; a server that lists them: {reason}" for reason in list(reasons)[:3])
         return (
             f"nobody serves blocks {format_blocks(missing)} of {self.dht_prefix!r} "
