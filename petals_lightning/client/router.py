@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 _WORTH_A_CHANGE = 0.2  # a route must be faster by this share to take the place of the one in use
 _MICROBATCHES_PER_SERVER = 4  # Huang et al. 2019, GPipe, section 2.3: idle time is small from 4 per stage on
-_NEAR = 0.005  # seconds of a round trip below which sending takes so little that cutting a batch for one server loses
+_NEAR = 0.01  # seconds of a round trip below which sending takes so little that cutting a batch for one server loses
 
 
 class Router:
@@ -127,7 +127,7 @@ class Router:
         """Samples of [batch, tokens, H], behind a prefix of so many positions, to send through a route at once."""
         is_near = len(route) == 1 and (self._servers.round_trip(route[0].peer_id) or 0.0) < _NEAR
         said = [self._servers.max_batch_tokens(leg.peer_id) for leg in route]
-        most = min(self._config.max_microbatch_tokens, *(limit for limit in said if limit is not None))
+        most = min([self._config.max_microbatch_tokens, *(limit for limit in said if limit is not None)])
         return microbatch_size(
             batch,
             1 if is_near else _MICROBATCHES_PER_SERVER * len(route),

@@ -101,6 +101,8 @@ def test_a_chain_is_filled_with_micro_batches(spans, is_cut, tiny_checkpoint, st
     swarm = start_swarm(checkpoint, spans)
     remote, local = pair(*CLASSIFIERS, checkpoint, swarm, "deep_ptune", num_labels=3)
     batch = right_padded_batch(batch=16, length=30)
+    for connection in remote_blocks(remote)._swarm.servers._connections.values():
+        connection.round_trip = 0.001
     loss = remote(**batch).loss
     assert (micro_batches(loss) > 1) == is_cut
     loss.backward()
