@@ -145,7 +145,7 @@ def _describe_server(peer: str, record: ServerRecord, blocks: str, first: int) -
 
 async def _round_trips(node: SwarmNode, model: dict[str, Any]) -> dict[str, float | None]:
     """Seconds to every server and back, None where it does not answer."""
-    from petals_lightning.client.petals_calls import PetalsCalls
+    from petals_lightning.client.petals.calls import PetalsCalls
     from petals_lightning.client.stats import TransferStats
     from petals_lightning.errors import SwarmError
     from petals_lightning.protocol.uids import block_uid

@@ -19,7 +19,7 @@ from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.deadlines import ServiceClock
-from petals_lightning.client.room import Room
+from petals_lightning.client.flow_control import RequestWindow
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, ProtocolError
 from petals_lightning.protocol.auth import is_proof, new_nonce, prove
@@ -82,7 +82,7 @@ class PeerConnection:
         self._writer = MessageWriter(writer)
         self._ids, self._last_id = itertools.count(1), 0
         self._pending: dict[int, _Call] = {}
-        self._room = Room(max_requests=1, max_bytes=0)  # until the server has said what it grants
+        self._window = RequestWindow(max_requests=1, max_bytes=0)  # until the server has said what it grants
         self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Task[None]]] = OrderedDict()
         self._failure: PeerFailure | None = None
         self._pinged_at: float | None = None  # when the oldest ping was sent that has brought no sign of life yet
@@ -129,7 +129,7 @@ class PeerConnection:
             raise PeerFailure(
                 self.peer, f"grants nonsense: {requests!r} requests, {num_bytes!r} bytes, {tokens!r} tokens"
             )
-        self._room = Room(max(1, requests // 2), num_bytes // 2)
+        self._window = RequestWindow(max(1, requests // 2), num_bytes // 2)
 
     @property
     def is_open(self) -> bool:
@@ -156,7 +156,7 @@ class PeerConnection:
         call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout, message.answer_bytes)
         call.clock.hold()
         try:
-            async with self._room.enter(message.num_bytes):
+            async with self._window.enter(message.num_bytes):
                 if self._failure is not None:
                     raise self._failure
                 self._pending[call_id] = call

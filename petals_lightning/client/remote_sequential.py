@@ -18,7 +18,7 @@ from petals_lightning.client.audit import Judge
 from petals_lightning.client.autograd import RemoteBlocks, RemoteRunner
 from petals_lightning.client.block_pass import BlockPass
 from petals_lightning.client.config import ClientConfig
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.client.pipeline import Pipeline
 from petals_lightning.client.router import Router
 from petals_lightning.client.routing import RouteSpan

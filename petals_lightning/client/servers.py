@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from petals_lightning import __version__
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
-from petals_lightning.client.petals_connection import PetalsConnection
+from petals_lightning.client.petals.connection import PetalsConnection
 from petals_lightning.client.routing import format_blocks
 from petals_lightning.client.server_connection import ServerConnection
 from petals_lightning.client.speed import DEFAULT_HOP_SECONDS, SpeedEstimates

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from petals_lightning.client import ClientConfig, petals_connection, petals_session
-from petals_lightning.client.petals_calls import MAX_BATCH_TOKENS, rolls_back
+from petals_lightning.client import ClientConfig
+from petals_lightning.client.petals import connection as petals_connection
+from petals_lightning.client.petals import session as petals_session
+from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, rolls_back
 from petals_lightning.errors import IncompatibleServerError, NoCacheRoomError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.limits import ServerLimits

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Room:
+class RequestWindow:
     """Requests wait here until the server has room for them; first come, first served.
 
     Args:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_lightning.client.petals_calls import MAX_BATCH_TOKENS, InferenceCall, PetalsCalls
-from petals_lightning.client.petals_shapes import with_prefix
+from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, InferenceCall, PetalsCalls
+from petals_lightning.client.petals.shapes import with_prefix
 from petals_lightning.errors import PeerFailure, UnsupportedInputError
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.steps import PetalsStep

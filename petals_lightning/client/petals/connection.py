@@ -22,10 +22,10 @@ from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.deadlines import ServiceClock
-from petals_lightning.client.petals_calls import MAX_BATCH_TOKENS, PetalsCalls, rolls_back
-from petals_lightning.client.petals_session import PetalsSession
-from petals_lightning.client.petals_shapes import input_grads, output_grad, output_of, prompts_of, with_prefix
-from petals_lightning.client.room import Room
+from petals_lightning.client.flow_control import RequestWindow
+from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, PetalsCalls, rolls_back
+from petals_lightning.client.petals.session import PetalsSession
+from petals_lightning.client.petals.shapes import input_grads, output_grad, output_of, prompts_of, with_prefix
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
@@ -70,7 +70,7 @@ class PetalsConnection:
         self._config, self._stats, self._on_failure = config, stats, on_failure
         self.sliding_window: int | None = None
         self._ids = itertools.count(1)
-        self._room = Room(_MAX_REQUESTS, _MAX_BYTES)
+        self._window = RequestWindow(_MAX_REQUESTS, _MAX_BYTES)
         self._prompts: OrderedDict[tuple[int, int, int], tuple[int, torch.Tensor]] = OrderedDict()
         self._sessions: dict[int, PetalsSession] = {}
         self._failure: PeerFailure | None = None
@@ -133,7 +133,7 @@ class PetalsConnection:
         clock = clock or ServiceClock()
         clock.hold()
         began = time.perf_counter()
-        async with self._room.enter(message.num_bytes):
+        async with self._window.enter(message.num_bytes):
             clock.restart()
             answer = self._answer(message, clock.restart)
             tensors = await self._in_time(answer, deadline or self._config.request_timeout, clock)
