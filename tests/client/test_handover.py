@@ -28,7 +28,7 @@ from petals_lightning.server.server import Server
 from tests.families import HIDDEN, VOCAB
 from tests.models.test_parity import assert_same_gradients, pair
 from tests.sessions import random_prompts, relative_error
-from tests.swarms import InProcessSwarm
+from tests.swarms import InProcessSwarm, segment_sizes
 
 THREE = [(0, 1), (1, 3), (3, 4)]
 IDS = torch.randint(1, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -97,6 +97,22 @@ def strike(server: Server, method: str, number: signal.Signals, struck_in: list[
         return honest(*args, **kwargs)
 
     setattr(server.span, method, struck)
+
+
+@pytest.mark.ours("of the others, none can hand over")
+@pytest.mark.parametrize(
+    ("spans", "sizes"),
+    [([(0, 1), (3, 4), (1, 3)], [2, 1]), ([(1, 2), (0, 1), (2, 4)], [1, 2])],
+    ids=["ours in front", "ours behind"],
+)
+def test_ours_hand_over_where_a_server_in_the_chain_cannot(spans, sizes, tiny_checkpoint, start_swarm):
+    checkpoint = tiny_checkpoint("llama")
+    remote, local = load_pair(checkpoint, start_swarm(checkpoint, spans, servers="mixed"))  # the second one is Petals'
+    assert segment_sizes(remote(input_ids=IDS, labels=IDS).loss) == sizes
+    assert_trains_as_local(remote, local)
+    assert_generates_as_local(remote, local)
+    assert remote_blocks(remote).stats.handovers == 1 + 2 + 7
+    assert remote_blocks(remote).stats.retries == 0
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2], ids=["first", "middle", "last"])
