@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.full_last_block import run_on_all_positions
 from petals_lightning.cli.main import main
-from petals_lightning.server.span import BlockSpan, SpanGraph
+from petals_lightning.server.blocks.span import BlockSpan, SpanGraph
 
 
 def throttle(seconds: float) -> None:

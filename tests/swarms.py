@@ -19,8 +19,8 @@ import torch
 from petals_lightning.cli.main import main
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmNode
 

@@ -26,20 +26,25 @@ from petals_lightning.protocol.checks import WIRE_DTYPES
 from petals_lightning.protocol.messages import STREAM_METHOD
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.cpu_decoding import order_weights_for_decoding
-from petals_lightning.server.graphs import measure_graph_cost
-from petals_lightning.server.inference import measure_cache_bytes
-from petals_lightning.server.joint_steps import verify_joint_steps
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.links import Links
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.blocks.cpu_decoding import order_weights_for_decoding
+from petals_lightning.server.blocks.graphs import measure_graph_cost
+from petals_lightning.server.blocks.self_checks import (
+    check_family,
+    verify_sessions,
+    verify_shared_prefix,
+    verify_skipping,
+)
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
+from petals_lightning.server.client_stream import Session
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.peer_links import Links
 from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
-from petals_lightning.server.session import Session
-from petals_lightning.server.span import BlockSpan, SpanInputs
-from petals_lightning.server.trials import check_family, verify_sessions, verify_shared_prefix, verify_skipping
+from petals_lightning.server.resources import Backend
+from petals_lightning.server.sessions.batched_decoding import verify_joint_steps
+from petals_lightning.server.sessions.session_cache import measure_cache_bytes
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME

@@ -27,7 +27,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.protocol.identity import Identity
 from petals_lightning.swarm.guard import ProcessGuard
-from petals_lightning.swarm.hivemind_repairs import acknowledge_end, repair_unary_calls
+from petals_lightning.swarm.hivemind_patches import acknowledge_end, repair_unary_calls
 
 logger = logging.getLogger(__name__)
 

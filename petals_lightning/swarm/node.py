@@ -27,7 +27,7 @@ from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.protocol.identity import Identity
 from petals_lightning.swarm.daemon import P2PDaemon
-from petals_lightning.swarm.hivemind_repairs import bound_nesting
+from petals_lightning.swarm.hivemind_patches import bound_nesting
 from petals_lightning.swarm.identity_check import check_identity_is_free
 from petals_lightning.swarm.joining import Acquaintances, ClockError, meet
 from petals_lightning.swarm.public import is_public

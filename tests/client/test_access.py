@@ -15,7 +15,7 @@ from petals_lightning.protocol.auth import new_nonce, prove, read_token
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import STREAM_METHOD, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
-from petals_lightning.server.access import AccessRules, Gate, read_peer_list
+from petals_lightning.server.access.rules import AccessRules, Gate, read_peer_list
 from petals_lightning.swarm.streams import open_stream
 from tests.families import HIDDEN, NUM_BLOCKS
 from tests.swarms import InProcessSwarm

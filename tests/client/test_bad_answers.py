@@ -19,7 +19,7 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.server.backend import Refusal
+from petals_lightning.server.resources import Refusal
 from petals_lightning.server.server import Server
 from tests.families import NUM_BLOCKS
 from tests.swarms import InProcessSwarm

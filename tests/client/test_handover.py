@@ -22,8 +22,8 @@ from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.protocol.messages import CHUNK_BYTES, Message, Method
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.server import Server
 from tests.families import HIDDEN, VOCAB
 from tests.models.test_parity import assert_same_gradients, pair

@@ -9,7 +9,7 @@ import torch
 
 from petals_lightning.errors import NoCacheRoomError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
 from tests.families import HIDDEN, TINY_CONFIGS
 from tests.sessions import GENERATING, P, assert_steps_equal_one_forward, random_prompts, relative_error
 

@@ -18,10 +18,10 @@ import torch
 from petals_lightning.cli.main import main
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.records import ServerRecord
-from petals_lightning.server import limits
-from petals_lightning.server.backend import Refusal
+from petals_lightning.server.access import limits
+from petals_lightning.server.client_stream import Session
+from petals_lightning.server.resources import Refusal
 from petals_lightning.server.server import Server
-from petals_lightning.server.session import Session
 
 MIB = 1 << 20
 REQUESTS, GRAPHS, CACHE = 1024 * MIB, 512 * MIB, 256 * MIB

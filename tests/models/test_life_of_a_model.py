@@ -21,7 +21,7 @@ from petals_lightning.models import (
     AutoDistributedModelForSequenceClassification,
     prompts_of,
 )
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.swarm import SwarmNode
 from tests.families import HIDDEN, VOCAB
 from tests.models.test_parity import relative_error, right_padded_batch

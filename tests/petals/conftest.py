@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.swarm import SwarmNode
 from tests.families import NUM_BLOCKS
 from tests.petals.calls import PetalsCaller, peer_id

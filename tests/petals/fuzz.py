@@ -32,12 +32,12 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward, read_response
 from petals_lightning.protocol.petals.metadata import dump, load_dict, parse_error
 from petals_lightning.protocol.petals.steps import NextServer, PetalsStep
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.petals.methods import CallFailed
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.resources import Backend
 from petals_lightning.swarm import SwarmNode
 from tests.families import HIDDEN
 from tests.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients

@@ -12,8 +12,8 @@ from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertUID
 
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward, read_response
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.swarm import SwarmNode
 from tests.families import HIDDEN, NUM_BLOCKS
 from tests.petals.calls import ROOM, PetalsCaller, failure, peer_id, step

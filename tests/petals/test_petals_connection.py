@@ -11,7 +11,7 @@ from petals_lightning.client import ClientConfig, petals_connection, petals_sess
 from petals_lightning.client.petals_calls import MAX_BATCH_TOKENS, rolls_back
 from petals_lightning.errors import IncompatibleServerError, NoCacheRoomError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
 from tests.families import HIDDEN
 from tests.sessions import random_prompts, relative_error
 

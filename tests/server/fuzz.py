@@ -27,11 +27,11 @@ import torch
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import FRAME_PREFIX, FrameKind, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import GraphCost
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.session import Session
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.blocks.graphs import GraphCost
+from petals_lightning.server.client_stream import Session
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.resources import Backend
 from tests.families import HIDDEN
 from tests.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
 

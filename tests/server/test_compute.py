@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from petals_lightning.server.compute import ComputeThread, JointWork, Priority
+from petals_lightning.server.execution.compute import ComputeThread, JointWork, Priority
 
 
 @pytest.fixture

@@ -14,15 +14,15 @@ from petals_lightning.protocol.handover import Hop, UsedCalls, carried_tensors, 
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server import links
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import GraphCost
-from petals_lightning.server.session import Session
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server import peer_links
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.blocks.graphs import GraphCost
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.client_stream import Session
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.resources import Backend
 from tests.families import HIDDEN
-from tests.server.test_session import LIMITS, Client, forward, span  # noqa: F401 (a fixture)
+from tests.server.test_client_stream import LIMITS, Client, forward, span  # noqa: F401 (a fixture)
 
 CLIENT, SERVER = "QmClient", "QmServer"
 
@@ -190,7 +190,7 @@ def test_a_request_waits_for_prompts_that_come_another_way(span, monkeypatch):  
         call, reply, _ = await client.next()
         assert call == 50
         assert torch.equal(reply.tensors["hidden"], expected)
-        monkeypatch.setattr("petals_lightning.server.session._PROMPTS_PATIENCE", 0.05)
+        monkeypatch.setattr("petals_lightning.server.client_stream._PROMPTS_PATIENCE", 0.05)
         await server.ask(await permitted(client, forward(prefix=prefix, prompts_key=6), 60))
         assert (await client.next())[1].fields["code"] == ErrorCode.PROMPTS_LOST
 
@@ -214,12 +214,12 @@ def test_a_server_without_links_says_so(span):  # noqa: F811
 
 
 def test_a_link_whose_other_end_takes_nothing_is_given_up(monkeypatch):
-    monkeypatch.setattr(links, "_PATIENCE", 0.2)
+    monkeypatch.setattr(peer_links, "_PATIENCE", 0.2)
 
     async def main() -> None:
         writers = []
         silent = await asyncio.start_server(lambda reader, writer: writers.append(writer), "127.0.0.1", 0)
-        link = links._Link(*await asyncio.open_connection(*silent.sockets[0].getsockname()))
+        link = peer_links._Link(*await asyncio.open_connection(*silent.sockets[0].getsockname()))
         with pytest.raises(ConnectionError, match="does not take"):
             await link.send(forward())
         assert not link.is_open

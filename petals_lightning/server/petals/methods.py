@@ -37,13 +37,13 @@ from petals_lightning.protocol.petals.methods import (
 from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.petals.wire import REQUEST
 from petals_lightning.protocol.uids import parse_chain
-from petals_lightning.server.access import Gate
-from petals_lightning.server.backend import Backend, Refusal
-from petals_lightning.server.compute import Priority
+from petals_lightning.server.access.rules import Gate
+from petals_lightning.server.blocks.span import SpanInputs
+from petals_lightning.server.execution.compute import Priority
 from petals_lightning.server.petals.reachability import CALL_ERRORS, Reachability
 from petals_lightning.server.petals.session import PetalsSession
 from petals_lightning.server.petals.stream import Arrival, CallStream, Charge, end, end_with_error
-from petals_lightning.server.span import SpanInputs
+from petals_lightning.server.resources import Backend, Refusal
 
 logger = logging.getLogger(__name__)
 

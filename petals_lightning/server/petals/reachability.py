@@ -8,8 +8,8 @@ from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, PeerI
 from hivemind.proto import dht_pb2
 
 from petals_lightning.protocol.petals.methods import ReachabilityProtocol
-from petals_lightning.server.access import Gate
-from petals_lightning.server.backend import Backend
+from petals_lightning.server.access.rules import Gate
+from petals_lightning.server.resources import Backend
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from petals_lightning.protocol.petals.calls import RequestJoiner, to_response
 from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import DTYPE_NAMES
-from petals_lightning.server.backend import Backend, Refusal, stream_numbers
-from petals_lightning.server.joint_steps import SessionStep
 from petals_lightning.server.petals.stream import Arrival, CallStream
+from petals_lightning.server.resources import Backend, Refusal, stream_numbers
+from petals_lightning.server.sessions.batched_decoding import SessionStep
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
 from petals_lightning.protocol.petals.wire import REQUEST
 from petals_lightning.protocol.uploads import Pace, PatientReader, stalled
-from petals_lightning.server.admission import Accounts
-from petals_lightning.server.backend import Refusal
+from petals_lightning.server.access.quotas import Accounts
+from petals_lightning.server.resources import Refusal
 
 _READ_AHEAD = 2  # messages
 _PIECE_BYTES = 1 << 18

@@ -14,10 +14,10 @@ import torch
 
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
-from petals_lightning.server.limits import room_for
-from petals_lightning.server.span import BlockSpan
-from petals_lightning.server.transfers import Transfers
+from petals_lightning.server.access.limits import room_for
+from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.blocks.transfers import Transfers
 
 _RECENT = 1.0  # seconds for which a session counts as in use after a step
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from petals_lightning.hf.compat import CacheLayer
-from petals_lightning.server.kv_cache import SpanCache
+from petals_lightning.server.blocks.kv_cache import SpanCache
 
 
 class PrefixLayer(CacheLayer):

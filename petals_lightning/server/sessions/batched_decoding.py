@@ -15,12 +15,12 @@ import torch
 
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server.backend import Refusal
-from petals_lightning.server.compute import JointWork, Priority
-from petals_lightning.server.inference import SessionCache
-from petals_lightning.server.kv_cache import SpanCache, StackedLayer
-from petals_lightning.server.span import BlockSpan
-from petals_lightning.server.trials import same_outputs
+from petals_lightning.server.blocks.kv_cache import SpanCache, StackedLayer
+from petals_lightning.server.blocks.self_checks import same_outputs
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.execution.compute import JointWork, Priority
+from petals_lightning.server.resources import Refusal
+from petals_lightning.server.sessions.session_cache import SessionCache
 
 _MAX_POSITIONS = 32  # B·n of a joint step: with more, arithmetic takes longer than reading weights
 _BRIEF = 0.01  # seconds for which nobody minds an event loop that stands still

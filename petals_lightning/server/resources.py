@@ -12,23 +12,23 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.admission import Accounts
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import GraphCost, GraphStore
-from petals_lightning.server.inference import (
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.quotas import Accounts
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.blocks.graphs import GraphCost, GraphStore
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.peer_links import Links
+from petals_lightning.server.sessions.session_cache import (
     SESSION_BLOCK_BYTES,
     SESSION_BYTES,
     CacheStore,
     SessionCache,
     SessionKey,
 )
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.links import Links
-from petals_lightning.server.span import BlockSpan
 
 if TYPE_CHECKING:
-    from petals_lightning.server.session import Session
+    from petals_lightning.server.client_stream import Session
 
 logger = logging.getLogger(__name__)
 

@@ -32,14 +32,14 @@ from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, 
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import INT8_BLOCKWISE
-from petals_lightning.server.access import Gate
-from petals_lightning.server.admission import Account
-from petals_lightning.server.backend import Backend, Refusal, stream_numbers
-from petals_lightning.server.compute import Priority
-from petals_lightning.server.heap import give_back
-from petals_lightning.server.inference import SessionCache
-from petals_lightning.server.joint_steps import SessionStep
-from petals_lightning.server.span import PrefixRun, SpanGraph, SpanInputs
+from petals_lightning.server.access.quotas import Account
+from petals_lightning.server.access.rules import Gate
+from petals_lightning.server.blocks.span import PrefixRun, SpanGraph, SpanInputs
+from petals_lightning.server.execution.compute import Priority
+from petals_lightning.server.execution.malloc_trim import give_back
+from petals_lightning.server.resources import Backend, Refusal, stream_numbers
+from petals_lightning.server.sessions.batched_decoding import SessionStep
+from petals_lightning.server.sessions.session_cache import SessionCache
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.models import AutoDistributedModel, AutoDistributedModelForCausalLM, remote_blocks
-from petals_lightning.server.span import BlockSpan
-from petals_lightning.server.trials import check_family, verify_sessions
+from petals_lightning.server.blocks.self_checks import check_family, verify_sessions
+from petals_lightning.server.blocks.span import BlockSpan
 from tests.families import (
     COMMON,
     GROUPED,

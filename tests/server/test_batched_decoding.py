@@ -13,13 +13,13 @@ import torch
 
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server import joint_steps
-from petals_lightning.server.backend import Refusal
-from petals_lightning.server.compute import ComputeThread, Priority
-from petals_lightning.server.inference import CacheStore, SessionCache
-from petals_lightning.server.joint_steps import SessionStep, verify_joint_steps
-from petals_lightning.server.kv_cache import StackedLayer
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.blocks.kv_cache import StackedLayer
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.execution.compute import ComputeThread, Priority
+from petals_lightning.server.resources import Refusal
+from petals_lightning.server.sessions import batched_decoding
+from petals_lightning.server.sessions.batched_decoding import SessionStep, verify_joint_steps
+from petals_lightning.server.sessions.session_cache import CacheStore, SessionCache
 from tests.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS, longrope_config, save_tiny_checkpoint
 from tests.sessions import random_prompts, relative_error
 
@@ -344,7 +344,7 @@ def test_steps_of_the_only_session_run_on_the_event_loops_thread(tiny_checkpoint
         return step(span, *args, **kwargs)
 
     monkeypatch.setattr(BlockSpan, "step", noted)
-    monkeypatch.setattr(joint_steps, "_BRIEF", 60.0)
+    monkeypatch.setattr(batched_decoding, "_BRIEF", 60.0)
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)])
     layers = remote_blocks(swarm.load(AutoDistributedModel, shared_peer=True))
     position = torch.randn(1, 1, HIDDEN)

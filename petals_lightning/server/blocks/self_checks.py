@@ -8,8 +8,8 @@ import torch
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.checkpoint import refusing
-from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
-from petals_lightning.server.span import BlockSpan, SpanInputs
+from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
 _TOKENS, _SAME = 8, 5  # of a sample in the trials of a family; that many are the same in both samples
 _SHORT = 2

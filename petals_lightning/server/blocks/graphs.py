@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
+from petals_lightning.server.blocks.span import BlockSpan, SpanGraph, SpanInputs
 
 GraphKey = tuple[int, int]  # stream, call id
 

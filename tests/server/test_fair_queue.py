@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_lightning.models import AutoDistributedModel, remote_blocks
-from petals_lightning.server.admission import Account, Accounts
-from petals_lightning.server.fair_queue import FairQueue
-from petals_lightning.server.limits import ServerLimits, room_for
+from petals_lightning.server.access.limits import ServerLimits, room_for
+from petals_lightning.server.access.quotas import Account, Accounts
+from petals_lightning.server.execution.fair_queue import FairQueue
 from tests.families import HIDDEN, NUM_BLOCKS
 
 DECODE, BACKWARD, FORWARD, PREFILL = 0, 1, 2, 3

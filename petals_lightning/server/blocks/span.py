@@ -25,10 +25,10 @@ from petals_lightning.hf.compat import cache_name
 from petals_lightning.hf.rotary import rotary_limit
 from petals_lightning.hf.skeleton import BlockLayout, sliced_config
 from petals_lightning.protocol.tensors import is_same
-from petals_lightning.server.cpu_decoding import threads_for
-from petals_lightning.server.kv_cache import SpanCache
-from petals_lightning.server.prefix_cache import KeysTaken, PrefixCache
-from petals_lightning.server.transfers import Transfers
+from petals_lightning.server.blocks.cpu_decoding import threads_for
+from petals_lightning.server.blocks.kv_cache import SpanCache
+from petals_lightning.server.blocks.prefix_cache import KeysTaken, PrefixCache
+from petals_lightning.server.blocks.transfers import Transfers
 
 
 @dataclass

@@ -17,12 +17,12 @@ from petals_lightning.hf.decoder import model_class
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import GraphCost
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.session import Session
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.blocks.graphs import GraphCost
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.client_stream import Session
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.resources import Backend
 from tests.families import HIDDEN
 
 LIMITS = ServerLimits(max_batch_tokens=64, max_message_bytes=8 << 20, max_open_requests=4)

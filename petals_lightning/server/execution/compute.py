@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
-from petals_lightning.server.fair_queue import LONG_STEP, SHORT_STEP, FairQueue, Ticket
-from petals_lightning.server.heap import HeapTrimmer
+from petals_lightning.server.execution.fair_queue import LONG_STEP, SHORT_STEP, FairQueue, Ticket
+from petals_lightning.server.execution.malloc_trim import HeapTrimmer
 
 logger = logging.getLogger(__name__)
 

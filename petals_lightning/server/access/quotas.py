@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from petals_lightning.server.limits import ServerLimits, room_for
+from petals_lightning.server.access.limits import ServerLimits, room_for
 
 
 @dataclass
