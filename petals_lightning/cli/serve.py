@@ -154,17 +154,17 @@ def serve(
             say(f"multiaddress: {maddr}")
 
     with progress:
-        server.start(say_addresses)
+        running = server.start(say_addresses)
     try:
-        span = server.span
-        say(f"ready: blocks {span.start}:{span.end} of {server.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
-        if not stop.wait_while(lambda: server.node.is_alive):
+        span = running.span
+        say(f"ready: blocks {span.start}:{span.end} of {running.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
+        if not stop.wait_while(lambda: running.node.is_alive):
             raise SwarmConnectionError(
                 "the libp2p daemon of this server has ended: nobody can reach it; start it again"
             )
         say("leaving: finishing what is under way")
     finally:
-        server.stop()
+        running.stop()
 
 
 class _LoadingBar:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import get_dht_time
@@ -17,10 +17,8 @@ from petals_lightning.protocol.checks import printable
 from petals_lightning.protocol.records import MAX_BLOCKS, MAX_NAME_LENGTH, ServerRecord
 from petals_lightning.protocol.signed_records import LISTED_KEY, SUBKEY_PREFIX, SignedRecord, signed_key
 from petals_lightning.protocol.uids import MODELS_KEY, block_uid
+from petals_lightning.swarm.node import SwarmNode
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
-
-if TYPE_CHECKING:
-    from petals_lightning.swarm.node import SwarmNode
 
 logger = logging.getLogger(__name__)
 

@@ -47,9 +47,7 @@ def hijack(swarm: InProcessSwarm, value: Any, lifetime: float, *, plain: bool = 
 
 
 def record_of(swarm: InProcessSwarm, **changes: Any) -> ServerRecord:
-    record = swarm.servers[0]._record
-    assert record is not None
-    return replace(record, **changes)
+    return replace(swarm.servers[0].record, **changes)
 
 
 @pytest.mark.parametrize("lifetime", [TEN_YEARS, 2 * MAX_LIFETIME])

@@ -152,7 +152,7 @@ def test_strangers_are_refused_every_method(rules, tiny_checkpoint, start_swarm)
         for call in calls:
             assert failure(call)[0] is ErrorCode.NOT_ALLOWED
         assert computed == []
-        assert not server._backend.accounts._accounts
+        assert not server.resources.quotas.clients
 
 
 def test_answers_that_are_too_large_for_one_message_are_refused_and_streamed(tiny_checkpoint, start_swarm):
