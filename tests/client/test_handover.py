@@ -77,8 +77,7 @@ def in_use(remote, swarm: InProcessSwarm) -> list[RunningServer]:
 
 
 def signal_daemon(server: RunningServer, number: signal.Signals) -> None:
-    process = server.node._daemon._process
-    assert process is not None
+    process = server.node.daemon.process
     process.send_signal(number)
     if number is signal.SIGKILL:
         process.wait(10)
