@@ -19,8 +19,9 @@ import torch
 from petals_lightning.cli.main import main
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.running_server import RunningServer
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmNode
 
@@ -81,7 +82,7 @@ class InProcessSwarm:
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
         self._rules, self._share_prefix, self._device = rules, share_prefix, device
         self._throughput = throughput
-        self.servers: list[Server] = []
+        self.servers: list[RunningServer] = []
         self._models: weakref.WeakSet[Any] = weakref.WeakSet()  # their blocks; of what a test drops nothing is kept
         self._client: SwarmNode | None = None
 
@@ -119,8 +120,7 @@ class InProcessSwarm:
                 throughput=self._throughput,
                 update_period=30,
             )
-            server.start()
-            self.servers.append(server)
+            self.servers.append(server.start())
         return self
 
     def __exit__(self, *exc_info: object) -> None:

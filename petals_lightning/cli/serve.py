@@ -98,7 +98,7 @@ def serve(
             raise ConfigurationError(f"{name} is {value:g}: it must be 0 or more")
     configure_logging(verbose)
     from petals_lightning.protocol.auth import read_token
-    from petals_lightning.server.access import AccessRules, read_peer_list
+    from petals_lightning.server.access.rules import AccessRules, read_peer_list
 
     rules = AccessRules(
         allowed_peers=read_peer_list(allow_peers) if allow_peers is not None else None,
@@ -109,7 +109,7 @@ def serve(
     import torch  # after OMP_WAIT_POLICY is set, and not for --help
 
     from petals_lightning.hf import Checkpoint
-    from petals_lightning.server.limits import ServerLimits
+    from petals_lightning.server.access.limits import ServerLimits
     from petals_lightning.server.server import Server, parse_block_indices
     from petals_lightning.swarm import SwarmNode
 
@@ -154,17 +154,17 @@ def serve(
             say(f"multiaddress: {maddr}")
 
     with progress:
-        server.start(say_addresses)
+        running = server.start(say_addresses)
     try:
-        span = server.span
-        say(f"ready: blocks {span.start}:{span.end} of {server.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
-        if not stop.wait_while(lambda: server.node.is_alive):
+        span = running.span
+        say(f"ready: blocks {span.start}:{span.end} of {running.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
+        if not stop.wait_while(lambda: running.node.is_alive):
             raise SwarmConnectionError(
                 "the libp2p daemon of this server has ended: nobody can reach it; start it again"
             )
         say("leaving: finishing what is under way")
     finally:
-        server.stop()
+        running.stop()
 
 
 class _LoadingBar:

@@ -8,7 +8,7 @@ from transformers import AutoModel
 from petals_lightning.client.segments import Segment
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.server.span import BlockSpan, SpanInputs
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
 
 class LocalJudge:

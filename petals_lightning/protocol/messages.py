@@ -98,6 +98,11 @@ class Message:
     reserved: int = 0
     answer_bytes: int = 0
 
+    @classmethod
+    def error(cls, code: ErrorCode, message: str) -> Message:
+        """The answer to a request that was refused or failed."""
+        return cls(Method.ERROR, {"code": code.value, "message": message})
+
     @property
     def num_bytes(self) -> int:
         """Of its tensors."""

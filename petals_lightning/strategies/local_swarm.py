@@ -71,7 +71,7 @@ class LocalSwarm(SwarmSource):
     def _start(self, model: ServedModel, log_dir: Path) -> None:
         ranges = self.block_ranges or split_evenly(_count_blocks(model), self.num_servers)
         deadline = time.monotonic() + self.start_timeout
-        self._guard = ProcessGuard()
+        self._guard = ProcessGuard.start()
         try:
             with Console(stderr=True).status(f"starting {len(ranges)} servers on this machine …"):
                 first = self._launch(0, ranges[0], ["--new-swarm"], model, log_dir)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from petals_lightning.cli.talking import Screen
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.hf.loading import quiet_transformers
-from petals_lightning.server.access import AccessRules
+from petals_lightning.server.access.rules import AccessRules
 from tests.chat_templates import GEMMA
 from tests.swarms import PREFIX, InProcessSwarm
 from tests.text_models import save_tiny_text_model
@@ -152,7 +152,7 @@ def test_a_chat_in_a_terminal(tmp_path, start_swarm):
         terminal.wait_until_it_waits()
         terminal.type("\x03")
         assert "/exit or Ctrl-D leaves" in terminal.wait_for("> ")
-        caches = [(server, server._backend.caches) for server in swarm.servers[1:]]
+        caches = [(server, server.resources.caches) for server in swarm.servers[1:]]
         used = [server for server, cache in caches if cache.num_bytes]
         assert len(used) == 1
         used[0].stop(timeout=0.1)

@@ -19,8 +19,8 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.server.backend import Refusal
-from petals_lightning.server.server import Server
+from petals_lightning.server.resources import Refusal
+from petals_lightning.server.running_server import RunningServer
 from tests.families import NUM_BLOCKS
 from tests.swarms import InProcessSwarm
 
@@ -43,13 +43,13 @@ def load(swarm: InProcessSwarm, **config: Any) -> Any:
     return swarm.load(AutoDistributedModelForSequenceClassification, client_config=settings, **OPTIONS)
 
 
-def chosen(model: Any, swarm: InProcessSwarm) -> Server:
+def chosen(model: Any, swarm: InProcessSwarm) -> RunningServer:
     """The server that the model uses now."""
     peer = remote_blocks(model).route(BATCH["input_ids"].numel())[0].peer_id
     return next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
 
 
-def fails(server: Server, method: str, error: Exception, times: float = float("inf")) -> list[float]:
+def fails(server: RunningServer, method: str, error: Exception, times: float = float("inf")) -> list[float]:
     """From now on `span.forward` or `span.backward` raises an error, so many times; when it did is in the list."""
     honest: Callable[..., Any] = getattr(server.span, method)
     calls: list[float] = []
@@ -166,7 +166,7 @@ def test_servers_without_room_do_not_keep_from_one_that_has(tiny_checkpoint, sta
     model = load(swarm, max_retries=1, ban_period=30.0)
     asked: set[str] = set()
 
-    def only_the_sixth(server: Server) -> Callable[..., Any]:
+    def only_the_sixth(server: RunningServer) -> Callable[..., Any]:
         honest, peer = server.span.forward, server.node.peer_id.to_base58()
 
         def forward(*args: Any) -> Any:
@@ -195,8 +195,7 @@ def test_a_queue_that_never_moves_is_waited_for_no_longer_than_is_said(tiny_chec
         return honest(*args)
 
     liar.span.forward = never  # type: ignore
-    assert liar._backend is not None
-    liar._backend.compute.ahead = lambda key: 1  # type: ignore[method-assign]
+    liar.resources.compute.ahead = lambda key: 1  # type: ignore[method-assign]
     began = time.monotonic()
     assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     assert time.monotonic() - began > 1.0  # it was not given up at once: honest queues take their time
@@ -216,8 +215,7 @@ def test_a_queue_that_never_moves_costs_one_step(tiny_checkpoint, start_swarm, m
         raise AssertionError("nobody waits for this")
 
     liar.span.forward_with_graph = never  # type: ignore
-    assert liar._backend is not None
-    liar._backend.compute.ahead = lambda key: 1  # type: ignore[method-assign]
+    liar.resources.compute.ahead = lambda key: 1  # type: ignore[method-assign]
     for _ in range(5):
         assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     assert len(asked) == remote_blocks(model).stats.hedges == 1

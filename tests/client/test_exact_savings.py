@@ -13,8 +13,8 @@ from petals_lightning.models import (
     remote_blocks,
 )
 from petals_lightning.models.local import LocalModelForSequenceClassification
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.blocks.span import BlockSpan
 from tests.families import HIDDEN
 from tests.models.test_parity import assert_same_gradients, pair, right_padded_batch
 from tests.swarms import micro_batches

@@ -22,9 +22,9 @@ from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.protocol.messages import CHUNK_BYTES, Message, Method
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.server import Server
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.running_server import RunningServer
 from tests.families import HIDDEN, VOCAB
 from tests.models.test_parity import assert_same_gradients, pair
 from tests.sessions import random_prompts, relative_error
@@ -71,14 +71,13 @@ def assert_generates_as_local(remote, local) -> None:
     assert len(expected.unique()) > 3, "the test is blind: the model repeats itself"
 
 
-def in_use(remote, swarm: InProcessSwarm) -> list[Server]:
+def in_use(remote, swarm: InProcessSwarm) -> list[RunningServer]:
     servers = {server.node.peer_id.to_base58(): server for server in swarm.servers}
     return [servers[leg.peer_id] for leg in remote_blocks(remote).route(IDS.numel())]
 
 
-def signal_daemon(server: Server, number: signal.Signals) -> None:
-    process = server.node._daemon._process
-    assert process is not None
+def signal_daemon(server: RunningServer, number: signal.Signals) -> None:
+    process = server.node.daemon.process
     process.send_signal(number)
     if number is signal.SIGKILL:
         process.wait(10)
@@ -86,7 +85,7 @@ def signal_daemon(server: Server, number: signal.Signals) -> None:
         time.sleep(0.001)  # on a busy machine a stopped process's threads go on for a moment, and would answer
 
 
-def strike(server: Server, method: str, number: signal.Signals, struck_in: list[str]) -> None:
+def strike(server: RunningServer, method: str, number: signal.Signals, struck_in: list[str]) -> None:
     """The server falls silent while it computes the next `method`: its daemon is struck, so nobody hears it."""
     honest = getattr(server.span, method)
 
@@ -242,7 +241,7 @@ def test_a_server_that_cannot_reach_the_next_costs_nothing_but_the_direct_way(ti
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, THREE)
     remote, local = load_pair(checkpoint, swarm)
-    middle = swarm.servers[1]._backend
+    middle = swarm.servers[1].resources
     links, middle.links = middle.links, None
     assert_generates_as_local(remote, local)
     assert_trains_as_local(remote, local)
@@ -262,7 +261,7 @@ def test_servers_of_a_private_swarm_hand_over_without_rules_of_their_own(tiny_ch
     remote, local = load_pair(checkpoint, swarm, swarm_token=token)
     client = remote_blocks(remote)._swarm.node.peer_id.to_base58()
     for server in swarm.servers:
-        server._backend.rules = AccessRules(allowed_peers=frozenset([client]), token=token)
+        server.resources.rules = AccessRules(allowed_peers=frozenset([client]), token=token)
     servers = remote_blocks(remote)._swarm.servers
     for peer in list(servers._connections):  # streams that were opened under the old rules
         servers.node.loop.call_soon_threadsafe(servers._connections.pop(peer).close)
@@ -276,7 +275,7 @@ def test_an_old_envelope_sent_again_changes_no_gradient(tiny_checkpoint, start_s
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, THREE)
     remote, local = load_pair(checkpoint, swarm)
-    links = swarm.servers[0]._backend.links
+    links = swarm.servers[0].resources.links
     honest, envelopes, refusals = links.send, [], []
 
     async def send(peer: str, message: Message) -> None:
@@ -301,12 +300,12 @@ def test_an_old_envelope_sent_again_changes_no_gradient(tiny_checkpoint, start_s
 def test_a_server_hands_over_nothing_that_the_next_one_does_not_take(rules, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, 2), (2, 4)], rules=rules)
-    taking = swarm.servers[1]._backend
+    taking = swarm.servers[1].resources
     taking.limits = replace(taking.limits, max_message_bytes=4 * CHUNK_BYTES)
     taking.info["max_message_bytes"] = 4 * CHUNK_BYTES
     remote, local = load_pair(checkpoint, swarm, swarm_token=rules.token if rules else None)
     assert_trains_as_local(remote, local)
-    stats, links = remote_blocks(remote).stats, swarm.servers[0]._backend.links
+    stats, links = remote_blocks(remote).stats, swarm.servers[0].resources.links
     ((peer, opening),) = links._links.items()
     large = Message(Method.HANDOVER, {}, {"hidden": torch.zeros(5 * CHUNK_BYTES // 4)})
     with pytest.raises(ConnectionError, match=r"a message of 1310720 bytes, it takes up to 524288"):
@@ -343,7 +342,7 @@ def test_a_stream_that_ends_between_forward_and_backward_counts_as_a_retry(
         assert stats.handovers
         server = in_use(remote, swarm)[number]
         connection = servers._connections[server.node.peer_id.to_base58()]
-        for session in list(server._backend.sessions.values()):
+        for session in list(server.streams.values()):
             server.node.loop.call_soon_threadsafe(session._writer.close)
         while connection.is_open:
             time.sleep(0.01)

@@ -22,7 +22,7 @@ from petals_lightning.protocol.identity import Identity
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, SignedRecord, signed_key
 from petals_lightning.protocol.uids import block_uid
-from petals_lightning.server.access import AccessRules
+from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
@@ -47,9 +47,7 @@ def hijack(swarm: InProcessSwarm, value: Any, lifetime: float, *, plain: bool = 
 
 
 def record_of(swarm: InProcessSwarm, **changes: Any) -> ServerRecord:
-    record = swarm.servers[0]._record
-    assert record is not None
-    return replace(record, **changes)
+    return replace(swarm.servers[0].record, **changes)
 
 
 @pytest.mark.parametrize("lifetime", [TEN_YEARS, 2 * MAX_LIFETIME])

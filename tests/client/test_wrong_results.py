@@ -31,6 +31,7 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.judge import LocalJudge
 from petals_lightning.models.local import LocalModelForSequenceClassification
+from petals_lightning.server.running_server import RunningServer
 from petals_lightning.server.server import Server
 from tests.families import HIDDEN, NUM_BLOCKS
 from tests.swarms import InProcessSwarm, peer_with_the_graph
@@ -47,7 +48,7 @@ def load(swarm: InProcessSwarm, **config):
     )
 
 
-def tamper(server: Server, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def tamper(server: RunningServer, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """From now on the server answers `change(hidden)` in forwards, and gradients that follow from it."""
     honest = server.span.forward
 
@@ -58,7 +59,7 @@ def tamper(server: Server, change: Callable[[torch.Tensor], torch.Tensor]) -> No
     server.span.forward = forward
 
 
-def chosen(model, swarm: InProcessSwarm) -> Server:
+def chosen(model, swarm: InProcessSwarm) -> RunningServer:
     """The server that the model uses now."""
     peer = remote_blocks(model).route(BATCH["input_ids"].numel())[0].peer_id
     return next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
@@ -236,10 +237,10 @@ def take_weights_away(checkpoint: Path) -> None:
 
 
 def test_who_claims_to_be_fast_does_not_become_everybodys_auditor(tiny_checkpoint, start_swarm, monkeypatch):
-    measure = Server._measure
+    record = Server._record
     claims = iter([1e9, 1.0, 1.0, 1.0])
     monkeypatch.setattr(
-        Server, "_measure", lambda self, span: replace(measure(self, span), tokens_per_second=next(claims))
+        Server, "_record", lambda self, *args: replace(record(self, *args), tokens_per_second=next(claims))
     )
     swarm = start_swarm(tiny_checkpoint("llama"), [ALL, ALL, ALL, ALL])
     router = remote_blocks(load(swarm))._swarm.router

@@ -180,7 +180,7 @@ def test_a_model_works_on_after_a_refused_call(model):
 
 def test_an_oversized_request_comes_back_with_the_servers_words(tiny_checkpoint, start_swarm):
     from petals_lightning.errors import RemoteRequestError
-    from petals_lightning.server.limits import ServerLimits
+    from petals_lightning.server.access.limits import ServerLimits
 
     swarm: InProcessSwarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], limits=ServerLimits(max_batch_tokens=10))
     layers = remote_blocks(swarm.load(AutoDistributedModel))

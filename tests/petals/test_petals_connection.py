@@ -13,7 +13,7 @@ from petals_lightning.client.petals import session as petals_session
 from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, rolls_back
 from petals_lightning.errors import IncompatibleServerError, NoCacheRoomError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
 from tests.families import HIDDEN
 from tests.sessions import random_prompts, relative_error
 

@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from petals_lightning.server.graphs import GraphStore
-from petals_lightning.server.span import SpanGraph, SpanInputs
+from petals_lightning.server.blocks.graphs import GraphStore
+from petals_lightning.server.blocks.span import SpanGraph, SpanInputs
 
 
 def graph(num_bytes: int = 10) -> SpanGraph:

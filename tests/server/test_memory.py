@@ -16,7 +16,7 @@ from petals_lightning.protocol import framing, uploads
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server import limits
+from petals_lightning.server.access import limits
 from tests.attacks import (
     Attacker,
     RawStream,

@@ -47,15 +47,14 @@ class Requests:
 
     def __init__(self, swarm: InProcessSwarm, wanted: int):
         (server,) = swarm.servers
-        backend, honest, self.open, self.count = server._backend, server.span.forward, 0, 0
-        assert backend is not None
+        resources, honest, self.open, self.count = server.resources, server.span.forward, 0, 0
         came = threading.Event()
 
         def forward(*inputs: Any) -> Any:
-            while backend.under_way < wanted and not came.wait(0.01):
+            while resources.open_requests < wanted and not came.wait(0.01):
                 pass
             came.set()
-            self.open, self.count = max(self.open, backend.under_way), self.count + 1
+            self.open, self.count = max(self.open, resources.open_requests), self.count + 1
             return honest(*inputs)
 
         span: Any = server.span

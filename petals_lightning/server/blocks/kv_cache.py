@@ -1,6 +1,6 @@
 """Keys and values of a session, appended in place.
 
-Shapes: B batch, T positions held, D head size; keys and values may differ in D, and blocks in heads and D.
+Shapes: B batch, T positions held, D head size. Keys and values may differ in D; blocks may differ in heads and D.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ _FIRST_CAPACITY = 64  # positions
 
 
 class GrowingLayer(CacheLayer):
-    """Holds keys and values [B, heads, T, D] in buffers that double when full, so that a step copies nothing old.
+    """Holds keys and values [B, heads, T, D] in buffers that double when full, so that a step copies only new ones.
 
-    Sliding windows are left to the attention mask, which sees all T positions: so any position can be rolled back to.
+    All T positions are kept, so a session can go back to any of them. The attention mask applies sliding windows.
 
     Args:
-        max_length: T never grows beyond this.
+        max_length: upper limit of T.
     """
 
     def __init__(self, max_length: int):
         super().__init__()
         self._max_length, self._length = max_length, 0
-        self._buffers: list[torch.Tensor] = []  # of keys and of values, [B, heads, capacity, D]
+        self._buffers: list[torch.Tensor] = []  # keys and values, [B, heads, capacity, D] each
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self._buffers = [
@@ -38,7 +38,7 @@ class GrowingLayer(CacheLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [B, heads, n, D]; returns all T + n."""
+        """Appends [B, heads, n, D]; returns all T + n positions."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self._length + key_states.shape[2]
@@ -79,15 +79,15 @@ class GrowingLayer(CacheLayer):
 
 
 class StackedLayer(CacheLayer):
-    """Layers of several sessions, read as one batch whose samples end at the same column.
+    """Layers of several sessions as one batch, aligned at the end like samples padded on the left.
 
-    Each session's layer takes in its own new positions. What is returned is a copy, with zeros in front of the shorter
-    ones, which the attention mask must hide.
+    Each session's own layer stores its new positions. Reads return a copy. Shorter sessions are padded with zeros on
+    the left, which the attention mask must hide.
 
     Args:
         layers: one per session.
-        batches: samples of each.
-        scratch: where copies are made; layers that run one after another share it.
+        batches: number of samples of each.
+        scratch: buffers for the copies; layers that run one after another share them.
     """
 
     def __init__(self, layers: Sequence[GrowingLayer], batches: Sequence[int], scratch: dict[Any, torch.Tensor]):
@@ -100,7 +100,7 @@ class StackedLayer(CacheLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [B of all, heads, n, D]; returns all T + n, T that of the longest."""
+        """Appends [B of all, heads, n, D]; returns T + n positions, with T of the longest session."""
         new = zip(key_states.split(self._batches), value_states.split(self._batches), strict=True)
         held = [layer.update(*pair) for layer, pair in zip(self._layers, new, strict=True)]
         return self._stack(0, [keys for keys, _ in held]), self._stack(1, [values for _, values in held])
@@ -120,7 +120,7 @@ class StackedLayer(CacheLayer):
 
 
 class SpanCache(Cache):
-    """A layer per hosted block, of which a sub-span uses those from `first` on: lengths are read from them."""
+    """One layer per hosted block. A pass uses those from block `first` on, and lengths are theirs."""
 
     def __init__(self, layers: Sequence[CacheLayer], first: int):
         super().__init__(layers=list(layers))

@@ -1,4 +1,4 @@
-"""Gives memory that was freed back to the system, so that budgets hold for the process and not only for tensors."""
+"""Returns freed memory to the system, so that budgets hold for the whole process and not only for tensors."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ _STATM = Path("/proc/self/statm")
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if _STATM.exists() else None
 
 
-def give_back() -> None:
-    """Returns what is free, in about 10 ms; for when much was freed at once."""
+def trim_heap() -> None:
+    """Returns all free memory, in about 10 ms; use it after much was freed at once."""
     if _TRIM is not None:
         _TRIM(0)
 
 
 class HeapTrimmer:
-    """For the threads that compute on a CPU; if two look at once, it is trimmed twice.
+    """Trims the heap when the process has grown. For the compute threads of a CPU server.
 
     glibc keeps freed memory in its heap, between tensors that stay: graphs and caches of 512 MiB made the process 690
     MiB larger. Its own remedy, a system mapping for each tensor (`MALLOC_MMAP_THRESHOLD_`), made steps take 1.37 times
-    as long. Does nothing where the C library is another one.
+    as long. Does nothing with another C library.
+
+    Not locked: if two threads check at the same time, the heap is trimmed twice.
     """
 
     def __init__(self) -> None:
-        self._largest, self._looked_at = 0, 0.0
+        self._largest, self._checked_at = 0, 0.0
 
     def trim(self) -> None:
-        """Returns what is free if the process is larger than at any look before: so not again and again (10 ms)."""
-        if _TRIM is None or (now := time.monotonic()) < self._looked_at + _PERIOD:
+        """Trims the heap if the process is larger than at any earlier check. That bounds how often it takes 10 ms."""
+        if _TRIM is None or (now := time.monotonic()) < self._checked_at + _PERIOD:
             return
-        self._looked_at = now
+        self._checked_at = now
         if (size := _resident_bytes()) >= self._largest + _GROWTH:
-            give_back()
+            trim_heap()
             self._largest = size
 
 

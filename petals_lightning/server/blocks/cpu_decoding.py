@@ -1,7 +1,7 @@
-"""How a CPU decodes: how the weights of linear layers lie, who multiplies a single position with them, and threads.
+"""Faster decoding on CPUs: memory order of weights, multiplication of single positions, number of threads.
 
-A decoded token reads all weights for one position, so it takes as long as that reading. All rules below are fixed and
-not trials, so that a server started again gives the same bits.
+Decoding a token reads all weights for one position, and takes as long as that reading. The rules below are fixed and
+not measured at start, so that a restarted server gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 
-_FEW = 4  # positions, whose products one thread reads weights for as fast as two
-_SHORT = 1 << 19  # positions held × hidden size: below that, waking threads for attention takes longer than they save
+_FEW = 4  # positions, up to which one thread reads weights as fast as two
+_SHORT = 1 << 19  # positions held × hidden size: below it, waking threads for attention takes longer than they save
 
 
 class DecodingLinear(nn.Linear):
-    """A linear layer without gradients for its weight [N, K], which lies column by column.
+    """A linear layer with a frozen weight [N, K], stored column by column.
 
-    One position is multiplied by NumPy's BLAS (OpenBLAS, in the wheels that everybody has): 0.75 to 0.94 × the time of
-    PyTorch's (MKL, on an EPYC; layers of 512² to 4096² weights, one thread each: more did not help PyTorch). All else
-    is PyTorch's, which is as good there and has gradients.
+    NumPy's BLAS (OpenBLAS, in NumPy's wheels) multiplies a single position: 0.75 to 0.94 × the time of PyTorch's (MKL,
+    on an EPYC; layers of 512² to 4096² weights, one thread each: more did not help PyTorch). PyTorch multiplies
+    everything else: it is as fast there, and has gradients.
 
     Attributes:
-        columns: [K, N], the weight's own memory: so it must stay where it is.
+        columns: [K, N], a view of the weight's memory, so the weight must not move.
     """
 
     columns: np.ndarray
@@ -40,11 +40,11 @@ class DecodingLinear(nn.Linear):
 
 
 def order_weights_for_decoding(model: nn.Module) -> None:
-    """Stores float32 weights of `nn.Linear` on a CPU column by column. Values, shapes and names stay as they are.
+    """Stores float32 weights of `nn.Linear` on a CPU column by column. Values, shapes and names do not change.
 
-    That takes single positions 0.7 × the time of row by row (PyTorch 2.13, EPYC, hidden 512 × 8 blocks, one thread and
-    two); forward and backward of 64 positions and more took 0.95–1.04 ×. In bfloat16 there was no difference, and GPUs
-    have kernels for both.
+    Single positions then take 0.7 × the time of row by row (PyTorch 2.13, EPYC, hidden 512 × 8 blocks, one thread and
+    two); forward and backward of 64 positions and more take 0.95–1.04 ×. bfloat16 shows no difference, and GPUs have
+    kernels for both orders.
     """
     for layer in (module for module in model.modules() if type(module) is nn.Linear):
         if layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu":
@@ -55,7 +55,7 @@ def order_weights_for_decoding(model: nn.Module) -> None:
 
 @contextmanager
 def threads_for(hidden: torch.Tensor, length: int) -> Iterator[None]:
-    """One thread for a step of few float32 positions on a CPU, where a second one is woken more often than it helps.
+    """Runs a step of few float32 positions with one CPU thread: waking a second one costs more than it saves.
 
     Args:
         hidden: [B, n, H] of the step.

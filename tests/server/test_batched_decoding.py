@@ -13,13 +13,13 @@ import torch
 
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server import joint_steps
-from petals_lightning.server.backend import Refusal
-from petals_lightning.server.compute import ComputeThread, Priority
-from petals_lightning.server.inference import CacheStore, SessionCache
-from petals_lightning.server.joint_steps import SessionStep, verify_joint_steps
-from petals_lightning.server.kv_cache import StackedLayer
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.blocks.kv_cache import StackedLayer
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.execution.compute import ComputeThread, Priority
+from petals_lightning.server.resources import Refusal
+from petals_lightning.server.sessions import batched_decoding
+from petals_lightning.server.sessions.batched_decoding import DecodeStep, verify_batched_decoding
+from petals_lightning.server.sessions.session_cache import CacheStore, SessionCache
 from tests.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS, longrope_config, save_tiny_checkpoint
 from tests.sessions import random_prompts, relative_error
 
@@ -45,7 +45,7 @@ class Talk:
         prompts = random_prompts(span.end - span.start) if prompted else {}
         opening = self.request(length, max_length=length + steps, **prompts)
         self.cache = SessionCache(span, opening, 0)
-        SessionStep(span, self.cache, opening)()
+        DecodeStep(span, self.cache, opening)()
 
     def request(self, tokens: int = 1, **fields) -> StepRequest:
         """The client's next step."""
@@ -62,8 +62,8 @@ class Talk:
         self._position += tokens
         return request
 
-    def step(self, **fields) -> SessionStep:
-        return SessionStep(self.span, self.cache, replace(self.request(), **fields))
+    def step(self, **fields) -> DecodeStep:
+        return DecodeStep(self.span, self.cache, replace(self.request(), **fields))
 
 
 def talks(span: BlockSpan) -> list[Talk]:
@@ -89,10 +89,10 @@ def assert_same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         assert relative_error(one, other) < 1e-5
 
 
-def joined(steps: list[SessionStep]) -> list[SessionStep]:
-    chosen: list[SessionStep] = []
+def joined(steps: list[DecodeStep]) -> list[DecodeStep]:
+    chosen: list[DecodeStep] = []
     for step in steps:
-        if step.joins(chosen):
+        if step.can_batch(chosen):
             chosen.append(step)
     return chosen
 
@@ -107,12 +107,12 @@ def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
 def test_sessions_of_all_kinds_and_lengths_get_together_what_each_gets_alone(family, load_span):
     span = load_span(family)
-    assert verify_joint_steps(span)
+    assert verify_batched_decoding(span)
     expected, together = alone(span, 4), talks(span)
     for wanted in expected:
         first, *others = steps = [talk.step() for talk in together]
         assert joined(steps) == steps
-        assert_same([out["hidden"] for out in first.run_with(others)], wanted)
+        assert_same([out["hidden"] for out in first.run_batch(others)], wanted)
 
 
 @pytest.mark.usefixtures("roomy")
@@ -125,12 +125,12 @@ def test_sessions_of_a_slice_of_blocks_join(load_span):
         for _ in range(2):
             opening = StepRequest(0, 1, 3, hidden[:, :length], 0, max_length=length + 1)
             cache = SessionCache(span, opening, 0)
-            SessionStep(span, cache, opening)()
-            pair.append(SessionStep(span, cache, StepRequest(0, 1, 3, hidden[:, length:], length)))
+            DecodeStep(span, cache, opening)()
+            pair.append(DecodeStep(span, cache, StepRequest(0, 1, 3, hidden[:, length:], length)))
         opened.append(pair)
     (one, one_alone), (other, other_alone) = opened
-    assert other.joins([one])
-    got = [out["hidden"] for out in one.run_with([other])]
+    assert other.can_batch([one])
+    got = [out["hidden"] for out in one.run_batch([other])]
     assert_same(got, [one_alone()["hidden"], other_alone()["hidden"]])
 
 
@@ -139,21 +139,21 @@ def test_steps_that_are_of_another_kind_do_not_join(load_span):
     span = load_span("llama")
     talk, other = Talk(span, 5), Talk(span, 8, batch=2)
     step = other.step()
-    assert talk.step().joins([step])
+    assert talk.step().can_batch([step])
     again = other.step(position=8)
-    assert again.joins([])
-    assert not again.joins([step]), "the same session"
+    assert again.can_batch([])
+    assert not again.can_batch([step]), "the same session"
     deep = torch.zeros(NUM_BLOCKS, 1, HIDDEN)
-    assert not talk.step(deep=deep).joins([step])
-    assert not talk.step(hidden=torch.ones(1, 2, HIDDEN)).joins([step]), "more positions"
-    assert not talk.step(position=50).joins([step]), "positions are lost"
+    assert not talk.step(deep=deep).can_batch([step])
+    assert not talk.step(hidden=torch.ones(1, 2, HIDDEN)).can_batch([step]), "more positions"
+    assert not talk.step(position=50).can_batch([step]), "positions are lost"
     large = Talk(span, 2, batch=31)
-    assert not large.step().joins([step]), "too many positions"
+    assert not large.step().can_batch([step]), "too many positions"
     opening = StepRequest(0, 0, 4, torch.ones(1, 1, HIDDEN), 0, max_length=1)
-    assert not SessionStep(span, SessionCache(span, opening, 0), opening).joins([step])
-    span.joins_steps = False
-    assert not talk.step().joins([])
-    span.joins_steps = True
+    assert not DecodeStep(span, SessionCache(span, opening, 0), opening).can_batch([step])
+    span.batches_sessions = False
+    assert not talk.step().can_batch([])
+    span.batches_sessions = True
 
 
 def test_a_copy_that_takes_longer_than_reading_the_weights_is_not_made(load_span, monkeypatch):
@@ -163,7 +163,7 @@ def test_a_copy_that_takes_longer_than_reading_the_weights_is_not_made(load_span
     assert position_bytes == 2 * 2 * 8 * 4 * NUM_BLOCKS, "keys and values of 2 heads of 8, in float32"
     for weights, joins in ((3 * 2 * 41 - 41 - 3 + 1, True), (3 * 2 * 41 - 41 - 3 - 1, False)):
         monkeypatch.setattr(span, "weight_bytes", lambda start, end, weights=weights: weights * position_bytes)
-        assert short.step(position=2).joins([long.step(position=40)]) is joins
+        assert short.step(position=2).can_batch([long.step(position=40)]) is joins
 
 
 @pytest.mark.usefixtures("roomy")
@@ -172,26 +172,26 @@ def test_sessions_on_both_sides_of_a_rotary_limit_do_not_join(load_span, tmp_pat
     below, beyond, further = (Talk(span, length) for length in (5, 17, 25))
     twins = [Talk(span, length) for length in (17, 25)]
     step = beyond.step()
-    assert not below.step().joins([step])
+    assert not below.step().can_batch([step])
     other = further.step()
-    assert other.joins([step])
-    assert_same([out["hidden"] for out in step.run_with([other])], [talk.step()()["hidden"] for talk in twins])
+    assert other.can_batch([step])
+    assert_same([out["hidden"] for out in step.run_batch([other])], [talk.step()()["hidden"] for talk in twins])
 
 
 def test_a_family_that_cannot_be_stacked_is_found_out(load_span, monkeypatch):
     span = load_span("llama")
     honest = StackedLayer.update
     monkeypatch.setattr(StackedLayer, "update", lambda *args, **kwargs: [t.flip(2) for t in honest(*args, **kwargs)])
-    assert not verify_joint_steps(span)  # wrong numbers
+    assert not verify_batched_decoding(span)  # wrong numbers
     monkeypatch.setattr(StackedLayer, "update", lambda self, keys: None)
-    assert not verify_joint_steps(span)  # a family whose code takes no such cache
+    assert not verify_batched_decoding(span)  # a family whose code takes no such cache
 
 
-def run_as_one(steps: list[SessionStep]) -> list[Any]:
+def run_as_one(steps: list[DecodeStep]) -> list[Any]:
     """What steps that wait for the thread at the same moment give: outputs or errors."""
 
     async def main() -> list[Any]:
-        compute, go_on, begun = ComputeThread(), threading.Event(), threading.Event()
+        compute, go_on, begun = ComputeThread().start(), threading.Event(), threading.Event()
         holder = asyncio.create_task(compute.run(Priority.DECODE, lambda: (begun.set(), go_on.wait())))
         await asyncio.to_thread(begun.wait)
         tasks = [
@@ -311,7 +311,7 @@ def test_a_step_is_brief_if_the_last_one_was_and_was_no_smaller(load_span):
     one, three = talk.request(), talk.request(tokens=3)
 
     def is_brief(request: StepRequest, **options) -> bool:
-        return SessionStep(talk.span, talk.cache, request, **options).is_brief
+        return DecodeStep(talk.span, talk.cache, request, **options).is_brief
 
     talk.cache.last_seconds = 1.0
     assert not is_brief(one, is_alone=True)
@@ -344,7 +344,7 @@ def test_steps_of_the_only_session_run_on_the_event_loops_thread(tiny_checkpoint
         return step(span, *args, **kwargs)
 
     monkeypatch.setattr(BlockSpan, "step", noted)
-    monkeypatch.setattr(joint_steps, "_BRIEF", 60.0)
+    monkeypatch.setattr(batched_decoding, "_BRIEF", 60.0)
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)])
     layers = remote_blocks(swarm.load(AutoDistributedModel, shared_peer=True))
     position = torch.randn(1, 1, HIDDEN)

@@ -1,12 +1,12 @@
-"""Who is next: clients share the compute by seconds used. Pure: no threads, and a clock that is given.
+"""Which request runs next: clients share the compute by seconds used. Pure logic: no threads, an injected clock.
 
-A client's turn comes when it has used the least. One that comes back after a pause starts level with the others: idle
-time is not saved up. A moment between an answer and the next request is no pause.
+The client that has used the least goes next. A client that returns after a pause starts level with the others: idle
+time is not saved up. A moment between an answer and the next request is not a pause.
 
-Short steps of a conversation (priority 0) go before everything else, because somebody waits for each, as long as their
-client is not ahead: some other client has used as much as these steps of it have. Long ones (`LONG_STEP`) take their
-turn, and they are held for a moment where a client that is behind has just been answered: requests of a client that
-sends one at a time would otherwise find a long step under way each time, and get one turn for each of those.
+Short steps of a conversation (priority 0) go before everything else, because a person waits for each. This holds while
+their client is not ahead: some other client has used at least as much as this client's short steps have. Long steps
+(`LONG_STEP`) take their turn. They are held for a moment if a client that is behind was just answered. Otherwise a
+client that sends one request at a time would find a long step running each time, and get one turn for each of those.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 SHORT_STEP, LONG_STEP = 0, 3
-"""The priorities that this queue knows; those between differ within one client only."""
-_MAX_SHARES = 1024  # debts of absent clients are not remembered beyond this: ids cost an attacker nothing
-_PAUSE = 0.1  # seconds after an answer from which a client counts as absent
-_HELD = 0.25  # of the seconds that a client is behind, a long step is held for it, until it is absent
+"""The priorities that this queue treats specially. Those in between only order the items of one client."""
+_MAX_SHARES = 1024  # beyond this, absent clients are forgotten: an attacker can make any number of ids
+_PAUSE = 0.1  # seconds after an answer, after which a client counts as absent
+_HELD = 0.25  # of the seconds that a client is behind: how long a step is held for it, at most until it is absent
 
 
 @dataclass
@@ -42,21 +42,21 @@ class Ticket(Generic[T]):
 
 @dataclass
 class _Share(Generic[T]):
-    """What one client has used, and what of it waits.
+    """What one client has used, and its items in the queue.
 
     Attributes:
-        used: seconds, all together.
-        short: those of its short steps alone, so that a long step does not make the short ones after it slow.
-        waiting: a heap.
-        under_way: items that were taken and not yet charged.
-        left: when the last one was.
-        held: when something was first held for it since it left, and until when it was meant to be.
+        used: seconds of compute in all.
+        short: seconds of its short steps only, so that a long step does not delay the short ones after it.
+        waiting: a heap of its items in the queue.
+        running: items that were taken and not yet charged.
+        left: when the last one was charged.
+        held: when a long step was first held for it since then, and until when.
     """
 
     used: float
     short: float
     waiting: list[Ticket[T]] = field(default_factory=list)
-    under_way: int = 0
+    running: int = 0
     left: float = float("-inf")
     held: tuple[float, float] | None = None
 
@@ -67,7 +67,7 @@ class FairQueue(Generic[T]):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._shares: dict[str, _Share[T]] = {}
         self._arrivals = 0
-        self._level = 0.0  # the least that a client has used which is here
+        self._level = 0.0  # the least that any present client has used
         self._clock = clock
 
     def __len__(self) -> int:
@@ -75,14 +75,14 @@ class FairQueue(Generic[T]):
 
     def put(self, client: str, priority: int, item: T, key: Hashable = None) -> Ticket[T]:
         now = self._clock()
-        if not any(self._is_here(share, now) for share in self._shares.values()):
-            self._shares.clear()  # nobody was here, so nobody was kept waiting: all begin anew
+        if not any(self._is_present(share, now) for share in self._shares.values()):
+            self._shares.clear()  # no client was present, so none was kept waiting: all start again
         share = self._shares.setdefault(client, _Share(self._level, self._level))
-        if share.held is not None:  # the time that was kept free for it is its own
+        if share.held is not None:  # it is charged for the time that was kept free for it
             since, until = share.held
             share.used += min(now, until) - since
             share.held = None
-        if not self._is_here(share, now):
+        if not self._is_present(share, now):
             share.used = max(share.used, self._level)
         self._arrivals += 1
         ticket = Ticket(client, priority, self._arrivals, item, key)
@@ -90,63 +90,65 @@ class FairQueue(Generic[T]):
         return ticket
 
     def hold(self) -> float:
-        """Seconds for which the next item should not be taken, unless others come or are charged meanwhile."""
+        """Seconds to wait before taking the next item, unless an item is put or charged meanwhile."""
         waiting = [share for share in self._shares.values() if share.waiting]
         if not waiting or (chosen := self._next(waiting)).waiting[0].priority != LONG_STEP:
             return 0.0
         now, longest = self._clock(), 0.0
         for share in self._shares.values():
-            patience = min(_HELD * (chosen.used - share.used), _PAUSE)
-            if share.waiting or patience <= 0:
+            seconds = min(_HELD * (chosen.used - share.used), _PAUSE)
+            if share.waiting or seconds <= 0:
                 continue
-            if share.under_way:
-                longest = max(longest, patience)
-            elif (left := share.left + patience - now) > 0:
+            if share.running:
+                longest = max(longest, seconds)
+            elif (left := share.left + seconds - now) > 0:
                 share.held = share.held or (now, now + left)
                 longest = max(longest, left)
         return longest
 
     def pop(self) -> Ticket[T] | None:
-        """The next item; None if nothing waits."""
+        """Takes the next item; None if the queue is empty."""
         waiting = [share for share in self._shares.values() if share.waiting]
         if not waiting:
             return None
         now = self._clock()
-        self._level = max(self._level, min(share.used for share in self._shares.values() if self._is_here(share, now)))
+        self._level = max(
+            self._level, min(share.used for share in self._shares.values() if self._is_present(share, now))
+        )
         chosen = self._next(waiting)
         ticket = self._take(chosen)
-        # A share without debt says no more than a new one would.
+        # A share that is not ahead is the same as a new one.
         for client, share in list(self._shares.items()):
-            if share.used <= self._level and not self._is_here(share, now):
+            if share.used <= self._level and not self._is_present(share, now):
                 del self._shares[client]
         return ticket
 
-    def pop_company(self, joins: Callable[[T], bool]) -> list[Ticket[T]]:
-        """Further short steps that join those taken before, of all clients, in the order of their turns.
+    def pop_batch(self, fits: Callable[[T], bool]) -> list[Ticket[T]]:
+        """Takes further short steps that fit into a batch, of all clients in the order of their turns.
 
-        No item of a client goes before another that this client has put in earlier.
+        The items of one client stay in order: the first one that does not fit holds back those behind it.
         """
-        company = []
+        batch = []
         for share in sorted(self._shares.values(), key=lambda share: share.used):
             for ticket in sorted(share.waiting):
-                if ticket.priority != SHORT_STEP or not joins(ticket.item):
+                if ticket.priority != SHORT_STEP or not fits(ticket.item):
                     break
-                company.append(self._take(share))
-        return company
+                batch.append(self._take(share))
+        return batch
 
     def charge(self, ticket: Ticket[T], seconds: float) -> None:
-        """Counts what an item took, which ends here. Each that is taken is charged once."""
+        """Counts the seconds of an item that has ended. Each item that was taken is charged once."""
         share = self._shares[ticket.client]
         share.used += seconds
         if ticket.priority == SHORT_STEP:
             share.short = max(share.short, self._level) + seconds
-        share.under_way -= 1
+        share.running -= 1
         share.left = self._clock()
         if len(self._shares) > _MAX_SHARES:
-            self._shares = {name: each for name, each in self._shares.items() if each.waiting or each.under_way}
+            self._shares = {name: each for name, each in self._shares.items() if each.waiting or each.running}
 
     def discard(self, ticket: Ticket[T]) -> None:
-        """Takes an item out that need not run any more; does nothing if it is out already."""
+        """Removes an item that need not run any more; does nothing if it was taken already."""
         share = self._shares.get(ticket.client)
         if share is not None and ticket in share.waiting:
             share.waiting.remove(ticket)
@@ -164,14 +166,14 @@ class FairQueue(Generic[T]):
         return min(waiting, key=lambda share: (share.used, share.waiting[0].arrival))
 
     def _take(self, share: _Share[T]) -> Ticket[T]:
-        share.under_way += 1
+        share.running += 1
         return heapq.heappop(share.waiting)
 
-    def _is_here(self, share: _Share[T], now: float) -> bool:
-        return bool(share.waiting or share.under_way) or now - share.left < _PAUSE
+    def _is_present(self, share: _Share[T], now: float) -> bool:
+        return bool(share.waiting or share.running) or now - share.left < _PAUSE
 
     def ahead(self, key: Hashable) -> int | None:
-        """About how many items run before the one put under `key`, if clients take turns; None if it does not wait."""
+        """About how many items run before the one named `key`, if clients take turns; None if it is not waiting."""
         for share in self._shares.values():
             for ticket in share.waiting:
                 if ticket.key == key:

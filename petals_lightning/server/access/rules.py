@@ -1,4 +1,4 @@
-"""Who may use this server: peers on a list, and peers that know the swarm's token."""
+"""Who may use a server: peers on a list, and peers that know the swarm's token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from petals_lightning.errors import ConfigurationError
 from petals_lightning.protocol.auth import NONCE_BYTES, is_proof, new_nonce, prove
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 
-_MIN_ID_BYTES = 34  # a multihash of SHA-256: two bytes of kind and length, and the digest
+_MIN_ID_BYTES = 34  # a SHA-256 multihash: one byte of kind, one of length, and the digest
 
 
 @dataclass(frozen=True)
@@ -20,22 +20,22 @@ class AccessRules:
     """Who may use a server.
 
     Args:
-        allowed_peers: base58 ids that may use this server, None for everybody. libp2p authenticates them.
-        token: secret that clients must prove to know, None for none. With both, a client needs both.
+        allowed_peers: base58 ids of the peers that may use this server; None: every peer may. libp2p authenticates ids.
+        token: secret that clients must prove to know, or None. If both are set, a client needs both.
     """
 
     allowed_peers: frozenset[str] | None = None
     token: str | None = None
 
-    def __repr__(self) -> str:  # the token must reach no log
+    def __repr__(self) -> str:  # keeps the token out of logs
         return f"AccessRules(allowed_peers={self.allowed_peers}, token={'set' if self.token else None})"
 
 
 class Gate:
-    """Lets one client's stream in, or not.
+    """Decides whether one client's stream is let in.
 
     Args:
-        rules: of the server.
+        rules: the server's.
         peer: the client's base58 id, authenticated by the transport.
         server: this server's base58 id.
     """
@@ -50,29 +50,30 @@ class Gate:
         return self._is_listed and self._has_proved
 
     def refusal(self) -> Message:
-        """What a client that is not let in is told, whatever it asks."""
+        """The answer to every request of a client that is not let in."""
         if not self._is_listed:
-            words = (
+            reason = (
                 f"this server lets only listed peers in, and {self._peer} is not on its list: ask its owner to add it "
                 "(serve --allow-peers), and keep your id with identity_path"
             )
         else:
-            words = "this server belongs to a swarm with a shared token: give the same one (swarm_token)"
-        return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
+            reason = "this server belongs to a swarm with a shared token: give the same one (swarm_token)"
+        return Message.error(ErrorCode.NOT_ALLOWED, reason)
 
     def answer(self, fields: dict[str, Any]) -> Message:
-        """The reply to an `auth` message: first comes the client's nonce, then its proof."""
+        """Answers an `auth` message. The client sends two: its nonce, then its proof."""
         if not self._is_listed:
             return self.refusal()
         if self._rules.token is None:
-            words = "this server knows no token: it was started without --token-file"
-            return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
+            return Message.error(
+                ErrorCode.NOT_ALLOWED, "this server knows no token: it was started without --token-file"
+            )
         nonce = fields.get("nonce")
         if isinstance(nonce, bytes) and len(nonce) == NONCE_BYTES:
             self._client_nonce, self._server_nonce = nonce, new_nonce()
             return Message(Method.OK, {"nonce": self._server_nonce})
-        challenge, self._server_nonce = self._server_nonce, b""  # it can be answered once
-        theirs, ours = (
+        challenge, self._server_nonce = self._server_nonce, b""  # a challenge can be answered once
+        expected, own = (
             prove(
                 self._rules.token,
                 role,
@@ -83,11 +84,10 @@ class Gate:
             )
             for role in ("client", "server")
         )
-        if not challenge or not is_proof(fields.get("proof"), theirs):
-            words = "this server's swarm has another token than the one given"
-            return Message(Method.ERROR, {"code": ErrorCode.NOT_ALLOWED.value, "message": words})
+        if not challenge or not is_proof(fields.get("proof"), expected):
+            return Message.error(ErrorCode.NOT_ALLOWED, "this server's swarm has another token than the one given")
         self._has_proved = True
-        return Message(Method.OK, {"proof": ours})
+        return Message(Method.OK, {"proof": own})
 
     @property
     def _is_listed(self) -> bool:
@@ -95,10 +95,10 @@ class Gate:
 
 
 def read_peer_list(path: str | Path) -> frozenset[str]:
-    """Peer ids of a file: one a line, `#` begins a comment.
+    """The peer ids in a file: one per line; `#` starts a comment.
 
     Raises:
-        ConfigurationError: the file cannot be read, holds something else, or nobody.
+        ConfigurationError: the file cannot be read, names no peer, or holds something else.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -112,7 +112,7 @@ def read_peer_list(path: str | Path) -> frozenset[str]:
                 if len(peer_id.to_bytes()) < _MIN_ID_BYTES:
                     raise ValueError("too short")
                 peers.add(peer_id.to_base58())
-            except Exception as e:  # base58 documents no common base for its errors
+            except Exception as e:  # base58 documents no common base class for its errors
                 raise ConfigurationError(
                     f"--allow-peers: line {number} of {str(path)!r} is {peer!r:.80}, which is no peer id; one looks "
                     "like 12D3KooW… or Qm… and is the last part of a multiaddress"

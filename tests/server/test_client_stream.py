@@ -17,12 +17,13 @@ from petals_lightning.hf.decoder import model_class
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import GraphCost
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.session import Session
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.blocks.graphs import GraphCost
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.client_stream import ClientStream
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.resources import ServerResources
+from petals_lightning.server.stream_requests import RegisteredPrompts
 from tests.families import HIDDEN
 
 LIMITS = ServerLimits(max_batch_tokens=64, max_message_bytes=8 << 20, max_open_requests=4)
@@ -36,7 +37,7 @@ def span(tiny_checkpoint) -> BlockSpan:
 
 
 class Client:
-    """The other end of a session, over a local socket."""
+    """The other end of a stream, over a local socket."""
 
     def __init__(self, reader, writer):
         self._reader = MessageReader(reader, max_message_bytes=1 << 30, max_open=100)
@@ -54,29 +55,29 @@ class Client:
         return await asyncio.wait_for(self._reader.next(), 30)
 
 
-def with_session(span: BlockSpan, talk, limits: ServerLimits = LIMITS) -> Backend:
-    """Runs `talk(client, backend)` against a live session; returns the backend as the session left it."""
+def with_stream(span: BlockSpan, talk, limits: ServerLimits = LIMITS) -> ServerResources:
+    """Runs `talk(client, resources)` against a live stream; returns the resources as the stream left them."""
 
-    async def main() -> Backend:
-        compute = ComputeThread()
-        backend = Backend(span, compute, limits, {"hidden_size": HIDDEN})
-        backend.graph_cost = GraphCost(100.0, 0.0)
+    async def main() -> ServerResources:
+        compute = ComputeThread().start()
+        resources = ServerResources(span, compute, limits, {"hidden_size": HIDDEN})
+        resources.graph_cost = GraphCost(100.0, 0.0)
         ended = asyncio.Event()
 
         async def serve(reader, writer):
-            await Session(backend, "QmClient", reader, writer).serve()
+            await ClientStream(resources, {}, "QmClient", reader, writer).serve()
             ended.set()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         try:
-            await talk(Client(reader, writer), backend)
+            await talk(Client(reader, writer), resources)
         finally:
             writer.close()
             await asyncio.wait_for(ended.wait(), 30)
             server.close()
             compute.stop()
-        return backend
+        return resources
 
     return asyncio.run(main())
 
@@ -86,15 +87,15 @@ def forward(**changes) -> Message:
 
 
 def test_a_kept_graph_serves_one_backward_and_ends_with_its_stream(span):
-    async def talk(client, backend):
+    async def talk(client, resources):
         assert (await client.ask(forward(keep=True, input_grad=True))).fields["kept"]
         backward = BackwardRequest(torch.ones(2, 3, HIDDEN), graph=1).to_message()
         assert (await client.ask(backward)).tensors["hidden"].shape == (2, 3, HIDDEN)
         assert (await client.ask(backward)).fields["code"] == ErrorCode.GRAPH_LOST
         assert (await client.ask(forward(keep=True))).fields["kept"]
-        assert backend.graphs.num_bytes > 0
+        assert resources.graphs.num_bytes > 0
 
-    assert with_session(span, talk).graphs.num_bytes == 0
+    assert with_stream(span, talk).graphs.num_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -111,16 +112,16 @@ def test_a_kept_graph_serves_one_backward_and_ends_with_its_stream(span):
     ],
 )
 def test_a_wrong_request_is_answered_and_the_stream_goes_on(message, code, span):
-    async def talk(client, backend):
+    async def talk(client, resources):
         reply = await client.ask(message)
         assert (reply.method, reply.fields["code"]) == (Method.ERROR, code)
         assert (await client.ask(forward())).method is Method.OK
 
-    assert with_session(span, talk).under_way == 0
+    assert with_stream(span, talk).open_requests == 0
 
 
 def test_registered_prompts_serve_later_requests_on_their_stream(span):
-    async def talk(client, backend):
+    async def talk(client, resources):
         prefix, deep = torch.ones(2, HIDDEN), torch.randn(2, 2, HIDDEN)
         first = await client.ask(forward(prefix=prefix, deep=deep, prompts_key=5))
         again = await client.ask(forward(prefix=prefix, prompts_key=5))
@@ -128,14 +129,14 @@ def test_registered_prompts_serve_later_requests_on_their_stream(span):
         reply = await client.ask(forward(prefix=torch.ones(3, HIDDEN), prompts_key=5))
         assert reply.fields["code"] == ErrorCode.BAD_REQUEST
 
-    with_session(span, talk)
+    with_stream(span, talk)
 
 
 def test_a_failure_inside_is_told_by_its_kind_only(span, monkeypatch):
     def fail(inputs):
         raise FileNotFoundError("/secret/path")
 
-    async def talk(client, backend):
+    async def talk(client, resources):
         with monkeypatch.context() as patch:
             patch.setattr(span, "forward", fail)
             reply = await client.ask(forward())
@@ -144,87 +145,87 @@ def test_a_failure_inside_is_told_by_its_kind_only(span, monkeypatch):
         assert "secret" not in reply.fields["message"]
         assert (await client.ask(forward())).method is Method.OK
 
-    with_session(span, talk)
+    with_stream(span, talk)
 
 
 def test_requests_cancelled_at_once_leave_room_for_others(span):
-    async def talk(client, backend):
+    async def talk(client, resources):
         for call_id in range(100, 100 + 3 * LIMITS.max_open_requests):
             for message in (forward(), Message(Method.CANCEL)):  # both are read before the first can begin
                 for frame in message.frames(call_id):
                     client.writer._writer.writelines(frame)
         assert (await client.ask(forward())).method is Method.OK
-        assert backend.under_way == 0
+        assert resources.open_requests == 0
 
-    with_session(span, talk)
+    with_stream(span, talk)
 
 
 def test_a_request_cancelled_while_it_is_sent_does_not_end_the_stream(span):
-    async def talk(client, backend):
+    async def talk(client, resources):
         large = Message(Method.FORWARD, {}, {"hidden": torch.zeros(3 * CHUNK_BYTES, dtype=torch.bool)})
         for call_id in range(100, 110):
             client.writer._writer.writelines(next(iter(large.frames(call_id))))
             await client.writer.send(call_id, Message(Method.CANCEL))
         assert (await client.ask(Message(Method.PING))).method is Method.OK
 
-    with_session(span, talk)
+    with_stream(span, talk)
 
 
 def test_a_broken_protocol_is_answered_and_ends_the_stream(span):
-    async def talk(client, backend):
+    async def talk(client, resources):
         client.writer._writer.write(b"\xff" * 100)
         call_id, reply, _ = await client.next()
         assert (call_id, reply.fields["code"]) == (0, ErrorCode.BAD_REQUEST)
         assert await client.next() is None
 
-    with_session(span, talk)
+    with_stream(span, talk)
 
 
 def test_a_server_may_not_be_answered(span):
-    async def talk(client, backend):
+    async def talk(client, resources):
         await client.writer.send(1, Message(Method.OK))
         assert (await client.next())[1].method is Method.ERROR
         assert await client.next() is None
 
-    with_session(span, talk)
+    with_stream(span, talk)
 
 
 def test_an_answer_larger_than_its_request_is_charged_too(span):
-    async def talk(client, backend):
+    async def talk(client, resources):
         reply = await client.ask(forward(hidden=torch.ones(8, 7, HIDDEN, dtype=torch.float16)))
         assert reply.fields["code"] == ErrorCode.OVERLOADED
         assert "no room for the answer: this client has" in reply.fields["message"]
         assert (await client.ask(forward())).method is Method.OK
 
     limits = replace(LIMITS, max_client_bytes=2 * 8 * 7 * HIDDEN + 1000)
-    assert with_session(span, talk, limits).accounts.num_bytes == 0
+    assert with_stream(span, talk, limits).quotas.num_bytes == 0
 
 
 def test_registered_prompts_are_charged_until_they_are_dropped(span):
     deep = torch.ones(2, 3, HIDDEN)
 
-    async def talk(client, backend):
+    async def talk(client, resources):
         for key in range(20):
             await client.writer.send(100, Message(Method.PROMPTS, {"key": key % 10}, {"deep": deep}))
         assert (await client.ask(Message(Method.PING))).method is Method.OK
-        assert backend.accounts.num_bytes == 8 * deep.nbytes
+        assert resources.quotas.num_bytes == 8 * deep.nbytes
 
-    assert with_session(span, talk).accounts.num_bytes == 0
+    assert with_stream(span, talk).quotas.num_bytes == 0
 
 
 def test_what_a_session_was_sent_lives_no_longer_than_its_use(span):
     """No garbage collection is needed, neither between messages nor at the end of a stream."""
     kept: list[weakref.ref[torch.Tensor]] = []
-    honest = Session._register
+    honest = RegisteredPrompts.register
 
-    def register(session: Session, key: int, deep: torch.Tensor | None) -> None:
-        honest(session, key, deep)
+    def register(prompts: RegisteredPrompts, key: int, deep: torch.Tensor | None) -> None:
+        honest(prompts, key, deep)
         assert deep is not None
-        kept.extend([weakref.ref(deep), weakref.ref(session._prompts[key])])
+        kept.extend([weakref.ref(deep), weakref.ref(prompts._prompts[key])])
 
-    async def talk(client, backend):
+    async def talk(client, resources):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Session, "_register", register)
+            patch.setattr(RegisteredPrompts, "register", register)
             await client.writer.send(100, Message(Method.PROMPTS, {"key": 1}, {"deep": torch.ones(2, 3, HIDDEN)}))
             await client.ask(Message(Method.PING))
         sent, registered = kept
@@ -233,17 +234,17 @@ def test_what_a_session_was_sent_lives_no_longer_than_its_use(span):
 
     gc.disable()
     try:
-        with_session(span, talk)
+        with_stream(span, talk)
         assert kept[1]() is None
     finally:
         gc.enable()
 
 
 def test_a_kept_graph_counts_its_prefix(span):
-    async def talk(client, backend):
+    async def talk(client, resources):
         await client.ask(forward(keep=True))
-        without = backend.graphs.num_bytes
+        without = resources.graphs.num_bytes
         await client.ask(forward(keep=True, prefix=torch.ones(20, HIDDEN)))
-        assert backend.graphs.num_bytes - without == without + int(2 * 20 * 100.0 * 1.05)
+        assert resources.graphs.num_bytes - without == without + int(2 * 20 * 100.0 * 1.05)
 
-    with_session(span, talk)
+    with_stream(span, talk)

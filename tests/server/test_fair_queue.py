@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_lightning.models import AutoDistributedModel, remote_blocks
-from petals_lightning.server.admission import Account, Accounts
-from petals_lightning.server.fair_queue import FairQueue
-from petals_lightning.server.limits import ServerLimits, room_for
+from petals_lightning.server.access.limits import ServerLimits, room_for
+from petals_lightning.server.access.quotas import ClientUsage, Quotas
+from petals_lightning.server.execution.fair_queue import FairQueue
 from tests.families import HIDDEN, NUM_BLOCKS
 
 DECODE, BACKWARD, FORWARD, PREFILL = 0, 1, 2, 3
@@ -187,12 +187,12 @@ def test_company_is_taken_from_all_clients_and_overtakes_nothing_of_its_own():
     ticket = queue.pop()
     assert ticket is not None
     assert ticket.item == "a1"
-    company = queue.pop_company(lambda item: item.islower() and item != "c2")
-    assert [ticket.item for ticket in company] == ["a2", "c1"]
-    for one in (ticket, *company):
+    batch = queue.pop_batch(lambda item: item.islower() and item != "c2")
+    assert [ticket.item for ticket in batch] == ["a2", "c1"]
+    for one in (ticket, *batch):
         queue.charge(one, 1.0)
     assert drain(queue, dict.fromkeys("abcd", 1.0)) == "B1b2c2d1"
-    assert queue.pop_company(lambda item: True) == []
+    assert queue.pop_batch(lambda item: True) == []
 
 
 def test_a_request_knows_where_it_stands():
@@ -219,43 +219,43 @@ def test_clients_that_are_gone_are_forgotten():
 
 
 def test_accounts_count_what_is_open_and_forget_who_left():
-    accounts = Accounts(ServerLimits(max_streams_per_client=2, max_client_bytes=100, max_total_bytes=200))
-    one, other = accounts.open_stream("a"), accounts.open_stream("b")
-    assert isinstance(one, Account)
-    assert isinstance(other, Account)
-    assert accounts.open_stream("a") is one
-    assert "this client has 2 streams" in str(accounts.open_stream("a"))
-    assert accounts.reserve(one, 100) is None
-    assert "this client has" in str(accounts.reserve(one, 1))
-    assert "this server is full" in str(accounts.reserve(other, 51)), "all clients together"
-    assert accounts.reserve(other, 50) is None
-    accounts.release(one, 100)
-    accounts.release(other, 50)
+    quotas = Quotas(ServerLimits(max_streams_per_client=2, max_client_bytes=100, max_total_bytes=200))
+    one, other = quotas.open_stream("a"), quotas.open_stream("b")
+    assert isinstance(one, ClientUsage)
+    assert isinstance(other, ClientUsage)
+    assert quotas.open_stream("a") is one
+    assert "this client has 2 streams" in str(quotas.open_stream("a"))
+    assert quotas.reserve(one, 100) is None
+    assert "this client has" in str(quotas.reserve(one, 1))
+    assert "this server is full" in str(quotas.reserve(other, 51)), "all clients together"
+    assert quotas.reserve(other, 50) is None
+    quotas.release(one, 100)
+    quotas.release(other, 50)
     for peer in "aab":
-        accounts.close_stream(peer)
-    assert (accounts.num_bytes, accounts.streams, accounts._accounts) == (0, 0, {})
+        quotas.close_stream(peer)
+    assert (quotas.num_bytes, quotas.streams, quotas.clients) == (0, 0, {})
 
 
 def test_the_last_part_is_for_those_who_hold_least():
     limits = ServerLimits(max_client_bytes=100, max_total_bytes=320, max_streams=64, max_streams_per_client=48)
-    accounts = Accounts(limits)
+    quotas = Quotas(limits)
     held = []
     for number in range(3):
-        account = accounts.open_stream(str(number))
-        assert isinstance(account, Account)
-        held.append(account)
-        accounts.reserve(account, 80)
-    assert accounts.num_bytes == 240
-    newcomer = accounts.open_stream("new")
-    assert isinstance(newcomer, Account)
-    assert "this server is full" in str(accounts.reserve(held[0], 1))
-    assert accounts.reserve(newcomer, 10) is None
-    assert "this server is full" in str(accounts.reserve(newcomer, 1))
-    while isinstance(accounts.open_stream("0"), Account):
+        usage = quotas.open_stream(str(number))
+        assert isinstance(usage, ClientUsage)
+        held.append(usage)
+        quotas.reserve(usage, 80)
+    assert quotas.num_bytes == 240
+    newcomer = quotas.open_stream("new")
+    assert isinstance(newcomer, ClientUsage)
+    assert "this server is full" in str(quotas.reserve(held[0], 1))
+    assert quotas.reserve(newcomer, 10) is None
+    assert "this server is full" in str(quotas.reserve(newcomer, 1))
+    while isinstance(quotas.open_stream("0"), ClientUsage):
         pass
-    assert accounts.streams == 48
-    assert "this server is full: 48 of 64 streams" in str(accounts.open_stream("0"))
-    assert isinstance(accounts.open_call("another"), Account)
+    assert quotas.streams == 48
+    assert "this server is full: 48 of 64 streams" in str(quotas.open_stream("0"))
+    assert isinstance(quotas.open_call("another"), ClientUsage)
 
 
 @given(st.integers(1, 10**6), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 10**6)), max_size=60))

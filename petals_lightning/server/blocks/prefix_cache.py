@@ -1,4 +1,4 @@
-"""Keys and values of the prefix, computed once with batch 1 and read by every sample of the batch."""
+"""Keys and values of the prefix: computed once with batch 1, read by every sample of the batch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from petals_lightning.hf.compat import CacheLayer
-from petals_lightning.server.kv_cache import SpanCache
+from petals_lightning.server.blocks.kv_cache import SpanCache
 
 
 class PrefixLayer(CacheLayer):
-    """Keeps the first keys and values that it is given, [1, heads, P, D]; later ones are returned behind them.
+    """Keeps the first keys and values that it is given, [1, heads, P, D], and returns later ones appended to them.
 
-    Nothing is updated in place and nothing detached: gradients flow back into the prefix. Sliding windows are left to
-    the attention mask, which sees all P + S positions.
+    Nothing is updated in place or detached: gradients flow back into the prefix. The attention mask sees all P + S
+    positions and applies sliding windows.
     """
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -39,14 +39,14 @@ class PrefixLayer(CacheLayer):
 
 
 class KeysTaken(Exception):
-    """Ends a pass through a block: its keys and values are held, and nothing else was wanted."""
+    """Ends a pass through a block when the cache holds its keys and values; nothing else is needed."""
 
 
 class TakingLayer(PrefixLayer):
-    """Takes the keys and values of S tokens, which end that pass; later passes read those of all P + S positions.
+    """Takes the keys and values of S tokens, and ends that pass. Later passes read those of all P + S positions.
 
     Args:
-        prefix: has run.
+        prefix: of the same block; it has run.
     """
 
     def __init__(self, prefix: PrefixLayer):
@@ -64,12 +64,12 @@ class TakingLayer(PrefixLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Positions before the one that a pass is for: where keys are held, the last of them."""
+        """Number of positions before the one that a pass computes: once keys are held, all but the last."""
         return super().get_seq_length() - 1 if self.is_initialized else self._prefix.get_seq_length()
 
 
 class PrefixCache(SpanCache):
-    """One PrefixLayer per hosted block; blocks from `first` on are run."""
+    """One PrefixLayer per hosted block; a pass runs blocks from `first` on."""
 
     def __init__(self, num_blocks: int, first: int):
         super().__init__([PrefixLayer() for _ in range(num_blocks)], first)
@@ -80,7 +80,7 @@ class PrefixCache(SpanCache):
         return [tensor for tensor in held if tensor is not None]
 
     def detached(self) -> PrefixCache:
-        """The same keys and values as leaves of another graph, which stops at them."""
+        """A copy whose keys and values are the leaves of a new graph."""
         cut = PrefixCache(len(self.attention_layers), self.first)
         for layer, own in zip(self.attention_layers, cut.attention_layers, strict=True):
             if layer.is_initialized:
@@ -90,7 +90,7 @@ class PrefixCache(SpanCache):
         return cut
 
     def taking(self, index: int) -> SpanCache:
-        """A cache for a block (counted from the first hosted one) that is to take the keys of the tokens."""
+        """A cache in which one block (counted from the first hosted one) takes the keys and values of the tokens."""
         layers, prefix = list(self.attention_layers), self.attention_layers[index]
         assert isinstance(prefix, PrefixLayer)
         layers[index] = TakingLayer(prefix)

@@ -1,4 +1,4 @@
-"""Repairs of what any peer could break in hivemind 1.1.12: its unary calls, and its reading of msgpack."""
+"""Patches for hivemind 1.1.12, in which any peer could break unary calls and the reading of msgpack."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from hivemind.utils.serializer import MSGPackSerializer
 _MAX_DEPTH = 16
 
 
-def repair_unary_calls(control: ControlClient) -> None:
-    """Makes given-up calls harmless; to be done before any call is made or answered."""
+def patch_unary_calls(control: ControlClient) -> None:
+    """Makes cancelled calls harmless. Call it before any call is made or answered."""
     control._pending_calls = _PendingCalls()
     control._handler_tasks = _HandlerTasks()
 
 
-def acknowledge_end(control: ControlClient) -> None:
-    """Retrieves the tasks' exceptions, so that asyncio does not log that nobody did."""
+def retrieve_exceptions(control: ControlClient) -> None:
+    """Retrieves the tasks' exceptions, so that asyncio does not log "exception was never retrieved"."""
     for task in (control._read_task, control._write_task):
         if task is not None and task.done() and not task.cancelled():
             task.exception()
 
 
 class _PendingCalls(dict[UUID, "asyncio.Future[bytes]"]):
-    """Calls to other peers, of which those that have ended count as gone.
+    """Calls to other peers; those that have ended count as removed.
 
-    hivemind sets the result of a call that was given up in the same turn of the loop. That ends its reader, and with
-    it, for good, every unary call from and to this peer.
+    hivemind also sets the result of a call that was cancelled in the same turn of the loop. That error ends its reader,
+    and with it all later unary calls from and to this peer.
     """
 
     def __contains__(self, call_id: object) -> bool:
@@ -39,7 +39,7 @@ class _PendingCalls(dict[UUID, "asyncio.Future[bytes]"]):
 
 
 class _HandlerTasks(dict[UUID, "asyncio.Task[Any]"]):
-    """Calls from other peers. hivemind keeps those that their callers have given up, and what they hold, for ever."""
+    """Calls from other peers. hivemind never removes those that their callers have cancelled."""
 
     def __setitem__(self, call_id: UUID, task: asyncio.Task[Any]) -> None:
         super().__setitem__(call_id, task)
@@ -47,9 +47,9 @@ class _HandlerTasks(dict[UUID, "asyncio.Task[Any]"]):
 
 
 def bound_nesting() -> None:
-    """Makes hivemind refuse msgpack whose tuples are nested deeply, in this process.
+    """Makes hivemind refuse msgpack with deeply nested tuples, in this process.
 
-    It recurses as deep as the bytes say: 4 KB, in a DHT record or a request, overflow the stack and end the process.
+    It recurses as deep as the bytes say: 4 KB in a DHT record or a request overflow the stack and end the process.
     """
     decode, nesting = MSGPackSerializer._decode_ext_types, threading.local()
     if hasattr(decode, "is_bounded"):

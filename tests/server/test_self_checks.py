@@ -15,8 +15,9 @@ from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.models import AutoDistributedModel, AutoDistributedModelForCausalLM, remote_blocks
-from petals_lightning.server.span import BlockSpan
-from petals_lightning.server.trials import check_family, verify_sessions
+from petals_lightning.server.blocks.block_runner import BlockRunner
+from petals_lightning.server.blocks.self_checks import check_family, verify_sessions
+from petals_lightning.server.blocks.span import BlockSpan
 from tests.families import (
     COMMON,
     GROUPED,
@@ -91,17 +92,17 @@ def test_blocks_that_hand_each_other_more_than_hidden_states_are_refused(tmp_pat
     span = span_of(TINY_CONFIGS["llama"](), tmp_path)
     held: dict[str, Any] = {}
     check_family(span)
-    run, first, last = BlockSpan._run, span.blocks[2].input_layernorm.forward, span.blocks[3].input_layernorm.forward
+    run, first, last = BlockRunner.run, span.blocks[2].input_layernorm.forward, span.blocks[3].input_layernorm.forward
 
-    def one_pass(self, *args):
+    def one_pass(self, *args, **padding):
         held.clear()
-        return run(self, *args)
+        return run(self, *args, **padding)
 
     def gives(hidden):
         held["other"] = hidden
         return first(hidden)
 
-    monkeypatch.setattr(BlockSpan, "_run", one_pass)
+    monkeypatch.setattr(BlockRunner, "run", one_pass)
     monkeypatch.setattr(span.blocks[2].input_layernorm, "forward", gives)
     monkeypatch.setattr(span.blocks[3].input_layernorm, "forward", lambda hidden: last(hidden) + held.get("other", 0))
     with pytest.raises(UnsupportedModelError, match="read more than the hidden states of the block before"):

@@ -1,4 +1,4 @@
-"""Whether the blocks of a family can be served, and what they allow: tried on random hidden states at the start."""
+"""Tests at load, on random hidden states: whether a family's blocks can be served, and what they allow."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.checkpoint import refusing
-from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
-from petals_lightning.server.span import BlockSpan, SpanInputs
+from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
-_TOKENS, _SAME = 8, 5  # of a sample in the trials of a family; that many are the same in both samples
+_TOKENS, _SAME = 8, 5  # tokens of a sample; tokens that are the same in both samples
 _SHORT = 2
 
 
 def check_family(span: BlockSpan) -> None:
-    """Tries whether blocks give one by one what they give in one pass, and read nothing that comes behind a position.
+    """Checks that blocks give the same one by one as in one pass, and read no later positions.
 
-    What is refused here would be wrong without a word: blocks that hand each other more than hidden states, and
-    attention in both directions, for which padding and the prefix may not be left out.
+    Families that are refused here would give wrong results silently: blocks that pass each other more than hidden
+    states, and bidirectional attention, where padding and the prefix would count.
 
     Raises:
-        UnsupportedModelError: they do not, or they do not run at all. It says why in one line.
+        UnsupportedModelError: a check fails, or the blocks do not run at all. The message is one line.
     """
     name = f"{type(span.model).__name__} ({span.model.config.model_type})"
     hidden = torch.randn(2, _TOKENS, span.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def check_family(span: BlockSpan) -> None:
         )
     if not _is_same(span, pieces, whole):
         raise UnsupportedModelError(
-            f"{name} cannot be split: its blocks give something else one by one than together, so they read more than "
+            f"{name} cannot be split: its blocks give other results one by one than together, so they read more than "
             "the hidden states of the block before them"
         )
     if not (_is_same(span, whole[1, :_SAME], whole[0, :_SAME]) and _is_same(span, short, whole[:, :_SHORT])):
@@ -55,7 +55,7 @@ def check_family(span: BlockSpan) -> None:
 
 @torch.no_grad()
 def verify_sessions(span: BlockSpan) -> bool:
-    """Whether positions that come step by step, behind their keys and values, get what they get all at once.
+    """Whether positions give the same step by step, after their keys and values, as all at once.
 
     False for families that keep another state (recurrent, convolutional): they serve training and evaluation only.
     """
@@ -73,7 +73,7 @@ def verify_sessions(span: BlockSpan) -> bool:
 
 
 def same_outputs(span: BlockSpan, *ways: Callable[[], torch.Tensor]) -> bool:
-    """Whether two ways to run a span give the same up to rounding; False where the family's code refuses one."""
+    """Whether two ways to run a span give the same up to rounding; False if the family's code refuses one."""
     try:
         outputs = [run().float() for run in ways]
     except (TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError, ValueError):
@@ -88,25 +88,25 @@ def _is_same(span: BlockSpan, found: torch.Tensor, expected: torch.Tensor) -> bo
 
 
 def verify_shared_prefix(span: BlockSpan) -> bool:
-    """Whether running the prefix once gives what the concatenated batch gives.
+    """Whether running the prefix once gives the same as the concatenated batch.
 
-    False for families whose attention is not ordinary (a state that samples change, say); they fall back to the
-    concatenated form, on the server alone.
+    False for families with unusual attention, such as a state that samples change. For these the server runs the
+    concatenated batch; clients see no difference.
     """
     return _changes_nothing(span, "share_prefix")
 
 
 def verify_skipping(span: BlockSpan) -> bool:
-    """Whether positions that are read have the outputs of a full pass where the last block skips the others.
+    """Whether the positions that are read have the same outputs if the last block skips the others.
 
-    False for families whose last block keeps no keys and values; there it runs on all positions.
+    False for families whose last block keeps no keys and values; it then runs on all positions.
     """
     return _changes_nothing(span, "skips_unread", rows=[2, 5, 14])
 
 
 @torch.no_grad()
 def _changes_nothing(span: BlockSpan, option: str, rows: list[int] | None = None) -> bool:
-    """Whether a span's outputs are the same with an option and without; `rows` are of three samples of five tokens."""
+    """Whether a span's outputs are the same with and without an option; `rows` index three samples of five tokens."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 5, span.hidden_size, generator=generator)
     prefix = torch.randn(3, span.hidden_size, generator=generator)

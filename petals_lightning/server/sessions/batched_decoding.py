@@ -1,8 +1,8 @@
-"""Steps of several sessions, run as one batch.
+"""Decoding steps of several sessions, run as one batch.
 
 A step of few positions takes as long as reading the weights. Steps that wait at the same time share that reading.
 
-Shapes: B batch, n new positions, H hidden size.
+Shapes: see the legend in `petals_lightning.protocol`; n is the number of new positions.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import torch
 
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server.backend import Refusal
-from petals_lightning.server.compute import JointWork, Priority
-from petals_lightning.server.inference import SessionCache
-from petals_lightning.server.kv_cache import SpanCache, StackedLayer
-from petals_lightning.server.span import BlockSpan
-from petals_lightning.server.trials import same_outputs
+from petals_lightning.server.blocks.kv_cache import SpanCache, StackedLayer
+from petals_lightning.server.blocks.self_checks import same_outputs
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.execution.compute import Batchable, Priority
+from petals_lightning.server.refusal import Refusal
+from petals_lightning.server.sessions.session_cache import SessionCache
 
-_MAX_POSITIONS = 32  # B·n of a joint step: with more, arithmetic takes longer than reading weights
-_BRIEF = 0.01  # seconds for which nobody minds an event loop that stands still
-_COPYING = 3  # keys and values are read, written and read again where they are stacked
+_MAX_POSITIONS = 32  # B·n of a batch: with more, arithmetic takes longer than reading weights
+_BRIEF = 0.01  # seconds for which the event loop may block
+_COPYING = 3  # stacked keys and values are read, written and read again
 
 Outputs = dict[str, torch.Tensor]
 
 
-class SessionStep(JointWork[Outputs]):
-    """A step, whose outputs are those of `SessionCache.step` as they travel.
+class DecodeStep(Batchable[Outputs]):
+    """One step of a session. Its outputs are those of `SessionCache.step`, ready to send.
 
     Args:
         span: the server's blocks.
         cache: the session, which has checked the request.
-        is_alone: no other session is in use, whose steps could join. It is brief then if the session's last step was,
-            and it is no larger.
+        request: the step.
+        is_alone: no other session is in use. The step is then brief if the session's last one was, and was no smaller.
     """
 
     def __init__(self, span: BlockSpan, cache: SessionCache, request: StepRequest, *, is_alone: bool = False):
@@ -44,49 +44,48 @@ class SessionStep(JointWork[Outputs]):
         self.size = len(request.hidden) * request.hidden.shape[1]
         self.priority = Priority.DECODE if self.size <= _MAX_POSITIONS else Priority.PREFILL
         self.is_brief = is_alone and self.size <= cache.last_size and cache.last_seconds < _BRIEF
-        self._is_beyond = cache.turns_beyond(request)
+        self._uses_long_factors = cache.uses_long_factors(request)
         self._hypo_ids = request.hypo_ids
 
     def __call__(self) -> Outputs:
-        """Runs it alone.
+        """Runs it by itself.
 
         Raises:
             Refusal: positions before the step's are not held.
         """
         if not self._cache.holds(self._request):
-            words = f"the session holds fewer than {self._request.position} positions"
-            raise Refusal(ErrorCode.CACHE_LOST, words)
+            raise Refusal(ErrorCode.CACHE_LOST, f"the session holds fewer than {self._request.position} positions")
         self._reorder()
         began = time.perf_counter()
         outputs = self._on_the_wire(self._cache.step(self._span, self._request))
         self._cache.last_size, self._cache.last_seconds = self.size, time.perf_counter() - began
         return outputs
 
-    def joins(self, others: Sequence[JointWork[Outputs]]) -> bool:
+    def can_batch(self, others: Sequence[Batchable[Outputs]]) -> bool:
         cache, request = self._cache, self._request
-        if not (self._span.joins_steps and cache.is_open and request.deep is None and cache.holds(request)):
+        if not (self._span.batches_sessions and cache.is_open and request.deep is None and cache.holds(request)):
             return False
-        steps = [*(other for other in others if isinstance(other, SessionStep)), self]
+        steps = [*(other for other in others if isinstance(other, DecodeStep)), self]
         if len({step._kind for step in steps}) > 1 or len({id(step._cache) for step in steps}) < len(steps):
             return False
         if sum(step.size for step in steps) > _MAX_POSITIONS:
             return False
         return self._bytes_moved(steps) <= self._bytes_moved(steps[:-1]) + self._bytes_moved([self])
 
-    def run_with(self, others: Sequence[JointWork[Outputs]]) -> list[Outputs]:
-        steps = [self, *(other for other in others if isinstance(other, SessionStep))]
+    def run_batch(self, others: Sequence[Batchable[Outputs]]) -> list[Outputs]:
+        steps = [self, *(other for other in others if isinstance(other, DecodeStep))]
         for step in steps:
             step._reorder()
-        outputs = step_together(self._span, [(step._cache, step._request) for step in steps])
+        outputs = run_batched(self._span, [(step._cache, step._request) for step in steps])
         return [step._on_the_wire(own) for step, own in zip(steps, outputs, strict=True)]
 
     @property
     def _kind(self) -> tuple[int, int, int, bool]:
-        """Equal in steps that can be one batch."""
-        return self._request.start, self._request.end, self._request.hidden.shape[1], self._is_beyond
+        """Equal for steps that can be one batch."""
+        return self._request.start, self._request.end, self._request.hidden.shape[1], self._uses_long_factors
 
-    def _bytes_moved(self, steps: Sequence[SessionStep]) -> float:
-        """What a batch of steps reads and writes in memory, which is what its time goes with."""
+    def _bytes_moved(self, steps: Sequence[DecodeStep]) -> float:
+        """Bytes that a batch of steps reads and writes in memory; its run time is proportional."""
         if not steps:
             return 0.0
         length = max(
@@ -97,7 +96,7 @@ class SessionStep(JointWork[Outputs]):
         return weights + stacked * (_COPYING if len(steps) > 1 else 1)
 
     def _reorder(self) -> None:
-        hypo_ids, self._hypo_ids = self._hypo_ids, None  # once, also where the step is run again
+        hypo_ids, self._hypo_ids = self._hypo_ids, None  # once, even if the step runs again
         if hypo_ids is not None:
             self._cache.reorder(hypo_ids)
 
@@ -106,13 +105,13 @@ class SessionStep(JointWork[Outputs]):
 
 
 @torch.inference_mode()
-def step_together(span: BlockSpan, steps: Sequence[tuple[SessionCache, StepRequest]]) -> list[dict[str, torch.Tensor]]:
-    """Runs steps of several open sessions as one batch: of the same blocks, and each of n positions.
+def run_batched(span: BlockSpan, steps: Sequence[tuple[SessionCache, StepRequest]]) -> list[dict[str, torch.Tensor]]:
+    """Runs steps of several open sessions as one batch. All have the same blocks and n.
 
-    Sessions of different lengths end at the same column, as samples do that are padded on the left.
+    Sessions of different lengths are aligned at the end, like samples padded on the left.
 
     Returns:
-        What `SessionCache.step` returns for each.
+        The outputs of `SessionCache.step` for each.
     """
     first, batches = steps[0][0], [cache.batch for cache, _ in steps]
     begun = [cache.begin(span.transfers, request) for cache, request in steps]
@@ -130,13 +129,13 @@ def step_together(span: BlockSpan, steps: Sequence[tuple[SessionCache, StepReque
     return [cache.finish(request, own) for (cache, request), own in zip(steps, out.split(batches), strict=True)]
 
 
-def verify_joint_steps(span: BlockSpan) -> bool:
-    """Whether sessions of different lengths give as one batch what each gives alone, tried on random hidden states.
+def verify_batched_decoding(span: BlockSpan) -> bool:
+    """Whether sessions of different lengths give the same as one batch as one by one, on random hidden states.
 
-    False for families whose blocks keep another state than keys and values, or do not take padding on the left.
+    False for families whose blocks keep another state than keys and values, or do not support padding on the left.
     """
 
-    def outputs(together: bool) -> torch.Tensor:
+    def outputs(batched: bool) -> torch.Tensor:
         steps, draw = [], torch.Generator().manual_seed(0)
         for batch, length in ((1, 2), (2, 5), (1, 5)):
             hidden = torch.randn(batch, length + 1, span.hidden_size, generator=draw)
@@ -144,7 +143,7 @@ def verify_joint_steps(span: BlockSpan) -> bool:
             cache = SessionCache(span, opening, num_bytes=0)
             cache.step(span, opening)
             steps.append((cache, StepRequest(0, span.start, span.end, hidden[:, length:], length)))
-        found = step_together(span, steps) if together else [cache.step(span, request) for cache, request in steps]
-        return torch.cat([own["hidden"] for own in found])
+        results = run_batched(span, steps) if batched else [cache.step(span, request) for cache, request in steps]
+        return torch.cat([own["hidden"] for own in results])
 
     return same_outputs(span, lambda: outputs(True), lambda: outputs(False))

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from petals_lightning.server.heap import HeapTrimmer
+from petals_lightning.server.execution.malloc_trim import HeapTrimmer
 
 MIB = 1 << 20
 

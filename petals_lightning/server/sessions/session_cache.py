@@ -1,6 +1,6 @@
 """Inference sessions on a server: the keys and values of each, and the budget that they share.
 
-Shapes: B batch, n new positions, P virtual tokens, H hidden size.
+Shapes: see the legend in `petals_lightning.protocol`; n is the number of new positions.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import torch
 
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server.kv_cache import GrowingLayer, SpanCache
-from petals_lightning.server.limits import room_for
-from petals_lightning.server.span import BlockSpan
-from petals_lightning.server.transfers import Transfers
+from petals_lightning.server.access.limits import room_for
+from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.blocks.transfers import Transfers
 
 _RECENT = 1.0  # seconds for which a session counts as in use after a step
 
 SESSION_BYTES, SESSION_BLOCK_BYTES = 4096, 2048
-"""What a session takes however short it is, and each block that the server holds: 2,200 and 900 measured."""
+"""Bytes of a session however short it is, and of each hosted block in it: 2,200 and 900 measured."""
 
 SessionKey = tuple[int, Any]  # stream, the client's number of the session
 
 
 @dataclass
 class StepInputs:
-    """What a step brings, on the server's device; prefixes are counted.
+    """The inputs of a step on the server's device. Lengths and positions include the prefix.
 
     Attributes:
         hidden: [B, n, H].
-        length: positions before these.
-        attention_mask: [B, length + n], or None: nothing is padding.
-        position_ids: [B, n], or None: they count on from `length`.
+        length: number of positions before these.
+        attention_mask: [B, length + n], or None: no padding.
+        position_ids: [B, n], or None: they count from `length`.
     """
 
     hidden: torch.Tensor
@@ -44,7 +44,7 @@ class StepInputs:
     position_ids: torch.Tensor | None
 
     def padded_mask(self, length: int) -> torch.Tensor:
-        """[B, length + n]: the mask where samples stand in a batch with `length` positions before the new ones."""
+        """The mask [B, length + n] in a batch whose longest session has `length` positions before the new ones."""
         mask = self.attention_mask
         if mask is None:
             batch, tokens, _ = self.hidden.shape
@@ -52,7 +52,7 @@ class StepInputs:
         return torch.nn.functional.pad(mask, (length - self.length, 0), value=False)
 
     def counted_positions(self) -> torch.Tensor:
-        """[B, n], given or counted."""
+        """Position ids [B, n], as given or counted from `length`."""
         if self.position_ids is not None:
             return self.position_ids
         batch, tokens, _ = self.hidden.shape
@@ -65,7 +65,7 @@ class SessionCache:
     Args:
         span: the server's blocks.
         request: the step that opens the session.
-        num_bytes: what is reserved for it.
+        num_bytes: reserved for it.
     """
 
     def __init__(self, span: BlockSpan, request: StepRequest, num_bytes: int):
@@ -74,17 +74,17 @@ class SessionCache:
         self.num_bytes, self.last_used = num_bytes, time.monotonic()
         self._max_length = request.max_length
         self.last_call = 0  # id of the newest step
-        self.last_size, self.last_seconds = 0, 0.0  # positions of all samples in the last step, and what it took
+        self.last_size, self.last_seconds = 0, 0.0  # of the last step: positions of all samples, compute time
         self.prefix_length = len(request.prefix) if request.prefix is not None else 0
-        self.is_open, self._is_beyond = False, False
-        self.position_bytes = 0.0  # keys and values of one position of all samples; known when the session is open
+        self.is_open, self._uses_long_factors = False, False
+        self.position_bytes = 0.0  # keys and values of one position of all samples, once the session is open
         self._limit = span.rotary_limit
         layers = [GrowingLayer(self.prefix_length + self._max_length) for _ in span.blocks]
         self._layers = layers[self.start - span.start : self.end - span.start]
         self.cache = SpanCache(layers, self.start - span.start)
 
     def check(self, request: StepRequest) -> None:
-        """Raises ProtocolError if the step is of another shape than the session, or cannot go on with its keys."""
+        """Raises ProtocolError if the step has another shape than the session, or cannot use its keys."""
         if (request.start, request.end, len(request.hidden)) != (self.start, self.end, self.batch):
             raise ProtocolError(
                 f"a step of blocks {request.start}:{request.end} with batch {len(request.hidden)} in a session of "
@@ -92,7 +92,7 @@ class SessionCache:
             )
         if (end := request.position + request.hidden.shape[1]) > self._max_length:
             raise ProtocolError(f"position {end} is beyond the session's max_length {self._max_length}")
-        if self._is_beyond != self.turns_beyond(request) and request.position > 0:
+        if self._uses_long_factors != self.uses_long_factors(request) and request.position > 0:
             assert self._limit is not None
             raise ProtocolError(
                 f"position {end}: beyond {self._limit.positions} (virtual tokens counted) this model turns all "
@@ -100,12 +100,13 @@ class SessionCache:
             )
 
     def holds(self, request: StepRequest) -> bool:
-        """Whether all positions before those of the step are here (and the prefix, once it was computed)."""
+        """Whether all positions before the step's are held, and the prefix."""
         if not self.is_open:
             return request.max_length is not None
         return all(layer.get_seq_length() >= self.prefix_length + request.position for layer in self._layers)
 
-    def turns_beyond(self, request: StepRequest) -> bool:
+    def uses_long_factors(self, request: StepRequest) -> bool:
+        """Whether the step ends beyond the model's rotary limit, where other factors rotate all positions."""
         if self._limit is None:
             return False
         end = request.position + request.hidden.shape[1]
@@ -115,7 +116,7 @@ class SessionCache:
 
     @torch.inference_mode()
     def reorder(self, hypo_ids: torch.Tensor) -> None:
-        """Sample i goes on from what sample hypo_ids[i] was. If it fails, the session holds nothing any more."""
+        """Sample i continues from sample hypo_ids[i]. If this fails, the session is emptied."""
         try:
             for layer in self._layers:
                 layer.reorder_cache(hypo_ids)
@@ -126,13 +127,13 @@ class SessionCache:
 
     @torch.inference_mode()  # a few percent faster than no_grad, which counts in steps this short
     def step(self, span: BlockSpan, request: StepRequest) -> dict[str, torch.Tensor]:
-        """Runs a step's positions, behind the prefix if it opens the session. For the compute thread.
+        """Runs a step's positions, after the prefix if it opens the session. For the compute thread.
 
-        A step that failed may be run again: what it left behind its position is dropped. `request.hypo_ids` are not
-        looked at, see `reorder`.
+        A step that failed can be run again: what it stored after its position is dropped. `request.hypo_ids` are
+        ignored; see `reorder`.
 
         Returns:
-            `hidden` [B, request.keep or n, H], and `prefix` [P, H] if wanted.
+            `hidden` [B, request.keep or n, H], and `prefix` [P, H] if requested.
         """
         inputs, length = self.begin(span.transfers, request), self.prefix_length
         hidden, mask, positions = inputs.hidden, inputs.attention_mask, inputs.position_ids
@@ -148,11 +149,11 @@ class SessionCache:
         )
         outputs = self.finish(request, out)
         if request.want_prefix and request.prefix is not None:
-            outputs["prefix"] = out[0, :length]  # the same in every sample
+            outputs["prefix"] = out[0, :length]  # all samples have the same
         return outputs
 
     def begin(self, transfers: Transfers, request: StepRequest) -> StepInputs:
-        """Drops positions that are held behind the step's."""
+        """Moves a step's inputs to the device, and drops positions that are held after the step's first."""
         length = 0 if request.prefix is not None else self.prefix_length + request.position
         for layer in self._layers:
             if (dropped := layer.get_seq_length() - length) > 0:
@@ -169,20 +170,20 @@ class SessionCache:
         return StepInputs(hidden, length, mask, positions)
 
     def finish(self, request: StepRequest, out: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The step's outputs, of those [B, n or P + n, H] of its blocks."""
+        """Selects the step's outputs from those of its blocks, [B, n or P + n, H]."""
         if not self.is_open:
             held = [tensor for layer in self._layers for tensor in (layer.keys, layer.values) if tensor is not None]
             self.position_bytes = sum(tensor.nbytes for tensor in held) / self._layers[0].get_seq_length()
-        self.is_open, self._is_beyond = True, self.turns_beyond(request)
+        self.is_open, self._uses_long_factors = True, self.uses_long_factors(request)
         return {"hidden": out[:, -(request.keep or request.hidden.shape[1]) :]}
 
 
 class CacheStore:
-    """Sessions of all streams within a budget of bytes, reserved when they open. For the event loop only.
+    """Sessions of all streams within a byte budget, which is reserved when they open. For the event loop only.
 
     Args:
-        max_bytes: budget for all sessions together; the last part of it is for clients that hold least (`room_for`).
-        lifetime: seconds after which a session that is not used is dropped.
+        max_bytes: budget for all sessions together; its last part is for clients that hold least (`room_for`).
+        lifetime: seconds after which an unused session is dropped.
         max_per_client: sessions of one client.
     """
 
@@ -192,16 +193,19 @@ class CacheStore:
         self._bytes_of: Counter[str] = Counter()
         self._sessions_of: Counter[str] = Counter()
 
+    def __len__(self) -> int:
+        return len(self._caches)
+
     @property
     def num_bytes(self) -> int:
         return self._bytes_of.total()
 
     def room(self, client: str = "") -> int:
-        """Bytes that a session of a client may still take; of one that has none by default."""
+        """Bytes that a new session of a client may take; by default of a client without sessions."""
         return room_for(self._bytes_of[client], taken=self.num_bytes, budget=self.max_bytes)
 
     def make_room(self, key: SessionKey, num_bytes: int, client: str) -> str | None:
-        """Drops an older session under the same key and expired ones; says why if `num_bytes` do not fit then."""
+        """Drops a session under the same key and expired ones; returns the reason if `num_bytes` still do not fit."""
         self.pop(key)
         self.expire()
         if (count := self._sessions_of[client]) >= self._max_per_client:
@@ -220,7 +224,7 @@ class CacheStore:
         self._sessions_of[client] += 1
 
     def get(self, key: SessionKey) -> SessionCache | None:
-        """The session, which counts as used now; None if it was never opened, has expired or was ended."""
+        """The session, and marks it as used; None if it was never opened, has expired or was ended."""
         if key not in self._caches:
             return None
         cache, _ = self._caches[key]
@@ -246,14 +250,14 @@ class CacheStore:
             self.pop(key)
 
     def expire(self) -> None:
-        """Drops sessions that nobody has used for too long."""
+        """Drops sessions unused for `lifetime`."""
         oldest = time.monotonic() - self._lifetime
         for key in [key for key, (cache, _) in self._caches.items() if cache.last_used < oldest]:
             self.pop(key)
 
 
 def measure_cache_bytes(span: BlockSpan) -> float:
-    """Bytes of keys and values per position and block, counted on a small step, whatever the family keeps."""
+    """Bytes of keys and values per position and block, counted on a small step."""
     tokens = 4
     hidden = torch.zeros(1, tokens, span.hidden_size, device=span.device, dtype=span.dtype)
     layers = [GrowingLayer(tokens) for _ in span.blocks]

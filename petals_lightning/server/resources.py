@@ -1,10 +1,10 @@
-"""What all streams of a server share: the span, its compute thread, its budgets, and how it refuses."""
+"""What all streams of a server share: the span, its compute thread and its budgets."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,40 +12,44 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.admission import Accounts
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import GraphCost, GraphStore
-from petals_lightning.server.inference import (
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.quotas import Quotas
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.blocks.graphs import GraphCost, GraphStore
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.peer_links import PeerLinks
+from petals_lightning.server.refusal import Refusal
+from petals_lightning.server.sessions.session_cache import (
     SESSION_BLOCK_BYTES,
     SESSION_BYTES,
     CacheStore,
     SessionCache,
     SessionKey,
 )
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.links import Links
-from petals_lightning.server.span import BlockSpan
-
-if TYPE_CHECKING:
-    from petals_lightning.server.session import Session
 
 logger = logging.getLogger(__name__)
 
-stream_numbers = itertools.count()
-"""Names what a stream leaves on the server: graphs, caches."""
 
+class ServerResources:
+    """What all streams of a server share.
 
-class Refusal(Exception):
-    """Ends a request with an error code and words for the client."""
+    Args:
+        span: the blocks.
+        compute: the thread that runs them, started.
+        limits: budgets.
+        info: the answer to `info`.
+        rules: who may use the server; everybody by default.
+        peer_id: the server's base58 id.
+        links: streams to other servers; None: this server hands nothing over.
+        graph_cost: bytes of a kept graph.
+        cache_bytes_per_token: bytes of keys and values per position and block; 0 if the family has no sessions.
 
-    def __init__(self, code: ErrorCode, message: str):
-        super().__init__(message)
-        self.code = code
-
-
-class Backend:
-    """What all sessions of a server share: the span, its compute thread, its budgets."""
+    Attributes:
+        stream_numbers: numbers for streams, which name the graphs and caches that a stream leaves on the server.
+        leaving: the server is shutting down and takes no new requests.
+        open_requests: requests that are not answered yet, of all clients.
+    """
 
     def __init__(
         self,
@@ -56,18 +60,19 @@ class Backend:
         *,
         rules: AccessRules | None = None,
         peer_id: str = "",
-        links: Links | None = None,
+        links: PeerLinks | None = None,
+        graph_cost: GraphCost = GraphCost(0.0, 0.0),  # noqa: B008 (it is frozen)
+        cache_bytes_per_token: float = 0.0,
     ):
         self.span, self.compute, self.limits, self.info = span, compute, limits, info
         self.rules, self.peer_id, self.links = rules or AccessRules(), peer_id, links
-        self.sessions: dict[int, Session] = {}
-        self.accounts = Accounts(limits)
+        self.graph_cost, self.cache_bytes_per_token = graph_cost, cache_bytes_per_token
+        self.stream_numbers = itertools.count()
+        self.quotas = Quotas(limits)
         self.graphs = GraphStore(limits.graph_bytes, limits.graph_lifetime)
-        self.graph_cost = GraphCost(0.0, 0.0)
         self.caches = CacheStore(limits.cache_bytes, limits.cache_lifetime, limits.max_sessions_per_client)
-        self.cache_bytes_per_token = 0.0
         self.leaving = False
-        self.under_way = 0
+        self.open_requests = 0
 
     def graph_size(self, request: ForwardRequest) -> int:
         """Estimated bytes of the request's autograd graph."""
@@ -76,12 +81,12 @@ class Backend:
         own = 0
         if not self.span.shares_prefix(prefix, tokens):
             tokens += prefix
-        elif prefix:  # its own pass; other micro-batches may share it, but this may be the only one
+        elif prefix:  # the prefix's own pass; later micro-batches may share it, but this may be the only one
             own = self.graph_cost.num_bytes(blocks=blocks, batch=1, queries=prefix, keys=prefix)
         return own + self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
 
     def cache_size(self, request: StepRequest) -> int:
-        """Bytes that the session opened by a request may come to hold, or takes in any case."""
+        """Bytes to reserve for the session that a request opens: its keys and values at full length."""
         assert request.max_length is not None
         positions = request.max_length + _length(request.prefix)
         blocks = request.end - request.start
@@ -90,14 +95,14 @@ class Backend:
 
     @property
     def cache_tokens_left(self) -> int:
-        """Positions of one block whose keys and values a new client may keep here; 0 where none are kept."""
+        """Positions of one block whose keys and values a new client may keep here; 0 if the family has no sessions."""
         return int(self.caches.room() / self.cache_bytes_per_token) if self.cache_bytes_per_token else 0
 
     def open_cache(self, key: SessionKey, request: StepRequest, client: str) -> None:
-        """Reserves room for the session that a request opens.
+        """Reserves memory for the session that a request opens.
 
         Raises:
-            Refusal: there is too little.
+            Refusal: there is not enough.
             ProtocolError: the family has no sessions.
         """
         if not self.span.has_sessions:
@@ -107,11 +112,11 @@ class Backend:
                 "model locally to generate"
             )
         size = self.cache_size(request)
-        if (refusal := self.caches.make_room(key, size, client)) is not None:
+        if (reason := self.caches.make_room(key, size, client)) is not None:
             raise Refusal(
                 ErrorCode.OVERLOADED,
                 f"no room for the keys and values of {len(request.hidden)} × {request.max_length} positions, which "
-                f"may take {size / 2**20:.1f} MiB: {refusal}",
+                f"may take {size / 2**20:.1f} MiB: {reason}",
             )
         self.caches.put(key, SessionCache(self.span, request, size), client)
 
@@ -125,16 +130,16 @@ class Backend:
         batch, tokens, hidden_size = hidden.shape
         if hidden_size != self.span.hidden_size:
             raise ProtocolError(f"hidden size {hidden_size}, the model here has {self.span.hidden_size}")
-        positions = batch * (max(tokens, 1) + (len(prefix) if prefix is not None else 0))
+        positions = batch * (max(tokens, 1) + _length(prefix))
         if positions > self.limits.max_batch_tokens:
             raise ProtocolError(
                 f"{positions} tokens in one request, this server takes up to {self.limits.max_batch_tokens}: "
                 "use smaller batches or micro-batches"
             )
-        self.span.shares_prefix(len(prefix) if prefix is not None else 0, tokens)  # refuses impossible lengths
+        self.span.shares_prefix(_length(prefix), tokens)  # raises for a length that the model cannot run
 
     def refusal(self, error: Exception, peer: str) -> Refusal:
-        """What a client is told when its request ended in an error."""
+        """What to tell a client whose request ended in an error. Logs errors that are the server's own."""
         if isinstance(error, Refusal):
             return error
         if isinstance(error, ProtocolError):
@@ -144,9 +149,9 @@ class Backend:
             logger.warning("out of memory in a request of …%s: all kept graphs were dropped", peer[-6:])
             return Refusal(ErrorCode.OVERLOADED, "out of memory")
         logger.error("a request of …%s failed", peer[-6:], exc_info=error)
-        # The kind of the error, not its text: what is in this machine's memory or paths is not the client's.
-        words = f"the server failed on this request ({type(error).__name__}; details are in its log)"
-        return Refusal(ErrorCode.INTERNAL, words)
+        # Only the error's type: its text may show memory contents or paths of this machine.
+        message = f"the server failed on this request ({type(error).__name__}; details are in its log)"
+        return Refusal(ErrorCode.INTERNAL, message)
 
 
 def _length(prefix: torch.Tensor | None) -> int:

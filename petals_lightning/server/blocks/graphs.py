@@ -1,4 +1,4 @@
-"""Autograd graphs that wait for their backward, within a byte budget: who has most loses the oldest."""
+"""Autograd graphs that wait for their backward, within a byte budget."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
+from petals_lightning.server.blocks.span import BlockSpan, SpanGraph, SpanInputs
 
 GraphKey = tuple[int, int]  # stream, call id
 
-_BESIDES_TENSORS = 1.05  # autograd's own nodes, and what a heap loses between tensors (1.03 measured)
+_BESIDES_TENSORS = 1.05  # adds autograd's own nodes and heap fragmentation (1.03 measured)
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class _Kept:
 
 
 class GraphStore:
-    """Keeps graphs by (stream, call id). Not thread-safe: used from the event loop only.
+    """Keeps graphs by (stream, call id). Not thread-safe: for the event loop only.
+
+    Beyond the budget, the client that has most loses its oldest graph.
 
     Args:
         max_bytes: budget for all graphs together.
@@ -40,18 +42,15 @@ class GraphStore:
         return self._bytes_of.total()
 
     def put(self, key: GraphKey, graph: SpanGraph, client: str = "") -> None:
-        """Keeps a graph, in place of one under the same key, and drops others beyond the budget."""
+        """Keeps a graph, replaces one under the same key, and drops others beyond the budget."""
         self.pop(key)
         self._graphs[key] = _Kept(graph, client, time.monotonic() + self._lifetime)
         self._bytes_of[client] += graph.num_bytes
         self.expire()
-        self.make_room(0)  # other forwards may have been admitted into the same room meanwhile
+        self.make_room(0)  # other forwards may have been admitted for the same bytes meanwhile
 
     def make_room(self, num_bytes: int) -> bool:
-        """Drops graphs until `num_bytes` fit; False if they never will.
-
-        Of the client that has most the oldest goes first, so that a greedy one does not cost others theirs.
-        """
+        """Drops graphs until `num_bytes` fit; False if they are more than the whole budget."""
         if num_bytes > self.max_bytes:
             return False
         while self._graphs and self.num_bytes + num_bytes > self.max_bytes:
@@ -78,7 +77,7 @@ class GraphStore:
         self._bytes_of.clear()
 
     def expire(self) -> None:
-        """Drops graphs that have outlived their time."""
+        """Drops graphs older than `lifetime`."""
         now = time.monotonic()
         for key in [key for key, kept in self._graphs.items() if kept.until < now]:
             self.pop(key)
@@ -86,22 +85,22 @@ class GraphStore:
 
 @dataclass(frozen=True)
 class GraphCost:
-    """Bytes of a kept graph per block: `per_token` for each position, `per_pair` for each query and key of a sample.
+    """Bytes of a kept graph per block: `per_token` for each position, `per_pair` for each query–key pair of a sample.
 
-    The second matters where attention weights are kept ("eager" attention: BLOOM, Gemma 2, GPT-J).
+    `per_pair` matters where attention weights are kept ("eager" attention: BLOOM, Gemma 2, GPT-J).
     """
 
     per_token: float
     per_pair: float
 
     def num_bytes(self, *, blocks: int, batch: int, queries: int, keys: int) -> int:
-        """Estimate for [batch, queries] positions that attend to `keys` positions, over `blocks` blocks."""
+        """Estimate for [batch, queries] positions that attend to `keys` positions, in `blocks` blocks."""
         tensors = blocks * batch * (queries * self.per_token + queries * keys * self.per_pair)
         return int(tensors * _BESIDES_TENSORS)
 
 
 def measure_graph_cost(span: BlockSpan) -> GraphCost:
-    """Counts the bytes of small graphs of two lengths, and takes the rest from them."""
+    """Counts the bytes of two small graphs of different lengths, and solves for both costs."""
     short, long = 16, 48
     bytes_short, bytes_long = (_graph_bytes(span, tokens) for tokens in (short, long))
     per_pair = max(0.0, (bytes_long / long - bytes_short / short) / (long - short))
@@ -109,7 +108,7 @@ def measure_graph_cost(span: BlockSpan) -> GraphCost:
 
 
 def _graph_bytes(span: BlockSpan, tokens: int) -> float:
-    """Bytes per sample and block of the tensors that autograd saves, each storage once, without the weights."""
+    """Bytes per sample and block of the tensors that autograd saves: each storage once, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in span.model.parameters()}
     storages: dict[int, int] = {}
 
