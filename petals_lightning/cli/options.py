@@ -1,18 +1,22 @@
-"""Options that several commands share."""
+"""What commands share: options, among them those that are declared in dataclasses, log lines, and signals."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from petals_lightning.library_messages import OursOrErrors
+from petals_lightning.options import Option, make, options_of
 
 _MADDR = "MADDR"
 _IS_MADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6|dnsaddr|p2p)/")
@@ -23,11 +27,71 @@ InitialPeers = Annotated[
 HostMaddrs = Annotated[list[str], typer.Option(help="Addresses to listen on.", metavar=_MADDR)]
 AnnounceMaddrs = Annotated[
     list[str] | None,
-    typer.Option(help="Addresses that others are told, where they differ (NAT, containers).", metavar=_MADDR),
+    typer.Option(help="Addresses to announce instead of these (NAT, containers).", metavar=_MADDR),
 ]
 IdentityPath = Annotated[
     str | None, typer.Option(help="File of the private key, made if missing; keeps the peer id the same.")
 ]
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: a command's parameters that are dataclasses become flags, one for each of their fields.
+
+    Fields made by `option` become flags that follow those of the command itself, in panels of their own; others are
+    typer's own parameters. The command is called with instances of the dataclasses.
+    """
+    own, declared = [], []
+    configs: dict[str, tuple[Any, dict[str, Option]]] = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if not is_dataclass(parameter.annotation):
+            own.append(parameter)
+            continue
+        kind: Any = parameter.annotation
+        options = {each.name: each for each in options_of(kind)}
+        configs[name] = kind, options
+        own += [each for key, each in inspect.signature(kind, eval_str=True).parameters.items() if key not in options]
+        declared += [_parameter(each) for each in options.values() if not each.secret]
+
+    @wraps(command)
+    def flat(**given: Any) -> None:
+        for name, (kind, options) in configs.items():
+            values = {each.name: given.pop(each.name) for each in fields(kind) if each.name in given}
+            read = {key: _value(each, values[key]) for key, each in options.items() if key in values}
+            given[name] = make(kind, values | read)
+        command(**given)
+
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *declared)]
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {each.name: each.annotation for each in parameters}
+    return flat
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """The parameter of a command that typer makes an option's flag of."""
+    default = option.default / option.unit if option.unit != 1 else option.default
+    kind: Any = str if option.parse is not None else float if option.unit != 1 else option.kind
+    if option.is_list:
+        kind, default = list[str], None
+    names = (option.flag, *((f"--no-{option.flag[2:]}",) if default is True else ()))
+    flag = typer.Option(
+        "/".join(names),
+        help=option.meaning,
+        metavar=option.metavar,
+        show_default=option.default_words or default is not None,
+        rich_help_panel=option.group,
+    )
+    hint: Any = Annotated[kind | None if default is None else kind, flag]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _value(option: Option, given: Any) -> Any:
+    """The value of an option from what its flag was given."""
+    option.check(given, option.flag)
+    if given is None or given == []:
+        return None
+    if option.parse is not None:
+        return option.parse(given)
+    return int(given * option.unit) if option.unit != 1 else given
 
 
 class MaddrCommand(TyperCommand):

@@ -18,6 +18,7 @@ from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
 from petals_lightning.hf.skeleton import vocabulary_size
 from petals_lightning.models import trainable_state_dict
+from petals_lightning.models.prompts import TUNING_MODES
 from petals_lightning.strategies import (
     BEGUN,
     RemoteBlockStrategy,
@@ -28,8 +29,6 @@ from petals_lightning.strategies import (
 )
 
 log = logging.getLogger(__name__)
-
-TUNING_MODES = (None, "ptune", "deep_ptune")
 
 
 class TuningModule(pl.LightningModule):
@@ -61,6 +60,10 @@ class TuningModule(pl.LightningModule):
     """The metric that tells the best checkpoint."""
     monitor_mode: str
     """"max" or "min": which way the metric is better."""
+    from_data: tuple[str, ...] = ()
+    """Arguments that a run takes from attributes of its DataModule, which have the same names."""
+    saves_prompts = False
+    """Whether a run leaves its best prompts in a folder, for `chat` and for others."""
 
     def __init__(
         self,
@@ -77,8 +80,8 @@ class TuningModule(pl.LightningModule):
         token: str | None = None,
     ):
         super().__init__()
-        if tuning_mode not in TUNING_MODES:
-            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, ptune or deep_ptune")
+        if tuning_mode is not None and tuning_mode not in TUNING_MODES:
+            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, {' or '.join(TUNING_MODES)}")
         if tuning_mode is not None and pre_seq_len < 1:
             raise ConfigurationError(
                 f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "

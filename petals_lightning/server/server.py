@@ -29,11 +29,11 @@ from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.access import AccessRules
 from petals_lightning.server.backend import Backend
 from petals_lightning.server.compute import ComputeThread
+from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.cpu_decoding import order_weights_for_decoding
 from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.inference import measure_cache_bytes
 from petals_lightning.server.joint_steps import verify_joint_steps
-from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.links import Links
 from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.placement import thinnest_span
@@ -55,21 +55,13 @@ class Server:
     Args:
         checkpoint: the model.
         node: this process's peer; started and closed by the server.
-        block_indices: (start, end) to hold, or None to choose `num_blocks` where the swarm is thinnest.
-        num_blocks: how many to hold if `block_indices` is None; None takes all.
-        dht_prefix: name of the model in the DHT; None derives it from the hub id.
-        device, dtype: where and how blocks run; "auto" dtype is the checkpoint's.
-        public_name: shown to users of the swarm.
-        throughput: requests a second to announce; None measures it.
-        update_period: seconds between announcements; records live twice as long.
-        limits: budgets.
-        rules: who may use it; everybody by default.
-        petals_only: offer Petals' methods and not our own stream method, as a Petals server does.
-        share_prefix: run a prefix once for the batch, where the family allows it; False shows what that saves.
+        config: what it holds, offers and grants; the defaults if None.
+        rules: who may use it, instead of the files that `config` names.
         on_shard: progress of loading.
 
     Raises:
-        ConfigurationError: peers would not take the records that follow from `update_period`.
+        ConfigurationError: peers would not take the records that follow from `update_period`, or a file of `config`
+            cannot be read.
     """
 
     def __init__(
@@ -77,32 +69,21 @@ class Server:
         checkpoint: Checkpoint,
         node: SwarmNode,
         *,
-        block_indices: tuple[int, int] | None = None,
-        num_blocks: int | None = None,
-        dht_prefix: str | None = None,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "auto",
-        public_name: str | None = None,
-        throughput: float | None = None,
-        update_period: float = 60.0,
-        limits: ServerLimits | None = None,
+        config: ServerConfig | None = None,
         rules: AccessRules | None = None,
-        petals_only: bool = False,
-        share_prefix: bool = True,
         on_shard: Callable[[str, int, int], None] | None = None,
     ):
         self._checkpoint, self.node = checkpoint, node
-        self._block_indices, self._num_blocks = block_indices, num_blocks
-        self._dht_prefix = check_dht_prefix(dht_prefix) if dht_prefix is not None else None
-        self._device, self._dtype = torch.device(device), dtype
-        self._public_name, self._throughput = public_name, throughput
-        if 2 * update_period > MAX_LIFETIME:
+        self._config = config = config or ServerConfig()
+        self._rules = rules or AccessRules.of_files(config.allow_peers, config.token_file)
+        self._dht_prefix = check_dht_prefix(config.dht_prefix) if config.dht_prefix is not None else None
+        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if 2 * config.update_period > MAX_LIFETIME:
             raise ConfigurationError(
-                f"update_period={update_period:g}: peers take no record that lasts for more than {MAX_LIFETIME:.0f} s, "
-                f"and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
+                f"update_period={config.update_period:g}: peers take no record that lasts for more than "
+                f"{MAX_LIFETIME:.0f} s, and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
             )
-        self._update_period, self._limits, self._on_shard = update_period, limits or ServerLimits(), on_shard
-        self._rules, self._petals_only, self._share_prefix = rules or AccessRules(), petals_only, share_prefix
+        self._on_shard = on_shard
         self._compute: ComputeThread | None = None
         self._announcer: Any = None
         self._backend: Backend | None = None
@@ -132,20 +113,22 @@ class Server:
             ConfigurationError: the model, the span or an address is wrong.
             SwarmConnectionError: the swarm cannot be joined, or takes no record.
         """
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
         prefix, count = self.dht_prefix, num_blocks(self._checkpoint.config)
-        if self._block_indices is not None:
-            self._check_span(*self._block_indices, count)
+        if self._config.block_indices is not None:
+            self._check_span(*self._config.block_indices, count)
         self.node.start()
         try:
             on_joined()
-            start, end = self._block_indices or self._choose_span(prefix, count)
+            start, end = self._config.block_indices or self._choose_span(prefix, count)
             logger.info("loading blocks %d:%d of %s", start, end, self._checkpoint.name_or_path)
             span = self._load(start, end)
             self._compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None)
             self._backend = Backend(
                 span,
                 self._compute,
-                self._limits,
+                self._config,
                 info={},
                 rules=self._rules,
                 peer_id=self.node.peer_id.to_base58(),
@@ -163,9 +146,9 @@ class Server:
                 "wire_dtypes": sorted(WIRE_DTYPES),
                 "fingerprint": record.fingerprint,
                 "version": __version__,
-                "max_batch_tokens": self._limits.max_batch_tokens,
-                "max_message_bytes": self._limits.max_message_bytes,
-                "max_open_requests": self._limits.max_open_requests,
+                "max_batch_tokens": self._config.max_batch_tokens,
+                "max_message_bytes": self._config.max_message_bytes,
+                "max_open_requests": self._config.max_open_requests,
                 "request_seconds": self._request_seconds(span),
             }
             self.node.run(self._open(prefix, count, record))
@@ -196,9 +179,7 @@ class Server:
             )
 
     def _choose_span(self, prefix: str, count: int) -> tuple[int, int]:
-        wanted = count if self._num_blocks is None else self._num_blocks
-        if wanted < 1:
-            raise ConfigurationError(f"num_blocks is {wanted}: a server holds at least one block")
+        wanted = count if self._config.num_blocks is None else self._config.num_blocks
         table = self.node.run(self._directory().servers(prefix, count))
         held = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
         return thinnest_span(held, wanted)
@@ -208,14 +189,14 @@ class Server:
             model_class(AutoModel, self._checkpoint),
             self._checkpoint,
             Part(start, end, ends=False),
-            dtype=self._dtype,
+            dtype=self._config.dtype,
             on_shard=self._on_shard,
         )
         order_weights_for_decoding(model.to(self._device))  # type: ignore[arg-type]
         span = BlockSpan(model, layout, start)
         check_family(span)
-        span.share_prefix = self._share_prefix and verify_shared_prefix(span)
-        if self._share_prefix and not span.share_prefix:
+        span.share_prefix = self._config.share_prefix and verify_shared_prefix(span)
+        if self._config.share_prefix and not span.share_prefix:
             logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
         span.skips_unread = span.share_prefix and verify_skipping(span)
         if span.share_prefix and not span.skips_unread:
@@ -235,14 +216,14 @@ class Server:
         tokens_per_second = hidden.shape[0] * hidden.shape[1] * (span.end - span.start) / seconds
         return ServerRecord(
             state=ServerState.ONLINE,
-            throughput=self._throughput if self._throughput is not None else 1 / seconds,
+            throughput=self._config.throughput if self._config.throughput is not None else 1 / seconds,
             start=span.start,
             end=span.end,
-            public_name=self._public_name,
+            public_name=self._config.public_name,
             version=__version__,
             torch_dtype=str(span.dtype).removeprefix("torch."),
             tokens_per_second=tokens_per_second,
-            stream_version=None if self._petals_only else STREAM_VERSION,
+            stream_version=None if self._config.petals_only else STREAM_VERSION,
             hidden_size=span.hidden_size,
             fingerprint=self._checkpoint.fingerprint,
             num_blocks=num_blocks(self._checkpoint.config),
@@ -261,7 +242,7 @@ class Server:
         streams: dict[str, StreamHandler] = {
             name: partial(petals.serve_stream, method) for name, method in petals.streams.items()
         }
-        if not self._petals_only:
+        if not self._config.petals_only:
             streams[STREAM_METHOD] = self._serve_session
         for name, serve in streams.items():
             await self.node.p2p.add_binary_stream_handler(name, partial(self._handle_stream, serve))
@@ -273,7 +254,7 @@ class Server:
         self._announcer = asyncio.create_task(self._announce_forever(prefix, count, record))
 
     async def _announce(self, prefix: str, count: int, record: ServerRecord) -> bool:
-        directory, lifetime = self._directory(), max(2 * self._update_period, 3.0)
+        directory, lifetime = self._directory(), max(2 * self._config.update_period, 3.0)
         if record.state is ServerState.ONLINE:
             await directory.announce_model(ModelEntry(prefix, count, record.repository), lifetime)
         assert self._backend is not None
@@ -281,20 +262,21 @@ class Server:
         return await directory.announce(prefix, left, lifetime)
 
     async def _announce_forever(self, prefix: str, count: int, record: ServerRecord) -> None:
+        period = self._config.update_period
         while True:
-            await asyncio.sleep(self._update_period)
+            await asyncio.sleep(period)
             assert self._backend is not None
             self._backend.graphs.expire()
             self._backend.caches.expire()
             try:
                 # hivemind waits for ever for a daemon that has died
-                async with asyncio.timeout(max(self._update_period, 10.0)):
+                async with asyncio.timeout(max(period, 10.0)):
                     stored = await self._announce(prefix, count, record)
             except _DAEMON_ERRORS as e:  # or this task would end, and with it, unnoticed, the server's visibility
                 logger.debug("announcing failed", exc_info=e)
                 stored = False
             if not stored:
-                logger.warning("the swarm did not take this announcement; trying again in %gs", self._update_period)
+                logger.warning("the swarm did not take this announcement; trying again in %gs", period)
 
     async def _leave(self, timeout: float) -> None:
         assert self._backend is not None
@@ -331,7 +313,7 @@ class Server:
         assert self._backend is not None
         task = asyncio.current_task()
         assert task is not None
-        if len(self._sessions) >= self._limits.all_streams * 3 // 2:  # too many are being told that there is no room
+        if len(self._sessions) >= self._config.all_streams * 3 // 2:  # too many are being told that there is no room
             writer.close()
             return
         self._sessions.add(task)
@@ -353,16 +335,3 @@ def _forward_seconds(span: BlockSpan, inputs: SpanInputs) -> float:
         span.forward(inputs)[0].sum().item()  # waits for the GPU too
         seconds.append(time.perf_counter() - began)
     return min(seconds)
-
-
-def parse_block_indices(text: str) -> tuple[int, int]:
-    """`a:b` as (a, b).
-
-    Raises:
-        ConfigurationError: it is not of that form.
-    """
-    try:
-        start, end = (int(part) for part in text.split(":"))
-    except ValueError as e:
-        raise ConfigurationError(f"--block-indices {text!r}: give START:END, END exclusive, e.g. 0:16") from e
-    return start, end

@@ -21,7 +21,7 @@ class PrivateSwarm(SwarmSource):
     Args:
         initial_peers: multiaddresses of one or more of its peers (also as one text with commas or blanks between);
             servers print theirs when they start.
-        **options: see `SwarmSource`.
+        **options: of `SwarmSource`, and of `ClientConfig`.
 
     Raises:
         ConfigurationError: there are none, or one is no multiaddress.
@@ -50,7 +50,7 @@ class PublicSwarm(PrivateSwarm):
 
     Args:
         initial_peers: None takes the network's own bootstrap peers.
-        **options: see `SwarmSource`.
+        **options: of `SwarmSource`, and of `ClientConfig`.
     """
 
     def __init__(self, initial_peers: str | Sequence[str] | None = None, **options: Any):

@@ -14,6 +14,8 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from petals_lightning.errors import CheckpointError, ConfigurationError
+from petals_lightning.options import command_line
+from petals_lightning.server.config import ServerConfig, parse_block_indices
 from petals_lightning.strategies.server_process import ServerProcess
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
 from petals_lightning.swarm.guard import ProcessGuard
@@ -35,7 +37,7 @@ class LocalSwarm(SwarmSource):
         threads_per_server: CPU threads of each server; None shares the cores out.
         device: where servers compute, e.g. `cpu` or `cuda:0`; None lets them choose.
         start_timeout: seconds for all servers to load their blocks and announce them.
-        **options: see `SwarmSource`.
+        **options: of `SwarmSource`, and of `ClientConfig`. Batches are not cut unless `min_microbatch_tokens` is given.
 
     Raises:
         ConfigurationError: there is no server, or a range is none.
@@ -85,15 +87,16 @@ class LocalSwarm(SwarmSource):
             raise
 
     def _launch(self, number: int, blocks: str, swarm: list[str], model: ServedModel, log_dir: Path) -> ServerProcess:
-        arguments = [model.name_or_path, *swarm, "--block-indices", blocks]
-        arguments += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--dtype", model.dtype]
-        arguments += ["--public-name", f"local-{number}", "--verbose"]
-        if model.dht_prefix is not None:
-            arguments += ["--dht-prefix", model.dht_prefix]
-        threads = self.threads_per_server or max(1, (os.cpu_count() or 1) // self.num_servers)
-        arguments += ["--threads", str(threads)]
-        if self.device is not None:
-            arguments += ["--device", self.device]
+        config = ServerConfig(
+            block_indices=parse_block_indices(blocks),
+            dht_prefix=model.dht_prefix,
+            device=self.device,
+            dtype=model.dtype,
+            threads=self.threads_per_server or max(1, (os.cpu_count() or 1) // self.num_servers),
+            public_name=f"local-{number}",
+        )
+        arguments = [model.name_or_path, *swarm, *command_line(config)]
+        arguments += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--verbose"]
         if model.revision is not None:
             arguments += ["--revision", model.revision]
         server = ServerProcess(arguments, log_dir / f"server_{number}.log", f"server {number} (blocks {blocks})")

@@ -1,4 +1,4 @@
-"""Where a run's swarm comes from: the interface that RemoteBlockStrategy uses."""
+"""The interface of swarms that RemoteBlockStrategy uses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.protocol.auth import read_token
+from petals_lightning.options import make
 
 
 @dataclass(frozen=True)
@@ -35,64 +36,19 @@ class SwarmSource(ABC):
     """Brings a swarm up and down. Re-entrant: it is up from the first `acquire` to the last `release`.
 
     Args:
-        connect_timeout: seconds to reach the swarm or a server; None leaves the client's default. So below.
-        request_timeout: seconds that a server may work on one request while it answers heartbeats; queueing does not
-            count.
-        max_retries: how often one server may fail at a part of a step before the step fails.
-        recovery_timeout: seconds to wait for a block whose every holder has failed, before training ends.
-        allowed_servers: peer ids to use; None: all.
-        blocked_servers: peer ids never to use.
-        audit_rate: share of requests that are computed again on another server and compared.
-        trusted_servers: peer ids that are believed where two disagree.
-        server_to_server: servers forward activations to the next server; False: every hop returns to the client.
-        wire_dtype: of activations and gradients on the wire: auto (16 bits where a server computes in 16 bits),
-            float32, bfloat16, float16 or int8_blockwise.
-        min_microbatch_tokens: batches are not cut finer than this to fill a chain; a large value keeps them whole.
-        identity_path: file of this client's private key, by which servers with --allow-peers know it; made if missing.
-        token_file: file of the secret that a private swarm's servers were given with --token-file.
         batches_in_flight: evaluation batches (of validation, test, prediction) that are on their way at once. Each
             takes the memory of a forward here.
+        **options: of `ClientConfig`, e.g. `audit_rate=0.05`; None leaves the default.
 
     Raises:
-        ConfigurationError: `batches_in_flight` is below 1.
+        ConfigurationError: a value is out of range.
     """
 
-    def __init__(
-        self,
-        connect_timeout: float | None = None,
-        request_timeout: float | None = None,
-        max_retries: int | None = None,
-        recovery_timeout: float | None = None,
-        allowed_servers: list[str] | None = None,
-        blocked_servers: list[str] | None = None,
-        audit_rate: float | None = None,
-        trusted_servers: list[str] | None = None,
-        server_to_server: bool | None = None,
-        wire_dtype: str | None = None,
-        min_microbatch_tokens: int | None = None,
-        identity_path: str | None = None,
-        token_file: str | None = None,
-        batches_in_flight: int = 4,
-    ):
+    def __init__(self, *, batches_in_flight: int = 4, **options: Any):
         if batches_in_flight < 1:
             raise ConfigurationError(f"batches_in_flight={batches_in_flight}: must be at least 1, one at a time")
         self.batches_in_flight = batches_in_flight
-        options = {
-            "connect_timeout": connect_timeout,
-            "request_timeout": request_timeout,
-            "max_retries": max_retries,
-            "recovery_timeout": recovery_timeout,
-            "allowed_servers": allowed_servers,
-            "blocked_servers": blocked_servers,
-            "audit_rate": audit_rate,
-            "trusted_servers": trusted_servers,
-            "server_to_server": server_to_server,
-            "wire_dtype": wire_dtype,
-            "min_microbatch_tokens": min_microbatch_tokens,
-            "identity_path": identity_path,
-            "swarm_token": read_token(token_file) if token_file is not None else None,
-        }
-        self._options = {key: value for key, value in options.items() if value is not None}
+        self.client_config = make(ClientConfig, options)
         self._users = 0
 
     def acquire(self, model: ServedModel, log_dir: Path) -> dict[str, Any]:
@@ -104,7 +60,7 @@ class SwarmSource(ABC):
         if self._users == 0:
             self._start(model, log_dir)
         self._users += 1
-        return self._options | self._arguments(model)
+        return {"client_config": self.client_config, **self._arguments(model)}
 
     def release(self) -> None:
         """Gives the swarm up; the last user's release takes down what `acquire` started."""

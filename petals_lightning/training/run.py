@@ -13,18 +13,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, RichModelSummary
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
-from petals_lightning.data import TextClassificationDataModule, TextDataModule
+from petals_lightning.data import TextDataModule
 from petals_lightning.errors import ConfigurationError, SwarmError
 from petals_lightning.library_messages import libraries_to_root_log
 from petals_lightning.models import save_prompts
-from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
+from petals_lightning.modules import TuningModule
 from petals_lightning.strategies import (
     RemoteBlockStrategy,
     SwarmSource,
@@ -38,6 +38,7 @@ from petals_lightning.training.errors import INTERRUPTED
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
 from petals_lightning.training.schema import refuse_unread
 from petals_lightning.training.settings import OF_DATA, OF_MODULES
+from petals_lightning.training.targets import find_target
 
 
 def run(cfg: DictConfig, recipe: str = "run") -> float | None:
@@ -62,10 +63,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     callbacks = build_callbacks(cfg.callbacks)
     swarm: SwarmSource | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
     data = _build_data(cfg)
-    if isinstance(data, TextClassificationDataModule):
-        module = build_module(cfg, data.num_labels, list(data.class_names))
-    else:
-        module = build_module(cfg)
+    module = build_module(cfg, data)
     announce(cfg, recipe, data)
     logger = _build_logger(cfg, folder)
     facts = {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name}
@@ -81,7 +79,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
                     trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
     finally:
         _finish(logger)
-    if isinstance(module, CausalLMModule) and trainer.global_step and not cfg.trainer.fast_dev_run:
+    if module.saves_prompts and trainer.global_step and not cfg.trainer.fast_dev_run:
         _save_best_prompts(module, folder, summary.summary)
     print_results(summary.summary, folder)
     return summary.summary.get(module.monitor)
@@ -101,15 +99,36 @@ def _build_data(cfg: DictConfig) -> TextDataModule:
     return data
 
 
-def build_module(
-    cfg: DictConfig, num_labels: int | None = None, class_names: list[str] | None = None
-) -> CausalLMModule | SequenceClassificationModule:
-    """The module of a run: a classifier for labelled data, else a language model. Reads nothing yet."""
-    settings: dict[str, Any] = {name: OmegaConf.select(cfg, key) for name, key in OF_MODULES.items()}
-    if get_class(cfg.data._target_) is not TextClassificationDataModule:
-        return CausalLMModule(**settings)
-    assert num_labels is not None
-    return SequenceClassificationModule(num_labels=num_labels, class_names=class_names, **settings)
+def build_module(cfg: DictConfig, data: Any) -> TuningModule:
+    """The module of a run's task. Reads nothing yet.
+
+    Args:
+        cfg: the settings.
+        data: has the attributes that the module's `from_data` names.
+
+    Raises:
+        ConfigurationError: a setting is wrong, or the data are made for another task.
+    """
+    unmade = find_target(
+        "task",
+        cfg.task,
+        TuningModule,
+        "not a petals_lightning.modules.TuningModule, such as petals_lightning.modules.CausalLMModule",
+        hint="task._target_=petals_lightning.modules.CausalLMModule; those of conf/task go by name: task=causal_lm",
+    )
+    name = unmade.func.__name__  # type: ignore[attr-defined]
+    facts = {}
+    for argument in unmade.func.from_data:  # type: ignore[attr-defined]
+        value = getattr(data, argument, None)
+        if value is None:
+            raise ConfigurationError(
+                f"task: {name} needs the {argument} of its data, and {type(data).__name__} has none; choose another "
+                "task (task=causal_lm) or data (data=sst2)"
+            )
+        facts[argument] = list(value) if isinstance(value, tuple) else value
+    settings = {argument: OmegaConf.select(cfg, key) for argument, key in OF_MODULES.items()}
+    module: TuningModule = unmade(**settings, **facts)
+    return module
 
 
 def build_trainer(
@@ -200,7 +219,7 @@ def _best(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _save_best_prompts(module: CausalLMModule, folder: Path, summary: dict[str, Any]) -> None:
+def _save_best_prompts(module: TuningModule, folder: Path, summary: dict[str, Any]) -> None:
     """Leaves the best prompts in `folder`/prompts, for chat and for others."""
     best = _best(folder)
     if best is not None:

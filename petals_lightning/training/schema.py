@@ -6,14 +6,18 @@ Values are in conf/; a default here means "let the class decide". `MISSING` must
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError
+from petals_lightning.options import options_of
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -32,34 +36,27 @@ class SwarmConfig:
     pass
 
 
+def with_options_of(config: type) -> Callable[[type[T]], type[T]]:
+    """Decorator, below `@dataclass`: adds a dataclass's options as settings. null leaves their default.
+
+    Where null is a value itself, the setting has the option's own default. Secrets are left out: settings are logged.
+    """
+
+    def extend(cls: type[T]) -> type[T]:
+        for each in options_of(config):
+            if not each.secret:
+                cls.__annotations__[each.name] = (list[str] if each.is_list else each.kind) | None
+                setattr(cls, each.name, each.default if each.takes_none else None)
+        return cls
+
+    return extend
+
+
 @dataclass
+@with_options_of(ClientConfig)
 class ConnectedSwarmConfig(SwarmConfig):
-    connect_timeout: float | None = None
-    """Seconds to reach the swarm or a server."""
-    request_timeout: float | None = None
-    """Seconds that a server may work on one request while it answers heartbeats; queueing does not count."""
-    max_retries: int | None = None
-    """Failures of one server that a part of a step survives."""
-    recovery_timeout: float | None = None
-    """Seconds to wait for a block whose every holder has failed, before the run ends with a checkpoint."""
-    allowed_servers: list[str] | None = None
-    """Peer ids to use; null: all."""
-    blocked_servers: list[str] | None = None
-    audit_rate: float | None = None
-    """Share of requests, 0 to 1, that are computed again on another server and compared."""
-    trusted_servers: list[str] | None = None
-    """Peer ids that are believed where two servers disagree; null: only what this machine computes is."""
-    server_to_server: bool | None = None
-    """Servers forward activations to the next server (the default); false: every hop returns to the client."""
-    wire_dtype: str | None = None
-    """Of activations and gradients on the wire: auto (the default: 16 bits where a server computes in 16 bits),
-    float32, bfloat16, float16 or int8_blockwise."""
-    min_microbatch_tokens: int | None = None
-    """Batches are not cut finer than this to fill a chain of servers; a large value keeps them whole."""
-    identity_path: str | None = None
-    """File of this client's private key, by which servers with --allow-peers know it; made if missing."""
-    token_file: str | None = None
-    """File of the secret that a private swarm's servers were given with --token-file."""
+    """The options of `ClientConfig`, and those of every swarm."""
+
     batches_in_flight: int = 4
     """Evaluation batches that are on their way at once; each takes the memory of a forward here."""
 
@@ -262,6 +259,8 @@ class RunConfig:
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     amp: AmpConfig = field(default_factory=AmpConfig)
+    task: dict[str, Any] = field(default_factory=dict)
+    """A `TuningModule`, by `_target_`, and its own arguments."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
