@@ -1,4 +1,4 @@
-"""Options of clients and servers: each is declared once, as a field of a dataclass, and every surface follows from it.
+"""Options of clients and servers. Each is declared once, as a field of a dataclass; every surface follows from it.
 
 `option` makes such a field, with its meaning and its bounds. Keyword arguments, Hydra's schema, the command line and
 docs/options.md are derived from these fields.
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rule:
-    """What the values of an option must satisfy, and how an error says so."""
+    """A condition on the values of an option, and its text in errors."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -33,7 +33,7 @@ SHARE = Rule(lambda value: 0 <= value <= 1, "it is a share, from 0 to 1")
 
 @dataclass(frozen=True)
 class Option:
-    """One option: a dataclass's field and what `option` says of it."""
+    """One option: the field of a dataclass, and the arguments of `option`."""
 
     name: str
     kind: Any
@@ -51,9 +51,9 @@ class Option:
     """The name on the command line, e.g. `--audit-rate`."""
     metavar: str | None = None
     default_words: str | None = None
-    """What stands for a default of None in help texts."""
+    """Describes a default of None in help texts."""
     parse: Callable[[str], Any] | None = None
-    """Makes the value from what the command line says, if it is neither a number, a word nor a list of words."""
+    """Converts the text of a command line, for values that are not numbers, words or lists of words."""
     unit: int = 1
     """Bytes in one unit on the command line, e.g. 2**30 where it counts in GiB."""
 
@@ -71,26 +71,10 @@ class Option:
             raise ConfigurationError(f"{called} is {shown}: {self.rule.words}")
 
 
-def option(
-    default: Any,
-    meaning: str,
-    rule: Rule | None = None,
-    *,
-    secret: bool = False,
-    flag: str | None = None,
-    metavar: str | None = None,
-    default_words: str | None = None,
-    parse: Callable[[str], Any] | None = None,
-    unit: int = 1,
-) -> Any:
-    """A field of a dataclass of options. The arguments are explained in `Option`."""
-    metadata = {
-        "meaning": meaning, "rule": rule, "secret": secret, "metavar": metavar, "default_words": default_words,
-        "parse": parse, "unit": unit,
-    }  # fmt: skip
-    if flag is not None:
-        metadata["flag"] = flag
-    return field(default=default, repr=not secret, metadata=metadata)
+def option(default: Any, meaning: str, rule: Rule | None = None, **details: Any) -> Any:
+    """A field of a dataclass of options. `details` are further fields of `Option`."""
+    metadata = {"meaning": meaning, "rule": rule, **details}
+    return field(default=default, repr=not details.get("secret"), metadata=metadata)
 
 
 def options_of(config: type | object) -> list[Option]:
@@ -127,7 +111,7 @@ def make(config: type[T], given: Mapping[str, Any], base: T | None = None) -> T:
 
     Raises:
         ConfigurationError: a value is out of bounds.
-        TypeError: there is no such option.
+        TypeError: the option does not exist.
     """
     known = {each.name: each for each in options_of(config)}
     values = {}
@@ -148,7 +132,7 @@ def described(config: type[T]) -> type[T]:
 
 
 def command_line(config: object) -> list[str]:
-    """The words of a command line that give these options, without those that have their default."""
+    """Returns the arguments of a command line that give these options. Defaults are left out."""
     words = []
     for each in options_of(config):
         value = getattr(config, each.name)

@@ -19,7 +19,7 @@ from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import AutoDistributedModel, auto
 from petals_lightning.options import ABOVE_0, Option, command_line, described, option, options_of
 from petals_lightning.server.config import ServerConfig
-from petals_lightning.strategies import LocalSwarm, PrivateSwarm, PublicSwarm, SwarmSource, swarm_source
+from petals_lightning.strategies import LocalSwarm, PrivateSwarm, PublicSwarm, SwarmProvider, swarm_provider
 from petals_lightning.training import schema
 from tests.swarms import PREFIX
 from tools import options_page
@@ -75,7 +75,7 @@ def nullable(config: type) -> set[str]:
 @pytest.fixture(params=[ClientConfig, Extended], ids=["client", "one option more"])
 def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     """The options of a client, also as they are when somebody adds one to their dataclass."""
-    for module in (auto, swarm_source):
+    for module in (auto, swarm_provider):
         monkeypatch.setattr(module, "ClientConfig", request.param)
     return request.param
 
@@ -99,7 +99,7 @@ def test_from_pretrained_takes_every_option(config, tiny_checkpoint, tmp_path, m
 @pytest.mark.parametrize("swarm", SWARMS, ids=["local", "public", "private"])
 def test_swarms_take_every_option(swarm, config, tmp_path):
     values = others(config, tmp_path)
-    source: SwarmSource = swarm(**values)
+    source: SwarmProvider = swarm(**values)
     assert source.client_config == config(**values)
     source = swarm(**dict.fromkeys(values.keys() - {"hedge_factor"}), hedge_factor=ClientConfig.hedge_factor)
     expected = {"min_microbatch_tokens": 1 << 30} if swarm is LocalSwarm else {}

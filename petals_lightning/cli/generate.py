@@ -25,7 +25,7 @@ from petals_lightning.errors import ConfigurationError
 def generate(
     options: ModelOptions,
     client: ClientConfig,
-    text: Annotated[str | None, typer.Argument(help="What to continue.", show_default="read from stdin")] = None,
+    text: Annotated[str | None, typer.Argument(help="Text to continue.", show_default="read from stdin")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: their options, the model, and text that appears as it is made."""
+"""Shared by `generate` and `chat`: their options, the model, and text that is shown as it is generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands share: options, among them those that are declared in dataclasses, log lines, and signals."""
+"""Options that several commands share, flags for dataclasses of options, log lines, and signals."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 
 def _value(option: Option, given: Any) -> Any:
-    """The value of an option from what its flag was given."""
+    """Returns the value of an option, checked and converted from that of its flag."""
     option.check(given, option.flag)
     if given is None or given == []:
         return None
@@ -95,7 +95,7 @@ def _value(option: Option, given: Any) -> Any:
 
 
 class MaddrCommand(TyperCommand):
-    """A command whose options of multiaddresses may be followed by several; options of typer take one each."""
+    """A command whose options for multiaddresses take several; typer's own options take one each."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         names = {name for each in self.params if getattr(each, "metavar", None) == _MADDR for name in each.opts}
@@ -103,7 +103,7 @@ class MaddrCommand(TyperCommand):
 
 
 def _one_address_each(words: Iterable[str], options: set[str]) -> Iterator[str]:
-    """The words of a command line with an option in front of each address that follows one."""
+    """Repeats an option before each further address that follows it on the command line."""
     rest, option = iter(words), None
     for word in rest:
         if word in options:
@@ -120,7 +120,7 @@ def _one_address_each(words: Iterable[str], options: set[str]) -> Iterator[str]:
 
 
 def configure_logging(with_libraries: bool = False) -> None:
-    """Log lines with a time on stderr: ours, and with `with_libraries` also warnings and messages of others."""
+    """Logs with a time on stderr: our lines, and with `with_libraries` those of other libraries too."""
     handler = logging.StreamHandler()
     if not with_libraries:
         handler.addFilter(OursOrErrors())
@@ -130,12 +130,12 @@ def configure_logging(with_libraries: bool = False) -> None:
 
 
 def say(line: str) -> None:
-    """A line on stdout, at once: scripts and parents read these."""
+    """Prints a line and flushes it: scripts and parent processes read these lines."""
     print(line, flush=True)
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into an event; the first asks to leave in order, a second one interrupts."""
+    """Turns SIGINT and SIGTERM into an event. The first asks the program to shut down, a second one interrupts it."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -143,7 +143,7 @@ class StopSignal:
             signal.signal(number, self._on_signal)
 
     def wait_while(self, alive: Callable[[], bool]) -> bool:
-        """Waits for a signal; False if `alive` became false before one came."""
+        """Waits for a signal. Returns False if `alive` returned False before one came."""
         while not self._event.wait(1.0):  # short waits: a signal handler runs between them
             if not alive():
                 return False

@@ -94,7 +94,7 @@ def serve(
 
 
 class _LoadingBar:
-    """Shards fetched and opened, with a rate; silent where stderr is no terminal."""
+    """Shows how many shards are loaded. Shows nothing if stderr is not a terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)

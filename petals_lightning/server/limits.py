@@ -1,4 +1,4 @@
-"""What one server grants: budgets that requests are checked against before memory or compute is spent."""
+"""Limits of one server: requests are checked against them before memory or compute is spent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MANY_STREAMS = 1 << 14
 class ServerLimits:
     """What one server grants its clients.
 
-    Of what clients share (`cache_bytes`, `max_total_bytes`, `max_streams`) the last part is kept for those who hold
+    The last part of what clients share (`cache_bytes`, `max_total_bytes`, `max_streams`) is kept for those that hold
     least, see `room_for`.
     """
 
@@ -63,7 +63,7 @@ class ServerLimits:
 
     @property
     def all_streams(self) -> int:
-        """`max_streams`, or what follows from the process."""
+        """`max_streams`, or a number that follows from the limits of the process."""
         if self.max_streams is not None:
             return self.max_streams
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

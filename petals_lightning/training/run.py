@@ -27,14 +27,14 @@ from petals_lightning.models import save_prompts
 from petals_lightning.modules import TuningModule
 from petals_lightning.strategies import (
     RemoteBlockStrategy,
-    SwarmSource,
+    SwarmProvider,
     load_trained_weights,
     no_code_from,
     precision_plugin,
 )
 from petals_lightning.training.callbacks import build_callbacks
+from petals_lightning.training.cli_errors import INTERRUPTED
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
-from petals_lightning.training.errors import INTERRUPTED
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
 from petals_lightning.training.schema import refuse_unread
 from petals_lightning.training.settings import OF_DATA, OF_MODULES
@@ -42,11 +42,11 @@ from petals_lightning.training.targets import find_target
 
 
 def run(cfg: DictConfig, recipe: str = "run") -> float | None:
-    """Trains, validates and tests as `cfg` (a `RunConfig`) says; leaves its files in `cfg.output_dir`.
+    """Trains, validates and tests according to `cfg` (a `RunConfig`). Writes its files to `cfg.output_dir`.
 
     Args:
         cfg: the settings.
-        recipe: the name that the run goes by.
+        recipe: the name of the run.
 
     Returns:
         The best validation score (accuracy, or perplexity of a language model) for sweepers; None if there is none.
@@ -58,10 +58,10 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     folder = Path(cfg.output_dir)
     checkpoint = checkpoint_to_continue(folder, cfg.resume, cfg.ckpt_path)
     pl.seed_everything(cfg.seed, verbose=False)
-    # In the order of their cost: what is wrong with settings and data shows before any server is started.
+    # Cheap checks first: wrong settings and data are reported before any server is started.
     refuse_unread(cfg)
     callbacks = build_callbacks(cfg.callbacks)
-    swarm: SwarmSource | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
+    swarm: SwarmProvider | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
     data = _build_data(cfg)
     module = build_module(cfg, data)
     announce(cfg, recipe, data)
@@ -71,7 +71,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     monitor = (module.monitor, module.monitor_mode)
     trainer = build_trainer(cfg, folder, swarm, logger, summary, monitor=monitor, callbacks=callbacks)
     try:
-        with swarm.held(module.served_model, folder / "servers") if swarm else nullcontext():
+        with swarm.keep_alive(module.served_model, folder / "servers") if swarm else nullcontext():
             _fit(trainer, module, data, checkpoint)
             if cfg.test and data.has_labelled_test and trainer.global_step:
                 best = _best(folder)
@@ -134,7 +134,7 @@ def build_module(cfg: DictConfig, data: Any) -> TuningModule:
 def build_trainer(
     cfg: DictConfig,
     folder: Path,
-    swarm: SwarmSource | None,
+    swarm: SwarmProvider | None,
     logger: Logger | None,
     summary: RunSummary | None,
     monitor: tuple[str, str] = ("val/accuracy", "max"),
@@ -187,7 +187,7 @@ def _profiler(name: str | None, folder: Path) -> Profiler | str | None:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose state is kept apart from that of the user's own with the same metric."""
+    """A ModelCheckpoint with a state key of its own, beside a user's ModelCheckpoint of the same metric."""
 
     def __init__(self, **options: Any):
         super().__init__(enable_version_counter=False, **options)
@@ -214,13 +214,13 @@ def _fit(
 
 
 def _best(folder: Path) -> Path | None:
-    """The best checkpoint; None where nothing was validated, so that the last weights are the best known."""
+    """Returns the best checkpoint, or None if nothing was validated: then the last weights are the best known."""
     path = folder / BEST_CHECKPOINT
     return path if path.is_file() else None
 
 
 def _save_best_prompts(module: TuningModule, folder: Path, summary: dict[str, Any]) -> None:
-    """Leaves the best prompts in `folder`/prompts, for chat and for others."""
+    """Saves the best prompts in `folder`/prompts, for chat and for sharing."""
     best = _best(folder)
     if best is not None:
         with no_code_from(best):
@@ -232,12 +232,12 @@ def _save_best_prompts(module: TuningModule, folder: Path, summary: dict[str, An
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:
-    """The target of a config node with its settings filled in; objects go in by calling it, since Hydra copies them."""
+    """Returns the target of a config node with its settings filled in. Call it with objects, which Hydra would copy."""
     return instantiate(node, _partial_=True, _convert_="all")
 
 
 def _device_type(accelerator: str) -> str:
-    """Where the client's tensors will be, which precision plugins need to know before the Trainer decides it."""
+    """Returns the type of the client's device, which precision plugins need before the Trainer has chosen it."""
     if accelerator == "cpu" or not torch.accelerator.is_available():
         return "cpu"
     device = torch.accelerator.current_accelerator()
@@ -259,7 +259,7 @@ def _finish(logger: Logger | None) -> None:
 def _quieten_libraries() -> None:
     libraries_to_root_log()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A run that continues in a new folder finds its best checkpoint anew there, which is what we want.
+    # A run that continues in a new folder keeps its best checkpoint there, on purpose.
     warnings.filterwarnings("ignore", "The dirpath has changed from")
     # Our folder holds one run and its older checkpoints on purpose.
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")

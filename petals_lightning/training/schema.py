@@ -1,4 +1,4 @@
-"""The settings of a run: their names and types, so that Hydra refuses a misspelt key and names it.
+"""The settings of a run: their names and types. With them Hydra refuses a misspelt key and names it.
 
 Values are in conf/; a default here means "let the class decide". `MISSING` must come from a config file or the user.
 """
@@ -66,7 +66,7 @@ class LocalSwarmConfig(ConnectedSwarmConfig):
     _target_: str = "petals_lightning.strategies.LocalSwarm"
     num_servers: int = MISSING
     block_ranges: list[str] | None = None
-    """What each server holds, e.g. ["0:1","1:4"], instead of an even split."""
+    """Blocks of each server, e.g. ["0:1","1:4"], instead of an even split."""
     threads_per_server: int | None = None
     device: str | None = None
     start_timeout: float = MISSING
@@ -89,7 +89,7 @@ class PublicSwarmConfig(ConnectedSwarmConfig):
 @dataclass
 class TuningConfig:
     mode: str | None = MISSING
-    """ptune, deep_ptune, or null for the head alone."""
+    """ptune, deep_ptune, or null to train only the head."""
     pre_seq_len: int = 16
     """Virtual tokens, P."""
 
@@ -108,7 +108,7 @@ class DataConfig:
     name: str | None = None
     """The configuration of a hub dataset."""
     encoding: str | None = None
-    """Of text files; null: UTF-8, or what a byte order mark tells."""
+    """Encoding of text files; null: UTF-8, or that of a byte order mark."""
     delimiter: str | None = None
     """Between the cells of csv and tsv files; null finds it. One character, or tab, comma, semicolon, pipe."""
     train_split: str | None = None
@@ -160,7 +160,7 @@ class DialogueDataConfig(DataConfig):
     use_chat_template: bool = True
     """False takes the simple form even if the tokenizer has a chat template."""
     merge_system: bool = False
-    """True puts the system's text in front of the first user turn, for templates without a system turn."""
+    """True puts the system text before the first user turn, for templates without a system turn."""
     batch_size: int = 16
 
 
@@ -224,7 +224,7 @@ ELSEWHERE = {
     "trainer.precision": "amp=fp32, fp16 or bf16",
     "trainer.default_root_dir": "hydra.run.dir=…",
 }
-"""Settings that people look for where they are not, and what sets them."""
+"""Settings that people look for in the wrong section, and the right ones."""
 
 
 @dataclass
@@ -309,10 +309,10 @@ def register_schema() -> None:
 
 
 def refuse_unread(cfg: DictConfig, section: str = "") -> None:
-    """Refuses settings that were added with `+` and that nothing reads; Hydra refuses those without it.
+    """Refuses settings that were added with `+` and that nothing reads. Without `+` Hydra refuses them itself.
 
     Raises:
-        ConfigurationError: names the first one, and what it may have been meant to be.
+        ConfigurationError: names the first one, and the nearest setting that exists.
     """
     schema: Any = OmegaConf.get_type(cfg)
     known = [each.name for each in fields(schema)]
@@ -324,10 +324,10 @@ def refuse_unread(cfg: DictConfig, section: str = "") -> None:
 
 
 def unknown_setting(full_key: str, known: Iterable[str]) -> str:
-    """One line on a setting that there is not, and what it may have been meant to be.
+    """Returns one line about a setting that does not exist, and the nearest one that does.
 
     Args:
-        full_key: with the sections that it was sought in, e.g. `trainer.fast_run`.
+        full_key: the setting with its sections, e.g. `trainer.fast_run`.
         known: names of the settings of that section.
     """
     if full_key in ELSEWHERE:
@@ -342,7 +342,7 @@ def unknown_setting(full_key: str, known: Iterable[str]) -> str:
 
 
 def _settings_called(key: str, *, but: str) -> list[str]:
-    """Settings of all sections that have this name, without that which there is only where another option is chosen."""
+    """Returns the settings of all sections that have this name, except `but`."""
     sections = {each.name: each.default_factory for each in fields(RunConfig) if isinstance(each.default_factory, type)}
     options = {
         (section, each.name)

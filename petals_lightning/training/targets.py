@@ -1,4 +1,4 @@
-"""Classes that settings name by `_target_`, so that a run takes the user's own as it takes those of this package."""
+"""Classes that settings name by `_target_`: those of this package and those of users are treated alike."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _NUMBERS: dict[Any, Any] = {bool: bool, int: int, float: (int, float)}  # an ann
 
 
 def find_target(where: str, node: Any, base: type, refusal: str, *, hint: str) -> partial[Any]:
-    """The class of a `_target_` with its settings filled in; calling it with further arguments makes the object.
+    """Returns the class of a `_target_` with its settings filled in. Call it with further arguments to make the object.
 
     Args:
         where: the settings' name, e.g. `callbacks.timer`.
         node: the settings.
         base: the class that it must be derived from.
-        refusal: what an error says of one that is not, with an example.
-        hint: what an error says where there is no `_target_`.
+        refusal: ends the error about a class that is not derived from it.
+        hint: ends the error about a missing `_target_`.
 
     Raises:
-        ConfigurationError: there is no such class, or it does not take a setting.
+        ConfigurationError: the class does not exist, is of another kind, or does not take a setting.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ConfigurationError(f"{where} must have a _target_, e.g. {hint}")

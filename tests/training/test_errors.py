@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from petals_lightning.training import errors
+from petals_lightning.training import cli_errors
 from petals_lightning.training.settings import in_words_of_settings
 from tests.swarms import PREFIX, ServerProcess, main_with_a_wrong_clock
 
@@ -106,7 +106,7 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Non
     def main(arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(errors, "_TRACEBACKS_WANTED", False)
+        monkeypatch.setattr(cli_errors, "_TRACEBACKS_WANTED", False)
         train.main()
 
     return main

@@ -23,16 +23,16 @@ class ServedModel:
     dtype: str = "auto"
     revision: str | None = None
     dht_prefix: str | None = None
-    """The name of its blocks in the swarm; None: a folder's own name, or what is derived from a hub id."""
+    """Name of the model in the swarm; None: the folder's name, or a name derived from the hub id."""
 
     def __post_init__(self) -> None:
         path = Path(self.name_or_path)
         if self.dht_prefix is None and path.is_dir():
-            # Neither dots nor white space may stand in it.
+            # It may contain neither dots nor white space.
             object.__setattr__(self, "dht_prefix", re.sub(r"[.\s]+", "-", path.resolve().name))
 
 
-class SwarmSource(ABC):
+class SwarmProvider(ABC):
     """Brings a swarm up and down. Re-entrant: it is up from the first `acquire` to the last `release`.
 
     Args:
@@ -52,10 +52,10 @@ class SwarmSource(ABC):
         self._users = 0
 
     def acquire(self, model: ServedModel, log_dir: Path) -> dict[str, Any]:
-        """Brings the swarm up, if it is not, and returns the swarm's keyword arguments of `from_pretrained`.
+        """Starts the swarm unless it is running. Returns keyword arguments of `from_pretrained` that connect to it.
 
         Raises:
-            SwarmError: the swarm cannot be brought up; nothing is left running.
+            SwarmError: the swarm cannot be started; nothing is left running.
         """
         if self._users == 0:
             self._start(model, log_dir)
@@ -63,13 +63,13 @@ class SwarmSource(ABC):
         return {"client_config": self.client_config, **self._arguments(model)}
 
     def release(self) -> None:
-        """Gives the swarm up; the last user's release takes down what `acquire` started."""
+        """Ends one use of the swarm; the last release stops what `acquire` started."""
         self._users -= 1
         if self._users == 0:
             self._stop()
 
     @contextmanager
-    def held(self, model: ServedModel, log_dir: Path) -> Iterator[None]:
+    def keep_alive(self, model: ServedModel, log_dir: Path) -> Iterator[None]:
         """Keeps the swarm up between several uses, e.g. `trainer.fit` and `trainer.test`."""
         self.acquire(model, log_dir)
         try:
@@ -82,7 +82,7 @@ class SwarmSource(ABC):
         """At least `initial_peers`."""
 
     def _start(self, model: ServedModel, log_dir: Path) -> None:  # noqa: B027 (optional)
-        """Starts what this source owns. Others' swarms need nothing."""
+        """Starts the processes that belong to this swarm, if any."""
 
     def _stop(self) -> None:  # noqa: B027 (optional)
-        """Takes down what `_start` started."""
+        """Stops the processes that `_start` started."""
