@@ -21,6 +21,7 @@ from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.running_server import RunningServer
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmNode
@@ -75,7 +76,7 @@ class InProcessSwarm:
         initial_peers: Sequence[str] = (),
         servers: str = "ours",
         share_prefix: bool = True,
-        device: torch.device | str = "cpu",
+        device: str = "cpu",
         throughput: float | None = None,
     ):
         self._checkpoint, self._spans, self._kind, self._dtype = str(checkpoint), spans, servers, dtype
@@ -109,16 +110,18 @@ class InProcessSwarm:
             server = Server(
                 Checkpoint(self._checkpoint),
                 SwarmNode(peers, host_maddrs=LOOPBACK),
-                block_indices=span,
-                dht_prefix=self._prefix,
-                dtype=self._dtype,
-                limits=self._limits,
+                config=ServerConfig(
+                    **vars(self._limits or ServerLimits()),
+                    block_indices=span,
+                    dht_prefix=self._prefix,
+                    dtype=self._dtype,
+                    petals_only=is_petals_only(self._kind, number),
+                    share_prefix=self._share_prefix,
+                    device=self._device,
+                    throughput=self._throughput,
+                    update_period=30,
+                ),
                 rules=self._rules,
-                petals_only=is_petals_only(self._kind, number),
-                share_prefix=self._share_prefix,
-                device=self._device,
-                throughput=self._throughput,
-                update_period=30,
             )
             self.servers.append(server.start())
         return self

@@ -12,6 +12,7 @@ import petals_lightning
 PACKAGE = Path(petals_lightning.__file__).parent
 LAYERS = [
     {"errors", "library_messages"},
+    {"options"},
     {"protocol", "sample"},
     {"swarm"},
     {"hf"},

@@ -72,6 +72,10 @@ class TextDataModule(pl.LightningDataModule):
 
     bundled: Path = REVIEWS_DIR
     """The folder that the source `bundled` stands for."""
+    bundled_texts = "reviews"
+    """What that folder holds, for people."""
+    real_data = "data.source=PATH"
+    """Settings of a run that take real texts instead."""
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class SequenceClassificationModule(TuningModule):
     """
 
     monitor, monitor_mode = "val/accuracy", "max"
+    from_data = ("num_labels", "class_names")
 
     def __init__(self, model_name: str, *, num_labels: int = 2, class_names: list[str] | None = None, **options: Any):
         super().__init__(model_name, **options)

@@ -13,11 +13,11 @@ from petals_lightning.hf import Checkpoint
 from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
-from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.announcer import Announcer
 from petals_lightning.server.blocks.graphs import measure_graph_cost
 from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.loading import SpanSpeed, load_span, measure_speed, server_info
 from petals_lightning.server.peer_links import PeerLinks
@@ -37,21 +37,13 @@ class Server:
     Args:
         checkpoint: the model.
         node: this process's peer; started and closed by the server.
-        block_indices: (start, end) to hold, or None to choose `num_blocks` where the swarm is thinnest.
-        num_blocks: how many to hold if `block_indices` is None; None takes all.
-        dht_prefix: name of the model in the DHT; None derives it from the hub id.
-        device, dtype: where and how blocks run; "auto" dtype is the checkpoint's.
-        public_name: shown to users of the swarm.
-        throughput: requests a second to announce; None measures it.
-        update_period: seconds between announcements; records live twice as long.
-        limits: budgets.
-        rules: who may use it; everybody by default.
-        petals_only: offer Petals' methods and not our own stream method, as a Petals server does.
-        share_prefix: run a prefix once for the batch, where the family allows it; False shows what that saves.
+        config: what it holds, offers and grants; the defaults if None.
+        rules: who may use it, instead of the files that `config` names.
         on_shard: progress of loading.
 
     Raises:
-        ConfigurationError: peers would not take the records that follow from `update_period`.
+        ConfigurationError: peers would not take the records that follow from `update_period`, or a file of `config`
+            cannot be read.
     """
 
     def __init__(
@@ -59,32 +51,21 @@ class Server:
         checkpoint: Checkpoint,
         node: SwarmNode,
         *,
-        block_indices: tuple[int, int] | None = None,
-        num_blocks: int | None = None,
-        dht_prefix: str | None = None,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "auto",
-        public_name: str | None = None,
-        throughput: float | None = None,
-        update_period: float = 60.0,
-        limits: ServerLimits | None = None,
+        config: ServerConfig | None = None,
         rules: AccessRules | None = None,
-        petals_only: bool = False,
-        share_prefix: bool = True,
         on_shard: Callable[[str, int, int], None] | None = None,
     ):
         self._checkpoint, self.node = checkpoint, node
-        self._block_indices, self._num_blocks = block_indices, num_blocks
-        self._dht_prefix = check_dht_prefix(dht_prefix) if dht_prefix is not None else None
-        self._device, self._dtype = torch.device(device), dtype
-        self._public_name, self._throughput = public_name, throughput
-        if 2 * update_period > MAX_LIFETIME:
+        self._config = config = config or ServerConfig()
+        self._rules = rules or AccessRules.of_files(config.allow_peers, config.token_file)
+        self._dht_prefix = check_dht_prefix(config.dht_prefix) if config.dht_prefix is not None else None
+        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if 2 * config.update_period > MAX_LIFETIME:
             raise ConfigurationError(
-                f"update_period={update_period:g}: peers take no record that lasts for more than {MAX_LIFETIME:.0f} s, "
-                f"and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
+                f"update_period={config.update_period:g}: peers take no record that lasts for more than "
+                f"{MAX_LIFETIME:.0f} s, and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
             )
-        self._update_period, self._limits, self._on_shard = update_period, limits or ServerLimits(), on_shard
-        self._rules, self._petals_only, self._share_prefix = rules or AccessRules(), petals_only, share_prefix
+        self._on_shard = on_shard
 
     @property
     def dht_prefix(self) -> str:
@@ -104,22 +85,24 @@ class Server:
             ConfigurationError: the model, the span or an address is wrong.
             SwarmConnectionError: the swarm cannot be joined, or takes no record.
         """
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
         prefix, count = self.dht_prefix, num_blocks(self._checkpoint.config)
-        if self._block_indices is not None:
-            self._check_span(*self._block_indices, count)
+        if self._config.block_indices is not None:
+            self._check_span(*self._config.block_indices, count)
         self.node.start()
         with ExitStack() as started:
             started.callback(self.node.close)
             on_joined()
             directory = SwarmDirectory(self.node, self._rules.token)
-            start, end = self._block_indices or self._choose_span(directory, prefix, count)
+            start, end = self._config.block_indices or self._choose_span(directory, prefix, count)
             span = load_span(
                 self._checkpoint,
                 start,
                 end,
                 device=self._device,
-                dtype=self._dtype,
-                share_prefix=self._share_prefix,
+                dtype=self._config.dtype,
+                share_prefix=self._config.share_prefix,
                 on_shard=self._on_shard,
             )
             compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start()
@@ -128,8 +111,8 @@ class Server:
             resources = ServerResources(
                 span,
                 compute,
-                self._limits,
-                info=server_info(span, self._checkpoint, self._limits, speed.request_seconds),
+                self._config,
+                info=server_info(span, self._checkpoint, self._config, speed.request_seconds),
                 rules=self._rules,
                 peer_id=self.node.peer_id.to_base58(),
                 links=PeerLinks(self.node.p2p),
@@ -138,8 +121,8 @@ class Server:
             )
             record = self._record(span, speed)
             entry = ModelEntry(prefix, count, record.repository)
-            announcer = Announcer(directory, entry, record, resources, self._update_period)
-            server = RunningServer(self.node, resources, prefix, announcer, petals_only=self._petals_only)
+            announcer = Announcer(directory, entry, record, resources, self._config.update_period)
+            server = RunningServer(self.node, resources, prefix, announcer, petals_only=self._config.petals_only)
             self.node.run(server.open())
             started.pop_all()
         return server
@@ -151,24 +134,22 @@ class Server:
             )
 
     def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int) -> tuple[int, int]:
-        length = count if self._num_blocks is None else self._num_blocks
-        if length < 1:
-            raise ConfigurationError(f"num_blocks is {length}: a server holds at least one block")
+        wanted = count if self._config.num_blocks is None else self._config.num_blocks
         table = self.node.run(directory.servers(prefix, count))
         throughput = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
-        return thinnest_span(throughput, length)
+        return thinnest_span(throughput, wanted)
 
     def _record(self, span: BlockSpan, speed: SpanSpeed) -> ServerRecord:
         return ServerRecord(
             state=ServerState.ONLINE,
-            throughput=self._throughput if self._throughput is not None else speed.requests_per_second,
+            throughput=self._config.throughput if self._config.throughput is not None else speed.requests_per_second,
             start=span.start,
             end=span.end,
-            public_name=self._public_name,
+            public_name=self._config.public_name,
             version=__version__,
             torch_dtype=str(span.dtype).removeprefix("torch."),
             tokens_per_second=speed.tokens_per_second,
-            stream_version=None if self._petals_only else STREAM_VERSION,
+            stream_version=None if self._config.petals_only else STREAM_VERSION,
             hidden_size=span.hidden_size,
             fingerprint=self._checkpoint.fingerprint,
             num_blocks=num_blocks(self._checkpoint.config),
@@ -190,16 +171,3 @@ def thinnest_span(throughput: Sequence[float], length: int) -> tuple[int, int]:
     starts = range(len(throughput) - length + 1)
     start = min(starts, key=lambda first: (sorted(throughput[first : first + length]), first))
     return start, start + length
-
-
-def parse_block_indices(text: str) -> tuple[int, int]:
-    """`a:b` as (a, b).
-
-    Raises:
-        ConfigurationError: it is not of that form.
-    """
-    try:
-        start, end = (int(part) for part in text.split(":"))
-    except ValueError as e:
-        raise ConfigurationError(f"--block-indices {text!r}: give START:END, END exclusive, e.g. 0:16") from e
-    return start, end

@@ -23,10 +23,10 @@ from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import trainable_state_dict
 from petals_lightning.strategies.batches_in_flight import BEGUN, BatchesInFlight
 from petals_lightning.strategies.local_swarm import LocalSwarm
-from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
+from petals_lightning.strategies.swarm_provider import ServedModel, SwarmProvider
 from petals_lightning.strategies.trained_weights import load_trained_weights, no_code_from
 
-_SESSIONS = count(1)  # of all strategies of this process: a module may go from one Trainer to another
+_CONNECTIONS = count(1)  # of all strategies of this process: a module may go from one Trainer to another
 
 
 class RemoteBlockStrategy(SingleDeviceStrategy):
@@ -44,7 +44,7 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
 
     def __init__(
         self,
-        swarm: SwarmSource | None = None,
+        swarm: SwarmProvider | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -52,8 +52,8 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self.swarm = swarm or LocalSwarm()
         self.parallel_devices: list[torch.device] = []  # Lightning fills it in from the Trainer's accelerator
-        self.session = 0
-        """The number of this strategy's newest session in a swarm: a model built in another one is disconnected."""
+        self.connection_id = 0
+        """Changes each time the swarm is joined. A model that was built under another one is disconnected."""
         self._client_arguments: dict[str, Any] | None = None
         self._forwards: ThreadPoolExecutor | None = None
 
@@ -76,7 +76,7 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
             )
         super().setup_environment()
         self._client_arguments = self.swarm.acquire(self._served_model(), self._log_dir())
-        self.session = next(_SESSIONS)
+        self.connection_id = next(_CONNECTIONS)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Has the forwards of evaluation batches begun ahead of their turn, if the module lets it (`evaluate`).

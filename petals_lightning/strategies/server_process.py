@@ -1,4 +1,4 @@
-"""One server as a child process: its command, its log and its end."""
+"""A server as a child process: start, log, and stop."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ServerProcess:
 
     Args:
         arguments: the command line after `serve`.
-        log_path: file for everything that the server prints.
-        title: what errors call this server, e.g. `server 0 (blocks 0:2)`.
+        log_path: file for the server's output.
+        title: name of the server in errors, e.g. `server 0 (blocks 0:2)`.
     """
 
     def __init__(self, arguments: list[str], log_path: Path, title: str):
@@ -50,11 +50,11 @@ class ServerProcess:
 
     @property
     def addresses(self) -> list[str]:
-        """The multiaddresses that it has printed so far."""
+        """Multiaddresses that the server has printed so far."""
         return list(self._addresses)
 
     def wait_for_address(self, deadline: float) -> list[str]:
-        """Multiaddresses, as soon as it listens. See `wait_until_ready`."""
+        """Returns the server's multiaddresses as soon as it listens. Raises as `wait_until_ready`."""
         self._wait(self._has_address, deadline)
         return self.addresses
 
@@ -62,18 +62,18 @@ class ServerProcess:
         """Returns when the server has announced its blocks.
 
         Raises:
-            SwarmError: it ended or is not ready at `deadline` (in `time.monotonic` seconds); its last words are in
-                the message.
+            SwarmError: it ended, or is not ready at `deadline` (in `time.monotonic` seconds). The message has the last
+                lines of its log.
         """
         self._wait(self._is_ready, deadline)
 
     def interrupt(self) -> None:
-        """Asks it to leave the swarm."""
+        """Asks the server to leave the swarm."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
 
     def wait(self, deadline: float) -> None:
-        """Returns when it has ended; at `deadline` it is killed."""
+        """Returns when the server has ended. Kills it at `deadline`."""
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_lightning.cli.talking import Screen
+from petals_lightning.cli.generation import Terminal
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.server.access.rules import AccessRules
@@ -175,17 +175,17 @@ def said(shown: str) -> str:
 
 
 def test_notes_are_short_and_wait_for_who_is_typing(monkeypatch, capsys):
-    screen = Screen()
+    terminal = Terminal()
     peer = "12D3KooWBt1TEMmu9KCXFis1PMoWUQyx2oBxPu4zmEwqWtxk9zEx"
     record = logging.LogRecord("x", logging.WARNING, "", 0, f"server {peer}: lost\n" + "why " * 50, None, None)
 
     def typing(prompt: str) -> str:
-        screen.emit(record)
+        terminal.emit(record)
         assert capsys.readouterr().err == ""
         return "hello"
 
     monkeypatch.setattr("builtins.input", typing)
-    assert screen.read_line("> ") == "hello"
+    assert terminal.read_line("> ") == "hello"
     (noted,) = capsys.readouterr().err.splitlines()
     assert noted.startswith("(server …xk9zEx: lost why why")
     assert noted.endswith("…)")

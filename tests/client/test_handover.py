@@ -412,6 +412,6 @@ def test_the_option_of_a_run_reaches_the_client():
     from petals_lightning.strategies import PrivateSwarm
 
     source = PrivateSwarm(["/ip4/127.0.0.1/tcp/1/p2p/Qm"], server_to_server=False)
-    assert source._options == {"server_to_server": False}
+    assert source.client_config == ClientConfig(server_to_server=False)
     with pytest.raises(ConfigurationError):
         PrivateSwarm([], server_to_server=False)

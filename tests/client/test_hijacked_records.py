@@ -23,6 +23,7 @@ from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, SignedRecord, signed_key
 from petals_lightning.protocol.uids import block_uid
 from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
@@ -182,4 +183,4 @@ def test_an_unsigned_record_makes_nobody_a_server_of_ours(tiny_checkpoint, start
 def test_an_update_period_whose_records_nobody_takes_is_refused(tiny_checkpoint):
     checkpoint = Checkpoint(tiny_checkpoint("llama"))
     with pytest.raises(ConfigurationError, match=r"update_period=3600: .* use at most 1800"):
-        Server(checkpoint, SwarmNode(host_maddrs=LOOPBACK), update_period=3600.0)
+        Server(checkpoint, SwarmNode(host_maddrs=LOOPBACK), config=ServerConfig(update_period=3600.0))

@@ -6,7 +6,6 @@ The latter claim to be the fastest by far.
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 import sys
 from collections.abc import Callable
@@ -16,9 +15,10 @@ from typing import Any
 import torch
 
 from petals_lightning.cli.main import main
+from petals_lightning.options import command_line
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.records import ServerRecord
-from petals_lightning.server.access import limits
+from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.client_stream import ClientStream
 from petals_lightning.server.refusal import Refusal
 from petals_lightning.server.server import Server
@@ -30,10 +30,12 @@ REQUESTS, GRAPHS, CACHE = 1024 * MIB, 512 * MIB, 256 * MIB
 
 
 def honest() -> None:
-    limits.ServerLimits = functools.partial(  # type: ignore[misc, assignment]
-        limits.ServerLimits, max_message_bytes=256 * MIB, max_client_bytes=512 * MIB, max_total_bytes=REQUESTS
-    )
-    sys.argv += ["--graph-memory", str(GRAPHS / 2**30), "--cache-memory", str(CACHE / 2**30)]
+    sys.argv += command_line(
+        ServerLimits(
+            graph_bytes=GRAPHS, cache_bytes=CACHE, max_message_bytes=256 * MIB, max_client_bytes=512 * MIB,
+            max_total_bytes=REQUESTS,
+        )
+    )  # fmt: skip
     main()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +11,12 @@ import pytest
 import torch
 
 from petals_lightning.cli.main import main
+from petals_lightning.options import command_line
 from petals_lightning.protocol import framing, uploads
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server.access import limits
+from petals_lightning.server.access.limits import ServerLimits
 from tests.attacks import (
     Attacker,
     RawStream,
@@ -37,13 +37,10 @@ MESSAGE, CLIENT, TOTAL = 32 * MIB, 64 * MIB, 192 * MIB
 SLACK = 12 * MIB  # what an interpreter, its threads and its heap go up and down by
 
 
-def main_with_small_limits() -> None:
-    limits.ServerLimits = functools.partial(  # type: ignore[misc, assignment]
-        limits.ServerLimits,
-        max_message_bytes=MESSAGE, max_client_bytes=CLIENT, max_total_bytes=TOTAL, max_streams=32,
-        max_sessions_per_client=50,
-    )  # fmt: skip
-    main()
+SMALL = ServerLimits(
+    cache_bytes=64 * MIB, max_message_bytes=MESSAGE, max_client_bytes=CLIENT, max_total_bytes=TOTAL, max_streams=32,
+    max_sessions_per_client=50,
+)  # fmt: skip
 
 
 def main_in_a_hurry() -> None:
@@ -54,9 +51,7 @@ def main_in_a_hurry() -> None:
 
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint) -> Iterator[ServerProcess]:
-    process = ServerProcess(
-        tiny_checkpoint("llama"), None, (), "--cache-memory", "0.0625", program=main_with_small_limits
-    )
+    process = ServerProcess(tiny_checkpoint("llama"), None, (), *command_line(SMALL))
     yield process.wait_ready()
     process.stop()
 

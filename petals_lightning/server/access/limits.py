@@ -1,52 +1,69 @@
-"""What one server grants: budgets that requests are checked against before memory or compute is spent."""
+"""Limits of one server: requests are checked against them before memory or compute is spent."""
 
 from __future__ import annotations
 
 import resource
 from dataclasses import dataclass
 
+from petals_lightning.options import ABOVE_0, FINITE_ABOVE_0, FINITE_FROM_0, FROM_0, check_options, described, option
+
+GIB = 1 << 30
 _MANY_STREAMS = 1 << 14
 
 
+@described
 @dataclass(frozen=True)
 class ServerLimits:
     """What one server grants its clients.
 
-    Args:
-        graph_bytes: budget for kept autograd graphs, all clients together.
-        graph_lifetime: seconds that a kept graph waits for its backward.
-        cache_bytes: budget for keys and values of inference sessions, all clients together.
-        cache_lifetime: seconds that a session may be idle.
-        max_batch_tokens: B·(P + S) of one request.
-        max_message_bytes: bytes of one request's tensors, and of all requests under way on one stream.
-        max_open_requests: requests of one client that may wait, run or be on their way back at once.
-        max_streams_per_client: streams of one client.
-        max_streams: streams of all clients together; None takes half of the file descriptors that the process may have.
-        max_sessions_per_client: inference sessions of one client.
-        max_client_bytes: bytes of one client's requests and answers under way and of its registered prompts, all its
-            streams together.
-        max_total_bytes: the same of all clients together.
-
-    Of what clients share (`cache_bytes`, `max_total_bytes`, `max_streams`) the last part is kept for those who hold
+    The last part of what clients share (`cache_bytes`, `max_total_bytes`, `max_streams`) is kept for those that hold
     least, see `room_for`.
     """
 
-    graph_bytes: int = 2 << 30
-    graph_lifetime: float = 300.0
-    cache_bytes: int = 4 << 30
-    cache_lifetime: float = 1800.0
-    max_batch_tokens: int = 1 << 16
-    max_message_bytes: int = 1 << 30
-    max_open_requests: int = 64
-    max_streams_per_client: int = 8
-    max_streams: int | None = None
-    max_sessions_per_client: int = 256
-    max_client_bytes: int = 2 << 30
-    max_total_bytes: int = 8 << 30
+    graph_bytes: int = option(
+        2 * GIB,
+        "Memory for autograd graphs that wait for their backward, of all clients together (GiB on the command line).",
+        FINITE_FROM_0,
+        flag="--graph-memory",
+        unit=GIB,
+    )
+    graph_lifetime: float = option(300.0, "Seconds that a kept graph waits for its backward.", FROM_0)
+    cache_bytes: int = option(
+        4 * GIB,
+        "Memory for keys and values of inference sessions, of all clients together (GiB on the command line).",
+        FINITE_FROM_0,
+        flag="--cache-memory",
+        unit=GIB,
+    )
+    cache_lifetime: float = option(1800.0, "Seconds that a session may be idle.", FROM_0)
+    max_batch_tokens: int = option(1 << 16, "Largest batch × tokens of one request, prompts included.", FINITE_ABOVE_0)
+    max_message_bytes: int = option(
+        1 * GIB, "Bytes of one request's tensors, and of all requests under way on one stream.", ABOVE_0
+    )
+    max_open_requests: int = option(
+        64, "Requests of one client that may wait, run or be on their way back at once.", ABOVE_0
+    )
+    max_streams_per_client: int = option(8, "Streams of one client.", ABOVE_0)
+    max_streams: int | None = option(
+        None,
+        "Streams of all clients together.",
+        ABOVE_0,
+        default_words="half of the file descriptors that the process may have",
+    )
+    max_sessions_per_client: int = option(256, "Inference sessions of one client.", FROM_0)
+    max_client_bytes: int = option(
+        2 * GIB,
+        "Bytes of one client's requests and answers under way and of its registered prompts, all its streams together.",
+        ABOVE_0,
+    )
+    max_total_bytes: int = option(8 * GIB, "The same of all clients together.", ABOVE_0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def all_streams(self) -> int:
-        """`max_streams`, or what follows from the process."""
+        """`max_streams`, or a number that follows from the limits of the process."""
         if self.max_streams is not None:
             return self.max_streams
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -9,7 +9,7 @@ from typing import Any
 from hivemind.p2p import PeerID
 
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.protocol.auth import NONCE_BYTES, is_proof, new_nonce, prove
+from petals_lightning.protocol.auth import NONCE_BYTES, is_proof, new_nonce, prove, read_token
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 
 _MIN_ID_BYTES = 34  # a SHA-256 multihash: one byte of kind, one of length, and the digest
@@ -26,6 +26,18 @@ class AccessRules:
 
     allowed_peers: frozenset[str] | None = None
     token: str | None = None
+
+    @classmethod
+    def of_files(cls, allow_peers: str | None, token_file: str | None) -> AccessRules:
+        """The rules that a list of peer ids and a token file make; None for those that are not there.
+
+        Raises:
+            ConfigurationError: a file cannot be read, or holds something else.
+        """
+        return cls(
+            allowed_peers=read_peer_list(allow_peers) if allow_peers is not None else None,
+            token=read_token(token_file) if token_file is not None else None,
+        )
 
     def __repr__(self) -> str:  # keeps the token out of logs
         return f"AccessRules(allowed_peers={self.allowed_peers}, token={'set' if self.token else None})"

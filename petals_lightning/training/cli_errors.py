@@ -1,4 +1,4 @@
-"""A user's error is one line that names the fix; a fault of ours is a traceback."""
+"""Shows a user's error as one line that names the fix, and a bug as a traceback."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _TRACEBACKS_WANTED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 @contextmanager
 def one_line_errors(cfg: DictConfig | None = None) -> Iterator[None]:
-    """Turns errors that a user can mend into one line on stderr and exit code 1.
+    """Turns errors that a user can fix into one line on stderr and exit code 1.
 
-    With HYDRA_FULL_ERROR=1 in the environment they keep their tracebacks. With `cfg`, a run's settings, the line names
-    these where the error names arguments of classes.
+    With HYDRA_FULL_ERROR=1 in the environment they keep their tracebacks. With `cfg`, the settings of a run, the line
+    names settings instead of arguments of classes.
     """
     # Unless this is set, Hydra itself prints errors, over several lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -49,7 +49,7 @@ def one_line_errors(cfg: DictConfig | None = None) -> Iterator[None]:
 
 
 def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
-    """One line on a user's error; None if its cause is no error of the user's. `cfg` as of `one_line_errors`."""
+    """Returns one line about a user's error, or None for any other. `cfg` is explained in `one_line_errors`."""
     cause = error.__cause__
     if isinstance(error, OSError) and not isinstance(error, HydraException):  # Hydra's missing configs are both
         if error.errno not in _DISK_ERRORS:
@@ -75,7 +75,7 @@ def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether Lightning, Hydra or W&B have raised it on purpose.
+    """Whether Lightning, Hydra or W&B raised it on purpose.
 
     For example: a metric that is not logged, a missing device, an invalid key.
     """
@@ -100,7 +100,7 @@ def _with_cause(error: BaseException) -> str:
 
 
 def _unknown_setting(error: OmegaConfBaseException, message: str) -> str:
-    """Names the misspelt setting and what it may have been meant to be."""
+    """Names the misspelt setting, and the nearest one that exists."""
     full_key = error.full_key or str(error.key)
     if not dataclasses.is_dataclass(error.object_type):
         known = [str(key) for key in error.parent_node or ()]

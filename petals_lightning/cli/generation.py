@@ -1,8 +1,7 @@
-"""What `generate` and `chat` share: their options, the model, and text that appears as it is made."""
+"""Shared by `generate` and `chat`: their options, the model, and text that is shown as it is generated."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 import sys
@@ -10,13 +9,13 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from petals_lightning.cli.options import IdentityPath, InitialPeers
+from petals_lightning.cli.options import InitialPeers
+from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.library_messages import OursOrErrors, libraries_to_root_log
 
@@ -31,7 +30,7 @@ _PEER_ID = re.compile(r"\b(12D3Koo|Qm)\w{30,}")
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, in which swarm; a command's first parameter, see `takes_model_options`."""
+    """Which model, in which swarm; for a command that `with_options` decorates."""
 
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model whose blocks the swarm serves.")]
     initial_peers: InitialPeers = None
@@ -43,29 +42,10 @@ class ModelOptions:
     seed: Annotated[int | None, typer.Option(help="Makes random choices repeatable.")] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None
-    token_file: Annotated[
-        str | None, typer.Option(help="File of the token of a private swarm, as its servers have it.", metavar="FILE")
-    ] = None
-    identity_path: IdentityPath = None
 
 
-def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command that wants a `ModelOptions` first the options of its fields, before its own."""
-    shared = inspect.signature(ModelOptions, eval_str=True).parameters
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-
-    @wraps(command)
-    def flat(**given: Any) -> None:
-        command(ModelOptions(**{name: given.pop(name) for name in shared}), **given)
-
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*shared.values(), *own)]
-    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    flat.__annotations__ = {each.name: each.annotation for each in parameters}
-    return flat
-
-
-class Screen(logging.Handler):
-    """Words on stdout as they are made; what there is to note on stderr, short and dim, on lines of its own.
+class Terminal(logging.Handler):
+    """Writes text to stdout as it is made, and notes to stderr: short, dim, on lines of their own.
 
     As a handler of log records it notes them: a server that is lost and replaced is one quiet line, not a failure.
     """
@@ -78,7 +58,7 @@ class Screen(logging.Handler):
         self._held: list[str] | None = None
 
     def read_line(self, prompt: str) -> str:
-        """A line of stdin. What is to be noted meanwhile follows it, so that it does not disturb who is typing."""
+        """Reads a line of stdin. Notes that come meanwhile follow it, so that they do not disturb the typing."""
         self._held = []
         try:
             return input(prompt)
@@ -87,9 +67,9 @@ class Screen(logging.Handler):
             for text in held:
                 self.note(text)
 
-    def write(self, words: str) -> None:
-        print(words, end="", flush=True)
-        self._is_within_line = self._is_within_line or bool(words)
+    def write(self, text: str) -> None:
+        print(text, end="", flush=True)
+        self._is_within_line = self._is_within_line or bool(text)
 
     def end_line(self) -> None:
         print(flush=True)
@@ -110,8 +90,8 @@ class Screen(logging.Handler):
 
 
 @contextmanager
-def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
-    """The model and its tokenizer, connected until the end of the `with`; warnings are notes on the screen.
+def load_model(options: ModelOptions, client: ClientConfig, terminal: Terminal) -> Iterator[tuple[Any, Any]]:
+    """Gives the model and its tokenizer, connected until the end of the `with`; warnings are notes on the terminal.
 
     Raises:
         PetalsLightningError: an option is wrong, or the swarm cannot be used.
@@ -121,15 +101,14 @@ def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
             "give --initial-peers MADDR, the address that `petals-lightning serve` or `bootstrap` printed; "
             "or --public for the public Petals network"
         )
-    logging.basicConfig(handlers=[screen], force=True)
+    logging.basicConfig(handlers=[terminal], force=True)
 
     from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
 
     if options.public:
-        print(f"this is {PUBLIC_NOTICE}", file=sys.stderr)  # a note on the screen would be cut
+        print(f"this is {PUBLIC_NOTICE}", file=sys.stderr)  # a note would be cut
     from petals_lightning.data.tokenizers import load_tokenizer
     from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
-    from petals_lightning.protocol.auth import read_token
 
     libraries_to_root_log()
     hub: dict[str, Any] = {"revision": options.revision, "token": options.token}
@@ -139,8 +118,7 @@ def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
         initial_peers=options.initial_peers or PUBLIC_INITIAL_PEERS,
         dht_prefix=options.dht_prefix,
         prompts=options.prompts,
-        swarm_token=read_token(options.token_file) if options.token_file is not None else None,
-        identity_path=options.identity_path,
+        client_config=client,
         **hub,
     )
     try:
@@ -151,8 +129,8 @@ def loaded(options: ModelOptions, screen: Screen) -> Iterator[tuple[Any, Any]]:
         blocks.close()
 
 
-def sampling(temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:
-    """Options of `generate`; seeds torch.
+def sampling_options(temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:
+    """Options of `generate`. Seeds torch.
 
     Raises:
         ConfigurationError: a value out of range.
@@ -170,8 +148,8 @@ def sampling(temperature: float, top_p: float, seed: int | None) -> dict[str, An
     return {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
 
-def word_streamer(tokenizer: Any, write: Callable[[str], None], end_ids: Sequence[int] = ()) -> Any:
-    """A streamer for `generate` that hands on words as soon as they are complete, without special tokens and ends."""
+def text_streamer(tokenizer: Any, write: Callable[[str], None], end_ids: Sequence[int] = ()) -> Any:
+    """A streamer for `generate` that writes each word once it is complete, without special tokens and `end_ids`."""
     from transformers import TextStreamer
 
     class Words(TextStreamer):
