@@ -1,4 +1,4 @@
-"""What one server grants: budgets that requests are checked against before memory or compute is spent."""
+"""Limits of one server. Requests are checked against them before they take memory or compute."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ class ServerLimits:
         cache_bytes: budget for keys and values of inference sessions, all clients together.
         cache_lifetime: seconds that a session may be idle.
         max_batch_tokens: B·(P + S) of one request.
-        max_message_bytes: bytes of one request's tensors, and of all requests under way on one stream.
-        max_open_requests: requests of one client that may wait, run or be on their way back at once.
+        max_message_bytes: bytes of one request's tensors, and of all requests being received on one stream.
+        max_open_requests: requests of one client that are not answered yet.
         max_streams_per_client: streams of one client.
-        max_streams: streams of all clients together; None takes half of the file descriptors that the process may have.
+        max_streams: streams of all clients together; None: half of the process's limit of file descriptors.
         max_sessions_per_client: inference sessions of one client.
-        max_client_bytes: bytes of one client's requests and answers under way and of its registered prompts, all its
-            streams together.
-        max_total_bytes: the same of all clients together.
+        max_client_bytes: bytes of one client's open requests, their answers and registered prompts, on all its streams.
+        max_total_bytes: the same for all clients together.
 
-    Of what clients share (`cache_bytes`, `max_total_bytes`, `max_streams`) the last part is kept for those who hold
-    least, see `room_for`.
+    The last part of each shared budget (`cache_bytes`, `max_total_bytes`, `max_streams`) is reserved for clients that
+    hold least; see `room_for`.
     """
 
     graph_bytes: int = 2 << 30
@@ -46,7 +45,7 @@ class ServerLimits:
 
     @property
     def all_streams(self) -> int:
-        """`max_streams`, or what follows from the process."""
+        """`max_streams`, or the limit that follows from file descriptors."""
         if self.max_streams is not None:
             return self.max_streams
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -54,14 +53,14 @@ class ServerLimits:
 
 
 def room_for(held: int, *, taken: int, budget: int) -> int:
-    """How much more a client may take of what all clients share.
+    """How much more a client may take of a budget that all clients share.
 
-    The last quarter is kept for those who hold little: nobody gets more than a thirty-second of the budget out of it.
+    The last quarter is reserved for clients that hold little: it gives each at most one thirty-second of the budget.
 
     Args:
-        held: what the client has.
-        taken: what all clients have.
-        budget: all there is.
+        held: by the client.
+        taken: by all clients.
+        budget: in all.
     """
     left = budget - taken
     return max(left - budget // 4, min(left, budget // 32 - held), 0)
