@@ -68,7 +68,7 @@ class ClientStream:
             release=self._release_partial,
         )
         self._stream, self._writer = reader, MessageWriter(writer)
-        self._group = asyncio.TaskGroup()  # of the requests under way
+        self._group = asyncio.TaskGroup()  # of the requests that are not answered yet
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._sizes: dict[asyncio.Task[None], int] = {}
         self._prompts = RegisteredPrompts(resources, self._reserve, self._release)
@@ -273,7 +273,7 @@ class ClientStream:
 
     def _reserve_partial(self, num_bytes: int, call_id: int, method: Method, fields: dict[str, Any]) -> str | None:
         payer = self._payer(method, fields)
-        return payer._reserve(num_bytes) if payer is not None else "nobody pays for this"
+        return payer._reserve(num_bytes) if payer is not None else "no client pays for this"
 
     def _release_partial(self, num_bytes: int, method: Method, fields: dict[str, Any]) -> None:
         if (payer := self._payer(method, fields)) is not None:  # None: it has ended, and released all it had

@@ -115,7 +115,7 @@ class RunningServer:
     ) -> None:
         task = asyncio.current_task()
         assert task is not None
-        # Streams beyond the limit are told that there is no room; too many such answers at once are not given.
+        # Streams beyond the limit are refused with a message, but not too many at once.
         if len(self._stream_tasks) >= self.resources.limits.all_streams * 3 // 2:
             writer.close()
             return

@@ -294,7 +294,7 @@ def check_peer_maddr(maddr: str) -> str:
         Multiaddr(maddr)["p2p"]
     except Exception as e:  # multiaddr documents no common base class for its errors
         raise ConfigurationError(
-            f"initial_peers: {maddr!r} is no peer's multiaddress; one looks like /ip4/10.0.0.1/tcp/31337/p2p/Qm… "
+            f"initial_peers: {maddr!r} is not a peer's multiaddress; one looks like /ip4/10.0.0.1/tcp/31337/p2p/Qm… "
             "and is printed by `petals-lightning serve` and `petals-lightning bootstrap`"
         ) from e
     return str(maddr)

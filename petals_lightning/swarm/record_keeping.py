@@ -27,9 +27,8 @@ from petals_lightning.protocol.signed_records import LISTED_KEY, SUBKEY_PREFIX, 
 
 MAX_LIFETIME = 3600.0  # seconds; servers announce themselves every minute
 MAX_RECORD_BYTES = 16 << 10  # of one record; servers' records take a few hundred
-MAX_KEY_BYTES = (
-    1 << 19
-)  # of the signed records under one key, and the same for the others; libp2p carries answers of 4 MiB
+# Of the signed records under one key, and the same for the others; libp2p carries answers of 4 MiB.
+MAX_KEY_BYTES = 1 << 19
 MAX_PEER_BYTES = 8 << 20  # of one peer's records about itself, and the same for its records of others
 MAX_BYTES = 64 << 20  # of all peers' records about themselves, and the same for the others
 _CHECKED_KEPT = 4096  # valid signatures that need not be checked again

@@ -131,7 +131,7 @@ def test_a_node_of_the_callers_keeps_its_identity(tiny_checkpoint):
 
 
 def test_a_malformed_address_is_named(tiny_checkpoint):
-    with pytest.raises(ConfigurationError, match=r"'10\.0\.0\.1:31337' is no peer's multiaddress"):
+    with pytest.raises(ConfigurationError, match=r"'10\.0\.0\.1:31337' is not a peer's multiaddress"):
         AutoDistributedModel.from_pretrained(
             str(tiny_checkpoint("llama")), dht_prefix=PREFIX, initial_peers=["10.0.0.1:31337"]
         )

@@ -301,7 +301,7 @@ def test_an_upload_that_stands_still_is_given_up_and_a_slow_one_is_not(hasty_ser
         return told
 
     async def be_slow() -> Message:
-        """64 KiB/s, for longer than the server waits for what stands still."""
+        """64 KiB/s, for longer than the server waits for a stalled upload."""
         stream = await honest.stream()
         data = b"".join(b"".join(bytes(part) for part in frame) for frame in forward(5000).frames(1))
         for begin in range(0, len(data), 1 << 13):
@@ -311,9 +311,9 @@ def test_an_upload_that_stands_still_is_given_up_and_a_slow_one_is_not(hasty_ser
         assert reply is not None
         return reply
 
-    assert "stands still: less than 48 KiB came in 6 s" in attacker.run(stall()).fields["message"]
+    assert "has stalled: less than 48 KiB came in 6 s" in attacker.run(stall()).fields["message"]
     assert settled(hasty_server, before + SLACK) < before + SLACK, "its memory is not freed"
-    assert "stands still" in attacker.run(drip()).fields["message"]
+    assert "has stalled" in attacker.run(drip()).fields["message"]
     assert honest.run(be_slow()).method is Method.OK
 
 
@@ -330,7 +330,7 @@ def test_a_petals_upload_that_stands_still_is_given_up(hasty_server, peers):
             writer.close()
 
     for method, data in (("rpc_inference", petals_announcement(MIB) + b"\1" * 1000), ("rpc_forward_stream", b"")):
-        assert b"this call stands still" in attacker.run(stall(method, data))
+        assert b"this call has stalled" in attacker.run(stall(method, data))
 
 
 def test_petals_announcements_and_bombs_take_no_memory(server, peers):

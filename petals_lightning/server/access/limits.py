@@ -1,4 +1,4 @@
-"""Limits of one server: requests are checked against them before memory or compute is spent."""
+"""Limits of one server. Requests are checked against them before they take memory or compute."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MANY_STREAMS = 1 << 14
 class ServerLimits:
     """What one server grants its clients.
 
-    The last part of what clients share (`cache_bytes`, `max_total_bytes`, `max_streams`) is kept for those that hold
-    least, see `room_for`.
+    The last part of each shared budget (`cache_bytes`, `max_total_bytes`, `max_streams`) is reserved for clients that
+    hold least; see `room_for`.
     """
 
     graph_bytes: int = option(
@@ -38,11 +38,9 @@ class ServerLimits:
     cache_lifetime: float = option(1800.0, "Seconds that a session may be idle.", FROM_0)
     max_batch_tokens: int = option(1 << 16, "Largest batch × tokens of one request, prompts included.", FINITE_ABOVE_0)
     max_message_bytes: int = option(
-        1 * GIB, "Bytes of one request's tensors, and of all requests under way on one stream.", ABOVE_0
+        1 * GIB, "Bytes of one request's tensors, and of all requests being received on one stream.", ABOVE_0
     )
-    max_open_requests: int = option(
-        64, "Requests of one client that may wait, run or be on their way back at once.", ABOVE_0
-    )
+    max_open_requests: int = option(64, "Requests of one client that are not answered yet.", ABOVE_0)
     max_streams_per_client: int = option(8, "Streams of one client.", ABOVE_0)
     max_streams: int | None = option(
         None,
@@ -71,14 +69,14 @@ class ServerLimits:
 
 
 def room_for(held: int, *, taken: int, budget: int) -> int:
-    """How much more a client may take of what all clients share.
+    """How much more a client may take of a budget that all clients share.
 
-    The last quarter is kept for those who hold little: nobody gets more than a thirty-second of the budget out of it.
+    The last quarter is reserved for clients that hold little: it gives each at most one thirty-second of the budget.
 
     Args:
-        held: what the client has.
-        taken: what all clients have.
-        budget: all there is.
+        held: by the client.
+        taken: by all clients.
+        budget: in all.
     """
     left = budget - taken
     return max(left - budget // 4, min(left, budget // 32 - held), 0)

@@ -126,7 +126,7 @@ def read_peer_list(path: str | Path) -> frozenset[str]:
                 peers.add(peer_id.to_base58())
             except Exception as e:  # base58 documents no common base class for its errors
                 raise ConfigurationError(
-                    f"--allow-peers: line {number} of {str(path)!r} is {peer!r:.80}, which is no peer id; one looks "
+                    f"--allow-peers: line {number} of {str(path)!r} is {peer!r:.80}, which is not a peer id; one looks "
                     "like 12D3KooW… or Qm… and is the last part of a multiaddress"
                 ) from e
     if not peers:

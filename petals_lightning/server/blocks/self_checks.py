@@ -48,7 +48,7 @@ def check_family(span: BlockSpan) -> None:
         )
     if not (_is_same(span, whole[1, :_SAME], whole[0, :_SAME]) and _is_same(span, short, whole[:, :_SHORT])):
         raise UnsupportedModelError(
-            f"{name} is not served: its attention is bidirectional. Positions read what comes behind them, so padding "
+            f"{name} is not served: its attention is bidirectional. Positions read later ones, so padding "
             "would change every result"
         )
 

@@ -22,7 +22,7 @@ from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
 from petals_lightning.protocol.petals.wire import REQUEST
-from petals_lightning.protocol.uploads import Pace, PatientReader, stalled
+from petals_lightning.protocol.uploads import TimedReader, UploadProgress, stall_message
 from petals_lightning.server.access.quotas import Quotas
 from petals_lightning.server.refusal import Refusal
 
@@ -91,10 +91,10 @@ class CallStream:
         max_message_bytes: int,
         idle_timeout: float | None,
     ):
-        self._reader, self._writer, self.charge = PatientReader(reader), writer, charge
+        self._reader, self._writer, self.charge = TimedReader(reader), writer, charge
         self._max_bytes, self._idle_timeout = max_message_bytes, idle_timeout
         self._arrivals: asyncio.Queue[Arrival | Exception | None] = asyncio.Queue(_READ_AHEAD)
-        self._received, self._pace = 0, Pace(0.0)
+        self._received, self._progress = 0, UploadProgress(0.0)
         self._is_complete = False
 
     async def read_on(self) -> None:
@@ -105,16 +105,16 @@ class CallStream:
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except DecodeError:
-            await self._arrivals.put(ProtocolError("a message is no ExpertRequest"))
+            await self._arrivals.put(ProtocolError("a message is not an ExpertRequest"))
         except (ProtocolError, Refusal) as e:
             await self._arrivals.put(e)
         await asyncio.Future()  # reads nothing more while this error is answered
 
     async def _read_one(self) -> None:
         is_upload = self._idle_timeout is None and not self._is_complete
-        kind = await self._reader.exactly(1, self._check_pace if is_upload else None)
+        kind = await self._reader.exactly(1, self._check_progress if is_upload else None)
         if not is_upload:
-            self._pace = Pace(self._reader.waited, self._received)
+            self._progress = UploadProgress(self._reader.waited, self._received)
         length = int.from_bytes(await self._exactly(P2P.HEADER_LEN), P2P.BYTEORDER)
         limit = self._max_bytes if kind == P2P.MESSAGE_MARKER else MAX_HEADER_BYTES
         if kind not in (P2P.MESSAGE_MARKER, P2P.ERROR_MARKER) or length > limit:
@@ -139,14 +139,14 @@ class CallStream:
         await self._arrivals.put(Arrival(message, partial(self.charge.release, length)))
 
     async def _exactly(self, count: int) -> bytes:
-        data = await self._reader.exactly(count, self._check_pace)
+        data = await self._reader.exactly(count, self._check_progress)
         self._received += len(data)
-        self._check_pace()
+        self._check_progress()
         return data
 
-    def _check_pace(self) -> None:
-        if self._pace.is_stalled(self._reader.waited, self._received):
-            raise ProtocolError(stalled("this call"))
+    def _check_progress(self) -> None:
+        if self._progress.is_stalled(self._reader.waited, self._received):
+            raise ProtocolError(stall_message("this call"))
 
     async def next(self) -> Arrival | None:
         """The next message; None at the end of the requests.

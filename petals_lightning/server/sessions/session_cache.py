@@ -95,8 +95,8 @@ class SessionCache:
         if self._uses_long_factors != self.uses_long_factors(request) and request.position > 0:
             assert self._limit is not None
             raise ProtocolError(
-                f"position {end}: beyond {self._limit.positions} (virtual tokens counted) this model turns all "
-                "positions by other rotary factors: a session that comes there or back must start anew from position 0"
+                f"position {end}: beyond {self._limit.positions} (virtual tokens counted) this model rotates "
+                "all positions by other factors: a session that crosses this limit must start again from position 0"
             )
 
     def holds(self, request: StepRequest) -> bool:
