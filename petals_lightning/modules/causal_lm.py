@@ -75,7 +75,7 @@ class CausalLMModule(TuningModule):
         self.val_loss.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.val_loss.update(*self.evaluated(batch))
+        self.val_loss.update(*self(**batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_perplexity("val", self.val_loss)
@@ -84,7 +84,7 @@ class CausalLMModule(TuningModule):
         self.test_loss.reset()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.test_loss.update(*self.evaluated(batch))
+        self.test_loss.update(*self(**batch))
 
     def on_test_epoch_end(self) -> None:
         self._log_perplexity("test", self.test_loss)

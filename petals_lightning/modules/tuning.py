@@ -20,7 +20,6 @@ from petals_lightning.hf.skeleton import vocabulary_size
 from petals_lightning.models import trainable_state_dict
 from petals_lightning.models.prompts import TUNING_MODES
 from petals_lightning.strategies import (
-    BEGUN,
     RemoteBlockStrategy,
     ServedModel,
     load_trained_weights,
@@ -200,17 +199,6 @@ class TuningModule(pl.LightningModule):
         if self._trainer is not None:
             self.configure_model()
         return super().__getstate__()
-
-    # --- evaluation ------------------------------------------------------------------------------------------------
-
-    def evaluate(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
-        """The forward of an evaluation batch. May be called from several threads at once."""
-        return self(**batch)
-
-    def evaluated(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
-        """What `evaluate` gives, for steps: the strategy may have begun it before the batch's turn came."""
-        begun = batch.pop(BEGUN, None)
-        return begun.result() if begun is not None else self.evaluate(batch, predicting=predicting)
 
     # --- training and its checkpoints --------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """The Lightning strategy, and the swarms that it runs on."""
 
-from petals_lightning.strategies.batches_in_flight import BEGUN
 from petals_lightning.strategies.existing_swarms import PrivateSwarm, PublicSwarm
 from petals_lightning.strategies.local_swarm import LocalSwarm
 from petals_lightning.strategies.planned_steps import planned_steps
@@ -10,7 +9,6 @@ from petals_lightning.strategies.swarm_provider import ServedModel, SwarmProvide
 from petals_lightning.strategies.trained_weights import load_trained_weights, no_code_from
 
 __all__ = [
-    "BEGUN",
     "LocalSwarm",
     "PrivateSwarm",
     "PublicSwarm",

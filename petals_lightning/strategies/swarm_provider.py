@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from petals_lightning.client import ClientConfig
-from petals_lightning.errors import ConfigurationError
 from petals_lightning.options import make
 
 
@@ -36,18 +35,13 @@ class SwarmProvider(ABC):
     """Brings a swarm up and down. Re-entrant: it is up from the first `acquire` to the last `release`.
 
     Args:
-        batches_in_flight: evaluation batches (of validation, test, prediction) that are on their way at once. Each
-            takes the memory of a forward here.
         **options: of `ClientConfig`, e.g. `audit_rate=0.05`; None leaves the default.
 
     Raises:
         ConfigurationError: a value is out of range.
     """
 
-    def __init__(self, *, batches_in_flight: int = 4, **options: Any):
-        if batches_in_flight < 1:
-            raise ConfigurationError(f"batches_in_flight={batches_in_flight}: must be at least 1, one at a time")
-        self.batches_in_flight = batches_in_flight
+    def __init__(self, **options: Any):
         self.client_config = make(ClientConfig, options)
         self._users = 0
 

@@ -57,7 +57,6 @@ def with_options_of(config: type) -> Callable[[type[T]], type[T]]:
 class ConnectedSwarmConfig(SwarmConfig):
     """The options of `ClientConfig`, and those of every swarm."""
 
-    batches_in_flight: int = 4
     """Evaluation batches that are on their way at once; each takes the memory of a forward here."""
 
 
@@ -120,6 +119,7 @@ class DataConfig:
     batch_size: int = 32
     """Samples a batch."""
     eval_batch_size: int | None = None
+    """Samples a batch of validation, test and prediction; null: four times batch_size."""
 
 
 @dataclass
