@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 import torch
@@ -21,6 +22,31 @@ from tests.attacks import announcement, piece
 
 CONFIG = ClientConfig(heartbeat_period=0.1, heartbeat_timeout=0.5)
 Reply = Callable[[Method, int], Message | None]
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def connected_to(serve: Serve, on_failure: Callable[[PeerFailure], None]) -> AsyncIterator[PeerConnection]:
+    """A connection to a server that is `serve`; both ends are closed at the end."""
+    ended = asyncio.Event()
+
+    async def serve_until_closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await serve(reader, writer)
+        finally:
+            writer.transport.abort()
+            ended.set()
+
+    server = await asyncio.start_server(serve_until_closed, "127.0.0.1", 0)
+    streams = await asyncio.open_connection(*server.sockets[0].getsockname())
+    connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats(), on_failure).start()
+    try:
+        yield connection
+    finally:
+        connection.close()
+        await asyncio.wait_for(ended.wait(), 20)
+        server.close()
+        await asyncio.sleep(0)  # an aborted connection is closed in the next turn
 
 
 def with_server(reply: Reply, talk: Callable[[PeerConnection], Awaitable[None]]) -> list[PeerFailure]:
@@ -33,17 +59,9 @@ def with_server(reply: Reply, talk: Callable[[PeerConnection], Awaitable[None]])
             while (item := await incoming.next()) is not None:
                 if (answer := reply(item[1].method, item[0])) is not None:
                     await outgoing.send(item[0], answer)
-            writer.close()
 
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        streams = await asyncio.open_connection(*server.sockets[0].getsockname())
-        connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats(), failures.append).start()
-        try:
+        async with connected_to(serve, failures.append) as connection:
             await asyncio.wait_for(talk(connection), 20)
-        finally:
-            connection.close()
-            server.close()
-            await asyncio.sleep(0.05)
 
     asyncio.run(main())
     return failures
@@ -154,19 +172,12 @@ def test_an_answer_is_no_larger_than_what_was_asked_for():
             while (item := await incoming.next()) is not None:
                 if item[1].method is Method.FORWARD:
                     writer.write(announcement(item[0], 3 << 30, "ok"))
-            writer.close()
 
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        streams = await asyncio.open_connection(*server.sockets[0].getsockname())
-        connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats()).start()
-        connection._last_id = 10
-        try:
+        async with connected_to(serve, lambda failure: None) as connection:
+            connection._last_id = 10
             with pytest.raises(PeerFailure) as failed:
                 await connection.call(ForwardRequest(0, 1, torch.ones(2, 3, 4)).to_message())
             return str(failed.value), sum(len(p.body or b"") for p in connection._reader._partial.values())
-        finally:
-            connection.close()
-            server.close()
 
     words, held = asyncio.run(main())
     assert f"announces {3 << 30} bytes, {8 * 2 * 3 * 4} are the most that were asked for" in words
