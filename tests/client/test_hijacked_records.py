@@ -84,9 +84,9 @@ def test_petals_clients_find_a_hijacked_server_after_its_next_announcement(tiny_
     assert all(hijack(swarm, record_of(swarm, state=ServerState.OFFLINE).to_value(), MAX_LIFETIME / 2))
 
     async def announce() -> None:  # as it does once in each period
-        server._update_period = 0.1
+        server._announcer._period = 0.1
         with suppress(TimeoutError):
-            await asyncio.wait_for(server._announce_forever(PREFIX, NUM_BLOCKS, server._record), 2.0)
+            await asyncio.wait_for(server._announcer.announce_forever(), 2.0)
 
     def state() -> int:
         return int(server.node.run(server.node.dht.get(key, latest=True)).value[peer].value[0])
