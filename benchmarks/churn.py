@@ -37,10 +37,10 @@ from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.swarm import SwarmNode
-from tests.attacks import Attacker
-from tests.faults.proxy import TcpProxy, free_port
-from tests.hostile.peers import ATTACKS, Victim
-from tests.swarms import ServerProcess
+from tools.testing.attacker import Attacker
+from tools.testing.attacks import ATTACKS, Victim
+from tools.testing.proxy import TcpProxy, free_port
+from tools.testing.swarms import ServerProcess
 
 BLOCKS = 4
 SPANS = [(0, 4), (0, 4), (0, 2), (2, 4)]

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from benchmarks.swarm import PREFIX
 from petals_lightning.cli.main import main
-from tests.swarms import ServerProcess
+from tools.testing.swarms import ServerProcess
 
 Program = Callable[[], None]
 Span = tuple[int, int]

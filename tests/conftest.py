@@ -14,9 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import RECURRENT_CONFIGS, RECURRENT_STD, TINY_CONFIGS, save_heavier_checkpoint, save_tiny_checkpoint
-from tests.swarms import SERVERS, InProcessSwarm, ServerProcess, serve_options
-from tests.text_models import save_tiny_text_model, write_dataset
+from petals_lightning.data import TextClassificationDataModule
+from tests.helpers.families import (
+    RECURRENT_CONFIGS,
+    RECURRENT_STD,
+    TINY_CONFIGS,
+    save_heavier_checkpoint,
+    save_tiny_checkpoint,
+)
+from tests.helpers.text_models import save_tiny_text_model, write_dataset
+from tools.testing.swarms import SERVERS, InProcessSwarm, ServerProcess, serve_options
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that tests start are interrupted by tests
@@ -65,6 +72,12 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 40 training, 16 validation and 16 test texts in two classes."""
     return write_dataset(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture
+def data(text_model: Path, texts: Path) -> TextClassificationDataModule:
+    """Those texts for that model; 5 training batches."""
+    return TextClassificationDataModule(str(text_model), str(texts), batch_size=8)
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,9 @@ from petals_lightning.cli.talking import Screen
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.server.access import AccessRules
-from tests.chat_templates import GEMMA
-from tests.swarms import PREFIX, InProcessSwarm
-from tests.text_models import save_tiny_text_model
+from tests.helpers.chat_templates import GEMMA
+from tests.helpers.text_models import save_tiny_text_model
+from tools.testing.swarms import PREFIX, InProcessSwarm
 
 
 def run_command(

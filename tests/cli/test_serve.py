@@ -19,8 +19,8 @@ import pytest
 
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
-from tests.families import NUM_BLOCKS
-from tests.swarms import LOOPBACK, PREFIX, ServerProcess
+from tests.helpers.families import NUM_BLOCKS
+from tools.testing.swarms import LOOPBACK, PREFIX, ServerProcess
 
 COMMAND = [sys.executable, "-m", "petals_lightning.cli.main"]
 STRANGER = "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"

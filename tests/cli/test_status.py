@@ -16,7 +16,7 @@ from petals_lightning.cli.app import app
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.protocol.uids import MODELS_KEY
 from petals_lightning.swarm import SwarmNode
-from tests.swarms import LOOPBACK, PREFIX
+from tools.testing.swarms import LOOPBACK, PREFIX
 
 
 @pytest.fixture

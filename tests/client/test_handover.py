@@ -25,10 +25,11 @@ from petals_lightning.protocol.messages import CHUNK_BYTES, Message, Method
 from petals_lightning.server.access import AccessRules
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.server import Server
-from tests.families import HIDDEN, VOCAB
-from tests.models.test_parity import assert_same_gradients, pair
-from tests.sessions import random_prompts, relative_error
-from tests.swarms import InProcessSwarm
+from tests.helpers.families import HIDDEN, VOCAB
+from tests.helpers.parity import assert_same_gradients, pair
+from tests.helpers.sessions import random_prompts
+from tools.testing.swarms import InProcessSwarm
+from tools.testing.tensors import relative_error
 
 THREE = [(0, 1), (1, 3), (3, 4)]
 IDS = torch.randint(1, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))

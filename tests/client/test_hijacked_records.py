@@ -26,8 +26,8 @@ from petals_lightning.server.access import AccessRules
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
-from tests.families import NUM_BLOCKS
-from tests.swarms import LOOPBACK, PREFIX, InProcessSwarm
+from tests.helpers.families import NUM_BLOCKS
+from tools.testing.swarms import LOOPBACK, PREFIX, InProcessSwarm
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 TEN_YEARS = 10 * 365 * 86400.0

@@ -10,8 +10,10 @@ import torch
 from petals_lightning.errors import NoCacheRoomError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.limits import ServerLimits
-from tests.families import HIDDEN, TINY_CONFIGS
-from tests.sessions import GENERATING, P, assert_steps_equal_one_forward, random_prompts, relative_error
+from tests.helpers.families import HIDDEN, TINY_CONFIGS
+from tests.helpers.parity import P
+from tests.helpers.sessions import GENERATING, assert_steps_equal_one_forward, random_prompts
+from tools.testing.tensors import relative_error
 
 
 def layers_of(swarm, **options):

@@ -23,9 +23,9 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.swarm import SwarmNode
-from tests.families import HEAVIER_BLOCKS
-from tests.faults.proxy import SharedLink, TcpProxy, free_port
-from tests.swarms import LOOPBACK, PREFIX, ServerProcess, serve_options
+from tests.helpers.families import HEAVIER_BLOCKS
+from tools.testing.proxy import SharedLink, TcpProxy, free_port
+from tools.testing.swarms import LOOPBACK, PREFIX, ServerProcess, serve_options
 
 STEPS, STRUCK_STEP, BATCH = 4, 1, 32
 PHASES = ("connect", "forward", "backward", "between", "validation")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import FaultySwarm, Trace, Yardstick, make_yardstick, run_case, train_remotely
-from tests.faults.proxy import TcpProxy
+from tools.testing.proxy import TcpProxy
 
 ROOM = 2.0  # a busy machine may take this much longer than the promise
 

@@ -18,10 +18,11 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.swarm import record_keeping
-from tests.attacks import Attacker, resident
-from tests.hostile.peers import ATTACKS, Victim
 from tests.hostile.servers import CACHE, GRAPHS, REQUESTS, SERVERS, honest
-from tests.swarms import PREFIX, ServerProcess
+from tools.testing.attacker import Attacker, resident
+from tools.testing.attacks import ATTACKS, Victim
+from tools.testing.swarms import PREFIX, ServerProcess
+from tools.testing.tensors import relative_error
 
 MIB = 1 << 20
 SECONDS = 6.0  # for which speed is measured, without the attack and with it
@@ -127,7 +128,7 @@ class Arena:
 
     def _difference(self, found: list[torch.Tensor]) -> float:
         pairs = zip(found, self._expected, strict=True)
-        return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+        return max(relative_error(a, b) for a, b in pairs)
 
     @contextmanager
     def _attacked(self, attack: str) -> Iterator[None]:

@@ -13,8 +13,9 @@ from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from tests.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
-from tests.sessions import GENERATING, P, assert_steps_equal_one_forward
+from tests.helpers.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
+from tests.helpers.parity import P
+from tests.helpers.sessions import GENERATING, assert_steps_equal_one_forward
 
 THREE = [(0, 1), (1, 3), (3, 4)]
 GEMMA3 = pytest.param("gemma3", marks=pytest.mark.ours("padding behind real tokens counts in a sliding window"))

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
-from tests.swarms import PREFIX
+from tools.testing.swarms import PREFIX
 
 OPTIONS = {"max_new_tokens": 14, "pad_token_id": 0, "do_sample": False, "eos_token_id": None}
 

@@ -10,8 +10,9 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.errors import RemoteRequestError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from tests.families import COMMON, HIDDEN, VOCAB, longrope_config, save_tiny_checkpoint
-from tests.sessions import random_prompts, relative_error
+from tests.helpers.families import COMMON, HIDDEN, VOCAB, longrope_config, save_tiny_checkpoint
+from tests.helpers.sessions import random_prompts
+from tools.testing.tensors import relative_error
 
 SWITCH, P = 16, 3
 SPANS = [(0, 1), (1, 3), (3, 4)]

@@ -14,7 +14,7 @@ from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, push_prompts_to_hub, save_prompts
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.models.prompt_hub import stage
-from tests.families import VOCAB
+from tests.helpers.families import VOCAB
 
 REPO, COMMIT = "someone/tuned-prompts", "0123456789abcdef0123456789abcdef01234567"
 LOAD = """

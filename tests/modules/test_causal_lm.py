@@ -16,8 +16,8 @@ from petals_lightning.models.token_logits import token_logits
 from petals_lightning.modules import CausalLMModule
 from petals_lightning.sample import MODEL_DIR
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
-from tests.families import VOCAB
-from tests.swarms import PREFIX
+from tests.helpers.families import VOCAB
+from tools.testing.swarms import PREFIX
 
 
 class Trace(Callback):

@@ -17,7 +17,7 @@ from petals_lightning.errors import CheckpointError, NoModelError
 from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
 from petals_lightning.sample import MODEL_DIR
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
-from tests.swarms import PREFIX, InProcessSwarm
+from tools.testing.swarms import PREFIX, InProcessSwarm
 
 
 @pytest.fixture

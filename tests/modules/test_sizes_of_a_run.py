@@ -15,7 +15,7 @@ from petals_lightning.data import TextClassificationDataModule
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.modules import SequenceClassificationModule
 from petals_lightning.strategies import LocalSwarm, RemoteBlockStrategy
-from tests.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
+from tests.helpers.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
 
 
 @pytest.fixture

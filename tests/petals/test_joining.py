@@ -17,9 +17,9 @@ from petals_lightning.protocol.records import ServerState
 from petals_lightning.protocol.uids import MODELS_KEY
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.streams import open_stream
-from tests.families import HIDDEN, NUM_BLOCKS
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
 from tests.petals.calls import PetalsCaller, peer_id, step
-from tests.swarms import PREFIX, InProcessSwarm, ServerProcess
+from tools.testing.swarms import PREFIX, InProcessSwarm, ServerProcess
 
 
 def test_a_peer_is_told_whether_it_and_others_are_reached(swarm, client):

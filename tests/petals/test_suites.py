@@ -9,7 +9,7 @@ import pytest
 
 from tests.client import test_inference_session as sessions
 from tests.client import test_server_failures as failures
-from tests.families import RECURRENT_CONFIGS, TINY_CONFIGS
+from tests.helpers.families import RECURRENT_CONFIGS, TINY_CONFIGS
 from tests.models import test_generation as generation
 from tests.models import test_generation_failures as conversations
 from tests.models import test_parity as parity

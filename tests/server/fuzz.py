@@ -32,8 +32,8 @@ from petals_lightning.server.compute import ComputeThread
 from petals_lightning.server.graphs import GraphCost
 from petals_lightning.server.limits import ServerLimits
 from petals_lightning.server.session import Session
-from tests.families import HIDDEN
-from tests.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
+from tests.helpers.families import HIDDEN
+from tests.helpers.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
 
 LIMITS = ServerLimits(
     graph_bytes=1 << 20, graph_lifetime=2.0, max_batch_tokens=64, max_message_bytes=1 << 20, max_open_requests=16,

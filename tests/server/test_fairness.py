@@ -14,7 +14,7 @@ from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.admission import Account, Accounts
 from petals_lightning.server.fair_queue import FairQueue
 from petals_lightning.server.limits import ServerLimits, room_for
-from tests.families import HIDDEN, NUM_BLOCKS
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
 
 DECODE, BACKWARD, FORWARD, PREFILL = 0, 1, 2, 3
 

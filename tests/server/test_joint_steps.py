@@ -20,8 +20,9 @@ from petals_lightning.server.inference import CacheStore, SessionCache
 from petals_lightning.server.joint_steps import SessionStep, verify_joint_steps
 from petals_lightning.server.kv_cache import StackedLayer
 from petals_lightning.server.span import BlockSpan
-from tests.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS, longrope_config, save_tiny_checkpoint
-from tests.sessions import random_prompts, relative_error
+from tests.helpers.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS, longrope_config, save_tiny_checkpoint
+from tests.helpers.sessions import random_prompts
+from tools.testing.tensors import relative_error
 
 
 class Talk:

@@ -17,7 +17,8 @@ from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server import limits
-from tests.attacks import (
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
+from tools.testing.attacker import (
     Attacker,
     RawStream,
     announcement,
@@ -27,8 +28,7 @@ from tests.attacks import (
     resident,
     upload,
 )
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.swarms import ServerProcess
+from tools.testing.swarms import ServerProcess
 
 pytestmark = pytest.mark.ours("servers are spoken to directly")
 

@@ -11,7 +11,7 @@ from petals_lightning.server.graphs import measure_graph_cost
 from petals_lightning.server.prefix_cache import PrefixLayer, TakingLayer
 from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
 from petals_lightning.server.trials import verify_shared_prefix, verify_skipping
-from tests.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS
+from tests.helpers.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS
 
 B, S, P = 3, 6, 4
 FAMILIES = ["llama", "bloom", "falcon_alibi", "gemma2", "mixtral", "gpt2"]

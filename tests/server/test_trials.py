@@ -17,7 +17,7 @@ from petals_lightning.hf.decoder import model_class
 from petals_lightning.models import AutoDistributedModel, AutoDistributedModelForCausalLM, remote_blocks
 from petals_lightning.server.span import BlockSpan
 from petals_lightning.server.trials import check_family, verify_sessions
-from tests.families import (
+from tests.helpers.families import (
     COMMON,
     GROUPED,
     HIDDEN,

@@ -25,8 +25,8 @@ from petals_lightning.models import (
 from petals_lightning.models.token_logits import token_logits
 from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
-from tests.strategies.test_remote_block_strategy import make_module, make_trainer
-from tests.swarms import PREFIX, InProcessSwarm
+from tests.helpers.lightning import make_module, make_trainer
+from tools.testing.swarms import PREFIX, InProcessSwarm
 
 Start = Callable[..., InProcessSwarm]
 
@@ -38,7 +38,7 @@ def data(text_model: Path, texts: Path) -> TextClassificationDataModule:
 
 def trainer_of(folder: Path, swarm: InProcessSwarm, size: int, **options: Any) -> pl.Trainer:
     return make_trainer(
-        folder, RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers, batches_in_flight=size, **options))
+        folder, strategy=RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers, batches_in_flight=size, **options))
     )
 
 
@@ -180,7 +180,7 @@ def test_locally_batches_are_run_one_after_the_other(text_model, data, tmp_path)
             threads.add(threading.current_thread())
             return super().evaluate(batch, predicting=predicting)
 
-    make_trainer(tmp_path, "auto").validate(Noting(str(text_model)), datamodule=data, verbose=False)
+    make_trainer(tmp_path).validate(Noting(str(text_model)), datamodule=data, verbose=False)
     assert threads == {threading.main_thread()}
     assert issubclass(Noting, TuningModule)
 
@@ -240,7 +240,7 @@ def test_averaged_weights_are_what_is_validated(length: str, text_model, data, t
     found = []
     for strategy in ("auto", RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers))):
         trainer, module = (
-            make_trainer(tmp_path, strategy, EMAWeightAveraging(decay=0.5)),
+            make_trainer(tmp_path, EMAWeightAveraging(decay=0.5), strategy=strategy),
             make_module(text_model, lr=0.1),
         )
         trainer.fit(module, data.train_dataloader(), validation)

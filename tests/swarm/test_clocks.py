@@ -17,7 +17,8 @@ from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.models import AutoDistributedModelForCausalLM
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.swarm import SwarmDirectory, SwarmNode, public
-from tests.swarms import LOOPBACK, PREFIX, ServerProcess, main_with_a_wrong_clock
+from tests.helpers.clocks import main_with_a_wrong_clock
+from tools.testing.swarms import LOOPBACK, PREFIX, ServerProcess
 
 BEHIND = re.compile(
     r"cannot join the swarm: this machine's clock is (99\.\d|100\.\d) s behind those of initial_peers \[/ip4/\S+\]\. "

@@ -13,7 +13,7 @@ import torch
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.node import MEETING_PERIOD
-from tests.swarms import LOOPBACK, PREFIX, ServerProcess
+from tools.testing.swarms import LOOPBACK, PREFIX, ServerProcess
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

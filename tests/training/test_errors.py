@@ -13,7 +13,8 @@ import pytest
 
 from petals_lightning.training import errors
 from petals_lightning.training.settings import in_words_of_settings
-from tests.swarms import PREFIX, ServerProcess, main_with_a_wrong_clock
+from tests.helpers.clocks import main_with_a_wrong_clock
+from tools.testing.swarms import PREFIX, ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 

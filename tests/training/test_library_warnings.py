@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.swarms import PREFIX, InProcessSwarm
-from tests.text_models import save_tiny_text_model
+from tests.helpers.text_models import save_tiny_text_model
+from tools.testing.swarms import PREFIX, InProcessSwarm
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = [sys.executable, "-m", "petals_lightning.cli.main"]

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -38,17 +37,6 @@ def is_petals_only(servers: str, number: int) -> bool:
 def serve_options(servers: str, number: int) -> tuple[str, ...]:
     """What `petals-lightning serve` is told for that server."""
     return ("--petals-only",) if is_petals_only(servers, number) else ()
-
-
-CLOCK_SHIFT = 100.0
-
-
-def main_with_a_wrong_clock() -> None:
-    """`petals-lightning` on a machine whose clock is `CLOCK_SHIFT` seconds ahead: a `program` of `ServerProcess`."""
-    for module in list(sys.modules.values()):  # hivemind's modules have each imported the function
-        if getattr(module, "get_dht_time", None) is time.time:
-            vars(module)["get_dht_time"] = lambda: time.time() + CLOCK_SHIFT
-    main()
 
 
 class InProcessSwarm:
@@ -221,29 +209,3 @@ def _run(program: Callable[[], None], command: list[str], output: Connection, er
     os.dup2(errors.fileno(), 2)
     sys.argv = ["petals-lightning", *command]
     program()
-
-
-def peer_with_the_graph(loss: torch.Tensor) -> str:
-    """The id of the server that the backward of `loss` will be sent to first."""
-    return _parts(loss)[0].result.legs[-1].peer
-
-
-def peers_at_work(blocks: Any) -> list[str]:
-    """Ids of the servers that owe `blocks`, a RemoteSequential, an answer now."""
-    connections = list(blocks._swarm.view._connections.items())
-    return [peer for peer, each in connections if getattr(each, "_pending", None) or getattr(each, "_under_way", 0)]
-
-
-def micro_batches(loss: torch.Tensor) -> int:
-    """How many requests the backward of `loss` begins with."""
-    return len(_parts(loss))
-
-
-def _parts(loss: torch.Tensor) -> list[Any]:
-    nodes: list[Any] = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if hasattr(node, "parts"):
-            return node.parts
-        nodes += [following for following, _ in node.next_functions if following is not None]
-    raise AssertionError("no remote blocks in the graph")

@@ -19,9 +19,9 @@ from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.signed_records import LISTED_KEY, SUBKEY_PREFIX, SignedRecord, signed_key
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.uids import MODELS_KEY, block_uid
-from tests.attacks import Attacker, announcement, petals_announcement, upload
-from tests.families import HEAVIER_BLOCKS, HEAVIER_HIDDEN
-from tests.swarms import PREFIX
+from tests.helpers.families import HEAVIER_BLOCKS, HEAVIER_HIDDEN
+from tools.testing.attacker import Attacker, announcement, petals_announcement, upload
+from tools.testing.swarms import PREFIX
 
 MIB = 1 << 20
 
