@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,7 +15,7 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from petals_lightning.errors import CheckpointError, ConfigurationError
-from petals_lightning.strategies.server_process import ServerProcess
+from petals_lightning.strategies.server_process import ServerProcess, launch
 from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
 from petals_lightning.swarm.guard import ProcessGuard
 
@@ -85,7 +86,7 @@ class LocalSwarm(SwarmSource):
             raise
 
     def _launch(self, number: int, blocks: str, swarm: list[str], model: ServedModel, log_dir: Path) -> ServerProcess:
-        arguments = [model.name_or_path, *swarm, "--block-indices", blocks]
+        arguments = ["serve", model.name_or_path, *swarm, "--block-indices", blocks]
         arguments += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--dtype", model.dtype]
         arguments += ["--public-name", f"local-{number}", "--verbose"]
         if model.dht_prefix is not None:
@@ -96,7 +97,8 @@ class LocalSwarm(SwarmSource):
             arguments += ["--device", self.device]
         if model.revision is not None:
             arguments += ["--revision", model.revision]
-        server = ServerProcess(arguments, log_dir / f"server_{number}.log", f"server {number} (blocks {blocks})")
+        title, log = f"server {number} (blocks {blocks})", log_dir / f"server_{number}.log"
+        server = ServerProcess(launch(arguments), title, log)
         assert self._guard is not None
         self._guard.protect(server.pid)
         self._servers.append(server)
@@ -105,9 +107,9 @@ class LocalSwarm(SwarmSource):
     def _stop(self) -> None:
         deadline = time.monotonic() + _STOP_TIMEOUT
         for server in self._servers:
-            server.interrupt()
+            server.signal(signal.SIGINT)
         for server in self._servers:
-            server.wait(deadline)
+            server.kill_after(deadline - time.monotonic())
         self._servers.clear()
         if self._guard is not None:
             self._guard.release()

@@ -23,7 +23,7 @@ from petals_lightning.server.server import Server
 from tests.helpers.families import ALL, NUM_BLOCKS
 from tests.helpers.tampering import BATCH, OPTIONS, chosen, load_classifier
 
-pytestmark = pytest.mark.ours("servers are told what to answer")
+pytestmark = [pytest.mark.ours("servers are told what to answer"), pytest.mark.slow]
 
 ERRORS: dict[str, Exception] = {
     "a sick GPU": RuntimeError("CUDA error: an illegal memory access was encountered"),
@@ -111,10 +111,9 @@ def test_a_generation_goes_on_elsewhere(error, tiny_checkpoint, start_swarm):
     model = swarm.load(AutoDistributedModelForCausalLM, client_config=ClientConfig(ban_period=30.0))
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(BATCH["input_ids"][:1], **options)
-    first, second = swarm.servers
     with model.inference_session(max_length=20) as session:
         begun = model.generate(BATCH["input_ids"][:1], **options | {"max_new_tokens": 3, "min_new_tokens": 3})
-        sick = first if session.peers[0] == first.node.peer_id.to_base58() else second
+        sick = swarm.by_id[session.peers[0]]
         calls = fails(sick, "step", error)
         end = model.generate(begun[:, :0], **options | {"max_new_tokens": 3, "min_new_tokens": 3})
     assert torch.equal(torch.cat([begun, end], dim=1), expected)
@@ -130,7 +129,7 @@ def test_a_step_that_cannot_be_right_is_made_elsewhere(spans, value, tiny_checkp
     expected = model.generate(BATCH["input_ids"][:1], **options)
     with model.inference_session(max_length=20) as session:
         begun = model.generate(BATCH["input_ids"][:1], **options | {"max_new_tokens": 3, "min_new_tokens": 3})
-        sick = next(each for each in swarm.servers if each.node.peer_id.to_base58() == session.peers[-1])
+        sick = swarm.by_id[session.peers[-1]]
         honest = sick.span.step
         calls: list[int] = []
 

@@ -31,6 +31,8 @@ from tests.helpers.sessions import random_prompts
 from tools.testing.swarms import InProcessSwarm
 from tools.testing.tensors import relative_error
 
+pytestmark = pytest.mark.slow
+
 THREE = [(0, 1), (1, 3), (3, 4)]
 IDS = torch.randint(1, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
 GENERATION = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False, "eos_token_id": None, "use_cache": True}
@@ -73,8 +75,7 @@ def assert_generates_as_local(remote, local) -> None:
 
 
 def in_use(remote, swarm: InProcessSwarm) -> list[Server]:
-    servers = {server.node.peer_id.to_base58(): server for server in swarm.servers}
-    return [servers[leg.peer_id] for leg in remote_blocks(remote).route(IDS.numel())]
+    return [swarm.by_id[leg.peer_id] for leg in remote_blocks(remote).route(IDS.numel())]
 
 
 def signal_daemon(server: Server, number: signal.Signals) -> None:
@@ -384,7 +385,7 @@ def test_going_back_and_reordering_reach_every_server(tiny_checkpoint, start_swa
         session.reorder(order)
         session.step(hidden[:, 6:7])
         assert layers.stats.handovers == 4
-        lost = next(server for server in swarm.servers if server.node.peer_id.to_base58() == session.peers[1])
+        lost = swarm.by_id[session.peers[1]]
         lost.stop(timeout=0.1)
         swarm.servers.remove(lost)
         outputs = [session.step(hidden[:, at : at + 1]) for at in range(7, 10)]

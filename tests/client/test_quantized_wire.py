@@ -22,6 +22,8 @@ from tests.helpers.sessions import random_prompts
 from tests.helpers.tampering import chosen, tamper
 from tools.testing.tensors import relative_error
 
+pytestmark = pytest.mark.slow
+
 CLASSIFIERS = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
 TWO = [(0, 2), (2, 4)]
 

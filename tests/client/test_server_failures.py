@@ -15,9 +15,12 @@ import torch
 from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
+from petals_lightning.strategies.server_process import ServerProcess
 from tests.helpers.requests import micro_batches, peer_with_the_graph, peers_at_work
-from tools.testing.swarms import PREFIX, ServerProcess
+from tools.testing.swarms import PREFIX
 from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 LAYOUTS = {"same span": [(0, 6), (0, 6)], "cut elsewhere": [(0, 6), (0, 2), (2, 6)]}
 
@@ -56,6 +59,8 @@ def when_asked(model: torch.nn.Module, action: Callable[[str], None]) -> threadi
     return thread
 
 
+@pytest.mark.also_on("petals", "mixed", phase=["between"], spans=[LAYOUTS["same span"]])
+@pytest.mark.also_on("petals", "mixed", phase=["backward"], spans=[LAYOUTS["cut elsewhere"]])
 @pytest.mark.parametrize("phase", ["connect", "forward", "between", "backward"])
 @pytest.mark.parametrize("spans", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_killed_server_changes_no_loss_and_no_gradient(phase, spans, heavier_checkpoint, start_servers):

@@ -35,6 +35,8 @@ from tests.helpers.tampering import BATCH, OPTIONS, chosen, load_classifier, tam
 from tools.testing.swarms import InProcessSwarm
 from tools.testing.tensors import relative_error
 
+pytestmark = pytest.mark.slow
+
 
 def assert_as_local(model, checkpoint) -> None:
     torch.manual_seed(0)
@@ -76,8 +78,7 @@ def test_gradients_that_are_not_finite_are_refused_and_overflowing_ones_excused(
     swarm = start_swarm(checkpoint, [ALL, ALL])
     model = load_classifier(swarm)
     loss = model(**BATCH).loss
-    peer = peer_with_the_graph(loss)
-    broken = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+    broken = swarm.by_id[peer_with_the_graph(loss)]
     honest = broken.span.backward
     broken.span.backward = lambda *args: {name: grad * float("inf") for name, grad in honest(*args).items()}
     loss.backward()

@@ -39,4 +39,4 @@ def tamper(server: Server, change: Callable[[torch.Tensor], torch.Tensor]) -> No
 def chosen(model: Any, swarm: InProcessSwarm) -> Server:
     """The server that the model uses now."""
     peer = remote_blocks(model).route(BATCH["input_ids"].numel())[0].peer_id
-    return next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+    return swarm.by_id[peer]

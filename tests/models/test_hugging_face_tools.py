@@ -17,6 +17,8 @@ from tests.helpers.parity import right_padded_batch
 from tests.helpers.samples import Samples
 from tools.testing.tensors import relative_error
 
+pytestmark = pytest.mark.slow
+
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 TASKS = {
     "classification": (AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification),

@@ -28,6 +28,8 @@ from tests.helpers.parity import right_padded_batch
 from tools.testing.swarms import PREFIX
 from tools.testing.tensors import relative_error
 
+pytestmark = pytest.mark.slow
+
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 IDS = torch.randint(1, VOCAB, (1, 6), generator=torch.Generator().manual_seed(0))
 

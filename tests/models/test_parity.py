@@ -25,6 +25,8 @@ from tools.testing.tensors import relative_error
 MODES = [None, "ptune", "deep_ptune"]
 
 
+@pytest.mark.also_on("petals")
+@pytest.mark.also_on("mixed", family=("llama", "bloom", "falcon", "mixtral", "gpt2"))
 @pytest.mark.parametrize("family", [*TINY_CONFIGS, *RECURRENT_CONFIGS])
 def test_every_family_equals_local_hugging_face(family, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint(family)
@@ -54,6 +56,7 @@ def test_every_family_equals_local_hugging_face(family, tiny_checkpoint, start_s
     assert type(remote_blocks(remote)) is RemoteSequential
 
 
+@pytest.mark.also_on("petals", "mixed")
 @pytest.mark.parametrize("mode", MODES)
 def test_twenty_training_steps_give_the_local_losses(mode, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
@@ -75,6 +78,7 @@ def test_twenty_training_steps_give_the_local_losses(mode, tiny_checkpoint, star
     assert losses[0][-1] < 0.98 * losses[0][1], "the test is blind: nothing was learnt"
 
 
+@pytest.mark.also_on("petals", "mixed")
 def test_bfloat16_stays_within_its_rounding(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, UNEVEN, dtype="bfloat16")
@@ -98,6 +102,7 @@ def test_bfloat16_stays_within_its_rounding(tiny_checkpoint, start_swarm):
     assert sent < 0.65 * remote_blocks(in_float32).stats.bytes_sent
 
 
+@pytest.mark.also_on("petals", "mixed")
 def test_a_slice_of_remote_blocks_has_the_gradients_of_those_blocks(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, 2), (2, 4)])

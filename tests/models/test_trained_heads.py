@@ -16,6 +16,8 @@ from tests.helpers.families import TINY_CONFIGS
 from tests.helpers.parity import right_padded_batch
 from tools.testing.tensors import relative_error
 
+pytestmark = pytest.mark.slow
+
 NAMES = {0: "bad", 1: "fair", 2: "good"}
 
 

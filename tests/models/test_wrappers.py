@@ -28,6 +28,8 @@ from tests.helpers.families import WRAPPER_CONFIGS, save_tiny_checkpoint
 from tests.helpers.parity import UNEVEN, P, assert_same_gradients, pair, right_padded_batch
 from tools.testing.tensors import relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def wrapper(tmp_path_factory):

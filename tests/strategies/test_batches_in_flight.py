@@ -28,6 +28,8 @@ from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
 from tests.helpers.lightning import make_module, make_trainer
 from tools.testing.swarms import PREFIX, InProcessSwarm
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., InProcessSwarm]
 
 

@@ -48,6 +48,7 @@ def test_training_equals_a_local_run(
     assert remote.values == pytest.approx(local.values, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_one_trainer_fits_validates_tests_and_predicts_again_and_again(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:
@@ -65,6 +66,7 @@ def test_one_trainer_fits_validates_tests_and_predicts_again_and_again(
     assert sum(len(batch["labels"]) for batch in predicted) == 16
 
 
+@pytest.mark.slow
 def test_a_module_goes_from_trainer_to_trainer_and_from_swarm_to_swarm(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:

@@ -311,6 +311,7 @@ def test_an_interrupted_wait_cancels_its_coroutine(start_node):
     assert cancelled.wait(10)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_daemon_and_no_socket(socket_folder):
     code = f"""
 import time

@@ -1,21 +1,14 @@
-"""Real swarms for tests: servers in this process (quick), or as processes (to be killed)."""
+"""Swarms of servers in this process, which start quickly; for servers in processes of their own see `servers`."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import weakref
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from petals_lightning.cli.main import main
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
 from petals_lightning.server.access import AccessRules
@@ -90,6 +83,11 @@ class InProcessSwarm:
     def initial_peers(self) -> list[str]:
         return self.servers[0].node.visible_maddrs()
 
+    @property
+    def by_id(self) -> dict[str, Server]:
+        """The servers by their peers' ids."""
+        return {server.node.peer_id.to_base58(): server for server in self.servers}
+
     def __enter__(self) -> InProcessSwarm:
         for number, span in enumerate(self._spans):
             peers = self.initial_peers if self.servers else self._initial_peers
@@ -118,94 +116,3 @@ class InProcessSwarm:
             self._client.close()
         for server in reversed(self.servers):
             server.stop(timeout=1)
-
-
-class ServerProcess:
-    """`petals-lightning serve` with these options, in a process of its own.
-
-    It is forked from one that has imported what every server imports, which takes several seconds of a core each time.
-
-    Args:
-        checkpoint: the model.
-        span: blocks that it holds; None for all.
-        initial_peers: of the swarm to join; none for a new swarm.
-        extra: further options.
-        program: what is run in place of the executable `petals-lightning`.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Path | str,
-        span: tuple[int, int] | None,
-        initial_peers: Sequence[str] = (),
-        *extra: str,
-        program: Callable[[], None] = main,
-    ):
-        join = [item for peer in initial_peers for item in ("--initial-peers", peer)] or ["--new-swarm"]
-        blocks = ["--block-indices", f"{span[0]}:{span[1]}"] if span is not None else []
-        command = [
-            "serve", str(checkpoint), *join, *blocks, "--dht-prefix", PREFIX, "--host-maddrs", *LOOPBACK,
-            "--threads", "1", *extra,
-        ]  # fmt: skip
-        (self._output, output), (self._errors, errors) = _FORKS.Pipe(duplex=False), _FORKS.Pipe(duplex=False)
-        self.process = _FORKS.Process(target=_run, args=(program, command, output, errors), daemon=True)
-        self.process.start()
-        for end in (output, errors):
-            end.close()
-        self.errors: list[str] = []
-        threading.Thread(target=self._drain, daemon=True).start()
-
-    @property
-    def maddr(self) -> str:
-        return self._maddr
-
-    def wait_ready(self) -> ServerProcess:
-        with open(os.dup(self._output.fileno())) as lines:
-            for line in lines:
-                if line.startswith("multiaddress:"):
-                    self._maddr = line.split()[1]
-                if line.startswith("ready"):
-                    return self
-        raise RuntimeError(f"the server ended: {''.join(self.errors)}")
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
-
-    @property
-    def peer_id(self) -> str:
-        return self.maddr.rsplit("/", 1)[-1]
-
-    def signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
-
-    def wait(self, seconds: float) -> int | None:
-        """How the process ended (minus the signal's number), or None if it has not."""
-        self.process.join(seconds)
-        return self.process.exitcode
-
-    def stop(self) -> None:
-        if self.process.is_alive():
-            self.signal(signal.SIGCONT)
-            self.process.terminate()
-            self.process.join(10)
-            self.process.kill()
-            self.process.join()
-        self._output.close()
-
-    def _drain(self) -> None:
-        with open(os.dup(self._errors.fileno())) as lines:
-            self.errors.extend(lines)
-
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["petals_lightning.cli.app", "petals_lightning.server.server"])
-
-
-def _run(program: Callable[[], None], command: list[str], output: Connection, errors: Connection) -> None:
-    """What an executable does with a command line, with `output` and `errors` as its standard streams."""
-    os.dup2(output.fileno(), 1)
-    os.dup2(errors.fileno(), 2)
-    sys.argv = ["petals-lightning", *command]
-    program()
