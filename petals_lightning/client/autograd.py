@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from petals_lightning.client.chain import BlockChain
-from petals_lightning.client.legs import ChainResult, MicroBatch, StepPrompts
+from petals_lightning.client.pipeline import Pipeline
+from petals_lightning.client.segments import ForwardResult, MicroBatch, StepPrompts
 from petals_lightning.swarm import SwarmNode
 
 
@@ -24,15 +24,15 @@ class _Part:
     batch: MicroBatch
     first: int
     last: int
-    result: ChainResult | None = None
+    result: ForwardResult | None = None
     row_positions: torch.Tensor | None = None
 
 
 class RemoteRunner:
     """Runs blocks for autograd, from any thread; blocks the caller until the swarm has answered."""
 
-    def __init__(self, node: SwarmNode, chain: BlockChain):
-        self._node, self._chain = node, chain
+    def __init__(self, node: SwarmNode, pipeline: Pipeline):
+        self._node, self._pipeline = node, pipeline
         self._version, self._last_deep, self._lock = 0, torch.empty(0), threading.Lock()
 
     def prompts(self, deep: torch.Tensor, start: int) -> StepPrompts:
@@ -66,17 +66,15 @@ class RemoteRunner:
                 if not len(positions):
                     continue  # nothing of these samples is read, so nothing of them need run
                 own_rows = (rows[positions] - first * tokens).to(torch.int32)
-            micro_batch = MicroBatch(
-                start, hidden[first:last], prefix, own_rows, prompts, input_grad, keep, leads=not parts
-            )
+            micro_batch = MicroBatch(start, hidden[first:last], prefix, own_rows, prompts, input_grad, keep)
             parts.append(_Part(micro_batch, first, last, row_positions=positions))
         return parts
 
     def forward(self, parts: list[_Part], end: int, *, want_prefix: bool) -> None:
         """Runs all micro-batches through blocks up to `end` and notes their results."""
 
-        async def run() -> list[ChainResult]:
-            return await _gather(self._chain.forward(part.batch, end, want_prefix=want_prefix) for part in parts)
+        async def run() -> list[ForwardResult]:
+            return await _gather(self._pipeline.forward(part.batch, end, want_prefix=want_prefix) for part in parts)
 
         for part, result in zip(parts, self._node.run(run()), strict=True):
             part.result = result
@@ -92,7 +90,7 @@ class RemoteRunner:
                 assert part.result is not None
                 # Every micro-batch returns the same prefix; the first one's was used, so it takes the gradient.
                 own = grad_prefix if index == 0 else None
-                calls.append(self._chain.backward(part.batch, part.result, grad, own))
+                calls.append(self._pipeline.backward(part.batch, part.result, grad, own))
             return await _gather(calls)
 
         results = self._node.run(run())

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.hf.compat import Cache, CacheLayer
 
 

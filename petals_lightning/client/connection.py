@@ -19,7 +19,7 @@ from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.deadlines import ServiceClock
-from petals_lightning.client.room import Room
+from petals_lightning.client.flow_control import RequestWindow
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import PeerFailure, ProtocolError
 from petals_lightning.protocol.auth import is_proof, new_nonce, prove
@@ -82,8 +82,8 @@ class PeerConnection:
         self._writer = MessageWriter(writer)
         self._ids, self._last_id = itertools.count(1), 0
         self._pending: dict[int, _Call] = {}
-        self._room = Room(max_requests=1, max_bytes=0)  # until the server has said what it grants
-        self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Future[None]]] = OrderedDict()
+        self._window = RequestWindow(max_requests=1, max_bytes=0)  # until the server has said what it grants
+        self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Task[None]]] = OrderedDict()
         self._failure: PeerFailure | None = None
         self._pinged_at: float | None = None  # when the oldest ping was sent that has brought no sign of life yet
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
@@ -129,7 +129,7 @@ class PeerConnection:
             raise PeerFailure(
                 self.peer, f"grants nonsense: {requests!r} requests, {num_bytes!r} bytes, {tokens!r} tokens"
             )
-        self._room = Room(max(1, requests // 2), num_bytes // 2)
+        self._window = RequestWindow(max(1, requests // 2), num_bytes // 2)
 
     @property
     def is_open(self) -> bool:
@@ -147,7 +147,6 @@ class PeerConnection:
         message: Message,
         call_id: int | None = None,
         *,
-        sent: asyncio.Future[None] | None = None,
         deadline: float | None = None,
         clock: ServiceClock | None = None,
     ) -> Message:
@@ -157,23 +156,19 @@ class PeerConnection:
         call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout, message.answer_bytes)
         call.clock.hold()
         try:
-            async with self._room.enter(message.num_bytes):
+            async with self._window.enter(message.num_bytes):
                 if self._failure is not None:
                     raise self._failure
                 self._pending[call_id] = call
                 call.clock.restart()
                 self._stats.bytes_sent += await self._writer.send(call_id, message)
                 call.clock.restart()
-                if sent is not None and not sent.done():
-                    sent.set_result(None)
                 reply = await answer
         except ConnectionError as e:
             self._fail(PeerFailure(self.peer, f"the stream broke ({e})"))
             assert self._failure is not None
             raise self._failure from None
         finally:
-            if sent is not None and not sent.done():
-                sent.cancel()
             self._forget(call_id, answer)
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
         if reply.method is Method.ERROR:
@@ -210,50 +205,30 @@ class PeerConnection:
         self._last_id = next(self._ids)
         return self._last_id
 
-    async def prompts_key(self, version: int, start: int, end: int) -> tuple[int, asyncio.Future[None] | None]:
-        """The key under which this stream's server has deep prompts [start, end) of a version.
+    async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
+        """As `ServerConnection.register_prompts`: once, however many wait for it."""
+        wanted = (version, start, len(deep))
+        if wanted not in self._prompts:
+            key = self.next_id()
+            sending = asyncio.create_task(self._send_prompts(key, deep))
+            sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # those who waited may be gone
+            self._prompts[wanted] = key, sending
+            while len(self._prompts) > _PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+        key, sending = self._prompts[wanted]
+        await asyncio.shield(sending)
+        return key
 
-        Returns:
-            The key, and for the first caller a future: it sends the prompts along and resolves the future when they
-            are on their way. Others wait for that here, so that the server never sees a key before its prompts.
-        """
-        wanted = (version, start, end)
-        while wanted in self._prompts:
-            key, sent = self._prompts[wanted]
-            await asyncio.wait([sent])
-            if not sent.cancelled():
-                return key, None
-            if self._prompts.get(wanted) == (key, sent):  # or another waiter has begun to send them anew
-                del self._prompts[wanted]
-        sent = asyncio.get_running_loop().create_future()
-        key = self.next_id()
-        self._prompts[wanted] = key, sent
-        while len(self._prompts) > _PROMPTS_KEPT:
-            self._prompts.popitem(last=False)
-        return key, sent
-
-    async def give_prompts(self, key: int, deep: torch.Tensor, sent: asyncio.Future[None]) -> None:
-        """Registers deep prompts by themselves, for requests that do not come from here.
-
-        Args:
-            key, sent: from `prompts_key`.
-
-        Raises:
-            PeerFailure: the stream has failed.
-        """
+    async def _send_prompts(self, key: int, deep: torch.Tensor) -> None:
         try:
             if self._failure is not None:
                 raise self._failure
             message = Message(Method.PROMPTS, {"key": key}, {"deep": deep})
             self._stats.bytes_sent += await self._writer.send(self.next_id(), message)
-            sent.set_result(None)
         except ConnectionError as e:
             self._fail(PeerFailure(self.peer, f"the stream broke ({e})"))
             assert self._failure is not None
             raise self._failure from None
-        finally:
-            if not sent.done():
-                sent.cancel()
 
     def forget_prompts(self) -> None:
         """The server has dropped registered prompts: they are sent again when next needed."""
@@ -373,8 +348,6 @@ class PeerConnection:
             if not call.answer.done():
                 call.answer.set_exception(failure)
         self._pending.clear()
-        for _, sent in self._prompts.values():
-            sent.cancel()
         current = asyncio.current_task()
         for task in self._tasks:
             if task is not current:

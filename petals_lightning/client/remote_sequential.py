@@ -17,13 +17,14 @@ from torch import nn
 from petals_lightning.client.audit import Judge
 from petals_lightning.client.autograd import RemoteBlocks, RemoteRunner
 from petals_lightning.client.block_pass import BlockPass
-from petals_lightning.client.chain import BlockChain
 from petals_lightning.client.config import ClientConfig
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
+from petals_lightning.client.pipeline import Pipeline
+from petals_lightning.client.router import Router
 from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.rows import put_rows, take_rows
+from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.client.view import SwarmView
 from petals_lightning.errors import SwarmConnectionError, UnsupportedInputError
 from petals_lightning.swarm import SwarmNode
 
@@ -33,7 +34,8 @@ class _Swarm:
     """What all slices of one RemoteSequential share."""
 
     node: SwarmNode
-    view: SwarmView
+    servers: ServerPool
+    router: Router
     runner: RemoteRunner
     stats: TransferStats
     owns_node: bool
@@ -41,7 +43,7 @@ class _Swarm:
 
     def __post_init__(self) -> None:
         # The runner is held by whatever may still need the swarm: modules, their copies, graphs that wait for backward.
-        self._finalizer = weakref.finalize(self.runner, _close_unused, self.node, self.view, self.owns_node)
+        self._finalizer = weakref.finalize(self.runner, _close_unused, self.node, self.servers, self.owns_node)
         self._finalizer.atexit = False
 
     def check_open(self) -> None:
@@ -54,7 +56,7 @@ class _Swarm:
 
     def close(self) -> None:
         if self._finalizer.detach() is not None:
-            _close(self.node, self.view, self.owns_node)
+            _close(self.node, self.servers, self.owns_node)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Swarm:
         """A copied model (weight averaging, say) goes through the same connections."""
@@ -67,17 +69,26 @@ class _Swarm:
         )
 
 
-def _close(node: SwarmNode, view: SwarmView, owns_node: bool) -> None:
+def _close(node: SwarmNode, servers: ServerPool, owns_node: bool) -> None:
     if node.is_running:  # a caller's own may have been closed before
-        node.run(view.close())
+        node.run(servers.close())
     if owns_node:
         node.close()
 
 
-def _close_unused(node: SwarmNode, view: SwarmView, owns_node: bool) -> None:
+def _close_unused(node: SwarmNode, servers: ServerPool, owns_node: bool) -> None:
     """For the garbage collector, which may run in any thread, also that of the loop: so nothing waits here."""
     if node.is_running:
-        threading.Thread(target=_close, args=(node, view, owns_node), name="close swarm").start()
+        threading.Thread(target=_close, args=(node, servers, owns_node), name="close swarm").start()
+
+
+async def _start(servers: ServerPool, router: Router) -> None:
+    await servers.start()
+    try:
+        await router.connect()
+    except BaseException:
+        await servers.close()
+        raise
 
 
 class RemoteSequential(nn.Module):
@@ -128,7 +139,7 @@ class RemoteSequential(nn.Module):
             IncompatibleServerError: those who hold it serve another model.
         """
         config, stats = config or ClientConfig(), TransferStats()
-        view = SwarmView(
+        servers = ServerPool(
             node,
             dht_prefix=dht_prefix,
             num_blocks=num_blocks,
@@ -138,9 +149,10 @@ class RemoteSequential(nn.Module):
             config=config,
             stats=stats,
         )
-        node.run(view.start())
-        runner = RemoteRunner(node, BlockChain(view, stats, judge))
-        return cls(_Swarm(node, view, runner, stats, owns_node, rotary_switch), 0, num_blocks)
+        router = Router(servers)
+        node.run(_start(servers, router))
+        runner = RemoteRunner(node, Pipeline(servers, router, stats, judge))
+        return cls(_Swarm(node, servers, router, runner, stats, owns_node, rotary_switch), 0, num_blocks)
 
     @property
     def stats(self) -> TransferStats:
@@ -150,7 +162,7 @@ class RemoteSequential(nn.Module):
     def route(self, tokens: int = 1024) -> list[RouteSpan]:
         """The servers that a request of `tokens` tokens would go through now."""
         self._swarm.check_open()
-        return self._swarm.node.run(self._swarm.view.route(self.start, self.end, tokens=tokens))
+        return self._swarm.node.run(self._swarm.router.route(self.start, self.end, tokens=tokens))
 
     def close(self) -> None:
         """Ends the streams (and this process's peer, if it was made for these blocks)."""
@@ -199,8 +211,8 @@ class RemoteSequential(nn.Module):
         swarm = self._swarm
         swarm.check_open()
         return InferenceSession(
-            swarm.node, swarm.view, swarm.stats, self.start, self.end, max_length=max_length, prefix=prefix, deep=deep,
-            rotary_switch=swarm.rotary_switch,
+            swarm.node, swarm.servers, swarm.router, swarm.stats, self.start, self.end,
+            max_length=max_length, prefix=prefix, deep=deep, rotary_switch=swarm.rotary_switch,
         )  # fmt: skip
 
     def run(
@@ -239,9 +251,7 @@ class RemoteSequential(nn.Module):
         if rows is not None and not len(rows):
             raise UnsupportedInputError("rows is empty: nothing of the output would be read")
         batch, tokens, _ = hidden_states.shape
-        size = self._swarm.view.microbatch_size(
-            self.route(), batch, tokens, len(prefix) if prefix is not None else 0, deep=deep is not None
-        )
+        size = self._swarm.router.microbatch_size(self.route(), batch, tokens, len(prefix) if prefix is not None else 0)
         out, prefix_out = RemoteBlocks.apply(
             self._swarm.runner, self.start, self.end, size, want_prefix, hidden_states, prefix, deep, rows
         )
@@ -272,5 +282,5 @@ class RemoteSequential(nn.Module):
         yield self
 
     def extra_repr(self) -> str:
-        view = self._swarm.view
-        return f"blocks {self.start}:{self.end} of {view.dht_prefix!r} ({view.num_blocks} blocks, in a swarm)"
+        servers = self._swarm.servers
+        return f"blocks {self.start}:{self.end} of {servers.dht_prefix!r} ({servers.num_blocks} blocks, in a swarm)"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Protocol
+
+import torch
 
 from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.protocol.messages import Message
@@ -36,7 +37,6 @@ class ServerConnection(Protocol):
         message: Message,
         call_id: int | None = None,
         *,
-        sent: asyncio.Future[None] | None = None,
         deadline: float | None = None,
         clock: ServiceClock | None = None,
     ) -> Message:
@@ -45,7 +45,6 @@ class ServerConnection(Protocol):
         Args:
             message: the request.
             call_id: from `next_id`, if the caller refers to the call later.
-            sent: resolved when the request is on its way.
             deadline: seconds for which the server may work on it; None takes `request_timeout`.
             clock: where to count them, for a caller that looks at it too.
 
@@ -56,11 +55,19 @@ class ServerConnection(Protocol):
     def next_id(self) -> int:
         """A fresh call id, for callers that refer to the call later."""
 
-    async def prompts_key(self, version: int, start: int, end: int) -> tuple[int, asyncio.Future[None] | None]:
-        """The key under which the server has deep prompts [start, end) of a version.
+    async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
+        """Makes sure that the server has deep prompts before the requests that name them.
+
+        Args:
+            version: changes when their values do.
+            start: their first block.
+            deep: [n, P, H], of n blocks.
 
         Returns:
-            The key, and a future if the prompts must be sent along; it resolves when they are on their way.
+            The key under which requests on this connection name them.
+
+        Raises:
+            PeerFailure: the connection has failed.
         """
 
     def forget_prompts(self) -> None:

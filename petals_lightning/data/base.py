@@ -23,6 +23,8 @@ from petals_lightning.sample import REVIEWS_DIR
 
 log = logging.getLogger(__name__)
 
+_EVAL_BATCHES = 4  # training batches in an evaluation batch, which needs no memory for a backward
+
 Splits = dict[str, datasets.Dataset]
 
 
@@ -59,7 +61,8 @@ class TextDataModule(pl.LightningDataModule):
         validation_fraction: share of the training part that becomes validation where there is none.
         max_length: tokens a sample at most.
         batch_size: samples a training batch.
-        eval_batch_size: samples a validation, test or prediction batch; None takes `batch_size`.
+        eval_batch_size: samples a validation, test or prediction batch; None takes 4 × `batch_size`. A swarm works on
+            one batch at a time, cut into micro-batches, so a larger one fills it better.
         seed: fixes the order of training batches and the cut of a missing validation part.
         tokenizer_revision: the model's revision on the hub.
         token: for private models on the hub; None uses the login of this machine.
@@ -72,6 +75,10 @@ class TextDataModule(pl.LightningDataModule):
 
     bundled: Path = REVIEWS_DIR
     """The folder that the source `bundled` stands for."""
+    bundled_texts = "reviews"
+    """What that folder holds, for people."""
+    real_data = "data.source=PATH"
+    """Settings of a run that take real texts instead."""
 
     def __init__(
         self,
@@ -106,7 +113,7 @@ class TextDataModule(pl.LightningDataModule):
         self.split_names = {split: given for split, given in named.items() if given is not None}
         self.validation_fraction, self.seed = validation_fraction, seed
         self.max_length, self.batch_size = max_length, batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = eval_batch_size or _EVAL_BATCHES * batch_size
         self._splits: dict[str, Any] = {}
         self._pad_token_id = 0
         self._collate: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None

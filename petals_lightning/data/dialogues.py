@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.base import Splits, TextDataModule
 from petals_lightning.data.dialogue_format import ROLES, Answer, DialogueFormat, Message, samples
+from petals_lightning.data.sources import BUNDLED
 from petals_lightning.data.tokenizers import IGNORED, LabelledTokens, PadLabelled
 from petals_lightning.errors import ConfigurationError, DataError
 from petals_lightning.sample import DIALOGUES_DIR
@@ -193,11 +194,12 @@ class DialogueDataModule(TextDataModule):
     """
 
     bundled = DIALOGUES_DIR
+    bundled_texts = "dialogues"
 
     def __init__(
         self,
         tokenizer: str,
-        source: str = "bundled",
+        source: str = BUNDLED,
         *,
         limit: int | None = None,
         columns: Mapping[str, str | None] | None = None,

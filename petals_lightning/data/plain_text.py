@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.base import Splits, TextDataModule
 from petals_lightning.data.columns import find_text_column
+from petals_lightning.data.sources import BUNDLED
 from petals_lightning.data.tokenizers import LabelledTokens, PadLabelled
 from petals_lightning.errors import DataError
 
@@ -33,10 +34,12 @@ class PlainTextDataModule(TextDataModule):
         DataError: there is no text column, or there are too few tokens.
     """
 
+    real_data = "data=text data.source=PATH"
+
     def __init__(
         self,
         tokenizer: str,
-        source: str = "bundled",
+        source: str = BUNDLED,
         *,
         text_column: str | None = None,
         max_length: int = 256,

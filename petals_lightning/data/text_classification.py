@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from petals_lightning.data.base import TextDataModule
 from petals_lightning.data.columns import find_label_column, find_text_column
 from petals_lightning.data.labels import LabelEncoder
-from petals_lightning.data.sources import LocatedSplits
+from petals_lightning.data.sources import BUNDLED, LocatedSplits
 from petals_lightning.data.tokenizers import EncodedTexts, PadRight
 from petals_lightning.errors import ConfigurationError, DataError
 
@@ -41,6 +41,7 @@ class TextClassificationDataModule(TextDataModule):
         DataError: there is no label column, or a row has no text, or no label within `num_labels`.
     """
 
+    real_data = "data=sst2"
     num_labels: int
     """Number of classes; known after `setup`."""
     class_names: tuple[str, ...]
@@ -49,7 +50,7 @@ class TextClassificationDataModule(TextDataModule):
     def __init__(
         self,
         tokenizer: str,
-        source: str = "bundled",
+        source: str = BUNDLED,
         *,
         text_column: str | None = None,
         text_pair_column: str | None = None,

@@ -44,6 +44,7 @@ from petals_lightning.models.prompts import TuningMode
 from petals_lightning.models.self_check import check_ends
 from petals_lightning.models.thread_hooks import of_this_thread
 from petals_lightning.models.trainable import FrozenBody, attach_trainable, has_head_of_its_own, parameters_to_draw
+from petals_lightning.options import make, options_of
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
 from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
@@ -217,21 +218,8 @@ class _AutoDistributed:
         cache_dir: str | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
-        connect_timeout: float = ClientConfig.connect_timeout,
-        request_timeout: float = ClientConfig.request_timeout,
-        max_retries: int = ClientConfig.max_retries,
-        recovery_timeout: float = ClientConfig.recovery_timeout,
-        audit_rate: float = ClientConfig.audit_rate,
-        trusted_servers: Sequence[str] | None = None,
-        server_to_server: bool = ClientConfig.server_to_server,
-        wire_dtype: str = ClientConfig.wire_dtype,
-        min_microbatch_tokens: int = ClientConfig.min_microbatch_tokens,
-        swarm_token: str | None = None,
-        identity_path: str | None = None,
-        allowed_servers: Sequence[str] | None = None,
-        blocked_servers: Sequence[str] | None = None,
         client_config: ClientConfig | None = None,
-        **config_values: Any,
+        **options: Any,
     ) -> Any:
         """Loads embeddings, norms and head, connects to servers of the blocks.
 
@@ -245,23 +233,10 @@ class _AutoDistributed:
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
             dtype (or torch_dtype): of what is held here; "auto", the default, takes the checkpoint's.
             token, revision, cache_dir, local_files_only, subfolder: as in transformers.
-            connect_timeout: seconds to open a stream to a server.
-            request_timeout: seconds that a server may work on one request while it answers heartbeats.
-            max_retries: failures of one server that a part of a step survives.
-            recovery_timeout: seconds to wait for a block whose every holder has failed.
-            audit_rate: share of requests that are computed again on another server and compared.
-            trusted_servers: peer ids that are believed where two disagree; None: only what this machine computes is.
-            server_to_server: servers forward activations to the next server; False: every hop returns to the client.
-            wire_dtype: of activations and gradients on the wire: "auto" (16 bits where a server computes in 16 bits),
-                "float32", "bfloat16", "float16" or "int8_blockwise".
-            min_microbatch_tokens: batches are not cut finer than this to fill a chain of servers. Where they are cut
-                follows from measured times and moves the last bits of sums; a large value keeps them whole.
-            swarm_token: secret of a private swarm whose servers were started with --token-file.
-            identity_path: file of this client's private key, made if missing; its peer id follows from it, by which
-                servers with --allow-peers know it.
-            allowed_servers, blocked_servers: peer ids.
-            client_config: all of the above and more, instead of the single arguments.
-            config_values: set on the config, e.g. `num_labels`, `pad_token_id`.
+            client_config: how to find and treat servers.
+            options: single options of `ClientConfig` by their names, e.g. `audit_rate=0.05`, which override those of
+                `client_config` (None leaves the default); and values to set on the model's config, e.g. `num_labels`,
+                `pad_token_id`.
 
         Returns:
             An instance of the family's own class, a `DistributedModel`: a context manager, to be closed by `close` or
@@ -281,25 +256,14 @@ class _AutoDistributed:
             tuning_mode, pre_seq_len, revision = card.tuning_mode, card.pre_seq_len, card.revision
             name, dht_prefix, subfolder = card.base_model, dht_prefix or card.dht_prefix, ""
             if card.id2label is not None:
-                config_values.setdefault("id2label", {int(number): label for number, label in card.id2label.items()})
+                options.setdefault("id2label", {int(number): label for number, label in card.id2label.items()})
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
-        config = client_config or ClientConfig(
-            connect_timeout=connect_timeout,
-            request_timeout=request_timeout,
-            max_retries=max_retries,
-            recovery_timeout=recovery_timeout,
-            audit_rate=audit_rate,
-            trusted_servers=tuple(trusted_servers or ()),
-            server_to_server=server_to_server,
-            wire_dtype=wire_dtype,
-            min_microbatch_tokens=min_microbatch_tokens,
-            swarm_token=swarm_token,
-            allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
-            blocked_servers=tuple(blocked_servers or ()),
-        )
+        of_client = {each.name for each in options_of(ClientConfig)}
+        given = {key: options.pop(key) for key in of_client & options.keys()}
+        client_config = make(ClientConfig, given, client_config)
         checkpoint = Checkpoint(name, token=token, revision=revision, subfolder=subfolder, **hub)
         overrides = config_overrides(
-            checkpoint.decoder_config, config_values, inspect.signature(cls.from_pretrained).parameters
+            checkpoint.decoder_config, options, {*inspect.signature(cls.from_pretrained).parameters, *of_client}
         )
         model_config = _config_with_prefix(checkpoint, dht_prefix)
         if prompts is not None:
@@ -317,9 +281,7 @@ class _AutoDistributed:
             )
         if model.can_generate() and checkpoint.generation_config is not None:
             model.generation_config = checkpoint.generation_config
-        layers = _connect(
-            model, checkpoint, config, node=node, dht=dht, initial_peers=initial_peers, identity_path=identity_path
-        )
+        layers = _connect(model, checkpoint, client_config, node=node, dht=dht, initial_peers=initial_peers)
         try:
             attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh))
             _assemble(model, family, checkpoint, DecoderBridge(model, layout, layers))
@@ -375,14 +337,13 @@ def _connect(
     node: SwarmNode | None,
     dht: hivemind.DHT | None,
     initial_peers: str | Sequence[str] | None,
-    identity_path: str | None,
 ) -> RemoteSequential:
     if sum(given is not None for given in (node, dht, initial_peers)) > 1 or initial_peers == []:
         raise ConfigurationError(
             "give one way into the swarm: initial_peers=[address that `petals-lightning serve` or `bootstrap` prints], "
             "or dht=hivemind.DHT(…), or node=SwarmNode(…), or none of them for the public Petals network"
         )
-    if node is not None and identity_path is not None:
+    if node is not None and config.identity_path is not None:
         raise ConfigurationError(
             "identity_path: the node given has its identity already; give SwarmNode(identity_path=…)"
         )
@@ -397,7 +358,7 @@ def _connect(
         node = SwarmNode(
             peers,
             host_maddrs=(),
-            identity_path=identity_path,
+            identity_path=config.identity_path,
             client_mode=True,
             connect_timeout=max(config.connect_timeout, 5.0),
         ).start()

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_lightning.client.block_pass import BlockPass
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.client.remote_sequential import RemoteSequential
 from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.errors import UnsupportedInputError, UnsupportedModelError

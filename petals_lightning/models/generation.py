@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from transformers import GenerationConfig
 
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.hf.compat import CacheFromOutside, pop_cache
 from petals_lightning.models.bridge import DecoderBridge

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from transformers import AutoModel
 
-from petals_lightning.client.legs import Leg
+from petals_lightning.client.segments import Segment
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.server.span import BlockSpan, SpanInputs
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
 
 class LocalJudge:
-    """Computes a leg here, in float32: one block after another, so that one is in memory at a time.
+    """Computes a segment here, in float32: one block after another, so that one is in memory at a time.
 
     Args:
         checkpoint: the model. Nothing is downloaded for this.
@@ -22,12 +22,12 @@ class LocalJudge:
         self._checkpoint = checkpoint
 
     def __call__(
-        self, leg: Leg, deep: torch.Tensor | None, grads: tuple[torch.Tensor, torch.Tensor | None] | None
+        self, segment: Segment, deep: torch.Tensor | None, grads: tuple[torch.Tensor, torch.Tensor | None] | None
     ) -> dict[str, torch.Tensor]:
         """What a server should answer.
 
         Args:
-            leg: blocks and what enters them.
+            segment: blocks and what enters them.
             deep: [n, P, H] prompts of its blocks, or None.
             grads: of the outputs: hidden's, and [P, H] the prefix's or None. None asks for a forward.
 
@@ -38,11 +38,11 @@ class LocalJudge:
             CheckpointError: the blocks are not on this machine.
             UnsupportedModelError: their family does not run here.
         """
-        hidden, prefix, steps = leg.hidden, leg.prefix, []
-        for block in range(leg.start, leg.end):
-            own = deep[block - leg.start : block - leg.start + 1] if deep is not None else None
-            is_last = block == leg.end - 1
-            steps.append(SpanInputs(block, block + 1, hidden, prefix, own, leg.rows if is_last else None))
+        hidden, prefix, steps = segment.hidden, segment.prefix, []
+        for block in range(segment.start, segment.end):
+            own = deep[block - segment.start : block - segment.start + 1] if deep is not None else None
+            is_last = block == segment.end - 1
+            steps.append(SpanInputs(block, block + 1, hidden, prefix, own, segment.rows if is_last else None))
             if not is_last or grads is None:
                 with torch.no_grad():
                     hidden, prefix = self._load(block).forward(steps[-1])

@@ -5,7 +5,7 @@ Shapes: P virtual tokens (`pre_seq_len`), L blocks, H hidden size.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from petals_lightning.errors import ConfigurationError
 
 TuningMode = Literal["ptune", "deep_ptune"]
-TUNING_MODES = ("ptune", "deep_ptune")
+TUNING_MODES: tuple[TuningMode, ...] = get_args(TuningMode)
 
 
 class Prompts(nn.Module):

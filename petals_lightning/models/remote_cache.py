@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from petals_lightning.client.block_pass import LengthLayer
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.hf.compat import Cache
 

@@ -1,4 +1,4 @@
-"""Tuning a language model: prompts that make a frozen one speak as the assistant of dialogues, or write as texts do.
+"""Tuning a language model: prompts make a frozen one speak as the assistant of dialogues, or write as texts do.
 
 Shapes: B batch, S tokens, N labelled tokens, V vocabulary.
 """
@@ -34,6 +34,7 @@ class CausalLMModule(TuningModule):
     """
 
     monitor, monitor_mode = "val/perplexity", "min"
+    saves_prompts = True
 
     def __init__(self, model_name: str, *, tuning_mode: str | None = "deep_ptune", **options: Any):
         if tuning_mode is None:
@@ -48,7 +49,16 @@ class CausalLMModule(TuningModule):
         return AutoDistributedModelForCausalLM, LocalModelForCausalLM
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        """Mean cross-entropy of the labelled tokens of a batch, and their number N."""
+        """Mean cross-entropy of the labelled tokens of a batch, and their number N.
+
+        Raises:
+            ConfigurationError: labels are not tokens.
+        """
+        if labels.shape != input_ids.shape:
+            raise ConfigurationError(
+                f"labels have shape {list(labels.shape)}, input_ids {list(input_ids.shape)}: {type(self).__name__} "
+                "learns tokens; take data for it (DialogueDataModule, PlainTextDataModule), or a task for labels"
+            )
         following = labels[:, 1:]
         sample, position = (following != IGNORED).nonzero(as_tuple=True)  # each is predicted from the one before
         rows = sample * input_ids.shape[1] + position
@@ -65,7 +75,7 @@ class CausalLMModule(TuningModule):
         self.val_loss.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.val_loss.update(*self.evaluated(batch))
+        self.val_loss.update(*self(**batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_perplexity("val", self.val_loss)
@@ -74,7 +84,7 @@ class CausalLMModule(TuningModule):
         self.test_loss.reset()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.test_loss.update(*self.evaluated(batch))
+        self.test_loss.update(*self(**batch))
 
     def on_test_epoch_end(self) -> None:
         self._log_perplexity("test", self.test_loss)

@@ -18,8 +18,8 @@ from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
 from petals_lightning.hf.skeleton import vocabulary_size
 from petals_lightning.models import trainable_state_dict
+from petals_lightning.models.prompts import TUNING_MODES
 from petals_lightning.strategies import (
-    BEGUN,
     RemoteBlockStrategy,
     ServedModel,
     load_trained_weights,
@@ -28,8 +28,6 @@ from petals_lightning.strategies import (
 )
 
 log = logging.getLogger(__name__)
-
-TUNING_MODES = (None, "ptune", "deep_ptune")
 
 
 class TuningModule(pl.LightningModule):
@@ -61,6 +59,10 @@ class TuningModule(pl.LightningModule):
     """The metric that tells the best checkpoint."""
     monitor_mode: str
     """"max" or "min": which way the metric is better."""
+    from_data: tuple[str, ...] = ()
+    """Arguments that a run takes from attributes of its DataModule, which have the same names."""
+    saves_prompts = False
+    """Whether a run leaves its best prompts in a folder, for `chat` and for others."""
 
     def __init__(
         self,
@@ -77,8 +79,8 @@ class TuningModule(pl.LightningModule):
         token: str | None = None,
     ):
         super().__init__()
-        if tuning_mode not in TUNING_MODES:
-            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, ptune or deep_ptune")
+        if tuning_mode is not None and tuning_mode not in TUNING_MODES:
+            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, {' or '.join(TUNING_MODES)}")
         if tuning_mode is not None and pre_seq_len < 1:
             raise ConfigurationError(
                 f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
@@ -93,7 +95,7 @@ class TuningModule(pl.LightningModule):
         self.save_hyperparameters(ignore=["token"])  # with a subclass's own arguments
         self.served_model = ServedModel(model_name, dtype, revision, dht_prefix)
         self._token = token
-        self._session: int | None = None
+        self._connection_id: int | None = None
         self._loaded: dict[str, Tensor] | None = None  # trained weights that wait for their model
         self._rng_state: Tensor | None = None
         self._plan: tuple[float, int | None] | None = None  # learning rate and steps of our schedule
@@ -128,14 +130,14 @@ class TuningModule(pl.LightningModule):
                 f"devices={processes}: the client runs on 1 device; set devices=1 (what spreads a model over several "
                 "is a swarm)"
             )
-        session = strategy.session if isinstance(strategy, RemoteBlockStrategy) else 0
-        if self._session == session:
+        connection_id = strategy.connection_id if isinstance(strategy, RemoteBlockStrategy) else 0
+        if self._connection_id == connection_id:
             return
-        kept = self._loaded if self._session is None else trainable_state_dict(self)
+        kept = self._loaded if self._connection_id is None else trainable_state_dict(self)
         self.model = self._load(strategy)
         if kept is not None:
             load_trained_weights(self, kept)
-        self._session, self._loaded = session, None
+        self._connection_id, self._loaded = connection_id, None
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
             self._check_sizes(data)
@@ -197,17 +199,6 @@ class TuningModule(pl.LightningModule):
         if self._trainer is not None:
             self.configure_model()
         return super().__getstate__()
-
-    # --- evaluation ------------------------------------------------------------------------------------------------
-
-    def evaluate(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
-        """The forward of an evaluation batch. May be called from several threads at once."""
-        return self(**batch)
-
-    def evaluated(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
-        """What `evaluate` gives, for steps: the strategy may have begun it before the batch's turn came."""
-        begun = batch.pop(BEGUN, None)
-        return begun.result() if begun is not None else self.evaluate(batch, predicting=predicting)
 
     # --- training and its checkpoints --------------------------------------------------------------------------------
 
@@ -278,7 +269,7 @@ class TuningModule(pl.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes trained weights only; see `load_trained_weights`. They wait for the model if there is none yet."""
-        if self._session is None:
+        if self._connection_id is None:
             self._loaded = dict(state_dict)
         else:
             load_trained_weights(self, state_dict)

@@ -87,7 +87,7 @@ class ServerProcess:
 
     @property
     def addresses(self) -> list[str]:
-        """The multiaddresses that it has printed so far."""
+        """Multiaddresses that the server has printed so far."""
         return list(self._addresses)
 
     @property
@@ -108,8 +108,8 @@ class ServerProcess:
         """Returns when the server has announced its blocks.
 
         Raises:
-            SwarmError: it ended or is not ready at `deadline` (in `time.monotonic` seconds); its last words are in
-                the message.
+            SwarmError: it ended, or is not ready at `deadline` (in `time.monotonic` seconds). The message has the last
+                lines of its log.
         """
         self._wait(self._is_ready, deadline)
         return self

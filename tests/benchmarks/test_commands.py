@@ -27,7 +27,7 @@ COMMANDS = {
     "churn": "--minutes 0.05 --period 1",
     "clients": f"{TINY} --blocks 1 --counts 1,2 --case 2x8x2 --seconds 0.5",
     "decode": f"{TINY} --blocks 2 --servers 1,2 --sessions 2 --new-tokens 2 --prefill 16",
-    "evaluation": "--repeats 1 --batches 2 --batch-size 8 --in-flight 2 --round-trip 0.01",
+    "evaluation": "--repeats 1 --limit 16 --batch-size 4 --eval-batch-size 16 --round-trip 0.01",
     "families": "--family llama --family gemma3 --family qwen3_next --family rwkv",
     "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
     "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",

@@ -20,10 +20,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_lightning.cli.talking import Screen
+from petals_lightning.cli.generation import Terminal
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.hf.loading import quiet_transformers
-from petals_lightning.server.access import AccessRules
+from petals_lightning.server.access.rules import AccessRules
 from tests.helpers.chat_templates import GEMMA
 from tests.helpers.text_models import save_tiny_text_model
 from tools.testing.forks import run_command
@@ -153,7 +153,7 @@ def test_a_chat_in_a_terminal(tmp_path, start_swarm):
         terminal.wait_until_it_waits()
         terminal.type("\x03")
         assert "/exit or Ctrl-D leaves" in terminal.wait_for("> ")
-        caches = [(server, server._backend.caches) for server in swarm.servers[1:]]
+        caches = [(server, server.resources.caches) for server in swarm.servers[1:]]
         used = [server for server, cache in caches if cache.num_bytes]
         assert len(used) == 1
         used[0].stop(timeout=0.1)
@@ -176,17 +176,17 @@ def said(shown: str) -> str:
 
 
 def test_notes_are_short_and_wait_for_who_is_typing(monkeypatch, capsys):
-    screen = Screen()
+    terminal = Terminal()
     peer = "12D3KooWBt1TEMmu9KCXFis1PMoWUQyx2oBxPu4zmEwqWtxk9zEx"
     record = logging.LogRecord("x", logging.WARNING, "", 0, f"server {peer}: lost\n" + "why " * 50, None, None)
 
     def typing(prompt: str) -> str:
-        screen.emit(record)
+        terminal.emit(record)
         assert capsys.readouterr().err == ""
         return "hello"
 
     monkeypatch.setattr("builtins.input", typing)
-    assert screen.read_line("> ") == "hello"
+    assert terminal.read_line("> ") == "hello"
     (noted,) = capsys.readouterr().err.splitlines()
     assert noted.startswith("(server …xk9zEx: lost why why")
     assert noted.endswith("…)")

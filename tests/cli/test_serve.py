@@ -141,7 +141,7 @@ USER_ERRORS = {
     "a folder without a prefix": ([LLAMA, "--new-swarm"], "--dht-prefix NAME"),
     "a bad prefix": ([LLAMA, "--new-swarm", "--dht-prefix", "a.b"], "'a-b'"),
     "a folder without config": ([EMPTY, "--new-swarm", "--dht-prefix", "x"], "has no config.json"),
-    "a malformed peer": ([LLAMA, "--initial-peers", "/ip4/127.0.0.1/tcp/80", "--dht-prefix", "x"], "is no peer's"),
+    "a malformed peer": ([LLAMA, "--initial-peers", "/ip4/127.0.0.1/tcp/80", "--dht-prefix", "x"], "is not a peer's"),
     "a peer that is not there": ([LLAMA, "--initial-peers", STRANGER, "--dht-prefix", "x"], "cannot join the swarm"),
     "an unknown dtype": ([*NEW, "--dtype", "int8"], "choose auto, float32"),
     "an unknown device": ([*NEW, "--device", "abacus"], "--device 'abacus'"),

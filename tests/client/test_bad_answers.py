@@ -18,8 +18,8 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.server.backend import Refusal
-from petals_lightning.server.server import Server
+from petals_lightning.server.resources import Refusal
+from petals_lightning.server.running_server import RunningServer
 from tests.helpers.families import ALL, NUM_BLOCKS
 from tests.helpers.tampering import BATCH, OPTIONS, chosen, load_classifier
 
@@ -33,7 +33,7 @@ ERRORS: dict[str, Exception] = {
 }
 
 
-def fails(server: Server, method: str, error: Exception, times: float = float("inf")) -> list[float]:
+def fails(server: RunningServer, method: str, error: Exception, times: float = float("inf")) -> list[float]:
     """From now on `span.forward` or `span.backward` raises an error, so many times; when it did is in the list."""
     honest: Callable[..., Any] = getattr(server.span, method)
     calls: list[float] = []
@@ -149,7 +149,7 @@ def test_servers_without_room_do_not_keep_from_one_that_has(tiny_checkpoint, sta
     model = load_classifier(swarm, max_retries=1, ban_period=30.0)
     asked: set[str] = set()
 
-    def only_the_sixth(server: Server) -> Callable[..., Any]:
+    def only_the_sixth(server: RunningServer) -> Callable[..., Any]:
         honest, peer = server.span.forward, server.node.peer_id.to_base58()
 
         def forward(*args: Any) -> Any:
@@ -180,8 +180,7 @@ def test_a_queue_that_never_moves_is_waited_for_no_longer_than_is_said(tiny_chec
         return honest(*args)
 
     liar.span.forward = never  # type: ignore
-    assert liar._backend is not None
-    liar._backend.compute.ahead = lambda key: 1  # type: ignore[method-assign]
+    liar.resources.compute.ahead = lambda key: 1  # type: ignore[method-assign]
     began = time.monotonic()
     assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     assert time.monotonic() - began > 1.0  # it was not given up at once: honest queues take their time
@@ -201,8 +200,7 @@ def test_a_queue_that_never_moves_costs_one_step(tiny_checkpoint, start_swarm, m
         raise AssertionError("nobody waits for this")
 
     liar.span.forward_with_graph = never  # type: ignore
-    assert liar._backend is not None
-    liar._backend.compute.ahead = lambda key: 1  # type: ignore[method-assign]
+    liar.resources.compute.ahead = lambda key: 1  # type: ignore[method-assign]
     for _ in range(5):
         assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     assert len(asked) == remote_blocks(model).stats.hedges == 1

@@ -22,7 +22,8 @@ from petals_lightning.protocol.identity import Identity
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, SignedRecord, signed_key
 from petals_lightning.protocol.uids import block_uid
-from petals_lightning.server.access import AccessRules
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
@@ -48,9 +49,7 @@ def hijack(swarm: InProcessSwarm, value: Any, lifetime: float, *, plain: bool = 
 
 
 def record_of(swarm: InProcessSwarm, **changes: Any) -> ServerRecord:
-    record = swarm.servers[0]._record
-    assert record is not None
-    return replace(record, **changes)
+    return replace(swarm.servers[0].record, **changes)
 
 
 @pytest.mark.parametrize("lifetime", [TEN_YEARS, 2 * MAX_LIFETIME])
@@ -71,8 +70,8 @@ def test_an_unsigned_record_hides_no_server(changes, tiny_checkpoint, start_swar
     with torch.no_grad():
         expected = running(IDS).logits
         assert all(hijack(swarm, record_of(swarm, **changes).to_value(), MAX_LIFETIME / 2))
-        view = remote_blocks(running)._swarm.view
-        view.node.run(view.refresh())
+        servers = remote_blocks(running)._swarm.servers
+        servers.node.run(servers.refresh())
         newcomer = swarm.load(AutoDistributedModelForCausalLM, client_config=ClientConfig(recovery_timeout=1))
         for model in (running, newcomer):
             assert torch.equal(model(IDS).logits, expected)
@@ -185,4 +184,4 @@ def test_an_unsigned_record_makes_nobody_a_server_of_ours(tiny_checkpoint, start
 def test_an_update_period_whose_records_nobody_takes_is_refused(tiny_checkpoint):
     checkpoint = Checkpoint(tiny_checkpoint("llama"))
     with pytest.raises(ConfigurationError, match=r"update_period=3600: .* use at most 1800"):
-        Server(checkpoint, SwarmNode(host_maddrs=LOOPBACK), update_period=3600.0)
+        Server(checkpoint, SwarmNode(host_maddrs=LOOPBACK), config=ServerConfig(update_period=3600.0))

@@ -9,7 +9,7 @@ import torch
 
 from petals_lightning.errors import NoCacheRoomError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
 from tests.helpers.families import HIDDEN, TINY_CONFIGS
 from tests.helpers.parity import P
 from tests.helpers.sessions import GENERATING, assert_steps_equal_one_forward, random_prompts
@@ -81,7 +81,7 @@ def test_a_lost_server_is_replaced_from_the_inputs_kept_here(victim, prompted, t
 
 
 def cached(swarm):
-    return [server._backend.caches.num_bytes for server in swarm.servers]
+    return [server.resources.caches.num_bytes for server in swarm.servers]
 
 
 def wait_until_free(swarm) -> None:
@@ -132,7 +132,7 @@ def test_an_idle_session_expires_and_is_built_anew_when_used(tiny_checkpoint, st
     with layers.inference_session(max_length=6) as session:
         session.step(hidden[:, :4])
         time.sleep(0.3)
-        swarm.servers[0]._backend.caches.expire()
+        swarm.servers[0].resources.caches.expire()
         assert cached(swarm) == [0]
         assert relative_error(session.step(hidden[:, 4:]), expected[:, 4:]) < 1e-4
 

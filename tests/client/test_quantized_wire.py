@@ -87,7 +87,7 @@ def test_a_server_that_does_not_announce_it_is_not_sent_8_bits(unable, tiny_chec
     quantised = []
     for number in unable:
         server = swarm.servers[number]
-        del server._backend.info["wire_dtypes"]
+        del server.resources.info["wire_dtypes"]
         received = server.span.forward
         server.span.forward = lambda inputs, *cached, run=received: (
             quantised.append(is_quantised(inputs.hidden)) or run(inputs, *cached)

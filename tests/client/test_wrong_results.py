@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from petals_lightning.client.audit import stratified
-from petals_lightning.client.legs import Leg
+from petals_lightning.client.segments import Leg, Segment
 from petals_lightning.client.verify import disagreement
 from petals_lightning.errors import RetriesExhaustedError
 from petals_lightning.hf import Checkpoint
@@ -109,7 +109,7 @@ def test_two_servers_that_say_nan_are_believed_and_one_alone_is_named(tiny_check
 
 def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be caught.
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     model = load_classifier(swarm, audit_rate=0.1)
@@ -154,7 +154,7 @@ def collude(swarm: InProcessSwarm) -> tuple[set[str], str]:
 
 
 def bans_of(model) -> dict[str, Any]:
-    return remote_blocks(model)._swarm.view._bans
+    return remote_blocks(model)._swarm.servers._bans
 
 
 def test_liars_that_agree_do_not_outvote_what_this_machine_computes(tiny_checkpoint, start_swarm, caplog):
@@ -208,22 +208,22 @@ def take_weights_away(checkpoint: Path) -> None:
 
 
 def test_who_claims_to_be_fast_does_not_become_everybodys_auditor(tiny_checkpoint, start_swarm, monkeypatch):
-    measure = Server._measure
+    record = Server._record
     claims = iter([1e9, 1.0, 1.0, 1.0])
     monkeypatch.setattr(
-        Server, "_measure", lambda self, span: replace(measure(self, span), tokens_per_second=next(claims))
+        Server, "_record", lambda self, *args: replace(record(self, *args), tokens_per_second=next(claims))
     )
     swarm = start_swarm(tiny_checkpoint("llama"), [ALL, ALL, ALL, ALL])
-    view = remote_blocks(load_classifier(swarm))._swarm.view
+    router = remote_blocks(load_classifier(swarm))._swarm.router
     fast, *others = (server.node.peer_id.to_base58() for server in swarm.servers)
-    fastest = view.other_route(*ALL, tokens=1, avoid=[others[0]])
+    fastest = router.other_route(*ALL, tokens=1, avoid=[others[0]])
     assert fastest is not None
     assert fastest[0].peer_id == fast
     generator = random.Random(0)
     drawn = Counter(
         route[0].peer_id
         for _ in range(600)
-        if (route := view.auditing_route(*ALL, avoid=others[0], generator=generator))
+        if (route := router.auditing_route(*ALL, avoid=others[0], generator=generator))
     )
     assert set(drawn) == {fast, *others[1:]}
     assert min(drawn.values()) > 150
@@ -243,16 +243,14 @@ def test_the_judge_computes_what_an_honest_server_answers(has_prompts, family, t
     rows, prompts = torch.tensor([2, 9]), {name: given[name] for name in names[1:]}
     outputs = layers[start:end].run(given["hidden"], rows=rows, want_prefix=has_prompts, **prompts)
     answer = dict(zip(names[:2], outputs, strict=False))
-    leg, judge = (
-        Leg(start, end, values["hidden"], values.get("prefix"), rows, ""),
-        LocalJudge(Checkpoint(str(checkpoint))),
-    )
-    judged = judge(leg, values.get("deep"), None)
+    segment = Segment([Leg(start, end, "")], values["hidden"], values.get("prefix"), rows)
+    judge = LocalJudge(Checkpoint(str(checkpoint)))
+    judged = judge(segment, values.get("deep"), None)
     assert judged.keys() == answer.keys()
     assert disagreement(judged, answer) < 1e-5
     grads = {name: torch.randn_like(output) for name, output in answer.items()}
     torch.autograd.backward(list(answer.values()), list(grads.values()))
-    judged = judge(leg, values.get("deep"), (grads["hidden"], grads.get("prefix")))
+    judged = judge(segment, values.get("deep"), (grads["hidden"], grads.get("prefix")))
     assert judged.keys() == given.keys()
     assert disagreement(judged, {name: tensor.grad for name, tensor in given.items() if tensor.grad is not None}) < 1e-5
 

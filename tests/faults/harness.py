@@ -83,13 +83,13 @@ class FaultySwarm:
     def in_use(self, model: Any) -> Holder:
         """Whose turn it is with the next micro-batch; servers of different kinds are best at different sizes."""
         blocks, (samples, tokens) = remote_blocks(model), batch(0)["input_ids"].shape
-        view, prefix = blocks._swarm.view, OPTIONS["pre_seq_len"]
-        size = view.microbatch_size(blocks.route(), samples, tokens, prefix, deep=True)
+        router, prefix = blocks._swarm.router, OPTIONS["pre_seq_len"]
+        size = router.microbatch_size(blocks.route(), samples, tokens, prefix)
         peer = blocks.route(size * tokens)[0].peer_id
         holders = {holder.process.peer_id: holder for holder in self.holders}
         if peer not in holders:  # killed in a case before, and its record stands: it would be tried in vain
-            ended = [other for other in view._spans if other not in holders]
-            route = view.other_route(0, HEAVIER_BLOCKS, tokens=size * tokens, avoid=ended)
+            ended = [other for other in blocks._swarm.servers.spans if other not in holders]
+            route = router.other_route(0, HEAVIER_BLOCKS, tokens=size * tokens, avoid=ended)
             assert route is not None
             peer = route[0].peer_id
         return holders[peer]

@@ -19,7 +19,7 @@ from transformers import AutoModel
 
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.blocks.span import BlockSpan
 from tests.helpers.families import TINY_CONFIGS, save_tiny_checkpoint
 
 PATIENCE = 20.0  # seconds after which the server counts as hung

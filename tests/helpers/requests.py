@@ -9,12 +9,17 @@ import torch
 
 def peer_with_the_graph(loss: torch.Tensor) -> str:
     """The id of the server that the backward of `loss` will be sent to first."""
-    return _parts(loss)[0].result.legs[-1].peer
+    return _parts(loss)[0].result.segments[-1].peers[-1]
+
+
+def segment_sizes(loss: torch.Tensor) -> list[int]:
+    """How many servers answered together, for each request of the first micro-batch."""
+    return [len(segment.legs) for segment in _parts(loss)[0].result.segments]
 
 
 def peers_at_work(blocks: Any) -> list[str]:
     """Ids of the servers that owe `blocks`, a RemoteSequential, an answer now."""
-    connections = list(blocks._swarm.view._connections.items())
+    connections = list(blocks._swarm.servers._connections.items())
     return [peer for peer, each in connections if getattr(each, "_pending", None) or getattr(each, "_under_way", 0)]
 
 

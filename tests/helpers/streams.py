@@ -1,4 +1,4 @@
-"""A stream to a server's session, over a local socket."""
+"""A client's stream to a server, over a local socket."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import Message
 from petals_lightning.protocol.requests import ForwardRequest
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
 from tests.helpers.families import HIDDEN
 
 LIMITS = ServerLimits(max_batch_tokens=64, max_message_bytes=8 << 20, max_open_requests=4)
 
 
 class Client:
-    """The other end of a session, over a local socket."""
+    """The other end of a stream, over a local socket."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader = MessageReader(reader, max_message_bytes=1 << 30, max_open=100)

@@ -9,7 +9,7 @@ import torch
 
 from petals_lightning.client import ClientConfig
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
-from petals_lightning.server.server import Server
+from petals_lightning.server.running_server import RunningServer
 from tools.testing.swarms import InProcessSwarm
 
 BATCH = {"input_ids": torch.arange(1, 25).view(4, 6), "labels": torch.tensor([0, 1, 1, 0])}
@@ -24,7 +24,7 @@ def load_classifier(swarm: InProcessSwarm, **config: Any) -> Any:
     return swarm.load(AutoDistributedModelForSequenceClassification, client_config=settings, **OPTIONS)
 
 
-def tamper(server: Server, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def tamper(server: RunningServer, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """From now on the server answers `change(hidden)` in forwards, and gradients that follow from it."""
     span: Any = server.span
     honest = span.forward
@@ -36,7 +36,7 @@ def tamper(server: Server, change: Callable[[torch.Tensor], torch.Tensor]) -> No
     span.forward = forward
 
 
-def chosen(model: Any, swarm: InProcessSwarm) -> Server:
+def chosen(model: Any, swarm: InProcessSwarm) -> RunningServer:
     """The server that the model uses now."""
     peer = remote_blocks(model).route(BATCH["input_ids"].numel())[0].peer_id
     return swarm.by_id[peer]

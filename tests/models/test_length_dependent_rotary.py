@@ -178,5 +178,5 @@ def test_a_client_that_does_not_know_of_the_switch_is_refused(phi3, start_swarm)
     layers._swarm.rotary_switch = None
     with layers.inference_session(max_length=30) as session:
         session.step(torch.randn(1, SWITCH, HIDDEN))
-        with pytest.raises(RemoteRequestError, match="must start anew from position 0"):
+        with pytest.raises(RemoteRequestError, match="must start again from position 0"):
             session.step(torch.randn(1, 1, HIDDEN))

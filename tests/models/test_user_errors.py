@@ -131,7 +131,7 @@ def test_a_node_of_the_callers_keeps_its_identity(tiny_checkpoint):
 
 
 def test_a_malformed_address_is_named(tiny_checkpoint):
-    with pytest.raises(ConfigurationError, match=r"'10\.0\.0\.1:31337' is no peer's multiaddress"):
+    with pytest.raises(ConfigurationError, match=r"'10\.0\.0\.1:31337' is not a peer's multiaddress"):
         AutoDistributedModel.from_pretrained(
             str(tiny_checkpoint("llama")), dht_prefix=PREFIX, initial_peers=["10.0.0.1:31337"]
         )
@@ -180,7 +180,7 @@ def test_a_model_works_on_after_a_refused_call(model):
 
 def test_an_oversized_request_comes_back_with_the_servers_words(tiny_checkpoint, start_swarm):
     from petals_lightning.errors import RemoteRequestError
-    from petals_lightning.server.limits import ServerLimits
+    from petals_lightning.server.access.limits import ServerLimits
 
     swarm: InProcessSwarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], limits=ServerLimits(max_batch_tokens=10))
     layers = remote_blocks(swarm.load(AutoDistributedModel))

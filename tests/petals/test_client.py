@@ -16,7 +16,8 @@ from hivemind.p2p import P2PContext
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
 from hivemind.utils.timed_storage import get_dht_time
 
-from petals_lightning.client import ClientConfig, RemoteSequential, petals_calls
+from petals_lightning.client import ClientConfig, RemoteSequential
+from petals_lightning.client.petals import calls as petals_calls
 from petals_lightning.errors import PeerFailure, PetalsLightningError, RemoteRequestError, RetriesExhaustedError
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import Parts, RequestJoiner, read_response

@@ -97,13 +97,12 @@ def test_a_server_that_leaves_ends_its_sessions(tiny_checkpoint, caplog):
                 return reader, writer
 
             reader, writer = node.run(open_session())
-            backend = leaving._backend
-            assert backend is not None
-            assert len(backend.caches._caches) == 1
+            resources = leaving.resources
+            assert len(resources.caches) == 1
             leaving.stop(timeout=3)
             rest = node.run(asyncio.wait_for(reader.read(), 10))  # to the end of the stream
             assert len(rest) < 1000
             node.loop.call_soon_threadsafe(writer.close)
-            assert not backend.caches._caches
-            assert not backend.accounts._accounts
+            assert not len(resources.caches)
+            assert not resources.quotas.clients
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.blocks.span import BlockSpan
 from tests.helpers.families import NUM_BLOCKS
 
 

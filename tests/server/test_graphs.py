@@ -7,8 +7,8 @@ import weakref
 import pytest
 import torch
 
-from petals_lightning.server.graphs import GraphStore
-from petals_lightning.server.span import SpanGraph, SpanInputs
+from petals_lightning.server.blocks.graphs import GraphStore
+from petals_lightning.server.blocks.span import SpanGraph, SpanInputs
 from tests.helpers.clocks import Clock
 
 

@@ -30,7 +30,7 @@ def test_blocks_are_split_evenly(num_blocks: int, num_servers: int) -> None:
 @pytest.mark.slow
 def test_servers_come_and_go_with_the_swarm(text_model: Path, tmp_path: Path) -> None:
     swarm, model = LocalSwarm(num_servers=2), ServedModel(str(text_model))
-    with swarm.held(model, tmp_path):
+    with swarm.keep_alive(model, tmp_path):
         arguments = swarm.acquire(model, tmp_path)
         client = AutoDistributedModelForSequenceClassification.from_pretrained(str(text_model), **arguments)
         blocks = remote_blocks(client)

@@ -180,7 +180,7 @@ def test_a_swarm_is_up_from_the_first_user_to_the_last() -> None:
 
     swarm = Recorded(["/ip4/127.0.0.1/tcp/1/p2p/x"], max_retries=2)
     model = ServedModel("some/model")
-    with swarm.held(model, Path()):
+    with swarm.keep_alive(model, Path()):
         for _ in range(2):
             assert swarm.acquire(model, Path()) == {
                 "initial_peers": ["/ip4/127.0.0.1/tcp/1/p2p/x"],

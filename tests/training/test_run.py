@@ -21,8 +21,8 @@ import wandb
 from omegaconf import DictConfig
 from PIL import Image
 
-from petals_lightning.data import DialogueDataModule
-from petals_lightning.errors import CheckpointError
+from petals_lightning.data import DialogueDataModule, TextClassificationDataModule
+from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.models import PromptCard
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.modules import CausalLMModule, SequenceClassificationModule
@@ -321,3 +321,24 @@ def test_a_dialogue_run_leaves_its_best_prompts_for_chat(
     mean = sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
     assert math.exp(mean) == pytest.approx(perplexity, rel=1e-4)
     assert "val/perplexity" in capsys.readouterr().out
+
+
+class OwnData(TextClassificationDataModule):
+    """A user's."""
+
+
+class OwnModule(SequenceClassificationModule):
+    """A user's, with an argument of its own."""
+
+    def __init__(self, model_name: str, *, patience: int = 1, **options: Any):
+        super().__init__(model_name, **options)
+
+
+def test_a_task_of_ones_own_needs_its_classes_only(
+    compose_run: Callable[..., DictConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [f"data._target_={__name__}.OwnData", f"task._target_={__name__}.OwnModule", "+task.patience=2"]
+    run(compose_run(*own, "data.source=bundled", "trainer.fast_dev_run=true", "test=false"))
+    assert "synthetic reviews" in capsys.readouterr().out
+    with pytest.raises(ConfigurationError, match=r"unknown setting task.patienc; did you mean task.patience\?"):
+        run(compose_run(*own[:2], "+task.patienc=2"))

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.config import ServerConfig
+from petals_lightning.server.running_server import RunningServer
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmNode
 
@@ -55,14 +55,14 @@ class InProcessSwarm:
         initial_peers: Sequence[str] = (),
         servers: str = "ours",
         share_prefix: bool = True,
-        device: torch.device | str = "cpu",
+        device: str = "cpu",
         throughput: float | None = None,
     ):
         self._checkpoint, self._spans, self._kind, self._dtype = str(checkpoint), spans, servers, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
         self._rules, self._share_prefix, self._device = rules, share_prefix, device
         self._throughput = throughput
-        self.servers: list[Server] = []
+        self.servers: list[RunningServer] = []
         self._models: weakref.WeakSet[Any] = weakref.WeakSet()  # their blocks; of what a test drops nothing is kept
         self._client: SwarmNode | None = None
 
@@ -84,7 +84,7 @@ class InProcessSwarm:
         return self.servers[0].node.visible_maddrs()
 
     @property
-    def by_id(self) -> dict[str, Server]:
+    def by_id(self) -> dict[str, RunningServer]:
         """The servers by their peers' ids."""
         return {server.node.peer_id.to_base58(): server for server in self.servers}
 
@@ -94,19 +94,20 @@ class InProcessSwarm:
             server = Server(
                 Checkpoint(self._checkpoint),
                 SwarmNode(peers, host_maddrs=LOOPBACK),
-                block_indices=span,
-                dht_prefix=self._prefix,
-                dtype=self._dtype,
-                limits=self._limits,
+                config=ServerConfig(
+                    **vars(self._limits or ServerLimits()),
+                    block_indices=span,
+                    dht_prefix=self._prefix,
+                    dtype=self._dtype,
+                    petals_only=is_petals_only(self._kind, number),
+                    share_prefix=self._share_prefix,
+                    device=self._device,
+                    throughput=self._throughput,
+                    update_period=30,
+                ),
                 rules=self._rules,
-                petals_only=is_petals_only(self._kind, number),
-                share_prefix=self._share_prefix,
-                device=self._device,
-                throughput=self._throughput,
-                update_period=30,
             )
-            server.start()
-            self.servers.append(server)
+            self.servers.append(server.start())
         return self
 
     def __exit__(self, *exc_info: object) -> None:

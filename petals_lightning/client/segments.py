@@ -1,0 +1,133 @@
+"""What a step consists of on its way through servers: data only.
+
+A route is a list of segments. A segment is one server, or several in a row that hand a request over to each other, so
+that it goes out once and its answer comes home once. Each server's part of it is a leg.
+
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows that are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from petals_lightning.client.deadlines import ServiceClock
+from petals_lightning.client.server_connection import ServerConnection
+
+
+@dataclass(frozen=True)
+class StepPrompts:
+    """Deep prompts of a step, the same for all its micro-batches.
+
+    Attributes:
+        deep: [L, P, H] on the CPU, for blocks [start, start + L).
+        start: the first block they are for.
+        version: changes when the values do; servers keep prompts by version.
+    """
+
+    deep: torch.Tensor
+    start: int
+    version: int
+
+    def between(self, start: int, end: int) -> torch.Tensor:
+        """Those of blocks [start, end)."""
+        return self.deep[start - self.start : end - self.start]
+
+
+@dataclass
+class MicroBatch:
+    """What enters block `start`: hidden [B, S, H], prefix [P, H] or None, and rows [N] to read or None for all.
+
+    `input_grad`: hidden needs a gradient; `keep`: a backward will follow.
+    """
+
+    start: int
+    hidden: torch.Tensor
+    prefix: torch.Tensor | None
+    rows: torch.Tensor | None
+    prompts: StepPrompts | None
+    input_grad: bool
+    keep: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.hidden.shape[0] * self.hidden.shape[1]
+
+    def deep(self, start: int, end: int) -> torch.Tensor | None:
+        """Deep prompts [end - start, P, H] of these blocks, if there are any."""
+        return self.prompts.between(start, end) if self.prompts is not None else None
+
+
+@dataclass
+class Leg:
+    """Blocks [start, end) of one micro-batch on one server.
+
+    Attributes:
+        peer: the server.
+        connection: None until it is first asked.
+        graph: the call whose graph the server keeps, as far as is known.
+        clock: runs while the server works on the request under way.
+    """
+
+    start: int
+    end: int
+    peer: str
+    connection: ServerConnection | None = None
+    graph: int | None = None
+    clock: ServiceClock = field(default_factory=ServiceClock)
+
+
+@dataclass
+class Segment:
+    """Consecutive legs that answer as one request, with the inputs to run them again.
+
+    Attributes:
+        legs: one at least, in the order of blocks.
+        hidden, prefix: [B, S, H] and [P, H] that enter the first.
+        rows: [N] that are read behind the last; None: all.
+    """
+
+    legs: list[Leg]
+    hidden: torch.Tensor
+    prefix: torch.Tensor | None
+    rows: torch.Tensor | None
+
+    @property
+    def start(self) -> int:
+        return self.legs[0].start
+
+    @property
+    def end(self) -> int:
+        return self.legs[-1].end
+
+    @property
+    def peers(self) -> list[str]:
+        return [leg.peer for leg in self.legs]
+
+    @property
+    def is_handed_over(self) -> bool:
+        return len(self.legs) > 1
+
+    @property
+    def slowest(self) -> Leg:
+        """Whose server has been at work for the longest."""
+        return max(self.legs, key=lambda leg: leg.clock.lost)
+
+
+@dataclass
+class ForwardResult:
+    """Output of a micro-batch: hidden [B, S, H] or [N, H], prefix [P, H] or None, and the segments that led there."""
+
+    hidden: torch.Tensor
+    prefix: torch.Tensor | None
+    segments: list[Segment]
+
+
+@dataclass
+class InputGrads:
+    """Gradients of a micro-batch: hidden [B, S, H] or None, prefix [P, H] or None, deep [L, P, H] or None."""
+
+    hidden: torch.Tensor | None
+    prefix: torch.Tensor | None
+    deep: torch.Tensor | None
