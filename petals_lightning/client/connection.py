@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from hivemind.p2p import P2P
@@ -86,7 +86,12 @@ class PeerConnection:
         self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Task[None]]] = OrderedDict()
         self._failure: PeerFailure | None = None
         self._pinged_at: float | None = None  # when the oldest ping was sent that has brought no sign of life yet
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> Self:
+        """Begins to read answers and to watch over the server."""
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        return self
 
     @classmethod
     async def open(
@@ -106,7 +111,8 @@ class PeerConnection:
         connection = None
         try:
             async with asyncio.timeout(config.connect_timeout):
-                connection = cls(peer, *await open_stream(p2p, peer, STREAM_METHOD), config, stats, on_failure)
+                streams = await open_stream(p2p, peer, STREAM_METHOD)
+                connection = cls(peer, *streams, config, stats, on_failure).start()
                 if config.swarm_token is not None:
                     await connection._authenticate(config.swarm_token, p2p.peer_id.to_base58())
                 began = time.perf_counter()

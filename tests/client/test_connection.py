@@ -37,7 +37,7 @@ def with_server(reply: Reply, talk: Callable[[PeerConnection], Awaitable[None]])
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         streams = await asyncio.open_connection(*server.sockets[0].getsockname())
-        connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats(), failures.append)
+        connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats(), failures.append).start()
         try:
             await asyncio.wait_for(talk(connection), 20)
         finally:
@@ -158,7 +158,7 @@ def test_an_answer_is_no_larger_than_what_was_asked_for():
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         streams = await asyncio.open_connection(*server.sockets[0].getsockname())
-        connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats())
+        connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats()).start()
         connection._last_id = 10
         try:
             with pytest.raises(PeerFailure) as failed:

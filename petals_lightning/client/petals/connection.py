@@ -15,7 +15,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from hivemind.p2p import P2P
@@ -77,7 +77,12 @@ class PetalsConnection:
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._under_way = 0
         self._pinged_at: float | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    def start(self) -> Self:
+        """Begins to watch over the server."""
         self._watching = asyncio.create_task(self._watch())
+        return self
 
     @classmethod
     async def open(
@@ -103,7 +108,7 @@ class PetalsConnection:
                 info = await calls.info(block_uid(dht_prefix, block))
         except TimeoutError as e:
             raise PeerFailure(peer, f"does not answer in {config.connect_timeout:.0f} s") from e
-        connection = cls(calls, dht_prefix, block, config, stats, on_failure)
+        connection = cls(calls, dht_prefix, block, config, stats, on_failure).start()
         connection.round_trip = time.perf_counter() - began
         connection.info = {
             "version": info.version,
@@ -272,7 +277,7 @@ class PetalsConnection:
         self._lost.set_result(None)
         for number in list(self._sessions):
             self._end_session(number)
-        if self._watching is not asyncio.current_task():
+        if self._watching is not None and self._watching is not asyncio.current_task():
             self._watching.cancel()
         self._on_failure(failure)
 
