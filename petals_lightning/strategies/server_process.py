@@ -1,4 +1,4 @@
-"""One `petals-lightning serve` or `bootstrap` as a child process: its start, what it prints, its end."""
+"""A server as a child process: start, log, and stop. Tests and benchmarks start theirs in the same way."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LAST_LINES = 200  # kept in memory
 
 
 class Process(Protocol):
-    """What `ServerProcess` needs of a process: a part of `subprocess.Popen[str]`."""
+    """The part of `subprocess.Popen[str]` that `ServerProcess` needs."""
 
     @property
     def pid(self) -> int: ...
@@ -34,13 +34,14 @@ class Process(Protocol):
 
 
 def launch(arguments: Iterable[str], **options: Any) -> subprocess.Popen[str]:
-    """Starts `petals-lightning` in a session of its own, with stdout and stderr in one pipe.
+    """Starts `petals-lightning` with stdout and stderr in one pipe.
 
-    In a session of its own it does not see Ctrl-C in the terminal: servers stay while the client saves its work.
+    It has a session of its own, so Ctrl-C in the terminal does not reach it: servers stay while the client saves its
+    work.
 
     Args:
         arguments: the command line after `petals-lightning`.
-        **options: of `subprocess.Popen`, instead of the ones here.
+        **options: arguments of `subprocess.Popen` that replace the ones here.
     """
     # Spinning OpenMP threads of several processes on the same cores would slow each other down a hundredfold.
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
@@ -56,15 +57,15 @@ def launch(arguments: Iterable[str], **options: Any) -> subprocess.Popen[str]:
 
 
 class ServerProcess:
-    """Reads what a process prints until it ends, and learns its addresses and when it is ready.
+    """A running `petals-lightning serve` or `bootstrap`. Its output tells its addresses and when it is ready.
 
     Args:
-        process: runs `petals-lightning serve` or `bootstrap`; see `launch`.
-        title: what errors call it, e.g. `server 0 (blocks 0:2)`.
-        log_path: file for everything that it prints; None for no file.
+        process: the running command; see `launch`.
+        title: name of the server in errors, e.g. `server 0 (blocks 0:2)`.
+        log_path: file for the server's output; None for no file.
 
     Attributes:
-        lines: the last lines that it has printed.
+        lines: the last lines of its output.
     """
 
     def __init__(self, process: Process, title: str, log_path: Path | None = None):
@@ -92,7 +93,7 @@ class ServerProcess:
 
     @property
     def maddr(self) -> str:
-        """The first of its multiaddresses."""
+        """The server's first multiaddress."""
         return self._addresses[0]
 
     @property
@@ -100,7 +101,7 @@ class ServerProcess:
         return self.maddr.rsplit("/", 1)[-1]
 
     def wait_for_address(self, deadline: float = math.inf) -> list[str]:
-        """Multiaddresses, as soon as it listens. See `wait_until_ready`."""
+        """Returns the server's multiaddresses as soon as it listens. Raises as `wait_until_ready`."""
         self._wait(self._has_address, deadline)
         return self.addresses
 
@@ -115,12 +116,12 @@ class ServerProcess:
         return self
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal, if it still runs. SIGINT and SIGTERM ask it to leave the swarm."""
+        """Sends a signal if the server still runs. SIGINT and SIGTERM ask it to leave the swarm."""
         if self.is_alive:
             self._process.send_signal(number)
 
     def wait(self, timeout: float) -> int | None:
-        """The exit code (minus the signal's number), or None if it still runs after `timeout` seconds."""
+        """Returns the exit code, as `subprocess` has it, or None if the server still runs after `timeout` seconds."""
         try:
             code = self._process.wait(max(0.0, timeout))
         except subprocess.TimeoutExpired:
@@ -129,13 +130,13 @@ class ServerProcess:
         return code
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Asks it to leave the swarm and returns when it has ended; after `timeout` seconds it is killed."""
+        """Asks the server to leave the swarm. Returns when it has ended; kills it after `timeout` seconds."""
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
         self.kill_after(timeout)
 
     def kill_after(self, timeout: float) -> None:
-        """Returns when it has ended; after `timeout` seconds it is killed."""
+        """Returns when the server has ended; kills it after `timeout` seconds."""
         if self.wait(timeout) is None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
