@@ -45,7 +45,7 @@ from petals_lightning.models import (
     AutoDistributedModelForSequenceClassification,
     prompts_of,
 )
-from tests.swarms import InProcessSwarm
+from tools.testing.swarms import InProcessSwarm
 
 _P, _B, _S, _NEW = 3, 4, 9, 6
 _EXACT = 1e-5

@@ -21,8 +21,8 @@ from petals_lightning.options import ABOVE_0, Option, command_line, described, o
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.strategies import LocalSwarm, PrivateSwarm, PublicSwarm, SwarmProvider, swarm_provider
 from petals_lightning.training import schema
-from tests.swarms import PREFIX
 from tools import options_page
+from tools.testing.swarms import PREFIX
 
 PEER = "/ip4/127.0.0.1/tcp/1/p2p/Qm"
 SWARMS: list[Any] = [LocalSwarm, PublicSwarm, lambda **options: PrivateSwarm(PEER, **options)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,7 +17,7 @@ from transformers import AutoConfig
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.options import command_line
 from petals_lightning.server.config import ServerConfig, parse_block_indices
-from petals_lightning.strategies.server_process import ServerProcess
+from petals_lightning.strategies.server_process import ServerProcess, launch
 from petals_lightning.strategies.swarm_provider import ServedModel, SwarmProvider
 from petals_lightning.swarm.guard import ProcessGuard
 
@@ -95,11 +96,12 @@ class LocalSwarm(SwarmProvider):
             threads=self.threads_per_server or max(1, (os.cpu_count() or 1) // self.num_servers),
             public_name=f"local-{number}",
         )
-        arguments = [model.name_or_path, *swarm, *command_line(config)]
+        arguments = ["serve", model.name_or_path, *swarm, *command_line(config)]
         arguments += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--verbose"]
         if model.revision is not None:
             arguments += ["--revision", model.revision]
-        server = ServerProcess(arguments, log_dir / f"server_{number}.log", f"server {number} (blocks {blocks})")
+        title, log = f"server {number} (blocks {blocks})", log_dir / f"server_{number}.log"
+        server = ServerProcess(launch(arguments), title, log)
         assert self._guard is not None
         self._guard.protect(server.pid)
         self._servers.append(server)
@@ -108,9 +110,9 @@ class LocalSwarm(SwarmProvider):
     def _stop(self) -> None:
         deadline = time.monotonic() + _STOP_TIMEOUT
         for server in self._servers:
-            server.interrupt()
+            server.signal(signal.SIGINT)
         for server in self._servers:
-            server.wait(deadline)
+            server.kill_after(deadline - time.monotonic())
         self._servers.clear()
         if self._guard is not None:
             self._guard.release()

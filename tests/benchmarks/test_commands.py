@@ -84,6 +84,7 @@ def test_every_module_is_imported_and_every_command_has_its_sizes() -> None:
 _WITH_TESTS_OF_THEIR_OWN = ("churn", "families", "sst2_epoch", "wire_precision")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in _WITH_TESTS_OF_THEIR_OWN])
 def test_a_command_runs(name: str, run: Run) -> None:
     rows = run(name, COMMANDS[name])
@@ -95,11 +96,13 @@ def test_a_command_runs(name: str, run: Run) -> None:
         assert all(math.isfinite(number) and number >= 0 for number in numbers)
 
 
+@pytest.mark.slow
 def test_churn_loses_no_step(run: Run) -> None:
     output = run("churn", COMMANDS["churn"])
     assert any("none lost" in line for line in output)
 
 
+@pytest.mark.slow
 def test_families_are_exact_or_refused_with_a_reason(run: Run, tmp_path: Path) -> None:
     page = tmp_path / "families.md"
     other = tmp_path / "other.json"
@@ -121,11 +124,13 @@ def test_families_are_exact_or_refused_with_a_reason(run: Run, tmp_path: Path) -
     assert "| gemma3 | exact | exact | not in it |  |" in lines
 
 
+@pytest.mark.slow
 def test_wire_precision_is_exact_in_float32_only(run: Run) -> None:
     rows = {row["wire_dtype"]: row for row in run("wire_precision", COMMANDS["wire_precision"])}
     assert rows["float32"]["deep"] < 1e-5 < 1e-3 < rows["bfloat16"]["deep"]
 
 
+@pytest.mark.slow
 def test_sst2_epoch_moves_fewer_bytes_than_without_its_savings(run: Run, sentences: Path) -> None:
     (row,) = run("sst2_epoch", COMMANDS["sst2_epoch"], "--data", str(sentences))
     assert row["samples"] == 24
@@ -137,6 +142,7 @@ def test_sst2_epoch_says_what_is_missing(tmp_path: Path) -> None:
         sst2_epoch.read_samples(tmp_path / "train.jsonl", vocabulary=100)
 
 
+@pytest.mark.slow
 def test_a_mechanism_is_switched_off(run: Run) -> None:
     time, size = run("mechanisms", COMMANDS["mechanisms"].replace("last", "rows"))
     assert time[0] == "4x8x2, rows only, ms"

@@ -17,11 +17,10 @@ from petals_lightning.protocol.messages import STREAM_METHOD, ErrorCode, Message
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.server.access.rules import AccessRules, Gate, read_peer_list
 from petals_lightning.swarm.streams import open_stream
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.swarms import InProcessSwarm
+from tests.helpers.families import ALL, HIDDEN, NUM_BLOCKS
+from tools.testing.swarms import InProcessSwarm
 
 TOKEN = "a token of some length"
-ALL = (0, NUM_BLOCKS)
 
 
 def run_once(model) -> torch.Tensor:

@@ -18,7 +18,7 @@ from petals_lightning.errors import ConfigurationError, PeerFailure
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
-from tests.attacks import announcement, piece
+from tools.testing.attacker import announcement, piece
 
 CONFIG = ClientConfig(heartbeat_period=0.1, heartbeat_timeout=0.5)
 Reply = Callable[[Method, int], Message | None]

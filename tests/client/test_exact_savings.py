@@ -15,9 +15,9 @@ from petals_lightning.models import (
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.blocks.span import BlockSpan
-from tests.families import HIDDEN
-from tests.models.test_parity import assert_same_gradients, pair, right_padded_batch
-from tests.swarms import micro_batches
+from tests.helpers.families import HIDDEN
+from tests.helpers.parity import assert_same_gradients, pair, right_padded_batch
+from tests.helpers.requests import micro_batches
 
 CLASSIFIERS = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
 

@@ -25,10 +25,14 @@ from petals_lightning.protocol.messages import CHUNK_BYTES, Message, Method
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.running_server import RunningServer
-from tests.families import HIDDEN, VOCAB
-from tests.models.test_parity import assert_same_gradients, pair
-from tests.sessions import random_prompts, relative_error
-from tests.swarms import InProcessSwarm, segment_sizes
+from tests.helpers.families import HIDDEN, VOCAB
+from tests.helpers.parity import assert_same_gradients, pair
+from tests.helpers.requests import segment_sizes
+from tests.helpers.sessions import random_prompts
+from tools.testing.swarms import InProcessSwarm
+from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 THREE = [(0, 1), (1, 3), (3, 4)]
 IDS = torch.randint(1, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -72,8 +76,7 @@ def assert_generates_as_local(remote, local) -> None:
 
 
 def in_use(remote, swarm: InProcessSwarm) -> list[RunningServer]:
-    servers = {server.node.peer_id.to_base58(): server for server in swarm.servers}
-    return [servers[leg.peer_id] for leg in remote_blocks(remote).route(IDS.numel())]
+    return [swarm.by_id[leg.peer_id] for leg in remote_blocks(remote).route(IDS.numel())]
 
 
 def signal_daemon(server: RunningServer, number: signal.Signals) -> None:
@@ -398,7 +401,7 @@ def test_going_back_and_reordering_reach_every_server(tiny_checkpoint, start_swa
         session.reorder(order)
         session.step(hidden[:, 6:7])
         assert layers.stats.handovers == 4
-        lost = next(server for server in swarm.servers if server.node.peer_id.to_base58() == session.peers[1])
+        lost = swarm.by_id[session.peers[1]]
         lost.stop(timeout=0.1)
         swarm.servers.remove(lost)
         outputs = [session.step(hidden[:, at : at + 1]) for at in range(7, 10)]

@@ -27,8 +27,10 @@ from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
-from tests.families import NUM_BLOCKS
-from tests.swarms import LOOPBACK, PREFIX, InProcessSwarm
+from tests.helpers.families import NUM_BLOCKS
+from tools.testing.swarms import LOOPBACK, PREFIX, InProcessSwarm
+
+pytestmark = pytest.mark.slow
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 TEN_YEARS = 10 * 365 * 86400.0
@@ -37,12 +39,11 @@ TOKEN = "a token of more than sixteen characters"
 
 def hijack(swarm: InProcessSwarm, value: Any, lifetime: float, *, plain: bool = False) -> list[bool]:
     """A stranger stores `value` under the id of every server, or instead of all records; which keys it got."""
-    peers = [server.node.peer_id.to_base58() for server in swarm.servers]
     with SwarmNode(swarm.initial_peers, host_maddrs=LOOPBACK).start() as stranger:
         keys = [block_uid(PREFIX, block) for block in range(NUM_BLOCKS)]
         return [
             stranger.run(stranger.dht.store(key, value, get_dht_time() + lifetime, subkey=subkey, exclude_self=True))
-            for subkey in ([None] if plain else peers)
+            for subkey in ([None] if plain else swarm.by_id)
             for key in keys
         ]
 

@@ -10,8 +10,10 @@ import torch
 from petals_lightning.errors import NoCacheRoomError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.access.limits import ServerLimits
-from tests.families import HIDDEN, TINY_CONFIGS
-from tests.sessions import GENERATING, P, assert_steps_equal_one_forward, random_prompts, relative_error
+from tests.helpers.families import HIDDEN, TINY_CONFIGS
+from tests.helpers.parity import P
+from tests.helpers.sessions import GENERATING, assert_steps_equal_one_forward, random_prompts
+from tools.testing.tensors import relative_error
 
 
 def layers_of(swarm, **options):
@@ -23,6 +25,7 @@ def test_steps_equal_one_forward_in_further_families(family, tiny_checkpoint, st
     assert_steps_equal_one_forward(layers_of(start_swarm(tiny_checkpoint(family), [(0, 1), (1, 4)])))
 
 
+@pytest.mark.also_on("petals", "mixed")
 def test_going_back_reordering_and_keeping_few_outputs(tiny_checkpoint, start_swarm):
     layers = layers_of(start_swarm(tiny_checkpoint("gemma3"), [(0, 2), (1, 4)]))
     prompts, hidden = random_prompts(4), torch.randn(3, 9, HIDDEN)
@@ -67,7 +70,7 @@ def test_a_lost_server_is_replaced_from_the_inputs_kept_here(victim, prompted, t
         session.step(hidden[:, 3:5])
         session.reorder(order.flip(0))
         peer = session.peers[victim % len(session.peers)]
-        lost = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+        lost = swarm.by_id[peer]
         lost.stop(timeout=0.1)
         outputs = [session.step(hidden[:, at : at + 1]) for at in range(5, 12)]
         assert peer not in session.peers

@@ -9,7 +9,6 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from petals_lightning.client import ClientConfig
 from petals_lightning.client.audit import stratified
 from petals_lightning.client.segments import Leg, Segment
 from petals_lightning.client.verify import disagreement
@@ -25,50 +23,24 @@ from petals_lightning.errors import RetriesExhaustedError
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import (
     AutoDistributedModel,
-    AutoDistributedModelForSequenceClassification,
     prompts_of,
     remote_blocks,
 )
 from petals_lightning.models.judge import LocalJudge
 from petals_lightning.models.local import LocalModelForSequenceClassification
-from petals_lightning.server.running_server import RunningServer
 from petals_lightning.server.server import Server
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.swarms import InProcessSwarm, peer_with_the_graph
+from tests.helpers.families import ALL, HIDDEN, NUM_BLOCKS
+from tests.helpers.requests import peer_with_the_graph
+from tests.helpers.tampering import BATCH, OPTIONS, chosen, load_classifier, tamper
+from tools.testing.swarms import InProcessSwarm
+from tools.testing.tensors import relative_error
 
-ALL = (0, NUM_BLOCKS)
-BATCH = {"input_ids": torch.arange(1, 25).view(4, 6), "labels": torch.tensor([0, 1, 1, 0])}
-
-
-def load(swarm: InProcessSwarm, **config):
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 2}
-    return swarm.load(
-        AutoDistributedModelForSequenceClassification, client_config=ClientConfig(ban_period=0.2, **config), **options
-    )
-
-
-def tamper(server: RunningServer, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """From now on the server answers `change(hidden)` in forwards, and gradients that follow from it."""
-    honest = server.span.forward
-
-    def forward(inputs, *cached):
-        hidden, prefix = honest(inputs, *cached)
-        return change(hidden), prefix
-
-    server.span.forward = forward
-
-
-def chosen(model, swarm: InProcessSwarm) -> RunningServer:
-    """The server that the model uses now."""
-    peer = remote_blocks(model).route(BATCH["input_ids"].numel())[0].peer_id
-    return next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+pytestmark = pytest.mark.slow
 
 
 def assert_as_local(model, checkpoint) -> None:
     torch.manual_seed(0)
-    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 2}
-    local = LocalModelForSequenceClassification.from_pretrained(str(checkpoint), **options)
+    local = LocalModelForSequenceClassification.from_pretrained(str(checkpoint), **OPTIONS)
     losses = []
     for one in (model, local):
         one.zero_grad()
@@ -76,7 +48,7 @@ def assert_as_local(model, checkpoint) -> None:
         losses[-1].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     got, wanted = prompts_of(model).deep.grad, prompts_of(local).deep.grad
-    assert ((got - wanted).norm() / wanted.norm()).item() < 1e-5
+    assert relative_error(got, wanted) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -92,7 +64,7 @@ def assert_as_local(model, checkpoint) -> None:
 def test_an_answer_that_cannot_be_right_is_the_servers_failure(change, words, tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     broken = chosen(model, swarm)
     tamper(broken, change)
     assert_as_local(model, checkpoint)
@@ -104,10 +76,9 @@ def test_an_answer_that_cannot_be_right_is_the_servers_failure(change, words, ti
 def test_gradients_that_are_not_finite_are_refused_and_overflowing_ones_excused(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     loss = model(**BATCH).loss
-    peer = peer_with_the_graph(loss)
-    broken = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+    broken = swarm.by_id[peer_with_the_graph(loss)]
     honest = broken.span.backward
     broken.span.backward = lambda *args: {name: grad * float("inf") for name, grad in honest(*args).items()}
     loss.backward()
@@ -126,7 +97,7 @@ def test_an_audit_tells_absurd_values_from_honest_ones():
 
 def test_two_servers_that_say_nan_are_believed_and_one_alone_is_named(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [ALL, ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     for server in swarm.servers:
         tamper(server, lambda hidden: hidden * float("nan"))
     with torch.no_grad():
@@ -141,7 +112,7 @@ def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog, monkey
     monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
-    model = load(swarm, audit_rate=0.1)
+    model = load_classifier(swarm, audit_rate=0.1)
     liar = chosen(model, swarm)
 
     def add_noise(hidden: torch.Tensor) -> torch.Tensor:
@@ -166,7 +137,7 @@ def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog, monkey
 def test_a_liar_in_backward_is_caught_and_the_gradient_is_right(tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
-    model = load(swarm, audit_rate=1.0)
+    model = load_classifier(swarm, audit_rate=1.0)
     liar = chosen(model, swarm)
     honest = liar.span.backward
     liar.span.backward = lambda *args: {name: grad * 1.01 for name, grad in honest(*args).items()}
@@ -190,7 +161,7 @@ def test_liars_that_agree_do_not_outvote_what_this_machine_computes(tiny_checkpo
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     liars, honest = collude(swarm)
-    model = load(swarm, audit_rate=1.0)
+    model = load_classifier(swarm, audit_rate=1.0)
     steps = 0
     while not all(liar in bans_of(model) and bans_of(model)[liar].is_proven for liar in liars):
         steps += 1
@@ -206,7 +177,7 @@ def test_trusted_servers_decide_from_the_first_step(tiny_checkpoint, start_swarm
     checkpoint = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     liars, honest = collude(swarm)
-    model = load(swarm, audit_rate=1.0, trusted_servers=(honest,))
+    model = load_classifier(swarm, audit_rate=1.0, trusted_servers=(honest,))
     take_weights_away(checkpoint)
     for _ in range(5):
         assert_as_local(model, tiny_checkpoint("llama"))
@@ -218,7 +189,7 @@ def test_without_a_judge_nobody_is_called_a_liar(tiny_checkpoint, start_swarm, t
     checkpoint = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     liars, honest = collude(swarm)
-    model = load(swarm, audit_rate=1.0)
+    model = load_classifier(swarm, audit_rate=1.0)
     take_weights_away(checkpoint)
     for _ in range(50):
         with torch.no_grad():
@@ -243,7 +214,7 @@ def test_who_claims_to_be_fast_does_not_become_everybodys_auditor(tiny_checkpoin
         Server, "_record", lambda self, *args: replace(record(self, *args), tokens_per_second=next(claims))
     )
     swarm = start_swarm(tiny_checkpoint("llama"), [ALL, ALL, ALL, ALL])
-    router = remote_blocks(load(swarm))._swarm.router
+    router = remote_blocks(load_classifier(swarm))._swarm.router
     fast, *others = (server.node.peer_id.to_base58() for server in swarm.servers)
     fastest = router.other_route(*ALL, tokens=1, avoid=[others[0]])
     assert fastest is not None
@@ -287,7 +258,7 @@ def test_the_judge_computes_what_an_honest_server_answers(has_prompts, family, t
 def test_honest_servers_pass_every_audit(tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, NUM_BLOCKS), (0, 2), (2, NUM_BLOCKS)])
-    model = load(swarm, audit_rate=1.0)
+    model = load_classifier(swarm, audit_rate=1.0)
     with caplog.at_level(logging.WARNING):
         assert_as_local(model, checkpoint)
     assert remote_blocks(model).stats.audits >= 2
@@ -298,7 +269,7 @@ def test_honest_servers_pass_every_audit(tiny_checkpoint, start_swarm, caplog):
 def test_a_late_request_is_tried_elsewhere_too(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     model(**BATCH).loss.backward()  # speeds are measured
     calls = itertools.count()
     for server in swarm.servers:  # whichever is asked first is late

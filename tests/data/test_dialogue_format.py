@@ -9,7 +9,7 @@ import pytest
 from petals_lightning.data.dialogue_format import DialogueFormat, Message, samples
 from petals_lightning.data.tokenizers import IGNORED
 from petals_lightning.errors import DataError
-from tests.chat_templates import ALTERNATE, CHATML, GEMMA, MISTRAL, QWEN3, TEMPLATES, TOKENIZERS, make_tokenizer
+from tests.helpers.chat_templates import ALTERNATE, CHATML, GEMMA, MISTRAL, QWEN3, TEMPLATES, TOKENIZERS, make_tokenizer
 
 
 def user(content: str) -> Message:

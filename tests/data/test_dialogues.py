@@ -16,7 +16,7 @@ from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.data.dialogues import read_dialogue, windows
 from petals_lightning.data.tokenizers import IGNORED
 from petals_lightning.errors import ConfigurationError, DataError
-from tests.chat_templates import GEMMA, QWEN3, make_tokenizer
+from tests.helpers.chat_templates import GEMMA, QWEN3, make_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s>\n{% endfor %}"

@@ -15,7 +15,7 @@ from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class, text_decoder_in
-from tests.families import NUM_BLOCKS, WRAPPER_CONFIGS, save_tiny_checkpoint
+from tests.helpers.families import NUM_BLOCKS, WRAPPER_CONFIGS, save_tiny_checkpoint
 
 
 def load(folder: Path, part: Part, auto_class=AutoModel):

@@ -17,7 +17,7 @@ from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf import checkpoint as checkpoint_module
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.models.local import LocalModel, LocalModelForCausalLM, LocalModelForSequenceClassification
-from tests.families import HIDDEN, TINY_CONFIGS, VOCAB, save_tiny_checkpoint
+from tests.helpers.families import HIDDEN, TINY_CONFIGS, VOCAB, save_tiny_checkpoint
 
 BLOCKS = 8
 

@@ -1,4 +1,4 @@
-"""Programs of `ServerProcess`: an honest server with small limits, and such as are sick or lie.
+"""Programs of `start_server`: an honest server with small limits, and such as are sick or lie.
 
 The latter claim to be the fastest by far.
 """

@@ -15,8 +15,8 @@ from petals_lightning.models import (
 )
 from petals_lightning.models import auto as auto_module
 from petals_lightning.models.local import LocalModelForSequenceClassification
-from tests.families import VOCAB
-from tests.swarms import PREFIX
+from tests.helpers.families import VOCAB
+from tools.testing.swarms import PREFIX
 
 IDS = torch.randint(1, VOCAB, (2, 6))
 

@@ -23,9 +23,12 @@ from petals_lightning.models import (
 )
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.swarm import SwarmNode
-from tests.families import HIDDEN, VOCAB
-from tests.models.test_parity import relative_error, right_padded_batch
-from tests.swarms import PREFIX
+from tests.helpers.families import HIDDEN, VOCAB
+from tests.helpers.parity import right_padded_batch
+from tools.testing.swarms import PREFIX
+from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 IDS = torch.randint(1, VOCAB, (1, 6), generator=torch.Generator().manual_seed(0))

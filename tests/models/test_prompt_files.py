@@ -20,7 +20,7 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.models.prompts import TuningMode
-from tests.families import VOCAB
+from tests.helpers.families import VOCAB
 
 IDS = torch.randint(1, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
 P = 5

@@ -14,8 +14,8 @@ from petals_lightning.errors import ConfigurationError, NoServersError, SwarmCon
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.strategies import PublicSwarm, ServedModel
 from petals_lightning.swarm import public
-from tests.swarms import PREFIX
-from tests.text_models import save_tiny_text_model
+from tests.helpers.text_models import save_tiny_text_model
+from tools.testing.swarms import PREFIX
 
 
 @pytest.fixture

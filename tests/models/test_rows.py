@@ -9,8 +9,8 @@ from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.hf.skeleton import find_blocks, norms_of
 from petals_lightning.models import AutoDistributedModelForSequenceClassification
 from petals_lightning.models.local import LocalModelForCausalLM
-from tests.families import HIDDEN, TINY_CONFIGS
-from tests.models.test_parity import UNEVEN, right_padded_batch
+from tests.helpers.families import HIDDEN, TINY_CONFIGS
+from tests.helpers.parity import UNEVEN, right_padded_batch
 
 
 def test_rows_come_out_and_go_back_and_so_do_their_gradients():

@@ -26,8 +26,8 @@ from petals_lightning.models import (
     remote_blocks,
 )
 from petals_lightning.swarm import SwarmNode
-from tests.families import VOCAB, save_tiny_checkpoint
-from tests.swarms import PREFIX, InProcessSwarm
+from tests.helpers.families import VOCAB, save_tiny_checkpoint
+from tools.testing.swarms import PREFIX, InProcessSwarm
 
 IDS = torch.randint(1, VOCAB, (2, 6))
 

@@ -9,11 +9,10 @@ import pytest
 
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.swarm import SwarmNode
-from tests.families import NUM_BLOCKS
-from tests.petals.calls import PetalsCaller, peer_id
-from tests.swarms import InProcessSwarm
+from tests.helpers.families import NUM_BLOCKS
+from tests.petals.calls import SPLIT, PetalsCaller, peer_id
+from tools.testing.swarms import InProcessSwarm
 
-SPLIT = 2  # blocks of the first of two servers
 LIMITS = ServerLimits(cache_bytes=1 << 20, max_batch_tokens=512, max_message_bytes=1 << 20, max_client_bytes=4 << 20)
 
 

@@ -39,9 +39,9 @@ from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.petals.methods import CallFailed
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.swarm import SwarmNode
-from tests.families import HIDDEN
-from tests.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
-from tests.swarms import LOOPBACK, PREFIX
+from tests.helpers.families import HIDDEN
+from tests.helpers.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
+from tools.testing.swarms import LOOPBACK, PREFIX
 
 LIMITS = ServerLimits(
     cache_bytes=1 << 20, cache_lifetime=5.0, max_batch_tokens=64, max_message_bytes=1 << 20, max_open_requests=8,

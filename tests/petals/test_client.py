@@ -26,7 +26,7 @@ from petals_lightning.protocol.petals.methods import TransformerConnectionHandle
 from petals_lightning.protocol.uids import MODELS_KEY, block_uid
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from tests.petals.recorded import CALLS, Call, recorded_calls
-from tests.swarms import LOOPBACK
+from tools.testing.swarms import LOOPBACK
 
 PREFIX, NUM_BLOCKS, HIDDEN = "stories260K", 5, 64
 ROOM = 1 << 26

@@ -15,10 +15,9 @@ from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.swarm import SwarmNode
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.petals.calls import ROOM, PetalsCaller, failure, peer_id, step
-from tests.petals.conftest import SPLIT
-from tests.swarms import PREFIX
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
+from tests.petals.calls import ROOM, SPLIT, PetalsCaller, failure, peer_id, step
+from tools.testing.swarms import PREFIX
 
 B, S, P = 2, 7, 3
 

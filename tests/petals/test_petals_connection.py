@@ -14,8 +14,9 @@ from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, rolls_back
 from petals_lightning.errors import IncompatibleServerError, NoCacheRoomError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.access.limits import ServerLimits
-from tests.families import HIDDEN
-from tests.sessions import random_prompts, relative_error
+from tests.helpers.families import HIDDEN
+from tests.helpers.sessions import random_prompts
+from tools.testing.tensors import relative_error
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.server.blocks.span import BlockSpan
-from tests.families import NUM_BLOCKS
+from tests.helpers.families import NUM_BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +26,9 @@ def load_span(tiny_checkpoint) -> Callable[..., BlockSpan]:
         return BlockSpan(pruned, layout, start)
 
     return load
+
+
+@pytest.fixture(scope="module")
+def span(load_span: Callable[..., BlockSpan]) -> BlockSpan:
+    """Blocks 1:3 of a tiny Llama."""
+    return load_span("llama", 1, 3)

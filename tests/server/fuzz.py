@@ -32,8 +32,8 @@ from petals_lightning.server.blocks.graphs import GraphCost
 from petals_lightning.server.client_stream import ClientStream
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.resources import ServerResources
-from tests.families import HIDDEN
-from tests.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
+from tests.helpers.families import HIDDEN
+from tests.helpers.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
 
 LIMITS = ServerLimits(
     graph_bytes=1 << 20, graph_lifetime=2.0, max_batch_tokens=64, max_message_bytes=1 << 20, max_open_requests=16,

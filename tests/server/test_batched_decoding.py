@@ -20,8 +20,9 @@ from petals_lightning.server.resources import Refusal
 from petals_lightning.server.sessions import batched_decoding
 from petals_lightning.server.sessions.batched_decoding import DecodeStep, verify_batched_decoding
 from petals_lightning.server.sessions.session_cache import CacheStore, SessionCache
-from tests.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS, longrope_config, save_tiny_checkpoint
-from tests.sessions import random_prompts, relative_error
+from tests.helpers.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS, longrope_config, save_tiny_checkpoint
+from tests.helpers.sessions import random_prompts
+from tools.testing.tensors import relative_error
 
 
 class Talk:

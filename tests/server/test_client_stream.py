@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModel
 
-from petals_lightning.hf import Checkpoint, Part, load_pruned
-from petals_lightning.hf.decoder import model_class
-from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
-from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
+from petals_lightning.protocol.requests import BackwardRequest
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.blocks.graphs import GraphCost
 from petals_lightning.server.blocks.span import BlockSpan
@@ -24,35 +19,8 @@ from petals_lightning.server.client_stream import ClientStream
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.stream_requests import RegisteredPrompts
-from tests.families import HIDDEN
-
-LIMITS = ServerLimits(max_batch_tokens=64, max_message_bytes=8 << 20, max_open_requests=4)
-
-
-@pytest.fixture(scope="module")
-def span(tiny_checkpoint) -> BlockSpan:
-    checkpoint = Checkpoint(str(tiny_checkpoint("llama")))
-    model, layout, _ = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(1, 3, ends=False))
-    return BlockSpan(model, layout, 1)
-
-
-class Client:
-    """The other end of a stream, over a local socket."""
-
-    def __init__(self, reader, writer):
-        self._reader = MessageReader(reader, max_message_bytes=1 << 30, max_open=100)
-        self.writer = MessageWriter(writer)
-        self._ids = itertools.count(1)
-
-    async def ask(self, message: Message) -> Message:
-        call_id = next(self._ids)
-        await self.writer.send(call_id, message)
-        got_id, reply, _ = await self.next()
-        assert got_id == call_id
-        return reply
-
-    async def next(self):
-        return await asyncio.wait_for(self._reader.next(), 30)
+from tests.helpers.families import HIDDEN
+from tests.helpers.streams import LIMITS, Client, forward
 
 
 def with_stream(span: BlockSpan, talk, limits: ServerLimits = LIMITS) -> ServerResources:
@@ -80,10 +48,6 @@ def with_stream(span: BlockSpan, talk, limits: ServerLimits = LIMITS) -> ServerR
         return resources
 
     return asyncio.run(main())
-
-
-def forward(**changes) -> Message:
-    return ForwardRequest(**{"start": 1, "end": 3, "hidden": torch.ones(2, 3, HIDDEN), **changes}).to_message()
 
 
 def test_a_kept_graph_serves_one_backward_and_ends_with_its_stream(span):

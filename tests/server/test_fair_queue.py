@@ -14,7 +14,8 @@ from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.access.limits import ServerLimits, room_for
 from petals_lightning.server.access.quotas import ClientUsage, Quotas
 from petals_lightning.server.execution.fair_queue import FairQueue
-from tests.families import HIDDEN, NUM_BLOCKS
+from tests.helpers.clocks import Clock
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
 
 DECODE, BACKWARD, FORWARD, PREFILL = 0, 1, 2, 3
 
@@ -65,16 +66,6 @@ def test_decode_goes_first_and_backward_before_forward_of_one_client():
     queue.put("b", FORWARD, "F")
     queue.put("b", DECODE, "D")
     assert drain(queue, {"a": 1.0, "b": 1.0}) == "DbfF"
-
-
-class Clock:
-    """Stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_short_steps_go_first_only_while_their_client_is_not_ahead():
@@ -272,6 +263,7 @@ def test_no_demand_takes_more_than_there_is_or_than_its_share_of_the_last_part(b
         held[client] += min(amount, room)
 
 
+@pytest.mark.slow
 def test_beside_a_greedy_client_another_keeps_its_share(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)])
     honest = swarm.servers[0].span.forward
@@ -315,6 +307,7 @@ def test_beside_a_greedy_client_another_keeps_its_share(tiny_checkpoint, start_s
     assert beside / alone >= 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.ours("counts are kept by our own stream's compute thread")
 @pytest.mark.parametrize("big", [(1, 200), (64, 1)], ids=["long prefills", "large batches"])
 def test_beside_big_inference_steps_of_one_client_another_trains_on(big, tiny_checkpoint, start_swarm):

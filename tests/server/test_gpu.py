@@ -11,7 +11,7 @@ import torch
 from petals_lightning.models import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_lightning.models.local import LocalModelForCausalLM, LocalModelForSequenceClassification
 from petals_lightning.server.blocks.transfers import Transfers
-from tests.models.test_parity import assert_same_gradients, pair, right_padded_batch
+from tests.helpers.parity import assert_same_gradients, pair, right_padded_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = torch.device("cuda", 0)

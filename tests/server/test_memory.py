@@ -6,6 +6,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.access.limits import ServerLimits
-from tests.attacks import (
+from petals_lightning.strategies.server_process import ServerProcess
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
+from tools.testing.attacker import (
     Attacker,
     RawStream,
     announcement,
@@ -27,10 +30,9 @@ from tests.attacks import (
     resident,
     upload,
 )
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.swarms import ServerProcess
+from tools.testing.servers import start_server
 
-pytestmark = pytest.mark.ours("servers are spoken to directly")
+pytestmark = [pytest.mark.ours("servers are spoken to directly"), pytest.mark.slow]
 
 MIB = 1 << 20
 MESSAGE, CLIENT, TOTAL = 32 * MIB, 64 * MIB, 192 * MIB
@@ -51,15 +53,15 @@ def main_in_a_hurry() -> None:
 
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint) -> Iterator[ServerProcess]:
-    process = ServerProcess(tiny_checkpoint("llama"), None, (), *command_line(SMALL))
-    yield process.wait_ready()
+    process = start_server(tiny_checkpoint("llama"), None, (), *command_line(SMALL))
+    yield process.wait_until_ready()
     process.stop()
 
 
 @pytest.fixture(scope="module")
 def hasty_server(tiny_checkpoint) -> Iterator[ServerProcess]:
-    process = ServerProcess(tiny_checkpoint("llama"), None, program=main_in_a_hurry)
-    yield process.wait_ready()
+    process = start_server(tiny_checkpoint("llama"), None, program=main_in_a_hurry)
+    yield process.wait_until_ready()
     process.stop()
 
 
@@ -313,8 +315,10 @@ def test_an_upload_that_stands_still_is_given_up_and_a_slow_one_is_not(hasty_ser
 
     assert "has stalled: less than 48 KiB came in 6 s" in attacker.run(stall()).fields["message"]
     assert settled(hasty_server, before + SLACK) < before + SLACK, "its memory is not freed"
-    assert "has stalled" in attacker.run(drip()).fields["message"]
-    assert honest.run(be_slow()).method is Method.OK
+    with ThreadPoolExecutor() as pool:  # both at once: each takes longer than the server's patience
+        dripped, slow = pool.submit(attacker.run, drip()), pool.submit(honest.run, be_slow())
+    assert "has stalled" in dripped.result().fields["message"]
+    assert slow.result().method is Method.OK
 
 
 def test_a_petals_upload_that_stands_still_is_given_up(hasty_server, peers):
@@ -329,8 +333,12 @@ def test_a_petals_upload_that_stands_still_is_given_up(hasty_server, peers):
         finally:
             writer.close()
 
-    for method, data in (("rpc_inference", petals_announcement(MIB) + b"\1" * 1000), ("rpc_forward_stream", b"")):
-        assert b"this call has stalled" in attacker.run(stall(method, data))
+    async def stall_twice() -> list[bytes]:
+        begun = petals_announcement(MIB) + b"\1" * 1000
+        return list(await asyncio.gather(stall("rpc_inference", begun), stall("rpc_forward_stream", b"")))
+
+    for told in attacker.run(stall_twice()):
+        assert b"this call has stalled" in told
 
 
 def test_petals_announcements_and_bombs_take_no_memory(server, peers):

@@ -18,7 +18,7 @@ from petals_lightning.models import AutoDistributedModel, AutoDistributedModelFo
 from petals_lightning.server.blocks.block_runner import BlockRunner
 from petals_lightning.server.blocks.self_checks import check_family, verify_sessions
 from petals_lightning.server.blocks.span import BlockSpan
-from tests.families import (
+from tests.helpers.families import (
     COMMON,
     GROUPED,
     HIDDEN,

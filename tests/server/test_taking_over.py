@@ -21,13 +21,13 @@ from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.client_stream import ClientStream
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.resources import ServerResources
-from tests.families import HIDDEN
-from tests.server.test_client_stream import LIMITS, Client, forward, span  # noqa: F401 (a fixture)
+from tests.helpers.families import HIDDEN
+from tests.helpers.streams import LIMITS, Client, forward
 
 CLIENT, SERVER = "QmClient", "QmServer"
 
 
-def with_streams(span: BlockSpan, talk, rules: AccessRules | None = None) -> ServerResources:  # noqa: F811
+def with_streams(span: BlockSpan, talk, rules: AccessRules | None = None) -> ServerResources:
     """Runs `talk(client, server, resources)`: the other ends of a client's and of a server's stream."""
 
     async def main() -> ServerResources:
@@ -77,7 +77,7 @@ def step(position: int, *, opens: bool = False) -> Message:
 
 
 @pytest.mark.parametrize("rules", [None, AccessRules(allowed_peers=frozenset([CLIENT]))], ids=["open", "private"])
-def test_a_permitted_request_is_answered_on_the_clients_stream(rules, span):  # noqa: F811
+def test_a_permitted_request_is_answered_on_the_clients_stream(rules, span):
     async def talk(client, server, resources):
         expected = (await client.ask(forward())).tensors["hidden"]
         assert (await server.ask(await permitted(client, forward(), 50))).method is Method.OK
@@ -88,7 +88,7 @@ def test_a_permitted_request_is_answered_on_the_clients_stream(rules, span):  # 
     with_streams(span, talk, rules)
 
 
-def test_it_counts_on_the_clients_share_from_its_first_byte(span, monkeypatch):  # noqa: F811
+def test_it_counts_on_the_clients_share_from_its_first_byte(span, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
     honest = span.forward
 
@@ -123,7 +123,7 @@ def test_it_counts_on_the_clients_share_from_its_first_byte(span, monkeypatch): 
 
 
 @pytest.mark.parametrize("wrong", ["bearer", "call", "stream", "permit"])
-def test_without_the_clients_permit_nothing_is_taken(wrong, span):  # noqa: F811
+def test_without_the_clients_permit_nothing_is_taken(wrong, span):
     async def talk(client, server, resources):
         message = await permitted(client, forward(), 50, bearer="QmOther" if wrong == "bearer" else SERVER)
         changes = {"call": 51, "stream": 10**9, "permit": b"x" * 32}
@@ -137,7 +137,7 @@ def test_without_the_clients_permit_nothing_is_taken(wrong, span):  # noqa: F811
     with_streams(span, talk)
 
 
-def test_what_the_client_gave_up_or_has_already_is_not_run_again(span, monkeypatch):  # noqa: F811
+def test_what_the_client_gave_up_or_has_already_is_not_run_again(span, monkeypatch):
     runs, honest = [], span.forward
     monkeypatch.setattr(span, "forward", lambda inputs: runs.append(1) or honest(inputs))
 
@@ -168,7 +168,7 @@ def test_used_calls_are_remembered_within_bounds_and_never_come_back():
     assert len(used._ids) == len(used._lowest) < 5000
 
 
-def test_a_step_that_comes_after_a_newer_one_is_refused(span):  # noqa: F811
+def test_a_step_that_comes_after_a_newer_one_is_refused(span):
     async def talk(client, server, resources):
         for call, message in ((1, step(0, opens=True)), (100, step(1))):
             await client.writer.send(call, message)
@@ -181,7 +181,7 @@ def test_a_step_that_comes_after_a_newer_one_is_refused(span):  # noqa: F811
     with_streams(span, talk)
 
 
-def test_a_request_waits_for_prompts_that_come_another_way(span, monkeypatch):  # noqa: F811
+def test_a_request_waits_for_prompts_that_come_another_way(span, monkeypatch):
     prefix, deep = torch.ones(2, HIDDEN), torch.randn(2, 2, HIDDEN)
 
     async def talk(client, server, resources):
@@ -198,7 +198,7 @@ def test_a_request_waits_for_prompts_that_come_another_way(span, monkeypatch):  
     with_streams(span, talk)
 
 
-def test_a_server_without_links_says_so(span):  # noqa: F811
+def test_a_server_without_links_says_so(span):
     hop = Hop("QmNext", 1, 1, b"", forward().fields)
 
     async def talk(client, server, resources):

@@ -23,8 +23,8 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.token_logits import token_logits
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
-from tests.strategies.test_remote_block_strategy import make_module, make_trainer
-from tests.swarms import InProcessSwarm
+from tests.helpers.lightning import make_module, make_trainer
+from tools.testing.swarms import InProcessSwarm
 
 Start = Callable[..., InProcessSwarm]
 
@@ -35,7 +35,7 @@ def data(text_model: Path, texts: Path) -> TextClassificationDataModule:
 
 
 def trainer_of(folder: Path, swarm: InProcessSwarm, **options: Any) -> pl.Trainer:
-    return make_trainer(folder, RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers, **options)))
+    return make_trainer(folder, strategy=RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers, **options)))
 
 
 class Requests:
@@ -82,7 +82,7 @@ def test_the_size_of_evaluation_batches_changes_no_number(text_model, texts, tmp
         data = TextClassificationDataModule(str(text_model), str(texts), batch_size=3, eval_batch_size=size)
         torch.manual_seed(0)
         module = make_module(text_model, lr=0.05)
-        trainer = make_trainer(tmp_path, strategy or RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)))
+        trainer = make_trainer(tmp_path, strategy=strategy or RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)))
         tested = trainer.test(module, datamodule=data, verbose=False)
         predicted: Any = trainer.predict(module, dataloaders=data.val_dataloader())
         probabilities = torch.cat([batch["probabilities"] for batch in predicted])
@@ -141,7 +141,7 @@ def test_threads_may_run_one_model_at_once(text_model, start_swarm: Start) -> No
 def test_averaged_weights_are_what_is_validated(text_model, data, tmp_path, start_swarm: Start) -> None:
     swarm, found = start_swarm(text_model, [(0, 2), (2, 4)]), []
     for strategy in ("auto", RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers))):
-        trainer = make_trainer(tmp_path, strategy, EMAWeightAveraging(decay=0.5))
+        trainer = make_trainer(tmp_path, EMAWeightAveraging(decay=0.5), strategy=strategy)
         trainer.fit(make_module(text_model, lr=0.1), datamodule=data)
         found.append({name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name})
     assert found[1] == pytest.approx(found[0], abs=1e-4)

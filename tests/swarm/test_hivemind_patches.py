@@ -15,7 +15,7 @@ from hivemind.utils.timed_storage import get_dht_time
 
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
-from tests.swarms import LOOPBACK
+from tools.testing.swarms import LOOPBACK
 
 
 def test_the_answer_to_a_call_just_given_up_is_passed_over():

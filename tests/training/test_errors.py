@@ -13,7 +13,9 @@ import pytest
 
 from petals_lightning.training import cli_errors
 from petals_lightning.training.settings import in_words_of_settings
-from tests.swarms import PREFIX, ServerProcess, main_with_a_wrong_clock
+from tests.helpers.clocks import main_with_a_wrong_clock
+from tools.testing.servers import start_server
+from tools.testing.swarms import PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,14 +130,15 @@ def test_a_wrong_setting_is_one_line(
     assert message in said
 
 
+@pytest.mark.slow
 def test_a_wrong_clock_is_one_line(
     main: Callable, text_model: Path, texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server = ServerProcess(text_model, (0, 4), program=main_with_a_wrong_clock)
+    server = start_server(text_model, (0, 4), program=main_with_a_wrong_clock)
     try:
         with pytest.raises(SystemExit):
             main(
-                f"recipe=sst2_ptune swarm=private swarm.initial_peers=[{server.wait_ready().maddr}] logger=csv "
+                f"recipe=sst2_ptune swarm=private swarm.initial_peers=[{server.wait_until_ready().maddr}] logger=csv "
                 f"model.name={text_model} model.dht_prefix={PREFIX} data.source={texts} hydra.run.dir={tmp_path}/run"
             )
     finally:

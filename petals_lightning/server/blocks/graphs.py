@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ _BESIDES_TENSORS = 1.05  # adds autograd's own nodes and heap fragmentation (1.0
 class _Kept:
     graph: SpanGraph
     client: str
-    until: float  # time.monotonic()
+    until: float  # of the store's clock
 
 
 class GraphStore:
@@ -30,10 +31,11 @@ class GraphStore:
     Args:
         max_bytes: budget for all graphs together.
         lifetime: seconds after which a graph is dropped.
+        clock: seconds that have passed since some moment.
     """
 
-    def __init__(self, max_bytes: int, lifetime: float):
-        self.max_bytes, self._lifetime = max_bytes, lifetime
+    def __init__(self, max_bytes: int, lifetime: float, clock: Callable[[], float] = time.monotonic):
+        self.max_bytes, self._lifetime, self._clock = max_bytes, lifetime, clock
         self._graphs: OrderedDict[GraphKey, _Kept] = OrderedDict()
         self._bytes_of: Counter[str] = Counter()
 
@@ -44,7 +46,7 @@ class GraphStore:
     def put(self, key: GraphKey, graph: SpanGraph, client: str = "") -> None:
         """Keeps a graph, replaces one under the same key, and drops others beyond the budget."""
         self.pop(key)
-        self._graphs[key] = _Kept(graph, client, time.monotonic() + self._lifetime)
+        self._graphs[key] = _Kept(graph, client, self._clock() + self._lifetime)
         self._bytes_of[client] += graph.num_bytes
         self.expire()
         self.make_room(0)  # other forwards may have been admitted for the same bytes meanwhile
@@ -78,7 +80,7 @@ class GraphStore:
 
     def expire(self) -> None:
         """Drops graphs older than `lifetime`."""
-        now = time.monotonic()
+        now = self._clock()
         for key in [key for key, kept in self._graphs.items() if kept.until < now]:
             self.pop(key)
 

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from petals_lightning.hf.loading import quiet_transformers
 
 NUM_BLOCKS, HIDDEN, VOCAB = 4, 32, 96
+ALL = (0, NUM_BLOCKS)
+"""The span of a server that holds all blocks."""
 HEAVIER_BLOCKS, HEAVIER_HIDDEN = 6, 256
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,

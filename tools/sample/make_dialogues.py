@@ -1,12 +1,12 @@
-"""Write the dialogues: ``python -m petals_lightning.sample.make_dialogues [--output-dir DIR]``.
+"""Writes the dialogues: `python -m tools.sample.make_dialogues [--output-dir DIR]`.
 
-A user tells of something in a review (:func:`petals_lightning.sample.grammar.review`) and asks a question; an assistant
-answers. The question fixes the form of the answer, the review what it says, so that every word of the assistant can be
-told from the conversation before it. Later turns of the user bring another review, or ask another question about the
-last one, whose answer then depends on what was said turns ago.
+A user tells of something in a review (`grammar.review`) and asks a question; an assistant answers. The question fixes
+the form of the answer, the review its content, so every word of the assistant follows from the conversation before it.
+Later turns of the user bring another review, or ask another question about the last one: that answer depends on a turn
+further back.
 
-Training dialogues use :data:`~petals_lightning.sample.grammar.TRAIN_WORDS` only, validation and test only the other
-opinion words: what a tuned model gets right there of what the user liked, it has from the language model.
+Training dialogues use `grammar.TRAIN_WORDS` only, validation and test only the other opinion words: what a tuned model
+gets right there of what the user liked, it has from the language model.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 from random import Random
 
 from petals_lightning.sample import DIALOGUES_DIR
-from petals_lightning.sample.grammar import LABELS, OTHER_WORDS, TRAIN_WORDS, Lexicon, review
-from petals_lightning.sample.splits import write_from_command_line
+from tools.sample.grammar import LABELS, OTHER_WORDS, TRAIN_WORDS, Lexicon, review
+from tools.sample.splits import write_from_command_line
 
 SEED = 2024
 SIZES = {"train": 1200, "validation": 150, "test": 150}
@@ -32,7 +32,7 @@ QUESTIONS: tuple[tuple[str, str, str], ...] = (
 
 
 def dialogue(rng: Random, lexicon: Lexicon) -> list[str]:
-    """The turns of one dialogue, of the user and the assistant in turn: 1 to ``MAX_EXCHANGES`` exchanges."""
+    """The turns of one dialogue, of the user and the assistant in turn: 1 to `MAX_EXCHANGES` exchanges."""
     turns: list[str] = []
     label, left = 0, list(QUESTIONS)
     for number in range(rng.randint(1, MAX_EXCHANGES)):
@@ -46,7 +46,7 @@ def dialogue(rng: Random, lexicon: Lexicon) -> list[str]:
 
 
 def make_splits(seed: int = SEED) -> dict[str, list[dict[str, list[str]]]]:
-    """The rows of each split; only ``train`` uses the training opinion words."""
+    """The rows of each split; only `train` uses the training opinion words."""
     splits = {}
     for offset, (name, size) in enumerate(SIZES.items()):
         rng, lexicon = Random(seed + offset), TRAIN_WORDS if name == "train" else OTHER_WORDS

@@ -1,4 +1,4 @@
-"""The command line of what makes samples: rows of splits to jsonl files."""
+"""The command line of the generators: rows of splits to jsonl files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Splits = Mapping[str, list[dict[str, Any]]]
 
 
 def write_splits(splits: Splits, output_dir: Path) -> None:
-    """Write ``<split>.jsonl`` files, a row a line, to ``output_dir``."""
+    """Writes `<split>.jsonl` files, a row a line, to `output_dir`."""
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -20,7 +20,7 @@ def write_splits(splits: Splits, output_dir: Path) -> None:
 
 
 def write_from_command_line(description: str, make: Callable[[int], Splits], output_dir: Path, seed: int) -> None:
-    """Parse ``--output-dir`` and ``--seed``, whose defaults are given, and write what ``make(seed)`` makes."""
+    """Parses `--output-dir` and `--seed`, whose defaults are given, and writes what `make(seed)` makes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=output_dir)
     parser.add_argument("--seed", type=int, default=seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
+from tests.helpers.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
 
 WORDS = [f"w{number}" for number in range(VOCAB - 3)]
 GOOD, BAD, NEUTRAL = WORDS[:10], WORDS[10:20], WORDS[20:60]

@@ -1,9 +1,8 @@
-"""Pretrain the bundled language model: ``python -m petals_lightning.sample.pretrain [--output-dir DIR]``.
+"""Pretrains the bundled language model: `python -m tools.sample.pretrain [--output-dir DIR]`.
 
-The model is a Llama of 4 blocks, 128 wide, over words. It is trained on nothing but documents of
-:func:`petals_lightning.sample.grammar.corpus`: generated clauses and reviews that are followed by verdicts, and some
-reviews that are asked about in front. No text by people is in it. The reviews of ``reviews/*.jsonl`` are left out of
-the corpus as whole texts, their opinion words are not.
+The model is a Llama of 4 blocks, 128 wide, over words. It is trained on nothing but documents of `grammar.corpus`:
+generated clauses and reviews that are followed by verdicts, and some reviews with a question before them. No text by
+people is in it. The reviews of `reviews/*.jsonl` are not in the corpus as whole texts, their opinion words are.
 
 The checkpoint is written in several shards, as that of a large model, so that a server that holds some blocks
 reads only their shards.
@@ -24,8 +23,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from petals_lightning.sample import MODEL_DIR
-from petals_lightning.sample.grammar import corpus, vocabulary
-from petals_lightning.sample.make_reviews import make_splits
+from tools.sample.grammar import corpus, vocabulary
+from tools.sample.make_reviews import make_splits
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 MAX_TOKENS = 256
@@ -35,7 +34,7 @@ LEARNING_RATE = 6e-3
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A lower-casing tokenizer with one token a word of the grammar, that puts ``<s>`` in front.
+    """A lower-casing tokenizer with one token for each word of the grammar; each text begins with `<s>`.
 
     Words are split as in SST-2, so that "doesn't it?" and "does n't it ?" give the same tokens.
     """
@@ -80,7 +79,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, bloc
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], batch_size: int) -> Iterator[torch.Tensor]:
-    """Token ids [B, S] of ``documents``, grouped by length to save padding, each with ``</s>`` at its end."""
+    """Token ids [B, S] of `documents`, grouped by length to save padding, each with `</s>` at its end."""
     while pool := list(islice(documents, 50 * batch_size)):
         ids = sorted(([*ids, tokenizer.eos_token_id] for ids in tokenizer(pool)["input_ids"]), key=len)
         groups = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
@@ -99,9 +98,14 @@ def train(
     learning_rate: float,
     minutes: float | None = None,
 ) -> float:
-    """Train in place on a cosine schedule; return the mean loss of the last 50 steps (nats a token).
+    """Trains in place on a cosine schedule; returns the mean loss of the last 50 steps (nats a token).
 
-    :param minutes: end after this time at the latest; the schedule is shortened to fit.
+    Args:
+        model: is trained.
+        data: token ids [B, S] of each step.
+        steps: of training.
+        learning_rate: the highest.
+        minutes: end after this time at the latest; the schedule is shortened to fit.
     """
     pad: int = model.config.pad_token_id  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)

@@ -100,7 +100,12 @@ class TcpProxy:
         task = self._loop.create_task(self._serve(reader, writer))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
-        task.add_done_callback(lambda _: (writer.transport.abort(), self._writers.discard(writer)))
+
+        def end(_: object) -> None:
+            writer.transport.abort()
+            self._writers.discard(writer)
+
+        task.add_done_callback(end)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._flows.wait()

@@ -20,7 +20,7 @@ from transformers import AutoModel
 from petals_lightning.hf import Checkpoint, Part, load_pruned
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.server.blocks.span import BlockSpan
-from tests.families import TINY_CONFIGS, save_tiny_checkpoint
+from tests.helpers.families import TINY_CONFIGS, save_tiny_checkpoint
 
 PATIENCE = 20.0  # seconds after which the server counts as hung
 INTS = [-(2**63), -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**64 - 1]

@@ -19,19 +19,26 @@ from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.signed_records import LISTED_KEY, SUBKEY_PREFIX, SignedRecord, signed_key
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.uids import MODELS_KEY, block_uid
-from tests.attacks import Attacker, announcement, petals_announcement, upload
-from tests.families import HEAVIER_BLOCKS, HEAVIER_HIDDEN
-from tests.swarms import PREFIX
+from tools.testing.attacker import Attacker, announcement, petals_announcement, upload
 
 MIB = 1 << 20
 
 
 @dataclass
 class Victim:
-    """A server as a stranger sees it."""
+    """A server as a stranger sees it.
+
+    Attributes:
+        maddr: an address in its swarm.
+        peer_id: its id.
+        prefix, num_blocks, hidden_size: of the model that it serves, all blocks of it.
+    """
 
     maddr: str
     peer_id: str
+    prefix: str
+    num_blocks: int
+    hidden_size: int
 
 
 Round = Callable[[], None]
@@ -40,30 +47,38 @@ Round = Callable[[], None]
 def records(victim: Victim, attackers: list[Attacker], changes: dict[str, Any]) -> Round:
     """Stores another record under the server's id, under each block, again and again."""
     stranger = attackers[0]
-    record = ServerRecord(ServerState.ONLINE, 1.0, 0, HEAVIER_BLOCKS, stream_version=STREAM_VERSION)
+    record = ServerRecord(ServerState.ONLINE, 1.0, 0, victim.num_blocks, stream_version=STREAM_VERSION)
     value = replace(record, **changes).to_value()
     return lambda: _store(
-        stranger, [(block_uid(PREFIX, block), victim.peer_id, value) for block in range(HEAVIER_BLOCKS)]
+        stranger, [(block_uid(victim.prefix, block), victim.peer_id, value) for block in range(victim.num_blocks)]
     )
 
 
 def records_that_never_end(victim: Victim, attackers: list[Attacker]) -> Round:
     value = ServerRecord(ServerState.OFFLINE, 0.0).to_value()
-    keys = [(block_uid(PREFIX, block), victim.peer_id, value) for block in range(HEAVIER_BLOCKS)]
+    keys = [(block_uid(victim.prefix, block), victim.peer_id, value) for block in range(victim.num_blocks)]
     return lambda: _store(attackers[0], keys, lifetime=10 * 365 * 86400.0)
 
 
 def plain_values(victim: Victim, attackers: list[Attacker]) -> Round:
-    keys = [*(block_uid(PREFIX, block) for block in range(HEAVIER_BLOCKS)), signed_key(PREFIX), MODELS_KEY, LISTED_KEY]
+    keys = [
+        *(block_uid(victim.prefix, block) for block in range(victim.num_blocks)),
+        signed_key(victim.prefix),
+        MODELS_KEY,
+        LISTED_KEY,
+    ]
     return lambda: _store(attackers[0], [(key, None, "nothing") for key in keys])
 
 
 def forged_signatures(victim: Victim, attackers: list[Attacker]) -> Round:
-    offline = ServerRecord(ServerState.OFFLINE, 0.0, 0, HEAVIER_BLOCKS, stream_version=STREAM_VERSION)
+    offline = ServerRecord(ServerState.OFFLINE, 0.0, 0, victim.num_blocks, stream_version=STREAM_VERSION)
 
     def again() -> None:
-        value = SignedRecord.sign(offline, PREFIX, get_dht_time() + 600, Identity.new(), None)
-        _store(attackers[0], [(key, SUBKEY_PREFIX + victim.peer_id, value) for key in (signed_key(PREFIX), LISTED_KEY)])
+        value = SignedRecord.sign(offline, victim.prefix, get_dht_time() + 600, Identity.new(), None)
+        _store(
+            attackers[0],
+            [(key, SUBKEY_PREFIX + victim.peer_id, value) for key in (signed_key(victim.prefix), LISTED_KEY)],
+        )
 
     return again
 
@@ -75,7 +90,7 @@ def a_flood_of_records(victim: Victim, attackers: list[Attacker]) -> Round:
 
 def a_flood_under_the_models_keys(victim: Victim, attackers: list[Attacker]) -> Round:
     numbers, value = count(), b"x" * 15_000
-    keys = [block_uid(PREFIX, 0), signed_key(PREFIX), MODELS_KEY, LISTED_KEY]
+    keys = [block_uid(victim.prefix, 0), signed_key(victim.prefix), MODELS_KEY, LISTED_KEY]
     return lambda: _store(attackers[0], [(key, f"flood {next(numbers)}", value) for key in keys for _ in range(20)])
 
 
@@ -100,7 +115,7 @@ def uploads_that_never_end(victim: Victim, attackers: list[Attacker]) -> Round:
 
 def prompts_that_nobody_uses(victim: Victim, attackers: list[Attacker]) -> Round:
     async def register(peer: Attacker) -> None:
-        deep = torch.ones(HEAVIER_BLOCKS, 2000, HEAVIER_HIDDEN)
+        deep = torch.ones(victim.num_blocks, 2000, victim.hidden_size)
         for stream in [await peer.stream() for _ in range(4)]:
             for key in range(8):
                 await stream.send(100 + key, Message(Method.PROMPTS, {"key": key}, {"deep": deep}))
@@ -113,9 +128,9 @@ def sessions_that_nobody_uses(victim: Victim, attackers: list[Attacker]) -> Roun
     async def reserve(peer: Attacker) -> None:
         stream = await peer.stream()
         for number in range(400):
-            hidden = torch.ones(1, 1, HEAVIER_HIDDEN)
+            hidden = torch.ones(1, 1, victim.hidden_size)
             await stream.ask(
-                number + 1, StepRequest(number, 0, HEAVIER_BLOCKS, hidden, 0, 1 + 100 * (number < 20)).to_message()
+                number + 1, StepRequest(number, 0, victim.num_blocks, hidden, 0, 1 + 100 * (number < 20)).to_message()
             )
 
     return _once(lambda: [peer.run(reserve(peer)) for peer in attackers])
@@ -156,11 +171,11 @@ def large_inference_steps(victim: Victim, attackers: list[Attacker]) -> Round:
 
     async def one(peer: Attacker) -> None:
         streams = [await peer.stream() for _ in range(4)]
-        hidden = torch.ones(8, 120, HEAVIER_HIDDEN)
+        hidden = torch.ones(8, 120, victim.hidden_size)
 
         async def ask(stream: Any) -> None:
             number = next(numbers)
-            await stream.ask(number, StepRequest(number, 0, HEAVIER_BLOCKS, hidden, 0, 120).to_message())
+            await stream.ask(number, StepRequest(number, 0, victim.num_blocks, hidden, 0, 120).to_message())
             await stream.send(next(numbers), Message(Method.END_SESSION, {"session": number}))
             stream.writer.close()
 
@@ -174,9 +189,9 @@ def forwards_without_end(victim: Victim, attackers: list[Attacker]) -> Round:
 
     async def many(peer: Attacker) -> None:
         stream = await peer.stream()
-        hidden = torch.ones(8, 120, HEAVIER_HIDDEN)
+        hidden = torch.ones(8, 120, victim.hidden_size)
         for _ in range(8):
-            await stream.send(next(numbers), ForwardRequest(0, HEAVIER_BLOCKS, hidden).to_message())
+            await stream.send(next(numbers), ForwardRequest(0, victim.num_blocks, hidden).to_message())
         for _ in range(8):
             await stream.reply()
         stream.writer.close()

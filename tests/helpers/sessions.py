@@ -6,17 +6,14 @@ from typing import Any
 
 import torch
 
-from tests.families import HIDDEN
+from tests.helpers.families import HIDDEN
+from tests.helpers.parity import P
+from tools.testing.tensors import relative_error
 
-P = 3
 # Families whose `generate` is tested, and their steps with it; of the others only the steps are.
 GENERATING = {
     "llama", "bloom", "falcon", "mixtral", "qwen3", "gemma3", "gpt_neox", "falcon_alibi", "mistral", "gpt2", "opt",
 }  # fmt: skip
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
 
 
 def random_prompts(num_blocks: int) -> dict[str, Any]:

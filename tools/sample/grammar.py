@@ -4,12 +4,12 @@ A review is one sentence of 8–30 tokens in SST-2's form (lower case, tokens se
 clauses about a film, a book, a restaurant, a hotel, a gadget, a concert or a game, joined to one sentence.
 All its opinions agree; there is no irony, contrast or negation, which a model this small does not learn.
 
-Opinion words come in two disjoint sets. Labelled training data uses only :data:`TRAIN_WORDS`, 24 a side;
+Opinion words come in two disjoint sets. Labelled training data uses only `TRAIN_WORDS`, 24 a side;
 labelled validation and test data only the others. What a tuned model gets right there, it has from the
 language model, which was pretrained on all of them, and not from the labels. No word of one set shares its
 root with a word of the other.
 
-Every function takes a :class:`random.Random` or a seed, and gives the same text for the same seed.
+Every function takes a `random.Random` or a seed, and gives the same text for the same seed.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ COMMON_WORDS: tuple[str, ...] = _words(
 
 
 def words_of(lexicon: Lexicon, label: int | None = None) -> set[str]:
-    """All opinion words of ``lexicon``, of one side or (``label=None``) of both."""
+    """All opinion words of `lexicon`, of one side or (`label=None`) of both."""
     labels = LABELS if label is None else (label,)
     return {word for side in labels for words in lexicon[side].values() for word in words}
 
@@ -268,7 +268,7 @@ def _article(word: str) -> str:
 
 
 def _clause(rng: Random, words: dict[str, tuple[str, ...]], domain: Domain) -> str:
-    """One clause with one or two opinion words out of ``words``, without final punctuation."""
+    """One clause with one or two opinion words out of `words`, without final punctuation."""
     thing, made, met = (rng.choice(domain[i]) for i in (0, 2, 3))
     part, other_part = (part.replace("_", " ") for part in rng.sample(domain[1], 2))
     person = rng.choice(_PEOPLE)
@@ -333,7 +333,7 @@ def _neutral(rng: Random, domain: Domain) -> str:
 
 
 def review(rng: Random, label: int, lexicon: Lexicon = ALL_WORDS, about: Domain | None = None) -> str:
-    """One review of the given sentiment, of 8–30 tokens, with opinion words out of ``lexicon`` only."""
+    """One review of the given sentiment, of 8–30 tokens, with opinion words out of `lexicon` only."""
     while True:
         domain = about or rng.choice(_DOMAINS)
         clauses = [_clause(rng, lexicon[label], domain) for _ in range(rng.choice((1, 2, 2, 3)))]
@@ -348,7 +348,7 @@ def review(rng: Random, label: int, lexicon: Lexicon = ALL_WORDS, about: Domain 
 
 
 def labelled_reviews(seed: int, count: int, lexicon: Lexicon, exclude: Collection[str] = ()) -> list[dict]:
-    """``count`` different reviews, half of each label, as ``{"sentence": ..., "label": ...}`` rows."""
+    """`count` different reviews, half of each label, as `{"sentence": ..., "label": ...}` rows."""
     rng = Random(seed)
     seen: set[str] = set(exclude)
     rows: list[dict] = []
@@ -391,14 +391,16 @@ def corpus(seed: int, exclude: Collection[str] = (), question_rate: float = 0.15
     Documents of the first kind are one to three texts, a clause or a review each, whose sentiments are independent;
     after most texts comes a verdict that agrees with it ("my verdict : no ."). They teach the words' sentiment fast,
     and the word that follows a review does not depend on its sentiment, only later ones do. Some of their texts have
-    common words or ``<unk>`` inserted, for the sake of real sentences.
+    common words or `<unk>` inserted, for the sake of real sentences.
 
     Documents of the second kind ask before the review, of its sentiment or of something else ("yes or no : the plot
     was dull . no .", "last word : the plot was dull . dull ."): what stands in front of a review decides what is made
     of it, which is how prompts act. Were sentiment alone asked for, the model would tell it unasked.
 
-    :param exclude: reviews that are not to be a whole text, e.g. the labelled ones.
-    :param question_rate: share of documents of the second kind.
+    Args:
+        seed: of all draws.
+        exclude: reviews that are not to be a whole text, e.g. the labelled ones.
+        question_rate: share of documents of the second kind.
     """
     rng = Random(seed)
     exclude = frozenset(exclude)

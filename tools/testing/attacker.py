@@ -66,7 +66,7 @@ class Attacker:
     """A peer with an identity of its own, which speaks to one server.
 
     Args:
-        server: a `ServerProcess` that is ready.
+        server: a `ServerProcess` that is ready, or a `Victim`.
     """
 
     def __init__(self, server: Any):
