@@ -1,7 +1,8 @@
 """All that this package knows of transformers' inner names; no other module may use one (tests/hf/test_boundary.py).
 
 transformers renames such things every few weeks. So signatures are looked at, not version numbers, and every model is
-tried when it is loaded (`models/self_check.py`, `server/trials.py`). docs/dependencies.md says which versions were run.
+tried when it is loaded (`models/self_check.py`, `server/blocks/self_checks.py`). docs/dependencies.md says which
+versions were run.
 """
 
 from __future__ import annotations

@@ -46,10 +46,7 @@ class GrowingLayer(CacheLayer):
             self._grow(length)
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self._length : length] = new
-        self._show(length)
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
+        return self._show(length)
 
     def keep_first(self, length: int) -> None:
         if self.is_initialized:
@@ -73,9 +70,11 @@ class GrowingLayer(CacheLayer):
             new[:, :, : self._length] = old[:, :, : self._length]
             self._buffers[index] = new
 
-    def _show(self, length: int) -> None:
-        self._length = length
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sets the number of positions held; returns their keys and values."""
+        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
+        self._length, self.keys, self.values = length, keys, values
+        return keys, values
 
 
 class StackedLayer(CacheLayer):

@@ -23,11 +23,9 @@ class PrefixLayer(CacheLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
-        assert self.keys is not None
-        assert self.values is not None
         batch = key_states.shape[0]
         return (
             torch.cat([self.keys.expand(batch, -1, -1, -1), key_states], dim=-2),
@@ -56,11 +54,9 @@ class TakingLayer(PrefixLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             self.lazy_initialization(*self._prefix.update(key_states, value_states))
             raise KeysTaken
-        assert self.keys is not None
-        assert self.values is not None
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -83,9 +79,7 @@ class PrefixCache(SpanCache):
         """A copy whose keys and values are the leaves of a new graph."""
         cut = PrefixCache(len(self.attention_layers), self.first)
         for layer, own in zip(self.attention_layers, cut.attention_layers, strict=True):
-            if layer.is_initialized:
-                assert layer.keys is not None
-                assert layer.values is not None
+            if layer.keys is not None and layer.values is not None:
                 own.lazy_initialization(*(tensor.detach().requires_grad_() for tensor in (layer.keys, layer.values)))
         return cut
 
