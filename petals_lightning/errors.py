@@ -97,3 +97,9 @@ class NonFiniteResult(WrongResult):
 
 class ProtocolError(PetalsLightningError, ValueError):
     """Bytes from the network do not follow the protocol."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or of its GPU ran out. Torch and safetensors have no common class for that."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from petals_lightning.errors import CheckpointError, PetalsLightningError, UnsupportedModelError
+from petals_lightning.errors import CheckpointError, PetalsLightningError, UnsupportedModelError, is_out_of_memory
 from petals_lightning.hf.compat import find_file
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -256,9 +256,11 @@ def refusing(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (PetalsLightningError, OSError, MemoryError, SafetensorError, torch.OutOfMemoryError):
+    except (PetalsLightningError, OSError, SafetensorError):
         raise
     except Exception as e:
+        if is_out_of_memory(e):
+            raise
         raise UnsupportedModelError(f"{what} ({type(e).__name__}: {first_line(e)})") from e
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from petals_lightning.errors import ProtocolError
+from petals_lightning.errors import ProtocolError, is_out_of_memory
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
@@ -144,7 +144,7 @@ class ServerResources:
             return error
         if isinstance(error, ProtocolError):
             return Refusal(ErrorCode.BAD_REQUEST, str(error))
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             self.graphs.clear()
             logger.warning("out of memory in a request of …%s: all kept graphs were dropped", peer[-6:])
             return Refusal(ErrorCode.OVERLOADED, "out of memory")

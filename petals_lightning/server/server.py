@@ -8,8 +8,9 @@ from contextlib import ExitStack
 import torch
 
 from petals_lightning import __version__
-from petals_lightning.errors import ConfigurationError
+from petals_lightning.errors import ConfigurationError, is_out_of_memory
 from petals_lightning.hf import Checkpoint
+from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.hf.skeleton import num_blocks
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
@@ -96,15 +97,7 @@ class Server:
             on_joined()
             directory = SwarmDirectory(self.node, self._rules.token)
             start, end = self._config.block_indices or self._choose_span(directory, prefix, count)
-            span = load_span(
-                self._checkpoint,
-                start,
-                end,
-                device=self._device,
-                dtype=self._config.dtype,
-                share_prefix=self._config.share_prefix,
-                on_shard=self._on_shard,
-            )
+            span = self._load(start, end)
             compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start()
             started.callback(compute.stop, _STOP_TIMEOUT)
             speed = measure_speed(span)
@@ -126,6 +119,26 @@ class Server:
             self.node.run(server.open())
             started.pop_all()
         return server
+
+    def _load(self, start: int, end: int) -> BlockSpan:
+        try:
+            return load_span(
+                self._checkpoint,
+                start,
+                end,
+                device=self._device,
+                dtype=self._config.dtype,
+                share_prefix=self._config.share_prefix,
+                on_shard=self._on_shard,
+            )
+        except (MemoryError, OSError, RuntimeError) as e:
+            if not is_out_of_memory(e):
+                raise
+            raise ConfigurationError(
+                f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in the memory of this machine's "
+                f"{self._device.type} ({first_line(e)}). Hold fewer blocks with --num-blocks or --block-indices, or "
+                "halve their size with --dtype bfloat16"
+            ) from e
 
     def _check_span(self, start: int, end: int, count: int) -> None:
         if not 0 <= start < end <= count:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,7 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from petals_lightning.cli.main import main
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.strategies.server_process import ServerProcess, launch
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
@@ -160,6 +166,47 @@ def test_a_users_error_is_one_line_that_says_what_to_mend(given, words, tiny_che
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
     assert done.stderr.startswith("error: ")
     assert words in done.stderr
+
+
+def save_hollow_checkpoint(folder: Path, gib: int) -> Path:
+    """A model of one block that takes so much memory, and no room on the disk: a sparse file of zeros."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=gib * (1 << 30) // (3 * 64 * 4), num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=100, dtype="float32",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        weights = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + 4 * tensor.numel()]}
+        end += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+def short_of_memory() -> None:
+    """The command on a machine that has 512 MiB left."""
+    import petals_lightning.server.server  # its libraries take address space, too
+
+    assert petals_lightning.server.server
+    size = psutil.Process().memory_info().vms + (512 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    main()
+
+
+def test_blocks_that_do_not_fit_are_one_line(tmp_path):
+    folder = save_hollow_checkpoint(tmp_path, gib=2)
+    done = run_command(*serve(folder, "--new-swarm"), program=short_of_memory)
+    assert done.returncode == 1
+    error = [line for line in done.stderr.splitlines() if " INFO " not in line]
+    assert len(error) == 1, done.stderr
+    assert error[0].startswith("error: blocks 0:1 of ")
+    assert "do not fit in the memory of this machine's cpu" in error[0]
+    assert "Hold fewer blocks with --num-blocks" in error[0]
 
 
 @pytest.mark.slow

@@ -60,12 +60,14 @@ class ForkedProcess:
         os.kill(self.pid, sig)
 
 
-def run_command(*arguments: str, stdin: str = "", timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """Runs `petals-lightning` with these arguments to its end; `stdin` is what it reads."""
+def run_command(
+    *arguments: str, stdin: str = "", timeout: float = 120.0, program: Callable[[], None] = main
+) -> subprocess.CompletedProcess[str]:
+    """Runs `petals-lightning`, or `program` in its place, with these arguments to its end; `stdin` is what it reads."""
     with tempfile.TemporaryDirectory() as folder:
         given, output, errors = (Path(folder, name) for name in ("stdin", "stdout", "stderr"))
         given.write_text(stdin)
-        process = _FORKS.Process(target=_run_on_files, args=(arguments, given, output, errors), daemon=True)
+        process = _FORKS.Process(target=_run_on_files, args=(program, arguments, given, output, errors), daemon=True)
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -75,13 +77,15 @@ def run_command(*arguments: str, stdin: str = "", timeout: float = 120.0) -> sub
         return subprocess.CompletedProcess(arguments, process.exitcode, output.read_text(), errors.read_text())
 
 
-def _run_on_files(arguments: Sequence[str], given: Path, output: Path, errors: Path) -> None:
+def _run_on_files(
+    program: Callable[[], None], arguments: Sequence[str], given: Path, output: Path, errors: Path
+) -> None:
     for stream, path in ((1, output), (2, errors)):
         with open(path, "wb") as file:
             os.dup2(file.fileno(), stream)
     sys.stdin = open(given)  # noqa: SIM115 (until the process ends)
     sys.argv = ["petals-lightning", *arguments]
-    main()
+    program()
 
 
 def _run(program: Callable[[], None], arguments: Sequence[str], output: connection.Connection) -> None:
