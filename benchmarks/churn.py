@@ -276,7 +276,8 @@ def main(
         torch.manual_seed(0)
         model = AutoDistributedModelForSequenceClassification.from_pretrained(
             folder, initial_peers=servers.initial_peers, dht_prefix=PREFIX,
-            client_config=ClientConfig(refresh_period=5), **OPTIONS,
+            # Servers that were all killed are back when they have started, which takes its time on a machine under load.
+            client_config=ClientConfig(refresh_period=5, recovery_timeout=300), **OPTIONS,
         )  # fmt: skip
         optimizer = optimizer_of(model)
         servers.strike_forever(period, lambda: {leg.peer_id for leg in remote_blocks(model).route(256)})
