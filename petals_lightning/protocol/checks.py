@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -42,6 +43,16 @@ def floating(tensors: dict[str, torch.Tensor], name: str, dims: int) -> torch.Te
     tensor = tensors.get(name)
     if tensor is not None and (not tensor.is_floating_point() or tensor.ndim != dims):
         raise ProtocolError(f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}")
+    return tensor
+
+
+def hidden(tensors: dict[str, torch.Tensor], known: Collection[str]) -> torch.Tensor:
+    """Returns tensor `hidden` [B, S, H]. Raises ProtocolError if it is missing, or for tensors that are not known."""
+    if unknown := set(tensors) - set(known):
+        raise ProtocolError(f"unknown tensors {sorted(unknown)!r:.100}")
+    tensor = floating(tensors, "hidden", 3)
+    if tensor is None:
+        raise ProtocolError("the tensor `hidden` is missing")
     return tensor
 
 

@@ -30,6 +30,17 @@ def grads_bytes(hidden: torch.Tensor, prefix: torch.Tensor | None, num_blocks: i
     return answer_bytes(hidden, *[prefix] * (1 + num_blocks))
 
 
+def inputs_message(method: Method, request: Any) -> Message:
+    """A forward or a step as a message: its `_FIELDS` and `_TENSORS`."""
+    return Message(
+        method,
+        {name: getattr(request, name) for name in request._FIELDS},
+        {name: tensor for name in request._TENSORS if (tensor := getattr(request, name)) is not None},
+        int8_blockwise=request.wire_dtype == INT8_BLOCKWISE,
+        answer_bytes=answer_bytes(request.hidden, request.prefix),
+    )
+
+
 @dataclass
 class ForwardRequest:
     """Run blocks [start, end).
@@ -64,15 +75,7 @@ class ForwardRequest:
     _TENSORS = ("hidden", "prefix", "deep", "rows")
 
     def to_message(self) -> Message:
-        fields = {name: getattr(self, name) for name in self._FIELDS}
-        tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
-        return Message(
-            Method.FORWARD,
-            fields,
-            tensors,
-            int8_blockwise=self.wire_dtype == INT8_BLOCKWISE,
-            answer_bytes=answer_bytes(self.hidden, self.prefix),
-        )
+        return inputs_message(Method.FORWARD, self)
 
     @property
     def grads_bytes(self) -> int:
@@ -83,11 +86,7 @@ class ForwardRequest:
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ForwardRequest:
         """Reads a request. Raises ProtocolError if a field is missing or has the wrong type, or shapes do not fit."""
         start, end, wire_dtype = checks.span_and_dtype(fields)
-        if unknown := set(tensors) - set(cls._TENSORS):
-            raise ProtocolError(f"unknown tensors {sorted(unknown)!r:.100}")
-        hidden = checks.floating(tensors, "hidden", 3)
-        if hidden is None:
-            raise ProtocolError("the tensor `hidden` is missing")
+        hidden = checks.hidden(tensors, cls._TENSORS)
         prefix, deep = checks.prompts(tensors, hidden, end - start)
         prompts_key = typed(fields, "prompts_key", (int, type(None)))
         if prompts_key is not None and prefix is None:

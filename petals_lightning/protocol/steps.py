@@ -15,8 +15,7 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol import checks
 from petals_lightning.protocol.checks import typed
 from petals_lightning.protocol.messages import Message, Method
-from petals_lightning.protocol.requests import answer_bytes
-from petals_lightning.protocol.tensors import INT8_BLOCKWISE
+from petals_lightning.protocol.requests import inputs_message
 
 
 @dataclass
@@ -62,25 +61,13 @@ class StepRequest:
     _TENSORS = ("hidden", "prefix", "deep", "hypo_ids", "attention_mask", "position_ids")
 
     def to_message(self) -> Message:
-        fields = {name: getattr(self, name) for name in self._FIELDS}
-        tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
-        return Message(
-            Method.STEP,
-            fields,
-            tensors,
-            int8_blockwise=self.wire_dtype == INT8_BLOCKWISE,
-            answer_bytes=answer_bytes(self.hidden, self.prefix),
-        )
+        return inputs_message(Method.STEP, self)
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> StepRequest:
         """Reads a step. Raises ProtocolError if a field is missing or has the wrong type, or shapes do not fit."""
         start, end, wire_dtype = checks.span_and_dtype(fields)
-        if unknown := set(tensors) - set(cls._TENSORS):
-            raise ProtocolError(f"unknown tensors {sorted(unknown)!r:.100}")
-        hidden = checks.floating(tensors, "hidden", 3)
-        if hidden is None:
-            raise ProtocolError("the tensor `hidden` is missing")
+        hidden = checks.hidden(tensors, cls._TENSORS)
         batch, tokens, _ = hidden.shape
         prefix, deep = checks.prompts(tensors, hidden, end - start)
         position, keep = typed(fields, "position", int), typed(fields, "keep", int)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from hivemind.p2p import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 
-from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.swarm import SwarmDirectory
@@ -50,18 +49,6 @@ class Announcer:
             await self._directory.announce_model(self._entry, lifetime)
         record = replace(self.record, state=state, cache_tokens_left=self._resources.cache_tokens_left)
         return await self._directory.announce(self._entry.dht_prefix, record, lifetime)
-
-    async def announce_first(self) -> None:
-        """Makes the server visible.
-
-        Raises:
-            SwarmConnectionError: no peer took the record.
-        """
-        if not await self.announce():
-            raise SwarmConnectionError(
-                f"the swarm took no record of {self._entry.dht_prefix!r}: check that this machine's clock is right and "
-                "its peers answer"
-            )
 
     async def announce_forever(self) -> None:
         """Announces the server once a period, and drops expired graphs and sessions."""

@@ -1,11 +1,10 @@
-"""Loads a span of blocks, tests what its family allows, and measures it."""
+"""Loads a span of blocks, tests what its family allows, and measures its speed."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,35 +73,8 @@ def load_span(
     return span
 
 
-@dataclass(frozen=True)
-class SpanSpeed:
-    """Measured speed of a span.
-
-    Attributes:
-        requests_per_second: small forwards of 4 × 64 tokens.
-        tokens_per_second: of one block.
-        request_seconds: time of a request that is as small as possible: a prefix and a sample of one position.
-    """
-
-    requests_per_second: float
-    tokens_per_second: float
-    request_seconds: float
-
-
-def measure_speed(span: BlockSpan) -> SpanSpeed:
-    """Times a small forward and the smallest one."""
-    hidden = torch.randn(4, 64, span.hidden_size, device=span.device, dtype=span.dtype)
-    seconds = _forward_seconds(span, SpanInputs(span.start, span.end, hidden))
-    tokens_per_second = hidden.shape[0] * hidden.shape[1] * (span.end - span.start) / seconds
-    one = hidden[:1, :1]
-    request_seconds = _forward_seconds(span, SpanInputs(span.start, span.end, one, prefix=one[0]))
-    return SpanSpeed(1 / seconds, tokens_per_second, request_seconds)
-
-
-def server_info(
-    span: BlockSpan, checkpoint: Checkpoint, limits: ServerLimits, request_seconds: float
-) -> dict[str, Any]:
-    """The answer to `info`."""
+def server_info(span: BlockSpan, checkpoint: Checkpoint, limits: ServerLimits) -> dict[str, Any]:
+    """The answer to `info`; measures the smallest request, a prefix and a sample of one position each."""
     return {
         "start": span.start,
         "end": span.end,
@@ -115,16 +87,21 @@ def server_info(
         "max_batch_tokens": limits.max_batch_tokens,
         "max_message_bytes": limits.max_message_bytes,
         "max_open_requests": limits.max_open_requests,
-        "request_seconds": request_seconds,
+        "request_seconds": forward_seconds(span, batch=1, tokens=1, prefix=1),
     }
 
 
 @torch.no_grad()
-def _forward_seconds(span: BlockSpan, inputs: SpanInputs) -> float:
-    """The shortest of three runs: others may be using the machine."""
+def forward_seconds(span: BlockSpan, batch: int, tokens: int, *, prefix: int = 0) -> float:
+    """The shortest of three forwards of random samples [batch, tokens, H] with a prefix [prefix, H].
+
+    The shortest, because others may be using the machine.
+    """
+    hidden = torch.randn(batch, tokens, span.hidden_size, device=span.device, dtype=span.dtype)
+    virtual = torch.randn(prefix, span.hidden_size, device=span.device, dtype=span.dtype) if prefix else None
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        span.forward(inputs)[0].sum().item()  # `item` waits for a GPU too
+        span.forward(SpanInputs(span.start, span.end, hidden, virtual))[0].sum().item()  # `item` waits for a GPU too
         seconds.append(time.perf_counter() - began)
     return min(seconds)

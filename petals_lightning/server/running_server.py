@@ -10,6 +10,7 @@ from functools import partial
 from hivemind.p2p.p2p_daemon_bindings.control import StreamHandler
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
+from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.protocol.messages import STREAM_METHOD
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.server.announcer import DAEMON_ERRORS, Announcer
@@ -69,7 +70,11 @@ class RunningServer:
             methods[STREAM_METHOD] = self._serve_client
         for name, serve in methods.items():
             await self.node.p2p.add_binary_stream_handler(name, partial(self._handle_stream, serve))
-        await self._announcer.announce_first()
+        if not await self._announcer.announce():
+            raise SwarmConnectionError(
+                f"the swarm took no record of {self.dht_prefix!r}: check that this machine's clock is right and its "
+                "peers answer"
+            )
         self._announcing = asyncio.create_task(self._announcer.announce_forever())
 
     def stop(self, timeout: float = 5.0) -> None:

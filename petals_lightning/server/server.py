@@ -20,7 +20,7 @@ from petals_lightning.server.blocks.graphs import measure_graph_cost
 from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.execution.compute import ComputeThread
-from petals_lightning.server.loading import SpanSpeed, load_span, measure_speed, server_info
+from petals_lightning.server.loading import forward_seconds, load_span, server_info
 from petals_lightning.server.peer_links import PeerLinks
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.running_server import RunningServer
@@ -100,19 +100,18 @@ class Server:
             span = self._load(start, end)
             compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start()
             started.callback(compute.stop, _STOP_TIMEOUT)
-            speed = measure_speed(span)
             resources = ServerResources(
                 span,
                 compute,
                 self._config,
-                info=server_info(span, self._checkpoint, self._config, speed.request_seconds),
+                info=server_info(span, self._checkpoint, self._config),
                 rules=self._rules,
                 peer_id=self.node.peer_id.to_base58(),
                 links=PeerLinks(self.node.p2p),
                 graph_cost=measure_graph_cost(span),
                 cache_bytes_per_token=measure_cache_bytes(span) if span.has_sessions else 0.0,
             )
-            record = self._record(span, speed)
+            record = self._record(span)
             entry = ModelEntry(prefix, count, record.repository)
             announcer = Announcer(directory, entry, record, resources, self._config.update_period)
             server = RunningServer(self.node, resources, prefix, announcer, petals_only=self._config.petals_only)
@@ -152,16 +151,19 @@ class Server:
         throughput = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
         return thinnest_span(throughput, wanted)
 
-    def _record(self, span: BlockSpan, speed: SpanSpeed) -> ServerRecord:
+    def _record(self, span: BlockSpan) -> ServerRecord:
+        """The record to announce, with the speed of a small forward."""
+        batch, tokens = 4, 64
+        seconds = forward_seconds(span, batch, tokens)
         return ServerRecord(
             state=ServerState.ONLINE,
-            throughput=self._config.throughput if self._config.throughput is not None else speed.requests_per_second,
+            throughput=self._config.throughput if self._config.throughput is not None else 1 / seconds,
             start=span.start,
             end=span.end,
             public_name=self._config.public_name,
             version=__version__,
             torch_dtype=str(span.dtype).removeprefix("torch."),
-            tokens_per_second=speed.tokens_per_second,
+            tokens_per_second=batch * tokens * (span.end - span.start) / seconds,
             stream_version=None if self._config.petals_only else STREAM_VERSION,
             hidden_size=span.hidden_size,
             fingerprint=self._checkpoint.fingerprint,
