@@ -132,7 +132,7 @@ def test_two_servers_that_say_nan_are_believed_and_one_alone_is_named(tiny_check
     with torch.no_grad():
         assert model(**BATCH).loss.isnan()
         swarm.servers.pop().stop(timeout=1)
-        with pytest.raises(RetriesExhaustedError, match=r"twice, and nobody else holds blocks 0:4.*bfloat16"):
+        with pytest.raises(RetriesExhaustedError, match=r"twice, and no other server holds blocks 0:4.*bfloat16"):
             model(**BATCH)
 
 

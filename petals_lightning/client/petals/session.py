@@ -1,7 +1,7 @@
 """A session of ours on a server that offers only Petals' methods.
 
-There is no attention mask in Petals' protocol. Padding is therefore left out: samples that have it in the same places
-form a group, and every group is a session of its own on the server, which holds their real positions alone.
+Petals' protocol has no attention mask, so padding is left out. Samples with padding at the same positions form a group,
+and each group has its own session on the server, which holds its real positions only.
 
 Shapes: B batch, b samples of a group, n new positions, T positions before and with them, P virtual tokens, H hidden.
 """
@@ -22,18 +22,18 @@ from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
 
 _ROOM_PATIENCE = 1.0
-"""Seconds that a server may wait for room: a session that ended just before has a stream of its own, so its end may
-come behind the beginning of the next one."""
+"""Seconds that a server may wait for memory. A session that has just ended has its own stream, so its end may arrive
+after the start of the next session."""
 
 
 @dataclass
 class _Group:
-    """Samples `rows` [b] of the batch, in a call of their own.
+    """Samples `rows` [b] of the batch, in a call for them only.
 
     Attributes:
-        held: positions on the server, the prefix among them.
-        places: [held - P] which positions of the session those behind the prefix are.
-        reordering: [b], of which the server has not been told; None: none.
+            held: positions on the server, including the prefix.
+            places: [held - P] positions of the session that follow the prefix on the server.
+            reordering: [b], not yet sent to the server; None: none.
     """
 
     rows: torch.Tensor
@@ -50,7 +50,7 @@ class PetalsSession:
         calls: the server's methods.
         dht_prefix: the model's name.
         request: the step that opens the session.
-        sliding_window: how far back the model's attention reaches, padding counted; None: to the first position.
+        sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
     """
 
     def __init__(self, calls: PetalsCalls, dht_prefix: str, request: StepRequest, sliding_window: int | None):
@@ -66,13 +66,13 @@ class PetalsSession:
         self._groups: list[_Group] = []
 
     async def step(self, request: StepRequest, on_sent: Callable[[], None] = lambda: None) -> dict[str, torch.Tensor]:
-        """As our servers' step, of any length; outputs of padding are zeros.
+        """Runs a step as our servers do, of any length. Outputs at padding are zeros.
 
-        `on_sent` is called whenever a piece of it is about to leave.
+        `on_sent` is called whenever a part of the step is about to be sent.
 
         Raises:
-            PeerFailure: the server failed; or (CACHE_LOST) what it holds does not fit this step's padding.
-            UnsupportedInputError: padding that cannot be left out, or positions that do not count on.
+                PeerFailure: the server failed; or (CACHE_LOST) its positions do not match this step's padding.
+                UnsupportedInputError: the padding cannot be left out, or position_ids do not count the real tokens.
         """
         real = self._real_positions(request)
         self._reorder(request.hypo_ids)
@@ -106,7 +106,7 @@ class PetalsSession:
         return len(self._prefix) if self._prefix is not None else 0
 
     async def _begin(self, real: torch.Tensor) -> None:
-        """Opens calls for samples that have their first real position now."""
+        """Opens calls for samples whose first real position is in this step."""
         begun = {int(row) for group in self._groups for row in group.rows}
         new: dict[tuple[bool, ...], list[int]] = {}
         for row in range(self._batch):
@@ -130,7 +130,7 @@ class PetalsSession:
     async def _run(
         self, group: _Group, real: torch.Tensor, request: StepRequest, on_sent: Callable[[], None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Outputs [b, m, H] of the m new positions that are real, and the prefix's [P, H] on opening."""
+        """Outputs [b, m, H] of the m real new positions, and [P, H] of the prefix when the call is opened."""
         new = real[group.rows[0], request.position :].nonzero().flatten()
         hidden, prompts = request.hidden[group.rows[:, None], new], None
         if not len(new):
@@ -155,7 +155,7 @@ class PetalsSession:
         return (out[:, length:], out[0, :length]) if opens and length else (out, None)
 
     def _real_positions(self, request: StepRequest) -> torch.Tensor:
-        """[B, T] bool: which are not padding. Raises UnsupportedInputError if they alone do not give the same."""
+        """[B, T] bool: true at real positions. Raises UnsupportedInputError if omitting padding changes results."""
         batch, tokens, _ = request.hidden.shape
         if (real := request.attention_mask) is None:
             real = torch.ones(batch, request.position + tokens, dtype=torch.bool)
