@@ -1,4 +1,4 @@
-"""`AutoDistributed*`: Hugging Face models that hold embeddings, norms and head, and find their blocks in a swarm."""
+"""`AutoDistributed*`: Hugging Face models with embeddings, norms and head here, and their blocks in a swarm."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 class DistributedModel(FrozenBody):
-    """Mixed into the family's own class, whose blocks are remote."""
+    """Mixin for the family's own class, for a model with remote blocks."""
 
     bridge: DecoderBridge
     checkpoint: Checkpoint
@@ -68,19 +68,19 @@ class DistributedModel(FrozenBody):
             own, replaced = getattr(cls, name, None), getattr(family, name, None)
             if own is not None and replaced is not None and own is not replaced:
                 setattr(cls, name, _with_signature_of(replaced, own))
-        if family is not None:  # torch.compile leaves it as it is: there is nothing to gain around remote blocks
+        if family is not None:  # torch.compile skips it: around remote blocks there is nothing to gain
             cls.forward = torch.compiler.disable(cls.forward)  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Leaves the swarm: ends the streams to servers, and this process's peer if it was made for this model."""
+        """Leaves the swarm: ends the streams to servers, and this process's peer if it was created for this model."""
         self.bridge.layers.close()
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Saves what was trained, kilobytes; `from_pretrained(save_directory)` loads the base model with it.
+        """Saves what was trained (kilobytes); `from_pretrained(save_directory)` loads the base model with it.
 
         Args:
-            save_directory: made if missing.
-            options: of Hugging Face's method; what they say of large weights has no meaning here.
+            save_directory: created if missing.
+            options: of Hugging Face's method; those for large weights have no effect here.
 
         Raises:
             ConfigurationError: nothing was trained.
@@ -98,7 +98,7 @@ class DistributedModel(FrozenBody):
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A model with weights of its own that goes through the same connections (weight averaging makes such)."""
+        """A model with its own weights and the same connections, as weight averaging makes."""
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
@@ -115,7 +115,7 @@ class DistributedCausalLM(RemoteGeneration, DistributedModel):
 
 
 class DistributedClassifier(DistributedModel):
-    """Reads one position a sample: the last real token, by Hugging Face's rule."""
+    """Fetches one position per sample: the last real token, by Hugging Face's rule."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(self.forward).bind_partial(*args, **kwargs).arguments
@@ -151,8 +151,8 @@ class DistributedClassifier(DistributedModel):
         """Indices [B] into B·S of the rightmost token that is not padding, and S.
 
         Raises:
-            UnsupportedInputError: it is padding by the mask, which Hugging Face reads though it is not `pad_token_id`;
-                or there is no `pad_token_id` to find it by in a batch.
+            UnsupportedInputError: the mask declares that token padding, though it is not `pad_token_id`, by which
+                Hugging Face finds it; or a batch has no `pad_token_id`.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
@@ -161,7 +161,7 @@ class DistributedClassifier(DistributedModel):
         pad = self.config.get_text_config().pad_token_id  # type: ignore[attr-defined]
         if pad is None and batch > 1:
             raise UnsupportedInputError(
-                f"{batch} samples at once, and the config has no pad_token_id to tell where each ends: set it, e.g. "
+                f"{batch} samples at once, and the config has no pad_token_id that marks where each ends: set it, e.g. "
                 "from_pretrained(…, pad_token_id=tokenizer.pad_token_id)"
             )
         if input_ids is None or pad is None:
@@ -180,7 +180,7 @@ class DistributedClassifier(DistributedModel):
 
 
 class AutoDistributedConfig:
-    """`from_pretrained` gives the model's own config, with `dht_prefix` added."""
+    """`from_pretrained` returns the model's own config, with `dht_prefix` added."""
 
     @staticmethod
     def from_pretrained(
@@ -221,30 +221,30 @@ class _AutoDistributed:
         client_config: ClientConfig | None = None,
         **options: Any,
     ) -> Any:
-        """Loads embeddings, norms and head, connects to servers of the blocks.
+        """Loads embeddings, norms and head, and connects to servers of the blocks.
 
         Args:
-            pretrained_model_name_or_path: folder or hub id, of a model or of what `save_pretrained` wrote of a tuned
-                one; only tensors outside of blocks are read.
-            initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT of it; or `node`: a started
-                SwarmNode, which stays the caller's to close. None of them is the public Petals network.
-            dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
-            tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
-            prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
-            dtype (or torch_dtype): of what is held here; "auto", the default, takes the checkpoint's.
-            token, revision, cache_dir, local_files_only, subfolder: as in transformers.
-            client_config: how to find and treat servers.
-            options: single options of `ClientConfig` by their names, e.g. `audit_rate=0.05`, which override those of
-                `client_config` (None leaves the default); and values to set on the model's config, e.g. `num_labels`,
-                `pad_token_id`.
+                pretrained_model_name_or_path: folder or hub id of a model, or of a tuned model that `save_pretrained`
+                    wrote. Only tensors outside of the blocks are read.
+                initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT in it; or `node`: a started
+                    SwarmNode, which the caller closes. None of the three means the public Petals network.
+                dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
+                tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
+                prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
+                dtype (or torch_dtype): of the part loaded here; "auto", the default, is the checkpoint's dtype.
+                token, revision, cache_dir, local_files_only, subfolder: as in transformers.
+                client_config: how to find and treat servers.
+                options: fields of `ClientConfig` by name, e.g. `audit_rate=0.05`, which override those of
+                    `client_config` (None keeps the default); and values to set on the model's config, e.g.
+                    `num_labels`, `pad_token_id`.
 
         Returns:
-            An instance of the family's own class, a `DistributedModel`: a context manager, to be closed by `close` or
-            when it is no longer used. Only prompts and a classification head require gradients.
+                An instance of the family's own class and of `DistributedModel`: a context manager. `close`, or the
+                garbage collector, ends its connections. Only prompts and a classification head require gradients.
 
         Raises:
-            ConfigurationError: two ways into a swarm given, an unknown argument, or a value out of range.
-            CheckpointError, UnsupportedModelError: the model cannot be read, or is no decoder.
+            ConfigurationError: more than one way into a swarm, an unknown argument, or a value out of range.
+            CheckpointError, UnsupportedModelError: the model cannot be read, or is not a decoder.
             SwarmConnectionError: no initial peer answers.
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
             AccessDeniedError: every server that holds some block refuses this peer.
@@ -269,7 +269,7 @@ class _AutoDistributed:
         if prompts is not None:
             check_base_model(PromptCard.read(prompts, token=token), checkpoint, prompts)  # before anything is loaded
         family = model_class(cls.auto_class, checkpoint)
-        with torch.random.fork_rng(devices=[]):  # loading must not move the generator that start values come from
+        with torch.random.fork_rng(devices=[]):  # loading must not advance the generator that draws initial values
             model, layout, fresh = load_pruned(
                 family,
                 checkpoint,
@@ -316,7 +316,7 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
 
 
 def remote_blocks(model: torch.nn.Module) -> RemoteSequential | Any:
-    """The remote blocks of a model, or None if all of it is local."""
+    """The remote blocks of a model, or None if the model is local."""
     return next((module for module in model.modules() if isinstance(module, RemoteSequential)), None)
 
 
@@ -345,15 +345,15 @@ def _connect(
         )
     if node is not None and config.identity_path is not None:
         raise ConfigurationError(
-            "identity_path: the node given has its identity already; give SwarmNode(identity_path=…)"
+            "identity_path: the given node already has its identity; give SwarmNode(identity_path=…)"
         )
     owns_node = node is None
-    gc.collect()  # models that are no longer used have streams, of which a server grants each client a few
+    gc.collect()  # models no longer in use may hold streams, and a server grants each client only a few
     if node is None and dht is None and initial_peers is None:
         initial_peers = PUBLIC_INITIAL_PEERS
         logger.warning("no initial_peers given, so this is %s (initial_peers=[…])", PUBLIC_NOTICE)
     if node is None:
-        # A peer of our own joins through the caller's DHT process: its daemon's handlers belong to that process.
+        # A new peer joins through the caller's DHT process, because its daemon's handlers belong to that process.
         peers = [str(maddr) for maddr in dht.get_visible_maddrs()] if dht is not None else initial_peers or ""
         node = SwarmNode(
             peers,
@@ -388,7 +388,7 @@ def _assemble(model: Any, family: type[PreTrainedModel], checkpoint: Checkpoint,
 
 
 def _with_signature_of(replaced: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    """`own`, which shows the parameters of the family's method that it replaces: transformers looks at them."""
+    """`own` with the signature of the family's method that it replaces, because transformers inspects it."""
 
     @functools.wraps(replaced)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

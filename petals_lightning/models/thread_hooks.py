@@ -8,7 +8,7 @@ from typing import Any
 
 
 def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward hook or pre-hook that passes of other threads do not notice."""
+    """Limits a forward hook or pre-hook to passes of this thread."""
     owner = threading.get_ident()
 
     def run(*args: Any) -> Any:

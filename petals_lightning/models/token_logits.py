@@ -18,8 +18,8 @@ def token_logits(
 ) -> torch.Tensor:
     """Logits [N, V] of a causal language model, local or distributed, at some positions of a batch.
 
-    Only these positions' hidden states are fetched from servers, and only their logits are computed; what a family does
-    to logits (scaling, soft caps) is done to them. Gradients are those of the full computation.
+    Only these positions' hidden states are fetched from servers, and only their logits are computed. A family's changes
+    to logits (scaling, soft caps) apply. Gradients are those of the full computation.
 
     Args:
         input_ids: [B, S].

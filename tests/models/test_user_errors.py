@@ -124,7 +124,7 @@ def test_not_one_way_into_a_swarm_is_said_before_anything_runs(tiny_checkpoint):
 
 
 def test_a_node_of_the_callers_keeps_its_identity(tiny_checkpoint):
-    with pytest.raises(ConfigurationError, match="the node given has its identity already"):
+    with pytest.raises(ConfigurationError, match="the given node already has its identity"):
         AutoDistributedModel.from_pretrained(
             str(tiny_checkpoint("llama")), dht_prefix=PREFIX, node=SwarmNode(), identity_path="me.id"
         )
