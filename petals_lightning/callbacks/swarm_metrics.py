@@ -14,7 +14,7 @@ from petals_lightning.callbacks.traffic import Traffic
 class SwarmMetrics(Callback):
     """Logs the speed of training and the swarm's traffic every `log_every_n_steps` of the Trainer.
 
-    Metrics: `train/tokens_per_second` (without padding and prompts) and, of the run so far, `swarm/bytes_sent`,
+    Metrics: `train/tokens_per_second` (without padding and prompts) and totals of the run, `swarm/bytes_sent`,
     `swarm/bytes_received` and `swarm/retries`.
     """
 
@@ -38,5 +38,5 @@ class SwarmMetrics(Callback):
             pl_module.log(name, float(value), batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Validation between two steps is no training time.
+        # Validation between two steps is not training time.
         self._tokens, self._since = 0, time.monotonic()

@@ -1,4 +1,4 @@
-"""What a module's remote blocks have sent and received so far."""
+"""Traffic of a module's remote blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from petals_lightning.models import remote_blocks
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes over the network, and attempts that had to be made again."""
+    """Bytes over the network, and retries."""
 
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -19,7 +19,7 @@ class Traffic:
 
     @classmethod
     def of(cls, module: nn.Module) -> Traffic:
-        """Zero for a module whose blocks are all in this process."""
+        """The traffic of a module; zero if all its blocks are in this process."""
         blocks = remote_blocks(module)
         if blocks is None:
             return cls()

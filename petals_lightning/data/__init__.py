@@ -1,4 +1,4 @@
-"""Labelled texts, dialogues and plain texts from anywhere, as batches that waste little on padding."""
+"""Labelled texts, dialogues and plain texts from many sources, as batches with little padding."""
 
 from petals_lightning.data.base import TextDataModule
 from petals_lightning.data.dialogues import DialogueDataModule

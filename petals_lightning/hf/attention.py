@@ -1,4 +1,4 @@
-"""How far back a model's attention reaches."""
+"""The reach of a model's attention."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from transformers import PreTrainedConfig
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Positions that attention reaches back in some block, padding counted; None if it reaches to the first in all.
+    """The shortest reach of attention in any block, in positions, padding counted; None if all are unlimited.
 
-    Families call it `sliding_window`, `window_size`, `attention_window_size`, …; the shortest counts.
+    Families call it `sliding_window`, `window_size`, `attention_window_size`, …; the shortest one counts.
     """
     text = config.get_text_config()
     if set(getattr(text, "layer_types", None) or ()) == {"full_attention"}:

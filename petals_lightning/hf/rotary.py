@@ -1,7 +1,7 @@
-"""Rotary embeddings that depend on how long a sequence is, so that its first positions change when it grows.
+"""Rotary embeddings that depend on the length of the sequence, so that earlier positions change when it grows.
 
-`longrope` (Phi-3) turns all positions by other factors as soon as there are more of them than in pretraining;
-`dynamic` (NTK) by others for every length beyond `max_position_embeddings`. Keys that were made before are then wrong.
+`longrope` (Phi-3) uses other factors for all positions once there are more than in pretraining. `dynamic` (NTK) uses
+other factors for every length beyond `max_position_embeddings`. Keys computed before are then wrong.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from petals_lightning.errors import ProtocolError
 
 @dataclass(frozen=True)
 class RotaryLimit:
-    """Up to where rotary embeddings do not depend on the length of the sequence.
+    """The length up to which rotary embeddings do not depend on the length of the sequence.
 
     Attributes:
-        positions: up to this many, prefix counted, embeddings of a position do not depend on the length.
-        rope_type: as transformers calls it.
-        has_one_form_beyond: whether they do not depend on it beyond that either, but are others.
+            positions: up to this number, prefix included, a position's embedding does not depend on the length.
+            rope_type: transformers' name of the kind.
+            has_one_form_beyond: whether beyond this number there is one other form, for all lengths.
     """
 
     positions: int
@@ -28,10 +28,10 @@ class RotaryLimit:
     has_one_form_beyond: bool
 
     def is_beyond(self, positions: int) -> bool:
-        """Whether a sequence of so many positions has the form beyond the limit.
+        """Whether a sequence of `positions` positions has the form beyond the limit.
 
         Raises:
-            ProtocolError: there is none that holds for longer sequences too.
+            ProtocolError: the form beyond the limit changes with the length.
         """
         if positions > self.positions and not self.has_one_form_beyond:
             raise ProtocolError(
@@ -43,7 +43,7 @@ class RotaryLimit:
 
 
 def rotary_limit(config: PreTrainedConfig) -> RotaryLimit | None:
-    """Where a model's rotary embeddings begin to depend on the length; None if they never do."""
+    """The limit beyond which a model's rotary embeddings depend on the length; None if they never do."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
     kinds = [parameters] if "rope_type" in parameters else [kind for kind in parameters.values() if kind]

@@ -172,7 +172,7 @@ def test_calls_of_tools_are_as_they_were_written_and_the_template_sees_the_tools
 
 
 def test_tools_that_cannot_be_told_are_named(text_model, tmp_path):
-    for tools, message in [("[", "row 0 of train .* has tools that are no JSON"), ({"a": 1}, "for tools: give a list"),
+    for tools, message in [("[", "row 0 of train .* has tools that are not JSON"), ({"a": 1}, "for tools: give a list"),
                            ([{"name": "f"}], r"the simple form has no tools")]:  # fmt: skip
         path = write_rows(tmp_path / "a.jsonl", [{"turns": ["w1", "w2"], "tools": tools}] * 2)
         with pytest.raises(DataError, match=message.replace("row 0", r"row \d")):
@@ -227,7 +227,7 @@ def test_a_row_that_the_template_refuses_is_named_by_its_number_in_the_file(tmp_
         DialogueDataModule(str(tmp_path), source).setup()
     assert str(refused.value) == (
         f"row 13 of train of {source}: the chat template refuses the dialogue (System role not supported); "
-        "merge_system=True (chat: --merge-system) puts the system's text in front of the first user turn"
+        "merge_system=True (chat: --merge-system) puts the system's text before the first user turn"
     )
     data = DialogueDataModule(str(tmp_path), source, merge_system=True)
     data.setup()

@@ -292,7 +292,7 @@ def test_packed_utf16_is_read_too(tmp_path: Path) -> None:
         (
             "train-00000-of-00001.parquet",
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-            "cannot be read as parquet: only git-lfs's pointer to the data is here; fetch them with `git lfs pull`",
+            "cannot be read as parquet: only git-lfs's pointer to the data is here; fetch the data with `git lfs pull`",
         ),
     ],
 )

@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     ),
     "bert": (
         lambda: tf.BertConfig(**COMMON),
-        "embeds no tokens, as encoders like BERT do",
+        "embeds no tokens, as in encoders like BERT",
     ),
     "t5": (
         lambda: tf.T5Config(vocab_size=VOCAB, d_model=HIDDEN, num_layers=NUM_BLOCKS, num_heads=4, d_ff=48, d_kv=8),
