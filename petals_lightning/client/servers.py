@@ -156,7 +156,7 @@ class ServerPool:
                 connection.close()
         # A server that stays away is logged once, however often the background task tries it.
         level = logging.WARNING if count == 1 or proven else logging.INFO
-        logger.log(level, "%s; leaving it alone for at least %.0f s", self._named(failure), period)
+        logger.log(level, "%s; not using it for at least %.0f s", self._named(failure), period)
 
     def forgive(self, peer: str) -> None:
         """Lifts a ban, because the failure was not the server's."""
@@ -340,7 +340,7 @@ class ServerPool:
         reasons |= dict.fromkeys(self.misfits_at(missing))
         hint += "".join(f"; a server that lists them: {reason}" for reason in list(reasons)[:3])
         return (
-            f"nobody serves blocks {format_blocks(missing)} of {self.dht_prefix!r} "
+            f"no usable server holds blocks {format_blocks(missing)} of {self.dht_prefix!r} "
             f"({self.num_blocks} blocks){hint}; models listed in this swarm: {served or 'none'}. "
             "Start servers for them (`petals-lightning serve MODEL --initial-peers …`), or check dht_prefix"
         )

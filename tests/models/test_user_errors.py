@@ -34,7 +34,9 @@ IDS = torch.randint(1, VOCAB, (2, 6))
 
 def test_blocks_that_nobody_serves_are_named_when_connecting(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 1), (3, 4)])
-    with pytest.raises(NoServersError, match=r"nobody serves blocks 1:3 of 'tiny'.*listed in this swarm: tiny"):
+    with pytest.raises(
+        NoServersError, match=r"no usable server holds blocks 1:3 of 'tiny'.*listed in this swarm: tiny"
+    ):
         swarm.load(AutoDistributedModel)
 
 
