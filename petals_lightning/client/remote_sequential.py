@@ -20,9 +20,9 @@ from petals_lightning.client.block_pass import BlockPass
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.client.pipeline import Pipeline
+from petals_lightning.client.positions import gather_positions, scatter_positions
 from petals_lightning.client.router import Router
 from petals_lightning.client.routing import RouteSpan
-from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import SwarmConnectionError, UnsupportedInputError
@@ -191,9 +191,9 @@ class RemoteSequential(nn.Module):
             if not call.identity:
                 output, _ = self.run(hidden_states, prefix=call.prefix, deep=call.deep, rows=call.rows)
             else:
-                output = hidden_states if call.rows is None else take_rows(hidden_states, call.rows)
+                output = hidden_states if call.rows is None else gather_positions(hidden_states, call.rows)
             if call.rows is not None:
-                output = put_rows(output, call.rows, *hidden_states.shape[:2])
+                output = scatter_positions(output, call.rows, *hidden_states.shape[:2])
         return (output, None) if self.returns_tuple else output
 
     def inference_session(

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from petals_lightning.client import ClientConfig, RemoteSequential
-from petals_lightning.client.rows import put_rows, take_rows
+from petals_lightning.client.positions import gather_positions, scatter_positions
 from petals_lightning.errors import ConfigurationError, UnsupportedInputError
 from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.decoder import model_class
@@ -124,10 +124,10 @@ class DistributedClassifier(DistributedModel):
         )
 
         def take(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (take_rows(args[0], rows),)
+            return (gather_positions(args[0], rows),)
 
         def put(head: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return put_rows(output, rows, len(rows), length)
+            return scatter_positions(output, rows, len(rows), length)
 
         hooks = [
             self.score.register_forward_pre_hook(of_this_thread(take)),  # type: ignore

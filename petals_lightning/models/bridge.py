@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from petals_lightning.client.block_pass import BlockPass
 from petals_lightning.client.inference_session import InferenceSession
+from petals_lightning.client.positions import gather_positions, scatter_positions
 from petals_lightning.client.remote_sequential import RemoteSequential
-from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.errors import UnsupportedInputError, UnsupportedModelError
 from petals_lightning.hf.compat import cache_name, pop_cache, positions_of_logits, set_cache, versions
 from petals_lightning.hf.skeleton import BlockLayout, norms_of
@@ -237,7 +237,7 @@ class DecoderBridge:
         rows, output = self.rows, self._pass.output
         if rows is None or output is None or hidden is not output():
             return forward(hidden, *args, **kwargs)
-        return put_rows(forward(take_rows(hidden, rows), *args, **kwargs), rows, *hidden.shape[:2])
+        return scatter_positions(forward(gather_positions(hidden, rows), *args, **kwargs), rows, *hidden.shape[:2])
 
     def _prompts_at_first_block(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The prefix's hidden states [P, H] before the first block and deep prompts [L, P, H], or None."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from petals_lightning.client.rows import take_rows
+from petals_lightning.client.positions import gather_positions
 from petals_lightning.models.thread_hooks import of_this_thread
 
 
@@ -28,7 +28,7 @@ def token_logits(
     """
 
     def only_rows(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (take_rows(args[0], rows),)
+        return (gather_positions(args[0], rows),)
 
     bridge = getattr(model, "bridge", None)
     hook = model.get_output_embeddings().register_forward_pre_hook(of_this_thread(only_rows))

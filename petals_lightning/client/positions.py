@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 
 
-def take_rows(batch: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def gather_positions(batch: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """[B, S, D] → [1, N, D], with rows [N] indices into B·S."""
     return batch.flatten(0, 1)[rows.to(batch.device)][None]
 
 
-def put_rows(values: torch.Tensor, rows: torch.Tensor, batch_size: int, tokens: int) -> torch.Tensor:
+def scatter_positions(values: torch.Tensor, rows: torch.Tensor, batch_size: int, tokens: int) -> torch.Tensor:
     """[1, N, D] or [N, D] → [B, S, D]: zeros but for `rows`."""
     features = values.shape[-1]
     batch = values.new_zeros(batch_size * tokens, features)
