@@ -20,7 +20,7 @@ from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.segments import Segment
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.client.verify import disagreement, tolerance
+from petals_lightning.client.validation import disagreement, tolerance
 from petals_lightning.errors import ConfigurationError, PeerFailure, WrongResult
 
 logger = logging.getLogger(__name__)

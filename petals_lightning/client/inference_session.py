@@ -23,7 +23,7 @@ from petals_lightning.client.router import Router
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.session_leg import SessionLeg
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.client.verify import check_step
+from petals_lightning.client.validation import check_step
 from petals_lightning.errors import (
     NoCacheRoomError,
     NoServersError,

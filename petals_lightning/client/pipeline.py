@@ -29,7 +29,7 @@ from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.segments import ForwardResult, InputGrads, Leg, MicroBatch, Segment
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.client.verify import check_backward, check_forward, seconds_of
+from petals_lightning.client.validation import check_backward, check_forward, reported_seconds
 from petals_lightning.errors import NonFiniteResult, PeerFailure, RetriesExhaustedError
 from petals_lightning.protocol.messages import ErrorCode, Message
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
@@ -464,9 +464,9 @@ class Pipeline:
         def learn(reply: Message) -> None:
             if reply.fields.get("kept") is not True:
                 leg.graph = None
-            compute = seconds_of(reply, "compute")
+            compute = reported_seconds(reply, "compute")
             if is_alone:
-                elapsed = time.perf_counter() - began - seconds_of(reply, "queue")
+                elapsed = time.perf_counter() - began - reported_seconds(reply, "queue")
             else:  # a hand-over does not show the round trip to this server
                 elapsed = compute + self._router.expected_seconds(leg.peer, tokens=0, blocks=0)[0]
             self._servers.speeds.report_success(

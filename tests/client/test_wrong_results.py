@@ -20,7 +20,7 @@ import torch
 from petals_lightning.client import ClientConfig
 from petals_lightning.client.audit import stratified
 from petals_lightning.client.segments import Leg, Segment
-from petals_lightning.client.verify import disagreement
+from petals_lightning.client.validation import disagreement
 from petals_lightning.errors import RetriesExhaustedError
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import (

@@ -69,7 +69,7 @@ def output_shape(request: ForwardRequest) -> list[int]:
     return list(request.hidden.shape) if request.rows is None else [len(request.rows), request.hidden.shape[2]]
 
 
-def seconds_of(reply: Message, name: str) -> float:
+def reported_seconds(reply: Message, name: str) -> float:
     """A duration that a server reports; 0 if it reports none or an impossible one."""
     value = reply.fields.get(name)
     return float(value) if isinstance(value, (int, float)) and 0 <= value < math.inf else 0.0
