@@ -18,9 +18,9 @@ import torch
 from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
-from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.flow_control import RequestWindow
 from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.errors import PeerFailure, ProtocolError
 from petals_lightning.protocol.auth import is_proof, new_nonce, prove
 from petals_lightning.protocol.checks import printable
@@ -42,7 +42,7 @@ class _Call:
     """
 
     answer: asyncio.Future[Message]
-    clock: ServiceClock
+    clock: ServiceTimer
     deadline: float
     max_bytes: int
 
@@ -154,13 +154,13 @@ class PeerConnection:
         call_id: int | None = None,
         *,
         deadline: float | None = None,
-        clock: ServiceClock | None = None,
+        clock: ServiceTimer | None = None,
     ) -> Message:
         """As `ServerConnection.call`; the stream sends it under `call_id`."""
         call_id = call_id if call_id is not None else self.next_id()
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout, message.answer_bytes)
-        call.clock.hold()
+        call = _Call(answer, clock or ServiceTimer(), deadline or self._config.request_timeout, message.answer_bytes)
+        call.clock.pause()
         try:
             async with self._window.enter(message.num_bytes):
                 if self._failure is not None:
@@ -182,7 +182,7 @@ class PeerConnection:
         return reply
 
     async def expect(
-        self, call_id: int, *, max_bytes: int, deadline: float | None = None, clock: ServiceClock | None = None
+        self, call_id: int, *, max_bytes: int, deadline: float | None = None, clock: ServiceTimer | None = None
     ) -> Message:
         """Waits for the answer to a request that another server hands over to this server. Raises as `call`.
 
@@ -195,9 +195,9 @@ class PeerConnection:
             raise self._failure
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         call = self._pending[call_id] = _Call(
-            answer, clock or ServiceClock(), deadline or self._config.request_timeout, max_bytes
+            answer, clock or ServiceTimer(), deadline or self._config.request_timeout, max_bytes
         )
-        call.clock.hold()
+        call.clock.pause()
         try:
             reply = await answer
         finally:

@@ -9,8 +9,8 @@ from functools import partial
 from itertools import pairwise
 
 from petals_lightning.client.connection import PeerConnection
-from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.server_connection import ServerConnection
+from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.protocol.handover import Hop, make_permit
 from petals_lightning.protocol.messages import Message
 
@@ -33,7 +33,7 @@ class Stage:
     request: Message
     answered: Callable[[Message], None] = lambda reply: None
     deadline: float | None = None
-    clock: ServiceClock = field(default_factory=ServiceClock)
+    clock: ServiceTimer = field(default_factory=ServiceTimer)
     call_id: int = 0
     is_answered: bool = False
 
@@ -97,9 +97,9 @@ class Exchange:
         if call.cancelled() or call.exception() is not None:
             return  # a caller that waits gets the error; otherwise the result is complete without this answer
         stage, following = self._stages[number], self._stages[number + 1 : number + 2]
-        stage.clock.hold()
+        stage.clock.pause()
         for other in following:
-            if other.clock.is_held and not other.is_answered:
+            if other.clock.is_paused and not other.is_answered:
                 other.clock.restart()
         stage.is_answered = True
         stage.answered(call.result())

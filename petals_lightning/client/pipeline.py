@@ -20,7 +20,6 @@ import torch
 
 from petals_lightning.client.attempts import Attempts
 from petals_lightning.client.audit import Auditor, Judge, Tensors
-from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
 from petals_lightning.client.exchange import Exchange, Stage
 from petals_lightning.client.handover import may_be_anothers_fault
 from petals_lightning.client.hedging import Run, race
@@ -29,6 +28,7 @@ from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.segments import ForwardResult, InputGrads, Leg, MicroBatch, Segment
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.timeouts import BACKWARD_COST, RequestTimeouts, ServiceTimer, request_timeouts
 from petals_lightning.client.validation import check_backward, check_forward, reported_seconds
 from petals_lightning.errors import NonFiniteResult, PeerFailure, RetriesExhaustedError
 from petals_lightning.protocol.messages import ErrorCode, Message
@@ -209,8 +209,8 @@ class Pipeline:
     ) -> T:
         """Runs a segment `here`, and also `elsewhere`, on other servers, if it is late. Raises as `race`."""
         for leg in segment.legs:
-            leg.clock = ServiceClock()
-            leg.clock.hold()  # until the request has arrived
+            leg.clock = ServiceTimer()
+            leg.clock.pause()  # until the request has arrived
         segment.legs[0].clock.restart()
 
         def second() -> Run[T] | None:
@@ -221,7 +221,7 @@ class Pipeline:
                 return None
             return partial(elsewhere, route)
 
-        hedges = [self._patience(batch, leg, cost).hedge for leg in segment.legs]
+        hedges = [self._timeouts(batch, leg, cost).hedge for leg in segment.legs]
         result, was_here = await race(
             here,
             second,
@@ -453,7 +453,7 @@ class Pipeline:
         for leg, message in zip(legs, messages, strict=True):
             assert leg.connection is not None
             # For all but the last, a server's time includes the unknown time of sending to the next one.
-            deadline = self._patience(batch, leg, cost).deadline if leg is legs[-1] else None
+            deadline = self._timeouts(batch, leg, cost).deadline if leg is legs[-1] else None
             stages.append(Stage(leg.connection, message, deadline=deadline, clock=leg.clock))
         return stages
 
@@ -475,9 +475,9 @@ class Pipeline:
 
         return learn
 
-    def _patience(self, batch: MicroBatch, leg: Leg, cost: float) -> Patience:
+    def _timeouts(self, batch: MicroBatch, leg: Leg, cost: float) -> RequestTimeouts:
         expected, is_measured = self._router.expected_seconds(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start)
-        return patience(expected * cost, is_measured, self._servers.config)
+        return request_timeouts(expected * cost, is_measured, self._servers.config)
 
     def _attempts(self) -> Attempts:
         return Attempts(self._servers, self._router, self._stats)

@@ -1,7 +1,7 @@
-"""Positions of a batch that are read, taken out of it and put back.
+"""Gathers the positions of a batch that are read, and scatters them back.
 
-Modules that treat every position by itself (final norm, head) then run on what is read only. Behind the blocks all
-others are zeros.
+Modules that treat each position separately (final norm, head) then run only on positions that are read. After the
+blocks all others are zeros.
 
 Shapes: B batch, S tokens, N positions that are read, D features.
 """
@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 
 
-def gather_positions(batch: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[B, S, D] → [1, N, D], with rows [N] indices into B·S."""
-    return batch.flatten(0, 1)[rows.to(batch.device)][None]
+def gather_positions(batch: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[B, S, D] → [1, N, D], for positions [N], indices into B·S."""
+    return batch.flatten(0, 1)[positions.to(batch.device)][None]
 
 
-def scatter_positions(values: torch.Tensor, rows: torch.Tensor, batch_size: int, tokens: int) -> torch.Tensor:
-    """[1, N, D] or [N, D] → [B, S, D]: zeros but for `rows`."""
+def scatter_positions(values: torch.Tensor, positions: torch.Tensor, batch_size: int, tokens: int) -> torch.Tensor:
+    """[1, N, D] or [N, D] → [B, S, D]: zeros except at `positions`."""
     features = values.shape[-1]
     batch = values.new_zeros(batch_size * tokens, features)
-    batch.index_copy_(0, rows.long().to(values.device), values.reshape(-1, features))
+    batch.index_copy_(0, positions.long().to(values.device), values.reshape(-1, features))
     return batch.view(batch_size, tokens, features)

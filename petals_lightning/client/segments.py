@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.server_connection import ServerConnection
+from petals_lightning.client.timeouts import ServiceTimer
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Leg:
     peer: str
     connection: ServerConnection | None = None
     graph: int | None = None
-    clock: ServiceClock = field(default_factory=ServiceClock)
+    clock: ServiceTimer = field(default_factory=ServiceTimer)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from petals_lightning.client.deadlines import ServiceClock
+from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.protocol.messages import Message
 
 
@@ -39,7 +39,7 @@ class ServerConnection(Protocol):
         call_id: int | None = None,
         *,
         deadline: float | None = None,
-        clock: ServiceClock | None = None,
+        clock: ServiceTimer | None = None,
     ) -> Message:
         """Sends a request and waits for its reply.
 

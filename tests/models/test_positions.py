@@ -1,4 +1,4 @@
-"""What stands behind the blocks runs on the positions that are read, whatever the family calls it."""
+"""Modules after the blocks run only on positions that are read, whatever their names in the family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.families import HIDDEN, TINY_CONFIGS
 from tests.models.test_parity import UNEVEN, right_padded_batch
 
 
-def test_rows_come_out_and_go_back_and_so_do_their_gradients():
+def test_positions_and_their_gradients_are_gathered_and_scattered():
     batch = torch.randn(3, 4, 5, requires_grad=True)
     rows = torch.tensor([7, 0, 11], dtype=torch.int32)
     taken = gather_positions(batch, rows)
@@ -28,7 +28,7 @@ def test_rows_come_out_and_go_back_and_so_do_their_gradients():
 
 
 @pytest.mark.parametrize("family", TINY_CONFIGS)
-def test_the_norm_behind_the_blocks_is_found(family, tiny_checkpoint):
+def test_the_norm_after_the_blocks_is_found(family, tiny_checkpoint):
     model = LocalModelForCausalLM.from_pretrained(str(tiny_checkpoint(family)))
     owner = find_blocks(model).owner(model)
     norms, ran = norms_of(owner, HIDDEN), []

@@ -21,12 +21,12 @@ import torch
 from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
-from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.flow_control import RequestWindow
 from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, PetalsCalls, rolls_back
 from petals_lightning.client.petals.session import PetalsSession
 from petals_lightning.client.petals.shapes import input_grads, output_grad, output_of, prompts_of, with_prefix
 from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.errors import PeerFailure
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward
@@ -133,10 +133,10 @@ class PetalsConnection:
         call_id: int | None = None,
         *,
         deadline: float | None = None,
-        clock: ServiceClock | None = None,
+        clock: ServiceTimer | None = None,
     ) -> Message:
-        clock = clock or ServiceClock()
-        clock.hold()
+        clock = clock or ServiceTimer()
+        clock.pause()
         began = time.perf_counter()
         async with self._window.enter(message.num_bytes):
             clock.restart()
@@ -231,7 +231,7 @@ class PetalsConnection:
         if (session := self._sessions.pop(number, None)) is not None:
             session.close()
 
-    async def _in_time(self, answer: Any, deadline: float, clock: ServiceClock) -> dict[str, torch.Tensor]:
+    async def _in_time(self, answer: Any, deadline: float, clock: ServiceTimer) -> dict[str, torch.Tensor]:
         """The answer; raises PeerFailure if the connection is lost or the server exceeds the deadline."""
         task = asyncio.ensure_future(answer)
         self._under_way += 1

@@ -11,11 +11,11 @@ from petals_lightning.client.config import ClientConfig
 BACKWARD_COST = 2.0  # times a forward's
 
 
-QUEUE_PATIENCE = 15.0  # seconds in a queue that does not advance, before other servers are asked too
+STALLED_QUEUE_TIMEOUT = 15.0  # seconds in a queue that does not advance, before other servers are asked too
 MAX_QUEUE_TIME = 4.0  # times `request_timeout`: the longest total wait, while the place in the queue improves
 
 
-class ServiceClock:
+class ServiceTimer:
     """Seconds that a server has worked on a request, as far as the client knows.
 
     The clock restarts when the request has been sent, and whenever the server reports that it still waits in the queue.
@@ -43,12 +43,12 @@ class ServiceClock:
         if ahead < self._ahead:
             self._ahead, self._improved_at = ahead, self._since
 
-    def hold(self) -> None:
+    def pause(self) -> None:
         """Stops at 0 until it is restarted: the request waits on this machine for its turn to be sent."""
         self._since = None
 
     @property
-    def is_held(self) -> bool:
+    def is_paused(self) -> bool:
         return self._since is None
 
     @property
@@ -58,7 +58,7 @@ class ServiceClock:
     @property
     def late(self) -> float:
         """Seconds of work, or of a long wait in a queue that does not advance."""
-        return max(self.seconds, self.stalled - QUEUE_PATIENCE)
+        return max(self.seconds, self.stalled - STALLED_QUEUE_TIMEOUT)
 
     @property
     def stalled(self) -> float:
@@ -71,7 +71,7 @@ class ServiceClock:
 
         A wait in a queue that advances is not counted.
         """
-        return max(self.seconds, self.stalled if self.stalled > QUEUE_PATIENCE else 0.0)
+        return max(self.seconds, self.stalled if self.stalled > STALLED_QUEUE_TIMEOUT else 0.0)
 
     def overdue(self, deadline: float, request_timeout: float) -> str | None:
         """Why the request is given up; None while it is not.
@@ -91,14 +91,14 @@ class ServiceClock:
 
 
 @dataclass(frozen=True)
-class Patience:
+class RequestTimeouts:
     """Seconds of work after which a request is given up (`deadline`), or also tried elsewhere (`hedge`, or never)."""
 
     deadline: float
     hedge: float | None
 
 
-def patience(expected: float, is_measured: bool, config: ClientConfig) -> Patience:
+def request_timeouts(expected: float, is_measured: bool, config: ClientConfig) -> RequestTimeouts:
     """Deadline and hedge of a request that should take `expected` seconds.
 
     `is_measured`: the estimate comes from our own requests. A server's own claim is enough to hedge, but not to give
@@ -109,6 +109,6 @@ def patience(expected: float, is_measured: bool, config: ClientConfig) -> Patien
         floor = min(config.min_request_timeout, config.request_timeout)
         deadline = min(max(config.deadline_factor * expected, floor), config.request_timeout)
     if config.hedge_factor is None:
-        return Patience(deadline, None)
+        return RequestTimeouts(deadline, None)
     # No hedge before the server has been asked once for the request's place in its queue.
-    return Patience(deadline, max(config.hedge_factor * expected, 2 * config.heartbeat_period))
+    return RequestTimeouts(deadline, max(config.hedge_factor * expected, 2 * config.heartbeat_period))
