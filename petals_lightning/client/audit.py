@@ -95,9 +95,9 @@ class Auditor:
         if all(map(self._servers.is_trusted, second.peers)):
             raise WrongResult(peer, _words(error, "that of a trusted server"), proven=True)
         async with self._judging:
-            if self._servers.is_proven_liar(peer):
+            if self._servers.is_proven_wrong(peer):
                 raise WrongResult(peer, _words(error, "that of another server"), proven=True)
-            if not any(map(self._servers.is_proven_liar, second.peers)):
+            if not any(map(self._servers.is_proven_wrong, second.peers)):
                 await self._decide(segment, deep, grads, first, second, error)
 
     async def _ask(self, segment: Segment, again: Callable[[list[RouteSpan]], Awaitable[Tensors]]) -> _Answer | None:

@@ -16,7 +16,7 @@ from petals_lightning.errors import IncompatibleServerError, NoServersError, Pee
 
 logger = logging.getLogger(__name__)
 
-_WORTH_A_CHANGE = 0.2  # a route replaces the one in use only if it is faster by this share
+_REROUTE_GAIN = 0.2  # a route replaces the one in use only if it is faster by this share
 _MICROBATCHES_PER_SERVER = 4  # Huang et al. 2019, GPipe, section 2.3: idle time is small from 4 per stage on
 _NEAR = 0.01  # round trip in seconds below which splitting a batch for one server costs more than it saves
 
@@ -46,8 +46,8 @@ class Router:
         """
         blocks = 0, self._servers.num_blocks
         if missing := uncovered(self._spans(1), *blocks):
-            if misfits := self._servers.misfits_at(missing):
-                raise IncompatibleServerError(misfits[0])
+            if incompatible := self._servers.incompatible_at(missing):
+                raise IncompatibleServerError(incompatible[0])
             raise NoServersError(await self._servers.explain_missing(missing))
         while True:
             try:
@@ -115,7 +115,7 @@ class Router:
         spans = [
             ServerSpan(other, *self._servers.spans[other], 0.0, 0.0)
             for other in others
-            if not self._servers.is_proven_liar(other)
+            if not self._servers.is_proven_wrong(other)
         ]
         return plan_route(spans, start, end) is not None
 
@@ -151,7 +151,7 @@ class Router:
         last = self._routes.get((start, end), [])
         now, then = route_seconds(spans, planned), route_seconds(spans, last)
         assert now is not None
-        if not last or then is None or now < then * (1 - _WORTH_A_CHANGE):
+        if not last or then is None or now < then * (1 - _REROUTE_GAIN):
             last = [
                 RouteSpan(leg.peer_id, leg.start, leg.end, self._servers.public_name(leg.peer_id)) for leg in planned
             ]

@@ -29,10 +29,12 @@ from petals_lightning.swarm import SwarmDirectory, SwarmNode
 logger = logging.getLogger(__name__)
 
 _DEFAULT_TOKENS_PER_SECOND = 1000.0
-_TRUST_IN_CLAIMS = 0.5  # weight of an announced speed, which is that of an idle server; a measured speed has weight 1
+_ADVERTISED_SPEED_WEIGHT = (
+    0.5  # weight of an announced speed, which is that of an idle server; a measured speed has weight 1
+)
 _MAX_BAN = 300.0
-_LIAR_BAN = 86400.0  # seconds: a judge has contradicted the server, so it gets no second chance soon
-_MODELS_TOLD = 20  # in an error message; any peer may list thousands
+_PROVEN_WRONG_BAN = 86400.0  # seconds: a judge has contradicted the server, so it gets no second chance soon
+_MODELS_LISTED = 20  # in an error message; any peer may list thousands
 
 
 @dataclass
@@ -81,7 +83,7 @@ class ServerPool:
         self._window = sliding_window
         self._directory = SwarmDirectory(node, config.swarm_token)
         self._records: dict[str, ServerRecord] = {}
-        self._misfits: dict[str, str] = {}
+        self._incompatible: dict[str, str] = {}
         self._refusals: dict[str, str] = {}
         self._bans: dict[str, _Ban] = {}
         self._connections: dict[str, ServerConnection] = {}
@@ -123,7 +125,9 @@ class ServerPool:
                 spans[peer], records[peer] = self.spans[peer], self._records[peer]
         self.spans, self._records = spans, records
         self._forget_absent()
-        self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
+        self._incompatible = {
+            peer: why for peer, record in records.items() if (why := self._incompatibility(peer, record))
+        }
 
     async def connection(self, peer: str) -> ServerConnection:
         """The open connection to a server, opened if needed (once, even if several callers wait).
@@ -148,7 +152,7 @@ class ServerPool:
         if known is not None and known.until > time.monotonic() and (known.is_proven or not proven):
             return  # several requests in flight may report one failure
         count = known.count + 1 if known is not None else 1
-        period = _LIAR_BAN if proven else min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
+        period = _PROVEN_WRONG_BAN if proven else min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
         self._bans[peer] = _Ban(time.monotonic() + period, count, proven, failure.reason)
         if failure.code is None:  # the stream or the server failed; after a mere refusal, other requests go on
             connection = self._connections.pop(peer, None)
@@ -167,7 +171,7 @@ class ServerPool:
         """Whether the user believes this server."""
         return peer in self.config.trusted_servers
 
-    def is_proven_liar(self, peer: str) -> bool:
+    def is_proven_wrong(self, peer: str) -> bool:
         """Whether a judge has contradicted this server (see `audit`)."""
         return peer in self._bans and self._bans[peer].is_proven
 
@@ -201,7 +205,7 @@ class ServerPool:
         record, connection = self._records.get(peer), self._connections.get(peer)
         hop = connection.round_trip if connection is not None else None
         claimed = record.tokens_per_second if record is not None else None
-        rate = (claimed or _DEFAULT_TOKENS_PER_SECOND) * _TRUST_IN_CLAIMS
+        rate = (claimed or _DEFAULT_TOKENS_PER_SECOND) * _ADVERTISED_SPEED_WEIGHT
         return hop if hop is not None else DEFAULT_HOP_SECONDS, rate
 
     def silence(self, peer: str) -> float:
@@ -225,7 +229,7 @@ class ServerPool:
         return record.public_name if record is not None else None
 
     def _may_be_used(self, peer: str) -> bool:
-        return peer not in self._misfits and peer not in self._refusals and self._is_allowed(peer)
+        return peer not in self._incompatible and peer not in self._refusals and self._is_allowed(peer)
 
     def _forget_absent(self) -> None:
         """Drops what is known of servers without a record or a running ban: servers come and go under new ids."""
@@ -259,7 +263,7 @@ class ServerPool:
         is_over = ban is None or ban.until < time.monotonic()
         return is_over and connection is not None and connection.is_open
 
-    def _misfit(self, peer: str, record: ServerRecord) -> str | None:
+    def _incompatibility(self, peer: str, record: ServerRecord) -> str | None:
         name = f"server …{peer[-6:]} ({record.public_name})" if record.public_name else f"server …{peer[-6:]}"
         if record.stream_version is None and self.config.swarm_token is not None:
             return (
@@ -280,9 +284,9 @@ class ServerPool:
             return f"{other_model}: config or tensor names differ from those here. {fix}"
         return None
 
-    def misfits_at(self, blocks: Collection[int]) -> list[str]:
+    def incompatible_at(self, blocks: Collection[int]) -> list[str]:
         """Why servers that list some of these blocks cannot be used."""
-        return [why for peer, why in self._misfits.items() if not set(range(*self.spans[peer])).isdisjoint(blocks)]
+        return [why for peer, why in self._incompatible.items() if not set(range(*self.spans[peer])).isdisjoint(blocks)]
 
     async def _open(self, peer: str) -> ServerConnection:
         try:
@@ -329,15 +333,15 @@ class ServerPool:
         excluded = [peer for peer in self.spans if not self._is_allowed(peer)]
         hint = f" ({len(excluded)} server(s) are excluded by allowed_servers / blocked_servers)" if excluded else ""
         listed = [entry.dht_prefix for entry in await self._directory.models()]
-        served = ", ".join(listed[:_MODELS_TOLD]) + (
-            f" and {more} more" if (more := len(listed[_MODELS_TOLD:])) else ""
+        served = ", ".join(listed[:_MODELS_LISTED]) + (
+            f" and {more} more" if (more := len(listed[_MODELS_LISTED:])) else ""
         )
         reasons = {
             ban.reason: None
             for peer, ban in self._bans.items()
             if peer in self.spans and any(self.spans[peer][0] <= block < self.spans[peer][1] for block in missing)
         }
-        reasons |= dict.fromkeys(self.misfits_at(missing))
+        reasons |= dict.fromkeys(self.incompatible_at(missing))
         hint += "".join(f"; a server that lists them: {reason}" for reason in list(reasons)[:3])
         return (
             f"no usable server holds blocks {format_blocks(missing)} of {self.dht_prefix!r} "

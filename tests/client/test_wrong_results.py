@@ -138,7 +138,7 @@ def test_two_servers_that_say_nan_are_believed_and_one_alone_is_named(tiny_check
 
 def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be caught.
-    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     model = load(swarm, audit_rate=0.1)
