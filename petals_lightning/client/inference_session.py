@@ -18,7 +18,7 @@ import torch
 from petals_lightning.client.attempts import Attempts
 from petals_lightning.client.exchange import Exchange, Stage
 from petals_lightning.client.handover import may_be_anothers_fault
-from petals_lightning.client.history import LateInputs
+from petals_lightning.client.input_history import PendingInputs
 from petals_lightning.client.router import Router
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.session_leg import SessionLeg
@@ -381,7 +381,7 @@ class InferenceSession:
             assert leg.connection is not None
             stages.append(Stage(leg.connection, request.to_message()))
         for stage, inner in zip(stages, legs[1:], strict=False):
-            late = LateInputs(hidden.shape[1])
+            late = PendingInputs(hidden.shape[1])
             inner.history.append(late, position_ids)
             stage.answered = _takes_in(late, hidden.shape)
         reply = await Exchange(stages).last()
@@ -413,7 +413,7 @@ class InferenceSession:
         return at_once
 
 
-def _takes_in(late: LateInputs, shape: torch.Size) -> Callable[[Message], None]:
+def _takes_in(late: PendingInputs, shape: torch.Size) -> Callable[[Message], None]:
     """Stores a server's output, which is also sent to the client, as the inputs of the next server."""
 
     def take(reply: Message) -> None:

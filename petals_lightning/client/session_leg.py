@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_lightning.client.history import InputHistory
+from petals_lightning.client.input_history import InputHistory
 from petals_lightning.client.server_connection import ServerConnection
 from petals_lightning.protocol.messages import Message, Method
 

@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass
-class LateInputs:
+class PendingInputs:
     """Inputs of `length` positions that have not arrived yet: `hidden` [B, length, H] is set when they do."""
 
     length: int
@@ -20,7 +20,7 @@ class LateInputs:
 
 @dataclass
 class _Inputs:
-    source: LateInputs
+    source: PendingInputs
     position_ids: torch.Tensor | None  # [B, n]; None: they continue from the previous positions
     first: int
     length: int
@@ -38,9 +38,9 @@ class InputHistory:
         self._events: list[_Inputs | torch.Tensor] = []  # a tensor [B] is a reordering of all inputs before it
         self.length = 0
 
-    def append(self, hidden: torch.Tensor | LateInputs, position_ids: torch.Tensor | None = None) -> None:
+    def append(self, hidden: torch.Tensor | PendingInputs, position_ids: torch.Tensor | None = None) -> None:
         """Adds the inputs [B, n, H] of the next n positions, and position_ids [B, n] if these do not just count up."""
-        source = hidden if isinstance(hidden, LateInputs) else LateInputs(hidden.shape[1], hidden)
+        source = hidden if isinstance(hidden, PendingInputs) else PendingInputs(hidden.shape[1], hidden)
         self._events.append(_Inputs(source, position_ids, self.length, source.length))
         self.length += source.length
 
