@@ -43,7 +43,7 @@ from petals_lightning.models.prompt_files import (
 from petals_lightning.models.prompts import TuningMode
 from petals_lightning.models.self_check import check_ends
 from petals_lightning.models.thread_hooks import of_this_thread
-from petals_lightning.models.trainable import FrozenBody, attach_trainable, has_head_of_its_own, parameters_to_draw
+from petals_lightning.models.trainable import FrozenBackbone, attach_trainable, has_head_of_its_own, parameters_to_draw
 from petals_lightning.options import make, options_of
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DistributedModel(FrozenBody):
+class DistributedModel(FrozenBackbone):
     """Mixin for the family's own class, for a model with remote blocks."""
 
     bridge: DecoderBridge

@@ -23,7 +23,7 @@ from petals_lightning.hf.skeleton import BlockLayout, num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import Prompts, TuningMode
-from petals_lightning.models.trainable import FrozenBody, attach_trainable, has_head_of_its_own, parameters_to_draw
+from petals_lightning.models.trainable import FrozenBackbone, attach_trainable, has_head_of_its_own, parameters_to_draw
 
 
 class _LocalModel:
@@ -93,7 +93,7 @@ class _LocalModel:
                 )
                 family = type(model)
                 fresh = fresh_parameters(family, checkpoint, info, has_head_of_its_own(family))
-        model.__class__ = type(family.__name__, (FrozenBody, family), {"__module__": family.__module__})
+        model.__class__ = type(family.__name__, (FrozenBackbone, family), {"__module__": family.__module__})
         layout = find_blocks(model)
         attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh))
         if tuning_mode is not None:

@@ -17,7 +17,7 @@ from petals_lightning.models.prompts import Prompts, TuningMode
 logger = logging.getLogger(__name__)
 
 
-class FrozenBody:
+class FrozenBackbone:
     """Mixin for a family's class: `train()` leaves the frozen parts in eval mode.
 
     Their dropout would make servers' and local results differ, and would only add noise to gradients.
