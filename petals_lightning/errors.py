@@ -52,7 +52,7 @@ class NoServersError(SwarmError):
     """No usable server holds some of the model's blocks."""
 
 
-class NoCacheRoomError(SwarmError):
+class CacheFullError(SwarmError):
     """No usable server has room for the keys and values of an inference session."""
 
 

@@ -25,7 +25,7 @@ from petals_lightning.client.session_leg import SessionLeg
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.validation import check_step
 from petals_lightning.errors import (
-    NoCacheRoomError,
+    CacheFullError,
     NoServersError,
     PeerFailure,
     UnsupportedInputError,
@@ -125,7 +125,7 @@ class InferenceSession:
 
         Raises:
             UnsupportedInputError: shapes do not match, or the session would exceed `max_length`.
-            NoCacheRoomError: for some blocks, no server has room for this batch and length.
+            CacheFullError: for some blocks, no server has room for this batch and length.
             SwarmError: servers failed beyond what retries can mend.
         """
         self._check(hidden_states)
@@ -288,7 +288,7 @@ class InferenceSession:
             if not self._full:
                 raise
             words = "; ".join(str(failure) for failure in self._full.values())
-            raise NoCacheRoomError(
+            raise CacheFullError(
                 f"no server has room for this inference session ({words}). Take a smaller max_length or batch, wait "
                 "until others have closed theirs, or serve with a larger --cache-memory"
             ) from e

@@ -170,7 +170,7 @@ class RemoteGeneration(CacheFromOutside):
     def inference_session(self, *, max_length: int) -> GenerationSession:
         """A conversation of up to `max_length` tokens (without a tuned model's prompts), for a `with` statement.
 
-        Servers reserve memory for all of it at the first step, or refuse (NoCacheRoomError). The memory is freed at the
+        Servers reserve memory for all of it at the first step, or refuse (CacheFullError). The memory is freed at the
         end of the `with`. Later `generate` calls take new tokens only, and return them with what was generated.
 
         Each thread and each asyncio task has its own conversations. To continue this one in another thread, as with a
