@@ -16,7 +16,7 @@ from petals_lightning.errors import CheckpointError, ConfigurationError, Unsuppo
 from petals_lightning.hf.checkpoint import Checkpoint, refusing
 from petals_lightning.hf.compat import quiet_transformers, renamed_keys
 from petals_lightning.hf.decoder import names_in_decoder
-from petals_lightning.hf.skeleton import BlockLayout, Part, num_blocks, prune
+from petals_lightning.hf.pruning import BlockLayout, ModelSlice, num_blocks, prune
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class LoadedPart(NamedTuple):
 def load_pruned(
     cls: type[PreTrainedModel],
     checkpoint: Checkpoint,
-    part: Part,
+    part: ModelSlice,
     *,
     dtype: torch.dtype | str = "auto",
     config_overrides: dict[str, Any] | None = None,
@@ -143,7 +143,7 @@ def _resolve_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint, lazy: dict[
 
 
 def _names_to_read(
-    cls: type[PreTrainedModel], checkpoint: Checkpoint, model: PreTrainedModel, layout: BlockLayout, part: Part
+    cls: type[PreTrainedModel], checkpoint: Checkpoint, model: PreTrainedModel, layout: BlockLayout, part: ModelSlice
 ) -> dict[str, str]:
     """Maps the checkpoint's names of the tensors of `part` to names from which transformers loads them into `model`.
 
@@ -160,7 +160,7 @@ def _names_to_read(
     wanted, moved = {}, {}
     for name, path in names_in_decoder(cls, checkpoint, model).items():
         if (match := block.match(path)) is None:
-            if part.ends or path in kept:
+            if part.with_embeddings_and_head or path in kept:
                 wanted[name] = path
         elif part.start <= (number := int(match[2])) < part.end:
             moved[name] = number - part.start, match[3]

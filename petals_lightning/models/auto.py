@@ -24,9 +24,9 @@ from transformers import (
 from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.client.positions import gather_positions, scatter_positions
 from petals_lightning.errors import ConfigurationError, UnsupportedInputError
-from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit, sliding_window
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.hf.skeleton import num_blocks
+from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
@@ -273,7 +273,7 @@ class _AutoDistributed:
             model, layout, fresh = load_pruned(
                 family,
                 checkpoint,
-                Part(0, 0, ends=True),
+                ModelSlice(0, 0, with_embeddings_and_head=True),
                 dtype=dtype or torch_dtype or "auto",
                 config_overrides={**overrides, "dht_prefix": model_config.dht_prefix},
                 mixin=cls.mixin,

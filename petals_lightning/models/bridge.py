@@ -28,7 +28,7 @@ from petals_lightning.client.positions import gather_positions, scatter_position
 from petals_lightning.client.remote_sequential import RemoteSequential
 from petals_lightning.errors import UnsupportedInputError, UnsupportedModelError
 from petals_lightning.hf.compat import cache_name, pop_cache, positions_of_logits, set_cache, versions
-from petals_lightning.hf.skeleton import BlockLayout, norms_of
+from petals_lightning.hf.pruning import BlockLayout, norms_of
 from petals_lightning.models.prompts import Prompts
 from petals_lightning.models.remote_cache import RemoteCache
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModel
 
 from petals_lightning.client.segments import Segment
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
@@ -65,7 +65,7 @@ class LocalJudge:
             model, layout, _ = load_pruned(
                 model_class(AutoModel, checkpoint),
                 checkpoint,
-                Part(block, block + 1, ends=False),
+                ModelSlice(block, block + 1, with_embeddings_and_head=False),
                 dtype=torch.float32,
             )
         span = BlockSpan(model, layout, block)

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from petals_lightning.hf import Checkpoint, Part, find_blocks, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, find_blocks, load_pruned
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.loading import check_pad_token, fresh_parameters
-from petals_lightning.hf.skeleton import BlockLayout, num_blocks
+from petals_lightning.hf.pruning import BlockLayout, num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import Prompts, TuningMode
@@ -74,7 +74,7 @@ class _LocalModel:
                 whole = load_pruned(
                     family,
                     checkpoint,
-                    Part(0, num_blocks(config), ends=True),
+                    ModelSlice(0, num_blocks(config), with_embeddings_and_head=True),
                     dtype=dtype,
                     config_overrides=overrides,
                     may_miss=has_head_of_its_own(family),

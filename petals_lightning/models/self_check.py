@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.compat import quiet_transformers, versions
-from petals_lightning.hf.skeleton import vocabulary_size
+from petals_lightning.hf.pruning import vocabulary_size
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.token_logits import token_logits
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.hf.checkpoint import Checkpoint
-from petals_lightning.hf.skeleton import BlockLayout, num_blocks
+from petals_lightning.hf.pruning import BlockLayout, num_blocks
 from petals_lightning.models.prompts import Prompts, TuningMode
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
-from petals_lightning.hf.skeleton import vocabulary_size
+from petals_lightning.hf.pruning import vocabulary_size
 from petals_lightning.models import trainable_state_dict
 from petals_lightning.models.prompts import TUNING_MODES
 from petals_lightning.strategies import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from petals_lightning.client.positions import gather_positions, scatter_positions
-from petals_lightning.hf.skeleton import find_blocks, norms_of
+from petals_lightning.hf.pruning import find_blocks, norms_of
 from petals_lightning.models import AutoDistributedModelForSequenceClassification
 from petals_lightning.models.local import LocalModelForCausalLM
 from tests.families import HIDDEN, TINY_CONFIGS

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
@@ -32,7 +32,9 @@ LIMITS = ServerLimits(max_batch_tokens=64, max_message_bytes=8 << 20, max_open_r
 @pytest.fixture(scope="module")
 def span(tiny_checkpoint) -> BlockSpan:
     checkpoint = Checkpoint(str(tiny_checkpoint("llama")))
-    model, layout, _ = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(1, 3, ends=False))
+    model, layout, _ = load_pruned(
+        model_class(AutoModel, checkpoint), checkpoint, ModelSlice(1, 3, with_embeddings_and_head=False)
+    )
     return BlockSpan(model, layout, 1)
 
 

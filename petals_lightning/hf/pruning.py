@@ -50,12 +50,12 @@ class BlockLayout:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The part of a model to keep: blocks [start, end) and, with `ends`, embeddings, norm and head."""
+class ModelSlice:
+    """The part of a model to keep: blocks [start, end) and, if wanted, embeddings, norm and head."""
 
     start: int
     end: int
-    ends: bool
+    with_embeddings_and_head: bool
 
 
 def num_blocks(config: PreTrainedConfig) -> int:
@@ -141,7 +141,7 @@ def _holds_blocks(modules: nn.ModuleList) -> bool:
     )
 
 
-def prune(model: PreTrainedModel, part: Part) -> BlockLayout:
+def prune(model: PreTrainedModel, part: ModelSlice) -> BlockLayout:
     """Reduces `model` to `part`, in place. For models on the meta device, before weights are loaded."""
     layout = find_blocks(model)
     owner, blocks = layout.owner(model), list(layout.blocks(model))
@@ -150,7 +150,7 @@ def prune(model: PreTrainedModel, part: Part) -> BlockLayout:
     layout.set_blocks(model, nn.ModuleList(kept))
     for module, name in numbers:
         setattr(module, name, getattr(module, name) - part.start)
-    if not part.ends:
+    if not part.with_embeddings_and_head:
         embedding = model.get_input_embeddings()
         for parent in _ancestors(model, layout.owner_path):
             for name, child in list(parent.named_children()):
@@ -164,7 +164,7 @@ def prune(model: PreTrainedModel, part: Part) -> BlockLayout:
     return layout
 
 
-def _numbers_of_blocks(blocks: Sequence[nn.Module], part: Part) -> list[tuple[nn.Module, str]]:
+def _numbers_of_blocks(blocks: Sequence[nn.Module], part: ModelSlice) -> list[tuple[nn.Module, str]]:
     """Modules in blocks of `part`, and the attributes with their block's number.
 
     Families call it `layer_idx`, `layer_id`, …. Such an attribute is recognised by holding the block's number in every
