@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from petals_lightning.data.tokenizers import IGNORED
+from petals_lightning.data.collate import IGNORED
 from petals_lightning.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -13,9 +13,9 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.base import Splits, TextDataModule
+from petals_lightning.data.collate import IGNORED, LabelledTokens, PadLabelled
 from petals_lightning.data.dialogue_format import ROLES, Answer, DialogueFormat, Message, samples
 from petals_lightning.data.sources import BUNDLED
-from petals_lightning.data.tokenizers import IGNORED, LabelledTokens, PadLabelled
 from petals_lightning.errors import ConfigurationError, DataError
 from petals_lightning.sample import DIALOGUES_DIR
 

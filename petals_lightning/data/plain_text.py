@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.base import Splits, TextDataModule
+from petals_lightning.data.collate import LabelledTokens, PadLabelled
 from petals_lightning.data.columns import find_text_column
 from petals_lightning.data.sources import BUNDLED
-from petals_lightning.data.tokenizers import LabelledTokens, PadLabelled
 from petals_lightning.errors import DataError
 
 

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.base import TextDataModule
+from petals_lightning.data.collate import EncodedTexts, PadRight
 from petals_lightning.data.columns import find_label_column, find_text_column
 from petals_lightning.data.labels import LabelEncoder
 from petals_lightning.data.sources import BUNDLED, LocatedSplits
-from petals_lightning.data.tokenizers import EncodedTexts, PadRight
 from petals_lightning.errors import ConfigurationError, DataError
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from petals_lightning.data.tokenizers import IGNORED
+from petals_lightning.data.collate import IGNORED
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models.token_logits import token_logits
 from petals_lightning.modules.tuning import TuningModule

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from petals_lightning.data.collate import IGNORED
 from petals_lightning.data.dialogue_format import DialogueFormat, Message, samples
-from petals_lightning.data.tokenizers import IGNORED
 from petals_lightning.errors import DataError
 from tests.chat_templates import ALTERNATE, CHATML, GEMMA, MISTRAL, QWEN3, TEMPLATES, TOKENIZERS, make_tokenizer
 

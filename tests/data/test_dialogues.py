@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig
 
 from petals_lightning.data import DialogueDataModule, load_tokenizer
+from petals_lightning.data.collate import IGNORED
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.data.dialogues import read_dialogue, windows
-from petals_lightning.data.tokenizers import IGNORED
 from petals_lightning.errors import ConfigurationError, DataError
 from tests.chat_templates import GEMMA, QWEN3, make_tokenizer
 

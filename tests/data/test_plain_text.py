@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from petals_lightning.data import PlainTextDataModule, load_tokenizer
+from petals_lightning.data.collate import IGNORED
 from petals_lightning.data.plain_text import windows
-from petals_lightning.data.tokenizers import IGNORED
 from petals_lightning.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""Turns texts into token ids."""
+"""Samples of token ids in memory, and the collators that make batches of them."""
 
 from __future__ import annotations
 
@@ -7,35 +7,11 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from petals_lightning.errors import CheckpointError, DataError
+from petals_lightning.errors import DataError
 
 IGNORED = -100  # the label that losses ignore
-
-
-def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, token: str | None = None
-) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, which pads on the right. If it has no pad token, it pads with eos, or else unk.
-
-    Raises:
-        CheckpointError: there is no tokenizer at `name_or_path`, or none of its tokens can pad.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, token=token)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"tokenizer={name_or_path}: no tokenizer there ({reason}); it must be a hub id or a folder with a "
-            "config.json and a tokenizer"
-        ) from error
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
-        raise CheckpointError(f"the tokenizer of {name_or_path!r} has no pad, eos or unk token to pad with")
-    return tokenizer
 
 
 class EncodedTexts(torch.utils.data.Dataset):
