@@ -144,7 +144,7 @@ def _written(value: Any) -> Any:
     return value
 
 
-def windows(messages: list[Message], form: DialogueFormat, max_length: int) -> list[tuple[list[int], list[int]]]:
+def split_dialogue(messages: list[Message], form: DialogueFormat, max_length: int) -> list[tuple[list[int], list[int]]]:
     """Splits a dialogue into as few samples (token ids, labels) of up to `max_length` tokens as possible.
 
     Splits are made before a turn of the user, and every sample begins with the system's text. A single longer exchange
@@ -255,7 +255,7 @@ class DialogueDataModule(TextDataModule):
             tools = _tools(row.get("tools"), where)
             messages = read_dialogue(row, where)
             try:
-                found += windows(messages, form.with_tools(tools) if tools else form, self.max_length)
+                found += split_dialogue(messages, form.with_tools(tools) if tools else form, self.max_length)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
         if not found:

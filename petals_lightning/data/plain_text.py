@@ -52,7 +52,7 @@ class PlainTextDataModule(TextDataModule):
     def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, LabelledTokens]:
         column = find_text_column(raw["train"], self.text_column, where=f"train of {self.source}")
         cut = {
-            split: windows(
+            split: chunk_tokens(
                 rows[find_text_column(rows, column, where=f"{split} of {self.source}")][:], tokenizer, self.max_length
             )
             for split, rows in raw.items()
@@ -76,7 +76,7 @@ class PlainTextDataModule(TextDataModule):
         return f"windows of {self.max_length} tokens"
 
 
-def windows(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+def chunk_tokens(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
     """Token ids of all texts, each with the tokenizer's special tokens and a final eos, in windows of `max_length`.
 
     The last window may be shorter, and is left out if it has nothing to predict. Rows without a text are left out.

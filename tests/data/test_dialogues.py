@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from petals_lightning.data import DialogueDataModule, load_tokenizer
 from petals_lightning.data.collate import IGNORED
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
-from petals_lightning.data.dialogues import read_dialogue, windows
+from petals_lightning.data.dialogues import read_dialogue, split_dialogue
 from petals_lightning.errors import ConfigurationError, DataError
 from tests.chat_templates import GEMMA, QWEN3, make_tokenizer
 
@@ -237,11 +237,11 @@ def test_a_row_that_the_template_refuses_is_named_by_its_number_in_the_file(tmp_
 def test_long_dialogues_become_samples_of_whole_exchanges(text_model):
     form = DialogueFormat(load_tokenizer(str(text_model)))
     messages = [Message(role="system", content="w0"), *talk("w1", "w2", "w3", "w4", "w5 w5 w5 w5 w5 w5 w5 w5", "w6")]
-    samples = windows(messages, form, max_length=12)
+    samples = split_dialogue(messages, form, max_length=12)
     parts = [messages[:5], [messages[0], *messages[5:]]]
     encoded = [form.encode(part) for part in parts]
     assert [ids for ids, _ in samples] == [ids[:12] for ids, _ in encoded]
-    assert windows(talk("w1"), form, 12) == [], "nobody answers"
+    assert split_dialogue(talk("w1"), form, 12) == [], "nobody answers"
 
 
 def test_windows_of_a_template_that_rewrites_the_past():
@@ -249,7 +249,7 @@ def test_windows_of_a_template_that_rewrites_the_past():
     tokenizer = make_tokenizer("byte_level", QWEN3, "<|im_end|>")
     form, messages = DialogueFormat(tokenizer), talk(*["So?", "no"] * 7)
     lengths = [len(form.encode(messages[:size])[0]) for size in (2, 4, 6)]
-    found = windows(messages, form, max_length=lengths[-1])
+    found = split_dialogue(messages, form, max_length=lengths[-1])
     assert [len(ids) for ids, _ in found] == [*lengths, *lengths, lengths[0]]
     for ids, labels in found:
         assert (
