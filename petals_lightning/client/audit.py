@@ -60,7 +60,7 @@ class Auditor:
         deep: torch.Tensor | None,
         grads: Grads | None,
         tensors: Tensors,
-        again: Callable[[list[RouteSpan]], Awaitable[Tensors]],
+        recompute: Callable[[list[RouteSpan]], Awaitable[Tensors]],
     ) -> None:
         """Audits a server's answer, if this request is drawn.
 
@@ -69,7 +69,7 @@ class Auditor:
                 deep: [n, P, H] deep prompts of the segment's blocks, or None.
                 grads: gradients of the outputs; None for a forward.
                 tensors: the answer.
-                again: computes the same thing on another route.
+                recompute: computes the same thing on another route.
 
         Raises:
                 WrongResult: a judge got another answer, or another server did and there is no judge.
@@ -79,7 +79,7 @@ class Auditor:
             return
         if not next(self._draws.setdefault(peer, stratified(rate, self._random))):
             return
-        first, second = _Answer([peer], tensors), await self._ask(segment, again)
+        first, second = _Answer([peer], tensors), await self._ask(segment, recompute)
         if second is None:
             if not self._told_alone:
                 self._told_alone = True
@@ -100,13 +100,15 @@ class Auditor:
             if not any(map(self._servers.is_proven_wrong, second.peers)):
                 await self._decide(segment, deep, grads, first, second, error)
 
-    async def _ask(self, segment: Segment, again: Callable[[list[RouteSpan]], Awaitable[Tensors]]) -> _Answer | None:
+    async def _ask(
+        self, segment: Segment, recompute: Callable[[list[RouteSpan]], Awaitable[Tensors]]
+    ) -> _Answer | None:
         """The answer of other servers; None if none of them can give one."""
         while route := self._router.auditing_route(
             segment.start, segment.end, avoid=segment.peers[0], generator=self._random
         ):
             try:
-                return _Answer([part.peer_id for part in route], await again(route))
+                return _Answer([part.peer_id for part in route], await recompute(route))
             except PeerFailure as e:
                 self._servers.report_failure(e)
         return None
@@ -130,10 +132,12 @@ class Auditor:
                 "the model on this machine's disk, or name servers that you trust as trusted_servers",
                 own, ", ".join(second.peers), error, segment.start, segment.end, e,
             )  # fmt: skip
-            words = "disagrees with another server, and there is no judge"
-            wrong = {own: WrongResult(own, words), **{p: WrongResult(p, words) for p in second.peers}}
+            reason = "disagrees with another server, and there is no judge"
+            wrong = {own: WrongResult(own, reason), **{p: WrongResult(p, reason) for p in second.peers}}
         else:
-            off = {answer: found for answer in (first, second) if (found := self._error(answer, truth)) is not None}
+            off = {
+                answer: distance for answer in (first, second) if (distance := self._error(answer, truth)) is not None
+            }
             worst = max(off, key=lambda answer: off[answer], default=None)
             wrong = {
                 # Rounding may explain the error. In a chain of several servers, the lying one cannot be identified.

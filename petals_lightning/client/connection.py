@@ -213,15 +213,15 @@ class PeerConnection:
 
     async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
         """As `ServerConnection.register_prompts`: each set is sent once, even if several callers wait for it."""
-        wanted = (version, start, len(deep))
-        if wanted not in self._prompts:
+        identity = (version, start, len(deep))
+        if identity not in self._prompts:
             key = self.next_id()
             sending = asyncio.create_task(self._send_prompts(key, deep))
             sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # callers may be cancelled
-            self._prompts[wanted] = key, sending
+            self._prompts[identity] = key, sending
             while len(self._prompts) > _PROMPTS_KEPT:
                 self._prompts.popitem(last=False)
-        key, sending = self._prompts[wanted]
+        key, sending = self._prompts[identity]
         await asyncio.shield(sending)
         return key
 
@@ -257,8 +257,8 @@ class PeerConnection:
             answer.exception()  # mark the exception as retrieved; the caller has received it
 
     def _error(self, reply: Message) -> PeerFailure:
-        code, words = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), 500)
-        return PeerFailure(self.peer, words, code)
+        code, text = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), 500)
+        return PeerFailure(self.peer, text, code)
 
     async def _read(self) -> None:
         try:
@@ -324,9 +324,9 @@ class PeerConnection:
                 self._fail(PeerFailure(self.peer, f"a ping was not answered for {now - self._pinged_at:.0f} s"))
                 return
             for call in self._pending.values():
-                words = call.clock.overdue(call.deadline, self._config.request_timeout)
-                if words is not None and not call.answer.done():
-                    call.answer.set_exception(PeerFailure(self.peer, words))
+                reason = call.clock.overdue(call.deadline, self._config.request_timeout)
+                if reason is not None and not call.answer.done():
+                    call.answer.set_exception(PeerFailure(self.peer, reason))
             if now - pinged >= period and (self._pinged_at is not None or self._pending):
                 pinged = now
                 self._pinged_at = self._pinged_at or now

@@ -251,8 +251,8 @@ class InferenceSession:
 
     def _max_tokens(self, leg: SessionLeg) -> int:
         """The largest B·n that a leg's server takes in one request."""
-        said = leg.connection.info["max_batch_tokens"] if leg.connection is not None else 0
-        return min(said, self._servers.config.max_microbatch_tokens)
+        limit = leg.connection.info["max_batch_tokens"] if leg.connection is not None else 0
+        return min(limit, self._servers.config.max_microbatch_tokens)
 
     def _comes_to_switch(self, position_ids: torch.Tensor | None) -> bool:
         """Whether the keys of positions before the newest step in the history must be computed again."""
@@ -287,9 +287,9 @@ class InferenceSession:
         except NoServersError as e:
             if not self._full:
                 raise
-            words = "; ".join(str(failure) for failure in self._full.values())
+            reasons = "; ".join(str(failure) for failure in self._full.values())
             raise CacheFullError(
-                f"no server has room for this inference session ({words}). Take a smaller max_length or batch, wait "
+                f"no server has room for this inference session ({reasons}). Take a smaller max_length or batch, wait "
                 "until others have closed theirs, or serve with a larger --cache-memory"
             ) from e
         return [SessionLeg(planned.start, planned.end, planned.peer_id) for planned in route]
@@ -318,14 +318,14 @@ class InferenceSession:
             if len(legs) == 1 and (first.connection is None or not first.connection.is_open):
                 first.number, first.held, first.reordering = None, 0, None  # sessions end with their stream
                 first.connection = await self._servers.connection(first.peer)
-            wanted = first.history.length - keep
+            first_needed = first.history.length - keep
             if following is not None:
-                wanted = following.history.length
-                first.held = min(first.held, wanted)
+                first_needed = following.history.length
+                first.held = min(first.held, first_needed)
             outputs = []
             while first.held < first.history.length:
-                out, position = await self._send(legs, following, mask, wanted)
-                outputs.append(out[:, max(wanted - position, 0) :])
+                out, position = await self._send(legs, following, mask, first_needed)
+                outputs.append(out[:, max(first_needed - position, 0) :])
         except BaseException:
             for leg in legs[1:]:
                 leg.history.crop(leg.held)
@@ -336,12 +336,12 @@ class InferenceSession:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     async def _send(
-        self, legs: list[SessionLeg], following: SessionLeg | None, mask: torch.Tensor | None, wanted: int
+        self, legs: list[SessionLeg], following: SessionLeg | None, mask: torch.Tensor | None, first_needed: int
     ) -> tuple[torch.Tensor, int]:
         """Sends as many of the missing positions as the servers take in one request.
 
         Returns:
-            Outputs of the positions from `wanted` on (at least one), and the first one's position.
+            Outputs of the positions from `first_needed` on (at least one), and the first one's position.
         """
         first, last = legs[0], legs[-1]
         hidden, position_ids = first.history.read(first.held)
@@ -349,7 +349,7 @@ class InferenceSession:
         at_once = self._at_once(first, hidden, position_ids, mask)
         hidden = hidden[:, :at_once]
         start, end = first.held, first.held + hidden.shape[1]
-        kept = min(max(end - wanted, 1), hidden.shape[1])
+        kept = min(max(end - first_needed, 1), hidden.shape[1])
         entering = self._servers.wire_dtype(first.peer)
         prefix = to_wire(first.prefix, entering, prompts=True) if opens and first.prefix is not None else None
         deep = (

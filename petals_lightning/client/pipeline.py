@@ -128,12 +128,12 @@ class Pipeline:
         async def here() -> tuple[list[Segment], Tensors]:
             return [segment], await self._ask_forward(batch, segment, want_prefix, attempts)
 
-        async def again(route: list[RouteSpan]) -> Tensors:
+        async def recompute(route: list[RouteSpan]) -> Tensors:
             return (await self._forward_by(replace(batch, keep=False), segment, route, want_prefix))[1]
 
         elsewhere = partial(self._forward_by, batch, segment, want_prefix=want_prefix)
         answered, tensors = await self._hedged(batch, segment, 1.0, here, elsewhere, attempts)
-        await self._audit(batch, answered, None, tensors, again)
+        await self._audit(batch, answered, None, tensors, recompute)
         return answered, tensors
 
     async def _run_backward(self, batch: MicroBatch, segment: Segment, grads: Grads, attempts: Attempts) -> Tensors:
@@ -146,12 +146,12 @@ class Pipeline:
         async def here() -> tuple[list[Segment], Tensors]:
             return [segment], await self._ask_backward(batch, segment, grads, attempts)
 
-        async def again(route: list[RouteSpan]) -> Tensors:
+        async def recompute(route: list[RouteSpan]) -> Tensors:
             return (await elsewhere(route))[1]
 
         elsewhere = partial(self._backward_by, batch, segment, grads)
         answered, found = await self._hedged(batch, segment, _backward_cost(segment), here, elsewhere, attempts)
-        await self._audit(batch, answered, grads, found, again)
+        await self._audit(batch, answered, grads, found, recompute)
         return found
 
     async def _audit(
@@ -160,13 +160,13 @@ class Pipeline:
         answered: list[Segment],
         grads: Grads | None,
         tensors: Tensors,
-        again: Callable[[list[RouteSpan]], Coroutine[Any, Any, Tensors]],
+        recompute: Callable[[list[RouteSpan]], Coroutine[Any, Any, Tensors]],
     ) -> None:
         """Audits an answer. Raises WrongResult, see `Auditor.check`."""
         for segment in answered[:1]:  # with audits on, there is one segment, of one server
             if not segment.is_handed_over:
                 deep = batch.deep(segment.start, segment.end)
-                await self._auditor.check(segment, deep, grads, tensors, again)
+                await self._auditor.check(segment, deep, grads, tensors, recompute)
 
     async def _forward_by(
         self, batch: MicroBatch, segment: Segment, route: Sequence[RouteSpan], want_prefix: bool
@@ -188,15 +188,15 @@ class Pipeline:
     ) -> tuple[list[Segment], Tensors]:
         """As `_forward_by`, with gradients of the segment's inputs."""
         done, _ = await self._forward_by(batch, segment, route, grads[1] is not None)
-        found: Tensors = {}
+        result: Tensors = {}
         deep: list[torch.Tensor] = []
         for part in reversed(done):
-            found = await self._ask_backward(batch, part, grads, self._attempts())
-            if "deep" in found:
-                deep.insert(0, found["deep"])
-            if "hidden" in found:
-                grads = found["hidden"], found.get("prefix")
-        return done, found | ({"deep": torch.cat(deep)} if deep else {})
+            result = await self._ask_backward(batch, part, grads, self._attempts())
+            if "deep" in result:
+                deep.insert(0, result["deep"])
+            if "hidden" in result:
+                grads = result["hidden"], result.get("prefix")
+        return done, result | ({"deep": torch.cat(deep)} if deep else {})
 
     async def _hedged(
         self,

@@ -69,7 +69,7 @@ class Router:
                 SwarmConnectionError: this process is cut off, because its daemon has ended.
                 AccessDeniedError: every server that holds the blocks refuses this peer.
         """
-        servers, deadline, told = self._servers, time.monotonic() + self._config.recovery_timeout, False
+        servers, deadline, warned = self._servers, time.monotonic() + self._config.recovery_timeout, False
         while True:
             spans = [span for span in self._spans(tokens) if span.peer not in avoid]
             if (route := plan_route(spans, start, end)) is not None:
@@ -81,8 +81,8 @@ class Router:
                 raise NoServersError(f"no other server holds blocks {format_blocks(missing)} of {servers.dht_prefix!r}")
             if time.monotonic() > deadline:
                 raise NoServersError(await servers.explain_missing(missing))
-            if not told:
-                told = True
+            if not warned:
+                warned = True
                 logger.warning(
                     "blocks %s of %s have no server left; waiting up to %.0f s for one",
                     format_blocks(missing), servers.dht_prefix, self._config.recovery_timeout,
@@ -127,8 +127,8 @@ class Router:
     def microbatch_size(self, route: list[RouteSpan], batch: int, tokens: int, prefix: int) -> int:
         """Samples of [batch, tokens, H], after a prefix of `prefix` positions, to send in one micro-batch."""
         is_near = len(route) == 1 and (self._servers.round_trip(route[0].peer_id) or 0.0) < _NEAR
-        said = [self._servers.max_batch_tokens(leg.peer_id) for leg in route]
-        most = min([self._config.max_microbatch_tokens, *(limit for limit in said if limit is not None)])
+        limits = [self._servers.max_batch_tokens(leg.peer_id) for leg in route]
+        most = min([self._config.max_microbatch_tokens, *(limit for limit in limits if limit is not None)])
         return microbatch_size(
             batch,
             1 if is_near else _MICROBATCHES_PER_SERVER * len(route),

@@ -182,11 +182,11 @@ class ServerPool:
 
     def wire_dtype(self, peer: str) -> str:
         """The dtype for tensors to and from a server."""
-        wanted, connection = self.config.wire_dtype, self._connections.get(peer)
-        said = connection.info.get("wire_dtypes") if connection is not None else None
-        can_quantise = isinstance(said, list) and INT8_BLOCKWISE in said
-        if wanted != "auto" and (wanted != INT8_BLOCKWISE or can_quantise):
-            return wanted
+        configured, connection = self.config.wire_dtype, self._connections.get(peer)
+        supported = connection.info.get("wire_dtypes") if connection is not None else None
+        can_quantise = isinstance(supported, list) and INT8_BLOCKWISE in supported
+        if configured != "auto" and (configured != INT8_BLOCKWISE or can_quantise):
+            return configured
         record = self._records.get(peer)
         return record.torch_dtype if record is not None and record.torch_dtype in ("float16", "bfloat16") else "float32"
 
@@ -221,8 +221,8 @@ class ServerPool:
     def max_batch_tokens(self, peer: str) -> int | None:
         """B·(P + S) that a server takes in one request, if known."""
         connection = self._connections.get(peer)
-        said = connection.info.get("max_batch_tokens") if connection is not None else None
-        return said if type(said) is int and said > 0 else None
+        limit = connection.info.get("max_batch_tokens") if connection is not None else None
+        return limit if type(limit) is int and limit > 0 else None
 
     def public_name(self, peer: str) -> str | None:
         record = self._records.get(peer)

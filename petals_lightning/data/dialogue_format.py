@@ -152,10 +152,10 @@ class DialogueFormat:
             start = self._count_tokens(ids, text, begin)
         else:
             begin = self._find_prompt(text[:begin], prompt, before[-1]["content"], message["content"])
-            said = ids[self._count_tokens(ids, text, begin) :]
+            answer_ids = ids[self._count_tokens(ids, text, begin) :]
             ids = self._tokenize(prompt)
             start = len(ids)
-            ids += said
+            ids += answer_ids
         end = next((at + 1 for at in range(start, len(ids)) if ids[at] in self.end_ids), len(ids))
         return Answer(ids, start, end)
 

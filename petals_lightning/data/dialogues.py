@@ -103,8 +103,8 @@ def _turns(turns: list[Any], where: str) -> list[Message]:
 
 def _message(given: dict[str, Any], where: str) -> Message:
     turn = {name: value for name, value in given.items() if value is not None}
-    said = str(turn.pop("role", turn.pop("from", ""))).strip().lower()
-    role = _ROLE_NAMES.get(said, said)
+    speaker = str(turn.pop("role", turn.pop("from", ""))).strip().lower()
+    role = _ROLE_NAMES.get(speaker, speaker)
     if role not in ROLES:
         names = ", ".join((*ROLES, *_ROLE_NAMES))
         raise DataError(f"{where} has the message {given!r:.100}: it needs role and content; roles are {names}")

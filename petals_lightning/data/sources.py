@@ -183,8 +183,8 @@ def _chosen(available: Iterable[str], split_names: dict[str, str]) -> dict[str, 
     by_lower = {name.lower(): name for name in available}
     chosen = {}
     for split, usual in SPLIT_NAMES.items():
-        wanted = (split_names[split],) if split in split_names else usual
-        found = next((by_lower[name.lower()] for name in wanted if name.lower() in by_lower), None)
+        names = (split_names[split],) if split in split_names else usual
+        found = next((by_lower[name.lower()] for name in names if name.lower() in by_lower), None)
         if found is not None:
             chosen[split] = found
     return chosen

@@ -53,10 +53,10 @@ class LocalJudge:
         for step in reversed(steps):
             span = self._load(step.start)
             graph = span.forward_with_graph(step, input_grad=True)
-            found = span.backward(graph, grad.float(), grad_prefix.float() if grad_prefix is not None else None)
-            grad, grad_prefix = found["hidden"], found.get("prefix")
+            result = span.backward(graph, grad.float(), grad_prefix.float() if grad_prefix is not None else None)
+            grad, grad_prefix = result["hidden"], result.get("prefix")
             if deep is not None:
-                deep_grads.insert(0, found["deep"])
+                deep_grads.insert(0, result["deep"])
         return _given(hidden=grad, prefix=grad_prefix, deep=torch.cat(deep_grads) if deep_grads else None)
 
     def _load(self, block: int) -> BlockSpan:

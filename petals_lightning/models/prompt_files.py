@@ -124,14 +124,14 @@ def load_tuned(model: nn.Module, folder: str | Path, *, token: str | bool | None
     """
     card, path = PromptCard.read(folder, token=token), _find(folder, TRAINED, token)
     check_base_model(card, _checkpoint(model), folder)
-    found, expected = load_file(path), trainable_state_dict(model)
-    if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in expected.items()}:
-        wrong = sorted(set(found) ^ set(expected)) or sorted(expected)
+    saved, expected = load_file(path), trainable_state_dict(model)
+    if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in expected.items()}:
+        wrong = sorted(set(saved) ^ set(expected)) or sorted(expected)
         raise CheckpointError(
             f"{path} does not hold what this model trains: {', '.join(wrong[:5])} differ; load it by the class and "
             "with the settings that it was saved from"
         )
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(saved, strict=False)
 
 
 def find_card(source: str | Path, **hub: Any) -> PromptCard | None:

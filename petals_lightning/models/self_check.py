@@ -93,12 +93,12 @@ def _check_logits(model: Any) -> None:
 def _check_generate(model: Any) -> None:
     """Each step of `generate` must have the logits of a pass over all tokens at once."""
     tokens, new = _tokens(model, 1), 2
-    found = model.generate(
+    generated = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new, do_sample=False,
         num_beams=1, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    whole = model(input_ids=found.sequences[:, :-1]).logits[:, -new:]
-    _compare(model, "what generate computes", torch.stack(found.logits, dim=1), whole.float())
+    whole = model(input_ids=generated.sequences[:, :-1]).logits[:, -new:]
+    _compare(model, "what generate computes", torch.stack(generated.logits, dim=1), whole.float())
 
 
 def _check_classifier(model: Any, family: type[PreTrainedModel]) -> None:
@@ -122,10 +122,10 @@ def _tokens(model: PreTrainedModel, batch: int) -> torch.Tensor:
     return torch.randint(0, vocabulary_size(model), (batch, _TOKENS), generator=generator).to(model.device)
 
 
-def _compare(model: PreTrainedModel, what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+def _compare(model: PreTrainedModel, what: str, result: torch.Tensor, expected: torch.Tensor) -> None:
     tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
-    same_shape = found.shape == expected.shape
-    error = (found - expected).float().norm() / expected.float().norm().clamp_min(1e-12) if same_shape else torch.inf
+    same_shape = result.shape == expected.shape
+    error = (result - expected).float().norm() / expected.float().norm().clamp_min(1e-12) if same_shape else torch.inf
     if not error < tolerance:
         raise UnsupportedModelError(_refusal(model, f"{what} would be wrong here (off by {float(error):.0%})"))
 

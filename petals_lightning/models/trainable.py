@@ -94,14 +94,14 @@ def parameters_to_draw(model: PreTrainedModel, checkpoint: Checkpoint, fresh: fr
     head = {f"{path}.{name}" for path, module in _heads(model) for name, _ in module.named_parameters()}
     if not any(name in checkpoint.shard_of for name in head):
         return fresh
-    saved, wanted = _class_names(checkpoint.config), _class_names(model.config)
-    is_for_them = saved == wanted or (len(saved) == len(wanted) and (_are_numbers(saved) or _are_numbers(wanted)))
+    saved, expected = _class_names(checkpoint.config), _class_names(model.config)
+    is_for_them = saved == expected or (len(saved) == len(expected) and (_are_numbers(saved) or _are_numbers(expected)))
     if is_for_them and not fresh & head:
         logger.info("the classification head of %s is trained on", checkpoint.name_or_path)
         return fresh
     logger.warning(
         "the classification head of %s is for the classes %s, this one for %s: a new one is drawn",
-        checkpoint.name_or_path, ", ".join(saved.values()), ", ".join(wanted.values()),
+        checkpoint.name_or_path, ", ".join(saved.values()), ", ".join(expected.values()),
     )  # fmt: skip
     return fresh | head
 

@@ -263,10 +263,10 @@ class TuningModule(pl.LightningModule):
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Trained weights only, under every strategy, even inside other modules (averages of weights)."""
-        found, own = {} if destination is None else destination, self._loaded
+        state, own = {} if destination is None else destination, self._loaded
         own = trainable_state_dict(self) if own is None else own
-        found.update({prefix + name: weight for name, weight in own.items()})
-        return found
+        state.update({prefix + name: weight for name, weight in own.items()})
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads trained weights; see `load_trained_weights`. They are kept until the model is loaded."""

@@ -62,16 +62,16 @@ def rolls_back(version: str | None) -> bool:
 
 def remote_error(peer: str, text: str) -> PeerFailure:
     """Translates a server's error message into our failure."""
-    code, words = parse_error(text)
-    words = words.strip()[:500]
+    code, message = parse_error(text)
+    message = message.strip()[:500]
     if code is not None:
-        return PeerFailure(peer, words, code.value)
+        return PeerFailure(peer, message, code.value)
     for known, meaning in _RETRIED.items():
         if known in text:
-            return PeerFailure(peer, words, meaning.value if meaning is not None else None)
-    if not words:
+            return PeerFailure(peer, message, meaning.value if meaning is not None else None)
+    if not message:
         return PeerFailure(peer, "failed without a word")
-    return PeerFailure(peer, words, ErrorCode.INTERNAL.value)
+    return PeerFailure(peer, message, ErrorCode.INTERNAL.value)
 
 
 class PetalsCalls:
@@ -169,10 +169,10 @@ class PetalsCalls:
             if not answers:
                 raise PeerFailure(self.peer, "the stream ended")
         with self.broken_protocol_is_failure():
-            found = read_response(answers, max_bytes=max_bytes)
-            if [list(tensor.shape) for tensor in found] != shapes:
-                raise ProtocolError(f"it answers {[list(tensor.shape) for tensor in found]}, asked for {shapes}")
-        return found
+            tensors = read_response(answers, max_bytes=max_bytes)
+            if [list(tensor.shape) for tensor in tensors] != shapes:
+                raise ProtocolError(f"it answers {[list(tensor.shape) for tensor in tensors]}, asked for {shapes}")
+        return tensors
 
     async def _open(self, method: str) -> _Stream:
         try:
@@ -241,11 +241,11 @@ class InferenceCall:
             await calls.info(block_uid(first.prefix, first.start))  # tells a dead server from an ended session
             raise PeerFailure(calls.peer, "this session is not held there any more", ErrorCode.CACHE_LOST.value)
         with calls.broken_protocol_is_failure():
-            found = read_response([answer], max_bytes=max_bytes)
-            if len(found) != 1 or found[0].shape != hidden.shape:
-                raise ProtocolError(f"it answers {[list(t.shape) for t in found]} to a step {list(hidden.shape)}")
+            tensors = read_response([answer], max_bytes=max_bytes)
+            if len(tensors) != 1 or tensors[0].shape != hidden.shape:
+                raise ProtocolError(f"it answers {[list(t.shape) for t in tensors]} to a step {list(hidden.shape)}")
         self._has_answered = True
-        return found[0]
+        return tensors[0]
 
     def close(self) -> None:
         """Ends the session: the server frees its memory when the stream ends."""

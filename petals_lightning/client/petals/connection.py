@@ -156,12 +156,12 @@ class PetalsConnection:
 
     async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
         """Keeps the prompts here: such servers store none, so they are sent with every request."""
-        wanted = (version, start, len(deep))
-        if wanted not in self._prompts:
-            self._prompts[wanted] = self.next_id(), deep
+        identity = (version, start, len(deep))
+        if identity not in self._prompts:
+            self._prompts[identity] = self.next_id(), deep
             while len(self._prompts) > _PROMPTS_KEPT:
                 self._prompts.popitem(last=False)
-        return self._prompts[wanted][0]
+        return self._prompts[identity][0]
 
     def forget_prompts(self) -> None:
         self._prompts.clear()

@@ -90,12 +90,12 @@ class PetalsSession:
             new = real[group.rows[0], request.position :].nonzero().flatten()
             out[group.rows[:, None], new] = hidden.to(out.dtype)
             prefix_out = prefix_out if prefix_out is not None else prefix
-        found = {"hidden": out[:, -(request.keep or out.shape[1]) :]}
+        answer = {"hidden": out[:, -(request.keep or out.shape[1]) :]}
         if request.want_prefix and self._prefix is not None:
             if prefix_out is None:
                 raise UnsupportedInputError("every sample of the first step begins with padding: leave it out")
-            found["prefix"] = prefix_out
-        return found
+            answer["prefix"] = prefix_out
+        return answer
 
     def close(self) -> None:
         for group in self._groups:
@@ -122,8 +122,8 @@ class PetalsSession:
             places = {int(row): place for place, row in enumerate(group.rows)}
             sources = [places.get(int(source)) for source in hypo_ids[group.rows]]
             if None in sources:
-                words = "samples would go on from others with other padding"
-                raise PeerFailure(self._peer, words, ErrorCode.CACHE_LOST.value)
+                reason = "samples would go on from others with other padding"
+                raise PeerFailure(self._peer, reason, ErrorCode.CACHE_LOST.value)
             order = torch.tensor(sources)
             group.reordering = order if group.reordering is None else group.reordering[order]
 

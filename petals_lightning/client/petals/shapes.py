@@ -32,10 +32,10 @@ def output_of(request: ForwardRequest, out: torch.Tensor) -> dict[str, torch.Ten
     hidden = out[:, length:]
     if request.rows is not None:
         hidden = hidden.reshape(-1, hidden.shape[2])[request.rows.long()]
-    found = {"hidden": hidden}
+    answer = {"hidden": hidden}
     if request.want_prefix and length:
-        found["prefix"] = out[0, :length]  # the same in every sample, so any sample will do
-    return found
+        answer["prefix"] = out[0, :length]  # the same in every sample, so any sample will do
+    return answer
 
 
 def output_grad(request: BackwardRequest, forward: ForwardRequest) -> torch.Tensor:
@@ -63,12 +63,12 @@ def input_grads(
         grad_prompts: [n, B, P, H], if the forward had deep prompts.
     """
     length = _prefix_length(forward)
-    found = {"hidden": grad[:, length:]} if forward.input_grad else {}
+    grads = {"hidden": grad[:, length:]} if forward.input_grad else {}
     if length:
-        found["prefix"] = grad[:, :length].sum(0, dtype=torch.float32)
+        grads["prefix"] = grad[:, :length].sum(0, dtype=torch.float32)
     if grad_prompts is not None:
-        found["deep"] = grad_prompts.sum(1, dtype=torch.float32)
-    return found
+        grads["deep"] = grad_prompts.sum(1, dtype=torch.float32)
+    return grads
 
 
 def _prefix_length(request: ForwardRequest) -> int:
