@@ -25,10 +25,10 @@ class RunSummary(Callback):
     Seconds and traffic include validation.
 
     Args:
-            folder: where the files are written.
-            title: of the plot.
-            facts: further entries of the summary, e.g. the seed.
-            score: the metric that selects the best epoch.
+        folder: where the files are written.
+        title: of the plot.
+        facts: further entries of the summary, e.g. the seed.
+        score: the metric that selects the best epoch.
     """
 
     def __init__(

@@ -37,8 +37,8 @@ class Attempts:
         """Bans a server that failed at blocks [start, end). Returns if the blocks should be tried again.
 
         Raises:
-                RemoteRequestError: the request itself is wrong.
-                RetriesExhaustedError: there were too many failures.
+            RemoteRequestError: the request itself is wrong.
+            RetriesExhaustedError: there were too many failures.
         """
         self._servers.report_failure(failure)
         before = [other for other in self._failures if other.code == failure.code]
@@ -52,8 +52,8 @@ class Attempts:
         """Counts a failure that a retry at the same server may fix.
 
         Raises:
-                RetriesExhaustedError: one server failed more than `max_retries` times, or all servers together failed
-                    for longer than `recovery_timeout`.
+            RetriesExhaustedError: one server failed more than `max_retries` times, or all servers together failed for
+                longer than `recovery_timeout`.
         """
         self._failures.append(failure)
         self._stats.retries += 1

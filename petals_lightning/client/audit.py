@@ -41,10 +41,10 @@ class Auditor:
     """Repeats a share of requests on another server and compares the results.
 
     Args:
-            servers: tells which servers are trusted, and the share of requests to audit.
-            router: finds other servers that hold the blocks.
-            stats: counts audits.
-            judge: computes blocks on this machine; None if it cannot.
+        servers: tells which servers are trusted, and the share of requests to audit.
+        router: finds other servers that hold the blocks.
+        stats: counts audits.
+        judge: computes blocks on this machine; None if it cannot.
     """
 
     def __init__(self, servers: ServerPool, router: Router, stats: TransferStats, judge: Judge | None):
@@ -52,7 +52,7 @@ class Auditor:
         self._random = random.Random()  # the user's seeds are for training, and a server must not foresee audits
         self._draws: dict[str, Iterator[bool]] = {}
         self._judging = asyncio.Lock()  # micro-batches of a step may all meet the same liar
-        self._told_alone = False
+        self._warned_unaudited = False
 
     async def check(
         self,
@@ -65,14 +65,14 @@ class Auditor:
         """Audits a server's answer, if this request is drawn.
 
         Args:
-                segment: a segment of that server only.
-                deep: [n, P, H] deep prompts of the segment's blocks, or None.
-                grads: gradients of the outputs; None for a forward.
-                tensors: the answer.
-                recompute: computes the same thing on another route.
+            segment: a segment of that server only.
+            deep: [n, P, H] deep prompts of the segment's blocks, or None.
+            grads: gradients of the outputs; None for a forward.
+            tensors: the answer.
+            recompute: computes the same thing on another route.
 
         Raises:
-                WrongResult: a judge got another answer, or another server did and there is no judge.
+            WrongResult: a judge got another answer, or another server did and there is no judge.
         """
         (peer,), rate = segment.peers, self._servers.config.audit_rate
         if rate == 0 or self._servers.is_trusted(peer):
@@ -81,8 +81,8 @@ class Auditor:
             return
         first, second = _Answer([peer], tensors), await self._ask(segment, recompute)
         if second is None:
-            if not self._told_alone:
-                self._told_alone = True
+            if not self._warned_unaudited:
+                self._warned_unaudited = True
                 logger.warning(
                     "audit_rate: no other server holds blocks %d:%d, so they cannot be audited",
                     segment.start,
@@ -93,10 +93,10 @@ class Auditor:
         if (error := self._error(first, second)) is None:
             return
         if all(map(self._servers.is_trusted, second.peers)):
-            raise WrongResult(peer, _words(error, "that of a trusted server"), proven=True)
+            raise WrongResult(peer, _lie(error, "that of a trusted server"), proven=True)
         async with self._judging:
             if self._servers.is_proven_wrong(peer):
-                raise WrongResult(peer, _words(error, "that of another server"), proven=True)
+                raise WrongResult(peer, _lie(error, "that of another server"), proven=True)
             if not any(map(self._servers.is_proven_wrong, second.peers)):
                 await self._decide(segment, deep, grads, first, second, error)
 
@@ -141,7 +141,7 @@ class Auditor:
             worst = max(off, key=lambda answer: off[answer], default=None)
             wrong = {
                 # Rounding may explain the error. In a chain of several servers, the lying one cannot be identified.
-                peer: WrongResult(peer, _words(off[answer]), proven=answer is worst and len(answer.peers) == 1)
+                peer: WrongResult(peer, _lie(off[answer]), proven=answer is worst and len(answer.peers) == 1)
                 for answer in off
                 for peer in answer.peers
             }
@@ -165,7 +165,7 @@ class Auditor:
         return error if error > tolerance(*dtypes) else None
 
 
-def _words(error: float, other: str = "what this machine computes") -> str:
+def _lie(error: float, other: str = "what this machine computes") -> str:
     return f"lies: its result is {error:.2g} (relative) off {other}"
 
 

@@ -126,7 +126,7 @@ class RemoteBlocks(torch.autograd.Function):
         )
         runner.forward(parts, end, want_prefix=want_prefix)
         ctx.runner, ctx.parts, ctx.needs, ctx.shape = runner, parts, needs, hidden.shape
-        ctx.kinds = {"hidden": _Kind.of(hidden), "prefix": _Kind.of(prefix), "deep": _Kind.of(deep)}
+        ctx.metas = {"hidden": _TensorMeta.of(hidden), "prefix": _TensorMeta.of(prefix), "deep": _TensorMeta.of(deep)}
         if rows is not None:
             out = hidden.new_zeros(len(rows), hidden.shape[-1])
             for part in parts:
@@ -140,7 +140,7 @@ class RemoteBlocks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         grad, grad_prefix_out = grads
-        parts, kinds = ctx.parts, ctx.kinds
+        parts, kinds = ctx.parts, ctx.metas
         pieces = [
             grad[part.row_positions.to(grad.device)] if part.row_positions is not None else grad[part.first : part.last]
             for part in parts
@@ -164,14 +164,14 @@ class RemoteBlocks(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _TensorMeta:
     """Device and dtype of one of the caller's tensors, restored in the result or gradient that corresponds to it."""
 
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: torch.Tensor | None) -> _Kind | None:
+    def of(cls, tensor: torch.Tensor | None) -> _TensorMeta | None:
         return cls(tensor.device, tensor.dtype) if tensor is not None else None
 
 

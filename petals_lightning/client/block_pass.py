@@ -38,15 +38,15 @@ class BlockPass(Cache):
     drops the cache, whose positions would be wrong, is detected.
 
     Args:
-            length: positions that precede this pass, including the prefix.
-            prefix: [P, H] hidden states before every sample, or None.
-            deep: [L, P, H] prompts added before each block, or None.
-            rows: [N] indices into B·S of the positions that are read, or None for all. Other outputs are zeros.
-            identity: skip the blocks, and return their input.
-            session: run the input as the session's next positions, instead of as a batch of its own.
-            attention_mask, position_ids: for the session's step.
-            keep: number of last positions of the step that are read, or 0 for all. Other outputs are zeros.
-            given: the cache that the model's caller passed, and gets back.
+        length: positions that precede this pass, including the prefix.
+        prefix: [P, H] hidden states before every sample, or None.
+        deep: [L, P, H] prompts added before each block, or None.
+        rows: [N] indices into B·S of the positions that are read, or None for all. Other outputs are zeros.
+        identity: skip the blocks, and return their input.
+        session: run the input as the session's next positions, instead of as a batch of its own.
+        attention_mask, position_ids: for the session's step.
+        keep: number of last positions of the step that are read, or 0 for all. Other outputs are zeros.
+        caller_cache: the cache that the model's caller passed, and gets back.
 
     Attributes:
         entered: [B, S, H] hidden states that reached the blocks; None if the pass has not reached them.
@@ -64,12 +64,12 @@ class BlockPass(Cache):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         keep: int = 0,
-        given: Cache | None = None,
+        caller_cache: Cache | None = None,
     ):
         super().__init__(layers=[_Offset(length)])
         self.prefix, self.deep, self.rows, self.identity = prefix, deep, rows, identity
         self.session, self.attention_mask, self.position_ids, self.keep = session, attention_mask, position_ids, keep
-        self.given = given
+        self.caller_cache = caller_cache
         self.entered: torch.Tensor | None = None
 
     @staticmethod

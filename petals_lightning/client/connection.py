@@ -105,8 +105,8 @@ class PeerConnection:
         """Opens a stream, proves knowledge of the swarm's token if there is one, and asks the server what it holds.
 
         Raises:
-                PeerFailure: the server cannot be reached in `connect_timeout` seconds, lacks our stream method, or
-                    refuses this peer.
+            PeerFailure: the server cannot be reached in `connect_timeout` seconds, lacks our stream method, or refuses
+                this peer.
         """
         connection = None
         try:
@@ -189,7 +189,7 @@ class PeerConnection:
         Args:
             call_id: from `next_id`.
             max_bytes: the most memory that the answer may take.
-                deadline, clock: as in `call`. The clock is paused until the caller knows that the request has arrived.
+            deadline, clock: as in `call`. The clock is paused until the caller knows that the request has arrived.
         """
         if self._failure is not None:
             raise self._failure

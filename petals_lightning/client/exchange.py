@@ -20,13 +20,13 @@ class Stage:
     """One server's part of a request.
 
     Attributes:
-            connection: the stream on which the server answers.
-            request: the request as this client would send it. For all but the first stage, only its fields and its
-                answer's size are used.
-            answered: called with the server's answer, which may come after the last server's.
-            deadline, clock: as for any call. The clock starts when the previous server has handed over.
-            call_id: of the request on this connection.
-            is_answered: whether the answer has arrived.
+        connection: the stream on which the server answers.
+        request: the request as this client would send it. For all but the first stage, only its fields and its answer's
+            size are used.
+        answered: called with the server's answer, which may come after the last server's.
+        deadline, clock: as for any call. The clock starts when the previous server has handed over.
+        call_id: of the request on this connection.
+        is_answered: whether the answer has arrived.
     """
 
     connection: ServerConnection

@@ -23,15 +23,15 @@ async def race(
     """Runs `first`. If it is late, also runs what `second` returns, if anything.
 
     Args:
-            after: seconds of lateness after which `second` is called; None: never.
-            late: returns how late the servers of `first` are, in seconds.
-            on_failure: called with the failure of one run while the other continues.
+        after: seconds of lateness after which `second` is called; None: never.
+        late: returns how late the servers of `first` are, in seconds.
+        on_failure: called with the failure of one run while the other continues.
 
     Returns:
         The first answer, and whether it came from `first`; The other run is cancelled.
 
     Raises:
-            PeerFailure: of the run that was left. Any other exception of either run is raised at once.
+        PeerFailure: of the run that was left. Any other exception of either run is raised at once.
     """
     only = asyncio.create_task(first())
     running = {only}

@@ -43,14 +43,13 @@ class InferenceSession:
     """Runs blocks on one position after another; made by `RemoteSequential.inference_session`.
 
     Args:
-            node, servers, router, stats: of the client.
-            start, end: the blocks.
-            max_length: positions for which servers reserve memory, without the prefix.
-            prefix: [P, H] before every sample, or None.
-            deep: [L, P, H] added to the prefix before each block, or None.
-            rotary_switch: positions, with the prefix, beyond which the model uses other rotary factors for all
-                positions. A session that crosses this limit, in either direction, runs again from the inputs of its
-                first leg.
+        node, servers, router, stats: of the client.
+        start, end: the blocks.
+        max_length: positions for which servers reserve memory, without the prefix.
+        prefix: [P, H] before every sample, or None.
+        deep: [L, P, H] added to the prefix before each block, or None.
+        rotary_switch: positions, with the prefix, beyond which the model uses other rotary factors for all positions. A
+            session that crosses this limit, in either direction, runs again from the inputs of its first leg.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class InferenceSession:
         self._switch: int | None = None  # the same limit without the prefix
         if rotary_switch is not None:
             self._switch = rotary_switch - (len(prefix) if prefix is not None else 0)
-        self._is_beyond = False
+        self._uses_long_factors = False
         self._legs: list[SessionLeg] = []
         self._full: dict[str, PeerFailure] = {}
         self._closed = False
@@ -115,10 +114,10 @@ class InferenceSession:
         """Runs the next n positions.
 
         Args:
-                hidden_states: [B, n, H] that enter block `start`. B is the same in all steps.
-                attention_mask: [B, T], 0 where an old or new position is padding; None: no padding.
-                position_ids: [B, n] if they do not just count up.
-                keep: number of last outputs to return, 0 for all.
+            hidden_states: [B, n, H] that enter block `start`. B is the same in all steps.
+            attention_mask: [B, T], 0 where an old or new position is padding; None: no padding.
+            position_ids: [B, n] if they do not just count up.
+            keep: number of last outputs to return, 0 for all.
 
         Returns:
             [B, n, H], or [B, keep, H].
@@ -201,7 +200,7 @@ class InferenceSession:
             leg.rewind(self._position)  # a failed step may have reached this leg
         keep = keep or hidden.shape[1]
         self._legs[0].history.append(hidden, position_ids)
-        if self._comes_to_switch(position_ids):
+        if self._crosses_rotary_limit(position_ids):
             await self._start_anew()
         attempts = Attempts(self._servers, self._router, self._stats)
         sizes, index, out = self._segments(hidden), 0, hidden
@@ -254,13 +253,13 @@ class InferenceSession:
         limit = leg.connection.info["max_batch_tokens"] if leg.connection is not None else 0
         return min(limit, self._servers.config.max_microbatch_tokens)
 
-    def _comes_to_switch(self, position_ids: torch.Tensor | None) -> bool:
+    def _crosses_rotary_limit(self, position_ids: torch.Tensor | None) -> bool:
         """Whether the keys of positions before the newest step in the history must be computed again."""
         if self._switch is None:
             return False
         end = self._legs[0].history.length if position_ids is None else int(position_ids.max()) + 1
-        before, self._is_beyond = self._is_beyond, end > self._switch
-        return self._is_beyond != before
+        before, self._uses_long_factors = self._uses_long_factors, end > self._switch
+        return self._uses_long_factors != before
 
     async def _start_anew(self) -> None:
         """Makes the next run replay all positions from the inputs of the first leg."""
@@ -383,7 +382,7 @@ class InferenceSession:
         for stage, inner in zip(stages, legs[1:], strict=False):
             late = PendingInputs(hidden.shape[1])
             inner.history.append(late, position_ids)
-            stage.answered = _takes_in(late, hidden.shape)
+            stage.answered = _store_inputs(late, hidden.shape)
         reply = await Exchange(stages).last()
         check_step(last.peer, requests[-1], reply)
         if requests[-1].want_prefix:
@@ -400,11 +399,11 @@ class InferenceSession:
         assert leg.connection is not None
         prefix = len(leg.prefix) if leg.number is None and leg.prefix is not None else 0
         at_once = max(self._max_tokens(leg) // len(hidden) - prefix, 1)
-        if self._is_beyond and self._switch is not None and leg.held == 0:
+        if self._uses_long_factors and self._switch is not None and leg.held == 0:
             at_once = max(at_once, self._switch + 1) if position_ids is None else hidden.shape[1]  # a separate request
         if leg.connection.cuts_steps:
             at_once = hidden.shape[1]
-            if self._is_beyond and mask is not None and bool((mask.sum(1) <= (self._switch or 0)).any()):
+            if self._uses_long_factors and mask is not None and bool((mask.sum(1) <= (self._switch or 0)).any()):
                 raise UnsupportedInputError(
                     f"beyond {self._switch} positions this model turns all samples of a batch by other rotary factors, "
                     "also those that are shorter without padding; servers that offer only Petals' methods take no "
@@ -413,7 +412,7 @@ class InferenceSession:
         return at_once
 
 
-def _takes_in(late: PendingInputs, shape: torch.Size) -> Callable[[Message], None]:
+def _store_inputs(late: PendingInputs, shape: torch.Size) -> Callable[[Message], None]:
     """Stores a server's output, which is also sent to the client, as the inputs of the next server."""
 
     def take(reply: Message) -> None:

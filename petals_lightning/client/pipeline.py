@@ -67,7 +67,7 @@ class Pipeline:
         attempts, segments = self._attempts(), list(result.segments)
         deep = torch.zeros(batch.prompts.deep.shape) if batch.prompts is not None else None
         grads: Grads | None = grad, grad_prefix
-        found: Tensors = {}
+        input_grads: Tensors = {}
         while segments:
             segment = segments.pop()
             assert grads is not None
@@ -75,15 +75,15 @@ class Pipeline:
                 segments += await self._rebuild(batch, segment, attempts)
                 continue
             try:
-                found = await self._run_backward(batch, segment, grads, attempts)
+                input_grads = await self._run_backward(batch, segment, grads, attempts)
             except PeerFailure as e:
                 self._failed(e, segment, attempts)
                 segments += await self._rebuild(batch, segment, attempts)
                 continue
             if deep is not None and batch.prompts is not None:
-                deep[segment.start - batch.prompts.start : segment.end - batch.prompts.start] = found["deep"]
-            grads = (found["hidden"], found.get("prefix")) if "hidden" in found else None
-        return InputGrads(found.get("hidden"), found.get("prefix"), deep)
+                deep[segment.start - batch.prompts.start : segment.end - batch.prompts.start] = input_grads["deep"]
+            grads = (input_grads["hidden"], input_grads.get("prefix")) if "hidden" in input_grads else None
+        return InputGrads(input_grads.get("hidden"), input_grads.get("prefix"), deep)
 
     async def _forward(
         self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts, *, one_by_one: bool = False
@@ -150,9 +150,9 @@ class Pipeline:
             return (await elsewhere(route))[1]
 
         elsewhere = partial(self._backward_by, batch, segment, grads)
-        answered, found = await self._hedged(batch, segment, _backward_cost(segment), here, elsewhere, attempts)
-        await self._audit(batch, answered, grads, found, recompute)
-        return found
+        answered, result = await self._hedged(batch, segment, _backward_cost(segment), here, elsewhere, attempts)
+        await self._audit(batch, answered, grads, result, recompute)
+        return result
 
     async def _audit(
         self,
@@ -254,7 +254,7 @@ class Pipeline:
                 stages = self._stages(batch, segment.legs, [request.to_message() for request in requests], 1.0)
                 for leg, stage in zip(segment.legs, stages, strict=True):
                     leg.graph = stage.call_id if batch.keep else None  # unless its server reports otherwise
-                    stage.answered = self._learns(batch, leg, is_alone=not segment.is_handed_over)
+                    stage.answered = self._speed_learner(batch, leg, is_alone=not segment.is_handed_over)
                 reply = await Exchange(stages).last()
             except PeerFailure as e:
                 self._mend(e, segment, lost, attempts)
@@ -306,12 +306,12 @@ class Pipeline:
             if segment.is_handed_over:
                 for leg in legs:
                     leg.connection = leg.graph = None  # the graph is used up: another backward starts from the inputs
-            found = {
+            sums = {
                 name: tensor for name in ("hidden", "prefix") if (tensor := replies[-1].tensors.get(name)) is not None
             }
             if batch.prompts is not None:
-                found["deep"] = torch.cat([reply.tensors["deep"].float() for reply in reversed(replies)])
-            return found
+                sums["deep"] = torch.cat([reply.tensors["deep"].float() for reply in reversed(replies)])
+            return sums
 
     def _check_grads(
         self,
@@ -457,7 +457,7 @@ class Pipeline:
             stages.append(Stage(leg.connection, message, deadline=deadline, clock=leg.clock))
         return stages
 
-    def _learns(self, batch: MicroBatch, leg: Leg, *, is_alone: bool) -> Callable[[Message], None]:
+    def _speed_learner(self, batch: MicroBatch, leg: Leg, *, is_alone: bool) -> Callable[[Message], None]:
         """Updates speed estimates from a forward. All speeds come from forwards, so that they can be compared."""
         began = time.perf_counter()
 

@@ -99,8 +99,8 @@ class RemoteSequential(nn.Module):
     is a single layer.
 
     Attributes:
-            returns_tuple: return outputs in tuples, for decoders that expect this of their blocks. Attention weights,
-                which some decoders read from these tuples, are None.
+        returns_tuple: return outputs in tuples, for decoders that expect this of their blocks. Attention weights, which
+            some decoders read from these tuples, are None.
     """
 
     def __init__(self, swarm: _Swarm, start: int, end: int):
@@ -127,17 +127,16 @@ class RemoteSequential(nn.Module):
 
         Args:
             node: this process's peer, started.
-                dht_prefix, num_blocks, hidden_size, fingerprint: identify the model. Servers of other models are not
-                    used.
-                config: timeouts, filters, wire dtype.
-                owns_node: close the node together with the blocks.
-                rotary_switch: positions beyond which the model uses other rotary factors for all positions, if it does.
-                sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
-                judge: computes blocks on this machine when servers disagree; None: only trusted servers decide.
+            dht_prefix, num_blocks, hidden_size, fingerprint: identify the model. Servers of other models are not used.
+            config: timeouts, filters, wire dtype.
+            owns_node: close the node together with the blocks.
+            rotary_switch: positions beyond which the model uses other rotary factors for all positions, if it does.
+            sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
+            judge: computes blocks on this machine when servers disagree; None: only trusted servers decide.
 
         Raises:
-                NoServersError: no usable server holds some block.
-                IncompatibleServerError: all servers that hold some block serve another model.
+            NoServersError: no usable server holds some block.
+            IncompatibleServerError: all servers that hold some block serve another model.
         """
         config, stats = config or ClientConfig(), TransferStats()
         servers = ServerPool(
@@ -174,8 +173,8 @@ class RemoteSequential(nn.Module):
         """Runs the blocks.
 
         Args:
-                hidden_states: [B, S, H]. Of the decoder's other arguments only a `BlockPass` is used; servers compute
-                    masks and rotary embeddings themselves.
+            hidden_states: [B, S, H]. Of the decoder's other arguments only a `BlockPass` is used; servers compute masks
+                and rotary embeddings themselves.
 
         Returns:
             [B, S, H]; with `returns_tuple`, inside a tuple.
@@ -202,9 +201,9 @@ class RemoteSequential(nn.Module):
         """A session in which `step(hidden_states)` runs one or more positions after all previous ones.
 
         Args:
-                max_length: positions for which servers reserve memory, without the prefix.
-                prefix: [P, H] before every sample.
-                deep: [L, P, H] added to the prefix before each of these blocks.
+            max_length: positions for which servers reserve memory, without the prefix.
+            prefix: [P, H] before every sample.
+            deep: [L, P, H] added to the prefix before each of these blocks.
 
         Raises:
             UnsupportedInputError: shapes do not match. (Servers are asked at the first step.)

@@ -40,8 +40,8 @@ class Router:
         """Opens connections along a route through all blocks. This finds dead records and measures round trips.
 
         Raises:
-                NoServersError: no usable server holds some block.
-                IncompatibleServerError: all servers that hold some block serve another model under this name.
+            NoServersError: no usable server holds some block.
+            IncompatibleServerError: all servers that hold some block serve another model under this name.
             AccessDeniedError: every server that holds some block refuses this peer.
         """
         blocks = 0, self._servers.num_blocks
@@ -65,9 +65,9 @@ class Router:
         wait: it takes a route without them, or raises.
 
         Raises:
-                NoServersError: no server came back, or there are only servers to avoid.
-                SwarmConnectionError: this process is cut off, because its daemon has ended.
-                AccessDeniedError: every server that holds the blocks refuses this peer.
+            NoServersError: no server came back, or there are only servers to avoid.
+            SwarmConnectionError: this process is cut off, because its daemon has ended.
+            AccessDeniedError: every server that holds the blocks refuses this peer.
         """
         servers, deadline, warned = self._servers, time.monotonic() + self._config.recovery_timeout, False
         while True:

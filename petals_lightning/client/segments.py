@@ -83,9 +83,9 @@ class Segment:
     """Consecutive legs that answer as one request, and the inputs to run them again.
 
     Attributes:
-            legs: at least one, in the order of blocks.
-            hidden, prefix: [B, S, H] and [P, H] that enter the first leg.
-            rows: [N] that are read after the last leg; None: all.
+        legs: at least one, in the order of blocks.
+        hidden, prefix: [B, S, H] and [P, H] that enter the first leg.
+        rows: [N] that are read after the last leg; None: all.
     """
 
     legs: list[Leg]

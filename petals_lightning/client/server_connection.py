@@ -15,10 +15,10 @@ class ServerConnection(Protocol):
 
     Attributes:
         peer: the server's base58 id.
-            info: the server's own description, with at least `hidden_size` and `max_batch_tokens` (B·(P + S) of one
-                request).
-            round_trip: seconds of a call that computes nothing.
-            cuts_steps: the server takes session steps of any length; otherwise of up to `max_batch_tokens`.
+        info: the server's own description, with at least `hidden_size` and `max_batch_tokens` (B·(P + S) of one
+            request).
+        round_trip: seconds of a call that computes nothing.
+        cuts_steps: the server takes session steps of any length; otherwise of up to `max_batch_tokens`.
     """
 
     peer: str
@@ -60,9 +60,9 @@ class ServerConnection(Protocol):
         """Sends deep prompts to the server before the requests that refer to them.
 
         Args:
-                version: changes when the values of the prompts do.
-                start: the first block of the prompts.
-                deep: [n, P, H], for n blocks.
+            version: changes when the values of the prompts do.
+            start: the first block of the prompts.
+            deep: [n, P, H], for n blocks.
 
         Returns:
             The key by which requests on this connection refer to the prompts.

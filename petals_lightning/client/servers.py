@@ -60,8 +60,8 @@ class ServerPool:
         stats: counts bytes and retries.
 
     Attributes:
-            spans: blocks [start, end) that each server announces, by peer id, including servers that may not be used.
-            speeds: as measured by our own requests.
+        spans: blocks [start, end) that each server announces, by peer id, including servers that may not be used.
+        speeds: as measured by our own requests.
     """
 
     def __init__(

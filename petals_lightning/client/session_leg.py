@@ -21,9 +21,9 @@ class SessionLeg:
     Attributes:
         history: inputs of all positions.
         prefix: [P, H] that enters the leg, if there are prompts; None until the previous leg has run.
-            number: of the session on the server; None while the server has no session.
-            held: number of positions that the server holds.
-            reordering: of the batch, not yet sent to the server; None: none.
+        number: of the session on the server; None while the server has no session.
+        held: number of positions that the server holds.
+        reordering: of the batch, not yet sent to the server; None: none.
     """
 
     start: int

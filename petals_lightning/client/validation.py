@@ -40,11 +40,10 @@ def check_backward(
     """As `check_forward`, for gradients.
 
     Args:
-            forward: the request whose gradients these are.
-            deep: [n, P, H] deep prompts of that request, or None.
-            grads: the gradients that were sent. If they are not finite (the loss scale was too large), any answer
-                passes.
-            may_overflow: the answer is float16, in which scaled gradients overflow on a healthy server too.
+        forward: the request whose gradients these are.
+        deep: [n, P, H] deep prompts of that request, or None.
+        grads: the gradients that were sent. If they are not finite (the loss scale was too large), any answer passes.
+        may_overflow: the answer is float16, in which scaled gradients overflow on a healthy server too.
     """
     inputs = {"hidden": forward.hidden if forward.input_grad else None, "prefix": forward.prefix, "deep": deep}
     dtype = message_dtype(forward.wire_dtype)

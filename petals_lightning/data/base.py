@@ -62,9 +62,9 @@ class TextDataModule(pl.LightningDataModule):
         validation_fraction: share of the training part that becomes a missing validation part.
         max_length: maximum tokens per sample.
         batch_size: samples per training batch.
-            eval_batch_size: samples per validation, test or prediction batch; None means 4 × `batch_size`. A swarm
-                processes one batch at a time, split into micro-batches, so a larger batch keeps it busier.
-            seed: fixes the order of training batches and the split of a missing validation part.
+        eval_batch_size: samples per validation, test or prediction batch; None means 4 × `batch_size`. A swarm
+            processes one batch at a time, split into micro-batches, so a larger batch keeps it busier.
+        seed: fixes the order of training batches and the split of a missing validation part.
         tokenizer_revision: the model's revision on the hub.
         token: for private models on the hub; None uses the login of this machine.
 

@@ -67,9 +67,9 @@ def load_splits(
     """Reads a source's splits under the keys `train`, `validation` and `test`; missing ones are left out.
 
     Args:
-            source: `bundled`; a file (see `files.SUFFIXES`, also compressed; a .json file may hold one list per split,
-                under its name); a folder of such files named after their split, or of .txt files of any name, which are
-                all train; the clone of a hub dataset; a folder of `save_to_disk`; or the id of a hub dataset.
+        source: `bundled`; a file (see `files.SUFFIXES`, also compressed; a .json file may hold one list per split,
+            under its name); a folder of such files named after their split, or of .txt files of any name, which are all
+            train; the clone of a hub dataset; a folder of `save_to_disk`; or the id of a hub dataset.
         name: the configuration of a hub dataset or of its clone, e.g. `sst2` of `nyu-mll/glue`.
         split_names: names of splits, if they are unusual, e.g. `{"validation": "validation_matched"}`.
         bundled: the folder of the source `bundled`.

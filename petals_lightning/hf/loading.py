@@ -49,13 +49,13 @@ def load_pruned(
     """Loads `part` of `checkpoint` as an instance of (a pruned subclass of) `cls`.
 
     Args:
-            cls: the family's own class.
-            part: the blocks and ends to keep.
-            dtype: of the weights; "auto" is the checkpoint's dtype.
-            config_overrides: attributes to set on the config, e.g. `num_labels`.
-            mixin: a base class placed before `cls` in the subclass.
-            may_miss: whether the caller draws a missing parameter (a fresh classification head), by its name.
-            on_shard: progress, see `Checkpoint.tensors`.
+        cls: the family's own class.
+        part: the blocks and ends to keep.
+        dtype: of the weights; "auto" is the checkpoint's dtype.
+        config_overrides: attributes to set on the config, e.g. `num_labels`.
+        mixin: a base class placed before `cls` in the subclass.
+        may_miss: whether the caller draws a missing parameter (a fresh classification head), by its name.
+        on_shard: progress, see `Checkpoint.tensors`.
 
     Raises:
         ConfigurationError: the padding token has no embedding.

@@ -26,8 +26,8 @@ class BlockLayout:
     """The place of a model's blocks, e.g. owner `model`, list `layers`; owner `""` is the model itself.
 
     Attributes:
-            max_positions: positions in its tables, learned (GPT-2, OPT) or precomputed (GPT-J); None: unlimited.
-            attributes: plain values that blocks have as attributes, which some decoders read (Nemotron-H).
+        max_positions: positions in its tables, learned (GPT-2, OPT) or precomputed (GPT-J); None: unlimited.
+        attributes: plain values that blocks have as attributes, which some decoders read (Nemotron-H).
     """
 
     owner_path: str
@@ -67,8 +67,8 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
     """Finds the ModuleList of `num_hidden_layers` blocks.
 
     Raises:
-            UnsupportedModelError: there is no such list or more than one (encoder-decoders, multi-tower models), or the
-                blocks read more than the previous block's hidden states.
+        UnsupportedModelError: there is no such list or more than one (encoder-decoders, multi-tower models), or the
+            blocks read more than the previous block's hidden states.
     """
     name, count = f"{type(model).__name__} ({model.config.model_type})", num_blocks(model.config)
     if getattr(model.config, "is_encoder_decoder", False):

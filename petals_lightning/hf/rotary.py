@@ -18,22 +18,22 @@ class RotaryLimit:
     """The length up to which rotary embeddings do not depend on the length of the sequence.
 
     Attributes:
-            positions: up to this number, prefix included, a position's embedding does not depend on the length.
-            rope_type: transformers' name of the kind.
-            has_one_form_beyond: whether beyond this number there is one other form, for all lengths.
+        positions: up to this number, prefix included, a position's embedding does not depend on the length.
+        rope_type: transformers' name of the kind.
+        has_one_long_form: whether beyond this number there is one other form, for all lengths.
     """
 
     positions: int
     rope_type: str
-    has_one_form_beyond: bool
+    has_one_long_form: bool
 
-    def is_beyond(self, positions: int) -> bool:
+    def uses_long_factors(self, positions: int) -> bool:
         """Whether a sequence of `positions` positions has the form beyond the limit.
 
         Raises:
             ProtocolError: the form beyond the limit changes with the length.
         """
-        if positions > self.positions and not self.has_one_form_beyond:
+        if positions > self.positions and not self.has_one_long_form:
             raise ProtocolError(
                 f"{positions} positions (virtual tokens counted): this model's rope_type {self.rope_type!r} turns all "
                 f"positions anew for each length beyond {self.positions}, which shared servers cannot follow; keep to "

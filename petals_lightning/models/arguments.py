@@ -31,9 +31,9 @@ def config_overrides(config: PreTrainedConfig, given: Mapping[str, Any], argumen
     """The keywords of `given` that set values of a model's config.
 
     Args:
-            config: the model's config.
-            given: keywords that `from_pretrained` does not name itself.
-            arguments: the names of its own arguments, for suggestions.
+        config: the model's config.
+        given: keywords that `from_pretrained` does not name itself.
+        arguments: the names of its own arguments, for suggestions.
 
     Raises:
         ConfigurationError: a keyword cannot be set.

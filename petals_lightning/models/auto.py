@@ -224,23 +224,22 @@ class _AutoDistributed:
         """Loads embeddings, norms and head, and connects to servers of the blocks.
 
         Args:
-                pretrained_model_name_or_path: folder or hub id of a model, or of a tuned model that `save_pretrained`
-                    wrote. Only tensors outside of the blocks are read.
-                initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT in it; or `node`: a started
-                    SwarmNode, which the caller closes. None of the three means the public Petals network.
-                dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
-                tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
-                prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
-                dtype (or torch_dtype): of the part loaded here; "auto", the default, is the checkpoint's dtype.
-                token, revision, cache_dir, local_files_only, subfolder: as in transformers.
-                client_config: how to find and treat servers.
-                options: fields of `ClientConfig` by name, e.g. `audit_rate=0.05`, which override those of
-                    `client_config` (None keeps the default); and values to set on the model's config, e.g.
-                    `num_labels`, `pad_token_id`.
+            pretrained_model_name_or_path: folder or hub id of a model, or of a tuned model that `save_pretrained`
+                wrote. Only tensors outside of the blocks are read.
+            initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT in it; or `node`: a started
+                SwarmNode, which the caller closes. None of the three means the public Petals network.
+            dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
+            tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
+            prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
+            dtype (or torch_dtype): of the part loaded here; "auto", the default, is the checkpoint's dtype.
+            token, revision, cache_dir, local_files_only, subfolder: as in transformers.
+            client_config: how to find and treat servers.
+            options: fields of `ClientConfig` by name, e.g. `audit_rate=0.05`, which override those of `client_config`
+                (None keeps the default); and values to set on the model's config, e.g. `num_labels`, `pad_token_id`.
 
         Returns:
-                An instance of the family's own class and of `DistributedModel`: a context manager. `close`, or the
-                garbage collector, ends its connections. Only prompts and a classification head require gradients.
+            An instance of the family's own class and of `DistributedModel`: a context manager. `close`, or the
+            garbage collector, ends its connections. Only prompts and a classification head require gradients.
 
         Raises:
             ConfigurationError: more than one way into a swarm, an unknown argument, or a value out of range.
@@ -372,7 +371,7 @@ def _connect(
             fingerprint=checkpoint.fingerprint,
             config=config,
             owns_node=owns_node,
-            rotary_switch=limit.positions if limit is not None and limit.has_one_form_beyond else None,
+            rotary_switch=limit.positions if limit is not None and limit.has_one_long_form else None,
             sliding_window=sliding_window(model.config),
             judge=LocalJudge(checkpoint),
         )

@@ -47,15 +47,15 @@ class DecoderBridge:
     """Hooks on the owner of the blocks, which send its passes through the remote blocks.
 
     Args:
-            model: the pruned model; its prompts, if any, are attached to the owner.
-            layout: where the blocks were.
-            layers: the remote blocks that replace them.
+        model: the pruned model; its prompts, if any, are attached to the owner.
+        layout: where the blocks were.
+        layers: the remote blocks that replace them.
 
     Attributes:
-            rows: [N] indices into B·S that the next pass of this thread reads, or None for all.
-            layers: the remote blocks.
-            cache_name: the keyword of the model's cache argument.
-            max_positions: virtual tokens and tokens for which the model has positions; None: any number.
+        rows: [N] indices into B·S that the next pass of this thread reads, or None for all.
+        layers: the remote blocks.
+        cache_name: the keyword of the model's cache argument.
+        max_positions: virtual tokens and tokens for which the model has positions; None: any number.
     """
 
     def __init__(self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential):
@@ -205,7 +205,7 @@ class DecoderBridge:
             attention_mask=attention_mask,
             position_ids=counted,
             keep=self._pass.keep,
-            given=cache,
+            caller_cache=cache,
         )
         if attention_mask is not None:
             attention_mask = nn.functional.pad(attention_mask, (length, 0), value=1)
@@ -221,7 +221,7 @@ class DecoderBridge:
             )
         if isinstance(output, tuple):
             return tuple(value for value in output if value is not call)
-        set_cache(output, call.given)
+        set_cache(output, call.caller_cache)
         return output
 
     def _after_layers(self, layers: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

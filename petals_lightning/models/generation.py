@@ -27,10 +27,10 @@ class GenerationSession:
     """A conversation, or a batch of them. `generate` calls inside its `with` continue it.
 
     Attributes:
-            tokens: [B, T] all tokens so far, given and generated; None before the first call.
-            attention_mask: [B, T], 0 where a token is padding.
-            beams, eos_tokens: of the running call: the number of beams, and the tokens that end a turn, or None.
-            cache: for callers that run the model themselves: its `cache` (`past_key_values` before transformers 5.24).
+        tokens: [B, T] all tokens so far, given and generated; None before the first call.
+        attention_mask: [B, T], 0 where a token is padding.
+        beams, eos_tokens: of the running call: the number of beams, and the tokens that end a turn, or None.
+        cache: for callers that run the model themselves: its `cache` (`past_key_values` before transformers 5.24).
     """
 
     def __init__(self, bridge: DecoderBridge, session: InferenceSession):

@@ -27,9 +27,9 @@ class LocalJudge:
         """Computes what a server should answer.
 
         Args:
-                segment: the blocks and their inputs.
-                deep: [n, P, H] prompts of the blocks, or None.
-                grads: gradients of the outputs: hidden's, and [P, H] the prefix's or None. None asks for a forward.
+            segment: the blocks and their inputs.
+            deep: [n, P, H] prompts of the blocks, or None.
+            grads: gradients of the outputs: hidden's, and [P, H] the prefix's or None. None asks for a forward.
 
         Returns:
             hidden [B, S, H] or [N, H] and prefix [P, H] of a forward; or gradients of hidden, prefix and deep.

@@ -1,9 +1,9 @@
 """Saved tuned weights: a folder with their values, and a card that says which model they are for.
 
-        prompts.safetensors   `input` [P, E], and with deep_ptune `deep` [L, P, H]
-        prompts.json          the card, for programs
-        README.md             the card, for people and the hub
-        model.safetensors     by `save_tuned` only: everything that was trained, including a head, by parameter name
+    prompts.safetensors   `input` [P, E], and with deep_ptune `deep` [L, P, H]
+    prompts.json          the card, for programs
+    README.md             the card, for people and the hub
+    model.safetensors     by `save_tuned` only: everything that was trained, including a head, by parameter name
 
 Shapes: P virtual tokens, E embedding width, L blocks, H hidden size.
 """
@@ -37,14 +37,14 @@ class PromptCard:
     """The description of saved prompts.
 
     Attributes:
-            base_model, revision: hub id or folder of the model for which they were trained.
-            fingerprint: digest of that model's config and tensor names; prompts fit no other model.
-            tuning_mode, pre_seq_len: "ptune" or "deep_ptune", and P; None if only a head was tuned.
-            dht_prefix: the name of that model's blocks in the swarm; None: derived from `base_model`.
-            id2label: names of a head's classes by number, as in Hugging Face's configs; None without a head.
-            metrics: metrics reached, by name, e.g. {"val/perplexity": 21.3}.
-            command: the command that trained them.
-            version: of this package.
+        base_model, revision: hub id or folder of the model for which they were trained.
+        fingerprint: digest of that model's config and tensor names; prompts fit no other model.
+        tuning_mode, pre_seq_len: "ptune" or "deep_ptune", and P; None if only a head was tuned.
+        dht_prefix: the name of that model's blocks in the swarm; None: derived from `base_model`.
+        id2label: names of a head's classes by number, as in Hugging Face's configs; None without a head.
+        metrics: metrics reached, by name, e.g. {"val/perplexity": 21.3}.
+        command: the command that trained them.
+        version: of this package.
     """
 
     base_model: str
@@ -242,9 +242,8 @@ def export_peft(model: nn.Module, folder: str | Path) -> None:
     """Writes ptune prompts as an adapter that PEFT loads: `PeftModel.from_pretrained(local_model, folder)`.
 
     Raises:
-            ConfigurationError: the model has no prompts, is not a causal language model, or was tuned with deep_ptune,
-                for which PEFT has no format (its prefix tuning replaces keys and values, and adds nothing to hidden
-                states).
+        ConfigurationError: the model has no prompts, is not a causal language model, or was tuned with deep_ptune, for
+            which PEFT has no format (its prefix tuning replaces keys and values, and adds nothing to hidden states).
     """
     prompts, checkpoint = _prompts(model), _checkpoint(model)
     if prompts.tuning_mode != "ptune":

@@ -20,8 +20,8 @@ class Prompts(nn.Module):
     """Virtual tokens before the input and, with `deep_ptune`, vectors for every block, added to their hidden states.
 
     Attributes:
-            input: [P, E] float32, in place of token embeddings (their width E is H in nearly all families).
-            deep: [L, P, H] float32, added to the prefix's hidden states before block i; None with `ptune`.
+        input: [P, E] float32, in place of token embeddings (their width E is H in nearly all families).
+        deep: [L, P, H] float32, added to the prefix's hidden states before block i; None with `ptune`.
 
     Args:
         tuning_mode: "ptune" or "deep_ptune".

@@ -39,13 +39,13 @@ class TuningModule(pl.LightningModule):
 
     Args:
         model_name: hub id or folder of a causal language model.
-            tuning_mode: None (only a head), `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as
-                many more for every block).
-            pre_seq_len: number of virtual tokens, P.
-            lr: AdamW's peak learning rate.
-            weight_decay: AdamW's weight decay.
-            warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0. (If
-                the number of steps is not known before training, as with `max_epochs=-1`, the rate is always `lr`.)
+        tuning_mode: None (only a head), `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as many
+            more for every block).
+        pre_seq_len: number of virtual tokens, P.
+        lr: AdamW's peak learning rate.
+        weight_decay: AdamW's weight decay.
+        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0. (If the
+            number of steps is not known before training, as with `max_epochs=-1`, the rate is always `lr`.)
         dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
         revision: the model's revision on the hub.
         dht_prefix: the name of the model's blocks in the swarm; None derives it from `model_name`.

@@ -84,10 +84,10 @@ class PetalsCalls:
 
     Attributes:
         compression: of tensors sent to the server, one of hivemind's.
-            max_unary_bytes: size of a request's or an answer's tensors above which a stream is used.
-            can_roll_back: the server heeds a step's `start_from_position`; others silently continue after their last
-                position.
-            moved_at: when bytes were last sent or received on one of the streams.
+        max_unary_bytes: size of a request's or an answer's tensors above which a stream is used.
+        can_roll_back: the server heeds a step's `start_from_position`; others silently continue after their last
+            position.
+        moved_at: when bytes were last sent or received on one of the streams.
     """
 
     def __init__(self, p2p: P2P, peer: str, stats: TransferStats):

@@ -31,9 +31,9 @@ class _Group:
     """Samples `rows` [b] of the batch, in a call for them only.
 
     Attributes:
-            held: positions on the server, including the prefix.
-            places: [held - P] positions of the session that follow the prefix on the server.
-            reordering: [b], not yet sent to the server; None: none.
+        held: positions on the server, including the prefix.
+        places: [held - P] positions of the session that follow the prefix on the server.
+        reordering: [b], not yet sent to the server; None: none.
     """
 
     rows: torch.Tensor
@@ -71,8 +71,8 @@ class PetalsSession:
         `on_sent` is called whenever a part of the step is about to be sent.
 
         Raises:
-                PeerFailure: the server failed; or (CACHE_LOST) its positions do not match this step's padding.
-                UnsupportedInputError: the padding cannot be left out, or position_ids do not count the real tokens.
+            PeerFailure: the server failed; or (CACHE_LOST) its positions do not match this step's padding.
+            UnsupportedInputError: the padding cannot be left out, or position_ids do not count the real tokens.
         """
         real = self._real_positions(request)
         self._reorder(request.hypo_ids)

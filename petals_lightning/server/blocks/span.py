@@ -210,7 +210,7 @@ class BlockSpan:
             ProtocolError: the model cannot be served at this length.
         """
         limit = self.rotary_limit
-        return not (limit is not None and limit.is_beyond(prefix + tokens)) and self.share_prefix
+        return not (limit is not None and limit.uses_long_factors(prefix + tokens)) and self.share_prefix
 
     def forward_with_graph(
         self, inputs: SpanInputs, *, input_grad: bool, prefix_run: PrefixRun | None = None
