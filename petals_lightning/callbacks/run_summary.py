@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from petals_lightning.callbacks.learning_curve import draw_learning_curve
-from petals_lightning.callbacks.traffic import Traffic
+from petals_lightning.callbacks.traffic import traffic_metrics
 
 
 class RunSummary(Callback):
@@ -115,7 +115,7 @@ class RunSummary(Callback):
         now = {
             "train/seconds": time.monotonic() - self._started if self._started is not None else 0.0,
             "train/tokens": self._tokens,
-            **Traffic.of(module).as_metrics(),
+            **traffic_metrics(module),
         }
         return {name: value + self._before.get(name, 0) for name, value in now.items()}
 

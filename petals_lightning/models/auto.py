@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from petals_lightning.client import ClientConfig, RemoteSequential
-from petals_lightning.client.positions import gather_positions, scatter_positions
 from petals_lightning.errors import ConfigurationError, UnsupportedInputError
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.decoder import model_class
@@ -41,8 +40,8 @@ from petals_lightning.models.prompt_files import (
     tuning_of,
 )
 from petals_lightning.models.prompts import TuningMode
+from petals_lightning.models.reading import reading
 from petals_lightning.models.self_check import check_ends
-from petals_lightning.models.thread_hooks import of_this_thread
 from petals_lightning.models.trainable import FrozenBackbone, attach_trainable, has_head_of_its_own, parameters_to_draw
 from petals_lightning.options import make, options_of
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
@@ -122,25 +121,8 @@ class DistributedClassifier(DistributedModel):
         rows, length = self._last_tokens(
             given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
         )
-
-        def take(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (gather_positions(args[0], rows),)
-
-        def put(head: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return scatter_positions(output, rows, len(rows), length)
-
-        hooks = [
-            self.score.register_forward_pre_hook(of_this_thread(take)),  # type: ignore
-            self.score.register_forward_hook(of_this_thread(put)),  # type: ignore
-        ]
-        self.bridge.rows = rows
-        try:
-            output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.bridge.rows = None
-            for hook in hooks:
-                hook.remove()
-        return output
+        with reading(self, self.score, rows, shape=(len(rows), length)):  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _last_tokens(
         self,

@@ -18,7 +18,7 @@ from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.compat import quiet_transformers, versions
 from petals_lightning.hf.pruning import vocabulary_size
 from petals_lightning.models.bridge import DecoderBridge
-from petals_lightning.models.token_logits import token_logits
+from petals_lightning.models.reading import token_logits
 
 _TOKENS = 5
 

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from petals_lightning.data.collate import IGNORED
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.models.token_logits import token_logits
+from petals_lightning.models.reading import token_logits
 from petals_lightning.modules.tuning import TuningModule
 
 
