@@ -133,7 +133,7 @@ class PeerConnection:
         requests, num_bytes, tokens = (self.info.get(name) or 0 for name in names)
         if not all(type(grant) is int and grant > 0 for grant in (requests, num_bytes, tokens)):
             raise PeerFailure(
-                self.peer, f"grants nonsense: {requests!r} requests, {num_bytes!r} bytes, {tokens!r} tokens"
+                self.peer, f"states impossible limits: {requests!r} requests, {num_bytes!r} bytes, {tokens!r} tokens"
             )
         self._window = RequestWindow(max(1, requests // 2), num_bytes // 2)
 

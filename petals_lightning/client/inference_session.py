@@ -405,7 +405,7 @@ class InferenceSession:
             at_once = hidden.shape[1]
             if self._uses_long_factors and mask is not None and bool((mask.sum(1) <= (self._switch or 0)).any()):
                 raise UnsupportedInputError(
-                    f"beyond {self._switch} positions this model turns all samples of a batch by other rotary factors, "
+                    f"beyond {self._switch} positions this model uses other rotary factors for all samples of a batch, "
                     "also those that are shorter without padding; servers that offer only Petals' methods take no "
                     "padding: run samples one by one, or serve the model with petals-lightning"
                 )

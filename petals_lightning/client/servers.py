@@ -176,7 +176,7 @@ class ServerPool:
         return peer in self._bans and self._bans[peer].is_proven
 
     def compute_dtype(self, peer: str) -> str | None:
-        """The dtype in which a server says that it computes."""
+        """The dtype in which a server computes, as it reports."""
         record = self._records.get(peer)
         return record.torch_dtype if record is not None else None
 

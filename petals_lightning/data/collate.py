@@ -38,7 +38,7 @@ class EncodedTexts(torch.utils.data.Dataset):
     ):
         for row, text in enumerate(texts):
             if not isinstance(text, str):
-                raise DataError(f"row {row} has {text!r} for a text")
+                raise DataError(f"row {row} has {text!r} instead of a text")
         limit = min(max_length, tokenizer.model_max_length)
         encoded = tokenizer(
             list(texts), list(pairs) if pairs else None, truncation=True, max_length=limit, padding=False

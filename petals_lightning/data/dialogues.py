@@ -174,7 +174,7 @@ def split_dialogue(messages: list[Message], form: DialogueFormat, max_length: in
 
 
 class DialogueDataModule(TextDataModule):
-    """Batches `{"input_ids", "attention_mask", "labels"}`, each [B, S]; labels are -100 outside of its answers.
+    """Batches `{"input_ids", "attention_mask", "labels"}`, each [B, S]; labels are -100 outside of answers.
 
     Token ids are those of `DialogueFormat`. A dialogue becomes several samples if it has more than `max_length` tokens,
     or if the template renders an answer differently once the next question follows.
@@ -260,8 +260,8 @@ class DialogueDataModule(TextDataModule):
                 raise DataError(f"{where}: {error}") from error
         if not found:
             raise DataError(
-                f"{split} of {self.source}: the assistant says nothing in {len(rows)} dialogues, or nothing that is "
-                f"learnt within max_length={self.max_length} tokens (the second speaker is the assistant where "
-                "roles are not given)"
+                f"{split} of {self.source}: the assistant has no turns in {len(rows)} dialogues, or none to train on "
+                f"within max_length={self.max_length} tokens (the second speaker is the assistant if there are no "
+                "roles)"
             )
         return LabelledTokens(found)

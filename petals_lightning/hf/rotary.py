@@ -35,9 +35,9 @@ class RotaryLimit:
         """
         if positions > self.positions and not self.has_one_long_form:
             raise ProtocolError(
-                f"{positions} positions (virtual tokens counted): this model's rope_type {self.rope_type!r} turns all "
-                f"positions anew for each length beyond {self.positions}, which shared servers cannot follow; keep to "
-                f"{self.positions}"
+                f"{positions} positions (virtual tokens counted): with this model's rope_type {self.rope_type!r} all "
+                f"embeddings change with each length beyond {self.positions}, which shared servers cannot follow; "
+                f"keep to {self.positions}"
             )
         return positions > self.positions
 

@@ -36,7 +36,9 @@ class RemoteLayer(LengthLayer):
         raise UnsupportedInputError(f"a session's batch cannot be repeated {repeats} times: repeat the inputs instead")
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise UnsupportedInputError("samples cannot leave a session's batch: leave them out of the inputs instead")
+        raise UnsupportedInputError(
+            "samples cannot be removed from a session's batch: remove them from the inputs instead"
+        )
 
 
 class RemoteCache(Cache):

@@ -181,7 +181,7 @@ def test_tools_that_cannot_be_told_are_named(text_model, tmp_path):
 
 def test_a_part_in_which_nothing_is_learnt_says_why(text_model, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"turns": ["w1 " * 30, "w2"]}] * 4)
-    with pytest.raises(DataError, match=r"train of .*a\.jsonl: .*nothing that is learnt within max_length=20"):
+    with pytest.raises(DataError, match=r"train of .*a\.jsonl: .*none to train on within max_length=20"):
         DialogueDataModule(str(text_model), path, max_length=20).setup()
 
 

@@ -70,7 +70,7 @@ def remote_error(peer: str, text: str) -> PeerFailure:
         if known in text:
             return PeerFailure(peer, message, meaning.value if meaning is not None else None)
     if not message:
-        return PeerFailure(peer, "failed without a word")
+        return PeerFailure(peer, "failed without a message")
     return PeerFailure(peer, message, ErrorCode.INTERNAL.value)
 
 
@@ -161,7 +161,7 @@ class PetalsCalls:
                 while (answer := await stream.receive(max_bytes)) is not None:
                     answers.append(answer)
                     if sum(message.ByteSize() for message in answers) > max_bytes + MAX_HEADER_BYTES:
-                        raise PeerFailure(self.peer, "answers more than it was asked for")
+                        raise PeerFailure(self.peer, "answered with more than was requested")
             finally:
                 sending.cancel()
                 stream.close()
@@ -288,7 +288,7 @@ class _Stream:
             marker = await self._reader.readexactly(1)
             size = int.from_bytes(await self._reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
             if size > max_bytes + MAX_HEADER_BYTES:
-                raise PeerFailure(self._peer, f"protocol broken: {size} bytes are more than it was asked for")
+                raise PeerFailure(self._peer, f"protocol broken: {size} bytes are more than was requested")
             data = await self._reader.readexactly(size)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None

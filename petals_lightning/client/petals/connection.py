@@ -182,7 +182,7 @@ class PetalsConnection:
                 return await self._backward(BackwardRequest.from_message(message.fields, message.tensors), on_sent)
             case Method.STEP:
                 return await self._step(StepRequest.from_message(message.fields, message.tensors), on_sent)
-        raise AssertionError(f"{message.method} has no equal in Petals' protocol")
+        raise AssertionError(f"{message.method} has no equivalent in Petals' protocol")
 
     async def _forward(self, request: ForwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         self._find_prompts(request)

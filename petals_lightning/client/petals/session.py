@@ -122,7 +122,7 @@ class PetalsSession:
             places = {int(row): place for place, row in enumerate(group.rows)}
             sources = [places.get(int(source)) for source in hypo_ids[group.rows]]
             if None in sources:
-                reason = "samples would go on from others with other padding"
+                reason = "samples would continue others with other padding"
                 raise PeerFailure(self._peer, reason, ErrorCode.CACHE_LOST.value)
             order = torch.tensor(sources)
             group.reordering = order if group.reordering is None else group.reordering[order]
@@ -163,7 +163,7 @@ class PetalsSession:
         has_gap = bool((~real & (count + self._prefix_length > 0) & (count < count[:, -1:])).any())
         if has_gap and self._window is not None and self._prefix_length + real.shape[1] > self._window:
             raise UnsupportedInputError(
-                f"padding between real tokens, or behind prompts, counts in this model's sliding window of "
+                f"padding between real tokens, or after prompts, counts in this model's sliding window of "
                 f"{self._window} positions; servers that offer only Petals' methods take no padding: run samples one "
                 "by one, or serve the model with petals-lightning"
             )
@@ -175,7 +175,7 @@ class PetalsSession:
         if not is_counted:
             raise UnsupportedInputError(
                 "position_ids must number the real tokens of each sample from 0, where there is padding between or "
-                "behind prompts: servers that offer only Petals' methods number positions themselves; give "
+                "after prompts: servers that offer only Petals' methods number positions themselves; give "
                 "position_ids = attention_mask.cumsum(1) - 1"
             )
         return real
