@@ -11,6 +11,7 @@ from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import HFValidationError, get_token
 
 from petals_lightning.errors import CheckpointError, ConfigurationError, HubError
+from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.models.prompt_files import CARD, README, THIS_FOLDER, WEIGHTS, PromptCard
 
 
@@ -50,7 +51,7 @@ def push_prompts_to_hub(
             raise ConfigurationError(f"the hub requires a token with write access: {e}") from e
         except (HTTPError, OSError) as e:
             raise HubError(
-                f"{folder} was not pushed to {repo_id!r}: {_first_line(e)}. Check the network, that the token may "
+                f"{folder} was not pushed to {repo_id!r}: {first_line(e)}. Check the network, that the token may "
                 "write, and that the organisation is yours"
             ) from e
     return str(commit.commit_url)
@@ -69,7 +70,3 @@ def stage(folder: str | Path, repo_id: str, target: Path) -> None:
         shutil.copy(Path(folder) / name, target / name)
     readme = target / README
     readme.write_text(readme.read_text(encoding="utf-8").replace(THIS_FOLDER, repo_id), encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
