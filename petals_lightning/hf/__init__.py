@@ -1,10 +1,9 @@
 """Hugging Face decoders without code per family: cut a model's own class around its blocks, read only what is kept."""
 
-from petals_lightning.hf.attention import sliding_window
 from petals_lightning.hf.checkpoint import Checkpoint
+from petals_lightning.hf.context_limits import RotaryLimit, rotary_limit, sliding_window
 from petals_lightning.hf.loading import load_pruned
 from petals_lightning.hf.pruning import BlockLayout, ModelSlice, find_blocks
-from petals_lightning.hf.rotary import RotaryLimit, rotary_limit
 
 __all__ = [
     "BlockLayout",

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from petals_lightning.hf.attention import sliding_window
+from petals_lightning.hf.context_limits import rotary_limit, sliding_window
 from petals_lightning.hf.pruning import BlockLayout
-from petals_lightning.hf.rotary import rotary_limit
 from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
 from petals_lightning.server.blocks.cpu_decoding import threads_for

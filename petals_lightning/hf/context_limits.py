@@ -1,7 +1,8 @@
-"""Rotary embeddings that depend on the length of the sequence, so that earlier positions change when it grows.
+"""Limits of a model's context: rotary embeddings that depend on the sequence's length, and sliding windows.
 
-`longrope` (Phi-3) uses other factors for all positions once there are more than in pretraining. `dynamic` (NTK) uses
-other factors for every length beyond `max_position_embeddings`. Keys computed before are then wrong.
+Such rotary embeddings change for earlier positions when the sequence grows. `longrope` (Phi-3) uses other factors for
+all positions once there are more than in pretraining. `dynamic` (NTK) uses other factors for every length beyond
+`max_position_embeddings`. Keys computed before are then wrong.
 """
 
 from __future__ import annotations
@@ -54,3 +55,21 @@ def rotary_limit(config: PreTrainedConfig) -> RotaryLimit | None:
         if "dynamic" in rope_type:
             return RotaryLimit(text.max_position_embeddings, rope_type, False)
     return None
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """The shortest reach of attention in any block, in positions, padding counted; None if all are unlimited.
+
+    Families call it `sliding_window`, `window_size`, `attention_window_size`, …; the shortest one counts.
+    """
+    text = config.get_text_config()
+    if set(getattr(text, "layer_types", None) or ()) == {"full_attention"}:
+        return None
+    lengths = [value for name, value in vars(text).items() if type(value) is int and value > 0 and _is_window(name)]
+    return min(lengths, default=None)
+
+
+def _is_window(name: str) -> bool:
+    if name in ("attention_chunk_size", "local_attention"):
+        return True
+    return "window" in name and not any(other in name for other in ("layer", "pattern"))
