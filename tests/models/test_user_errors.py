@@ -164,7 +164,7 @@ def model(tiny_checkpoint, start_swarm):
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)}, "right padding only"),
         ({"output_hidden_states": True}, "output_hidden_states=True"),
         ({"output_attentions": True}, "output_attentions=True"),
-        ({"use_cache": True}, "keys and values live on servers"),
+        ({"use_cache": True}, "keys and values are kept on servers"),
         ({"position_ids": 1 + torch.arange(6)[None]}, "position_ids"),
     ],
 )
