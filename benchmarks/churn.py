@@ -276,7 +276,7 @@ def main(
         torch.manual_seed(0)
         model = AutoDistributedModelForSequenceClassification.from_pretrained(
             folder, initial_peers=servers.initial_peers, dht_prefix=PREFIX,
-            # Servers that were all killed are back when they have started, which takes its time on a machine under load.
+            # Servers that were all killed are back when they have started, which takes long on a machine under load.
             client_config=ClientConfig(refresh_period=5, recovery_timeout=300), **OPTIONS,
         )  # fmt: skip
         optimizer = optimizer_of(model)

@@ -39,7 +39,7 @@ from petals_lightning.hf import Checkpoint, find_blocks
 from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.hf.compat import class_for, quiet_transformers
 from petals_lightning.hf.decoder import text_decoder_in
-from petals_lightning.hf.skeleton import num_blocks
+from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,

@@ -32,7 +32,7 @@ SERVER_LAYERS = [
     {"refusal", "peer_links"},
     {"access", "blocks", "execution"},  # beside each other
     {"sessions"},
-    {"loading", "resources"},
+    {"config", "loading", "resources"},
     {"announcer", "stream_requests", "petals"},
     {"client_stream"},
     {"running_server"},
@@ -128,7 +128,7 @@ def test_all_modules_are_found():
 
 
 def test_imports_are_found():
-    assert imports_of(PACKAGE / "client" / "chain.py") >= {"client", "errors", "protocol"}
+    assert imports_of(PACKAGE / "client" / "pipeline.py") >= {"client", "errors", "protocol"}
     assert "server" in imports_of(PACKAGE / "cli" / "serve.py"), "imports inside functions count too"
 
 

@@ -17,9 +17,9 @@ _BAD, _FAILED = ErrorCode.BAD_REQUEST.value, ErrorCode.INTERNAL.value
 class Attempts:
     """The failures of one part of a step, in one direction.
 
-    A server that fails is left alone for a while, and another one is asked; also where the server says that the request
-    is wrong, or that computing it failed. Such words are believed, and surface, if nobody else holds the blocks, or
-    another server has called the request wrong too.
+    A failed server is banned for a while and another one is asked. This holds even where the server reports a bad
+    request or a failed computation. Such a report is believed, and raised, only if no other server holds the blocks,
+    or if a second server has reported a bad request too.
 
     Attributes:
         not_finite: peers whose answers were not finite.
@@ -34,11 +34,11 @@ class Attempts:
         self._began = time.monotonic()
 
     def failed(self, failure: PeerFailure, start: int, end: int) -> None:
-        """A server failed at blocks [start, end): bans it. Returns if the part should be tried again.
+        """Bans a server that failed at blocks [start, end). Returns if the blocks should be tried again.
 
         Raises:
-            RemoteRequestError: the request itself is to blame.
-            RetriesExhaustedError: it has failed too often.
+            RemoteRequestError: the request itself is wrong.
+            RetriesExhaustedError: there were too many failures.
         """
         self._servers.report_failure(failure)
         before = [other for other in self._failures if other.code == failure.code]
@@ -49,11 +49,11 @@ class Attempts:
         self.count(failure)
 
     def count(self, failure: PeerFailure) -> None:
-        """Counts a failure that another try at the same server may mend.
+        """Counts a failure that a retry at the same server may fix.
 
         Raises:
-            RetriesExhaustedError: a server has failed more than `max_retries` times; or all together have, for longer
-                than `recovery_timeout`.
+            RetriesExhaustedError: one server failed more than `max_retries` times, or all servers together failed for
+                longer than `recovery_timeout`.
         """
         self._failures.append(failure)
         self._stats.retries += 1
@@ -73,4 +73,4 @@ class Attempts:
         ):
             return True
         others = self._router.other_route(start, end, tokens=1, avoid=[failure.peer])
-        return failure.peer in said_so and others is None  # it may have been an accident: it is asked twice
+        return failure.peer in said_so and others is None  # may have been an accident, so it is asked twice

@@ -1,4 +1,4 @@
-"""One request and its answers: to one server, or through several that hand it over to each other."""
+"""One request and its answers: to one server, or through several servers that hand it over to each other."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import partial
 from itertools import pairwise
 
 from petals_lightning.client.connection import PeerConnection
-from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.server_connection import ServerConnection
+from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.protocol.handover import Hop, make_permit
 from petals_lightning.protocol.messages import Message
 
@@ -20,19 +20,20 @@ class Stage:
     """One server's part of a request.
 
     Attributes:
-        connection: where it answers us.
-        request: as we would send it ourselves. Of all but the first, only the fields and the answer's size are used.
-        answered: told of its answer, which may come after the last server's.
-        deadline, clock: as of any call. The clock starts when the server before has handed over.
+        connection: the stream on which the server answers.
+        request: the request as this client would send it. For all but the first stage, only its fields and its answer's
+            size are used.
+        answered: called with the server's answer, which may come after the last server's.
+        deadline, clock: as for any call. The clock starts when the previous server has handed over.
         call_id: of the request on this connection.
-        is_answered: whether the answer is here.
+        is_answered: whether the answer has arrived.
     """
 
     connection: ServerConnection
     request: Message
     answered: Callable[[Message], None] = lambda reply: None
     deadline: float | None = None
-    clock: ServiceClock = field(default_factory=ServiceClock)
+    clock: ServiceTimer = field(default_factory=ServiceTimer)
     call_id: int = 0
     is_answered: bool = False
 
@@ -41,20 +42,20 @@ class Stage:
 
 
 class Exchange:
-    """Sends the first stage, with the route through the others, and takes the answers of all.
+    """Sends the request to the first stage, with the route through the others, and collects all answers.
 
     Args:
-        stages: one at least, in the order of handing over. Where there are several, all may (`HandoverPolicy`).
+        stages: at least one, in the order of the hand-over. If there are several, `HandoverPolicy` allows it.
     """
 
     def __init__(self, stages: Sequence[Stage]):
         self._stages = stages
 
     async def last(self) -> Message:
-        """The last server's answer, as soon as it is here; the others' go on being waited for in the background.
+        """The last server's answer, as soon as it arrives. The others are awaited in the background.
 
         Raises:
-            PeerFailure: of whichever server failed first. What the others do is cancelled.
+            PeerFailure: the first failure of any server. The other calls are cancelled.
         """
         return (await self._run(slice(-1, None)))[0]
 
@@ -73,7 +74,7 @@ class Exchange:
             reply = await sent
             first.answered(reply)
             return [reply]
-        # Expected before the request is sent: no answer can be early.
+        # Answers are expected before the request is sent, so none can come too early.
         expected = [asyncio.create_task(_expected(stage)) for stage in others]
         calls = [asyncio.create_task(sent), *expected]
         for number, call in enumerate(calls):
@@ -94,11 +95,11 @@ class Exchange:
 
     def _note(self, number: int, call: asyncio.Task[Message]) -> None:
         if call.cancelled() or call.exception() is not None:
-            return  # who waits for it is told; if nobody does any more, the result is there without it
+            return  # a caller that waits gets the error; otherwise the result is complete without this answer
         stage, following = self._stages[number], self._stages[number + 1 : number + 2]
-        stage.clock.hold()
+        stage.clock.pause()
         for other in following:
-            if other.clock.is_held and not other.is_answered:
+            if other.clock.is_paused and not other.is_answered:
                 other.clock.restart()
         stage.is_answered = True
         stage.answered(call.result())

@@ -1,4 +1,4 @@
-"""What one server grants to one stream: how many requests may be open, and how many bytes of them."""
+"""A server's limits for one stream: how many requests may be open, and how many bytes they may take."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 
 
 class RequestWindow:
-    """Requests wait here until the server has room for them; first come, first served.
+    """Holds requests back until they fit the server's limits; first come, first served.
 
     Args:
-        max_requests, max_bytes: the server's limits; a request larger than `max_bytes` passes alone, to be refused
-            there in the server's words.
+        max_requests, max_bytes: the server's limits. A request larger than `max_bytes` is sent when no other is
+            open, and the server refuses it with its own message.
     """
 
     def __init__(self, max_requests: int, max_bytes: int):

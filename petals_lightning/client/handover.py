@@ -29,23 +29,23 @@ _AVOID_PERIOD, _MAX_AVOID_PERIOD = 30.0, 600.0
 
 
 def may_be_anothers_fault(failure: PeerFailure) -> bool:
-    """Whether a failure behind a handover may be the fault of a server before, or of the handover itself.
+    """Whether a failure during a hand-over may be the fault of a server before, or of the hand-over itself.
 
-    Asked one by one, the servers show whose it is.
+    Asking the servers one by one then shows which one is at fault.
     """
     return failure.code in _OF_UNKNOWN_ORIGIN or isinstance(failure, WrongResult)
 
 
 class HandoverPolicy:
-    """Whether servers are to hand over, and which have failed to: those are asked one by one for a while."""
+    """Which servers may hand over to each other. Those that have failed to are asked one by one for a while."""
 
     def __init__(self, config: ClientConfig):
-        # A server that could tell which requests are never audited would lie in those.
+        # If a server could tell which requests are never audited, it could lie in those.
         self.is_on = config.server_to_server and config.audit_rate == 0
-        self._avoided: dict[tuple[str, ...], tuple[float, float]] = {}  # until, and for how long
+        self._avoided: dict[tuple[str, ...], tuple[float, float]] = {}  # end and length of each ban
 
     def group(self, connections: Sequence[ServerConnection | None]) -> list[int]:
-        """How many servers in a row are to answer as one, for each segment of a route along these connections."""
+        """The number of consecutive servers in each segment of a route along these connections."""
         if not self.is_on:
             return [1] * len(connections)
         sizes: list[int] = []
@@ -55,18 +55,18 @@ class HandoverPolicy:
         return sizes
 
     def allows(self, connections: Sequence[ServerConnection | None]) -> bool:
-        """Whether a request may be handed over along all of these servers."""
+        """Whether a request may be handed over along all these servers."""
         if not self.is_on or len(connections) < 2 or not all(map(_may_hand_over, connections)):
             return False
         until, _ = self._avoided.get(tuple(c.peer for c in connections if c is not None), (0.0, 0.0))
         return time.monotonic() > until
 
     def avoid(self, peers: Sequence[str], why: object) -> None:
-        """Asks these servers one by one, for longer every time."""
+        """Has these servers asked one by one for a while, longer each time."""
         now = time.monotonic()
         until, period = self._avoided.get(tuple(peers), (0.0, 0.0))
         if until > now:
-            return  # several requests in flight tell of one reason
+            return  # several requests in flight may report one cause
         self._avoided = {route: entry for route, entry in self._avoided.items() if entry[0] + entry[1] > now}
         period = min(2 * period, _MAX_AVOID_PERIOD) or _AVOID_PERIOD
         self._avoided[tuple(peers)] = now + period, period

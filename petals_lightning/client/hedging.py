@@ -1,4 +1,4 @@
-"""A request that is far beyond its time is tried on other servers too; the first answer wins."""
+"""Hedged requests: a request that takes too long is also tried on other servers, and the first answer wins."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ async def race(
     late: Callable[[], float],
     on_failure: Callable[[PeerFailure], None],
 ) -> tuple[T, bool]:
-    """Runs `first`; if it is late, also what `second` gives, if anything.
+    """Runs `first`. If it is late, also runs what `second` returns, if anything.
 
     Args:
-        after: seconds of lateness after which `second` is asked; None never does so.
-        late: how late the servers of `first` are, in seconds.
-        on_failure: told of the failure of one while the other still runs.
+        after: seconds of lateness after which `second` is called; None: never.
+        late: returns how late the servers of `first` are, in seconds.
+        on_failure: called with the failure of one run while the other continues.
 
     Returns:
-        The first answer, and whether it came from `first`; the other run is cancelled.
+        The first answer, and whether it came from `first`; The other run is cancelled.
 
     Raises:
-        PeerFailure: of the last one left. Other exceptions of either at once.
+        PeerFailure: of the run that was left. Any other exception of either run is raised at once.
     """
     only = asyncio.create_task(first())
     running = {only}

@@ -1,11 +1,11 @@
-"""Runs a micro-batch through the segments of a route, forward and backward, and around servers that fail.
+"""Runs a micro-batch through the segments of a route, forward and backward, and recovers from servers that fail.
 
-The client keeps what entered every segment until the step is done, so any of them can be run again anywhere: a server
-that dies costs its own segment, not the step. A segment of several servers that fails is run again server by server:
-inside of it nothing can be mended, and who is to blame does not show (`attempts`: what is tried again, how often). A
-segment that is late is tried elsewhere too, answers that cannot be right count as failures, and a share is audited.
+The client keeps the inputs of every segment until the step is done, so that any of them can run again anywhere: a
+failed server costs its own segment, not the step. A failed segment of several servers runs again server by server,
+because the failure does not show which of them is at fault (`attempts`: what is tried again, and how often). A late
+segment is also tried elsewhere, answers that cannot be right count as failures, and a share of answers is audited.
 
-Shapes: B batch, S tokens, P virtual tokens, H hidden size, N rows that are read.
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, N positions that are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 
 from petals_lightning.client.attempts import Attempts
 from petals_lightning.client.audit import Auditor, Judge, Tensors
-from petals_lightning.client.deadlines import BACKWARD_COST, Patience, ServiceClock, patience
 from petals_lightning.client.exchange import Exchange, Stage
 from petals_lightning.client.handover import may_be_anothers_fault
 from petals_lightning.client.hedging import Run, race
@@ -29,7 +28,8 @@ from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.segments import ForwardResult, InputGrads, Leg, MicroBatch, Segment
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.client.verify import check_backward, check_forward, seconds_of
+from petals_lightning.client.timeouts import BACKWARD_COST, RequestTimeouts, ServiceTimer, request_timeouts
+from petals_lightning.client.validation import check_backward, check_forward, reported_seconds
 from petals_lightning.errors import NonFiniteResult, PeerFailure, RetriesExhaustedError
 from petals_lightning.protocol.messages import ErrorCode, Message
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
@@ -40,12 +40,12 @@ Grads = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Pipeline:
-    """Blocks of one model on whatever servers there are. All methods belong to the node's loop.
+    """Runs blocks of one model on the servers of a swarm. All methods belong to the node's loop.
 
     Args:
         servers, router: of the model.
         stats: counts retries, hedges and handovers.
-        judge: computes here what servers disagree about, if this machine can.
+        judge: computes blocks on this machine when servers disagree; None if it cannot.
     """
 
     def __init__(self, servers: ServerPool, router: Router, stats: TransferStats, judge: Judge | None = None):
@@ -63,11 +63,11 @@ class Pipeline:
     async def backward(
         self, batch: MicroBatch, result: ForwardResult, grad: torch.Tensor, grad_prefix: torch.Tensor | None
     ) -> InputGrads:
-        """Gradients of the inputs of `forward`, whose `result` must be of this batch. Raises as `forward`."""
+        """Gradients of the inputs of `forward`; `result` is its result for this batch. Raises as `forward`."""
         attempts, segments = self._attempts(), list(result.segments)
         deep = torch.zeros(batch.prompts.deep.shape) if batch.prompts is not None else None
         grads: Grads | None = grad, grad_prefix
-        found: Tensors = {}
+        input_grads: Tensors = {}
         while segments:
             segment = segments.pop()
             assert grads is not None
@@ -75,15 +75,15 @@ class Pipeline:
                 segments += await self._rebuild(batch, segment, attempts)
                 continue
             try:
-                found = await self._run_backward(batch, segment, grads, attempts)
+                input_grads = await self._run_backward(batch, segment, grads, attempts)
             except PeerFailure as e:
                 self._failed(e, segment, attempts)
                 segments += await self._rebuild(batch, segment, attempts)
                 continue
             if deep is not None and batch.prompts is not None:
-                deep[segment.start - batch.prompts.start : segment.end - batch.prompts.start] = found["deep"]
-            grads = (found["hidden"], found.get("prefix")) if "hidden" in found else None
-        return InputGrads(found.get("hidden"), found.get("prefix"), deep)
+                deep[segment.start - batch.prompts.start : segment.end - batch.prompts.start] = input_grads["deep"]
+            grads = (input_grads["hidden"], input_grads.get("prefix")) if "hidden" in input_grads else None
+        return InputGrads(input_grads.get("hidden"), input_grads.get("prefix"), deep)
 
     async def _forward(
         self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts, *, one_by_one: bool = False
@@ -116,39 +116,43 @@ class Pipeline:
                     leg.connection = await self._servers.connection(leg.peer)
                 sizes = self._router.handover.group([leg.connection for leg in legs])
             except PeerFailure:
-                pass  # the leg's own request meets it too, and deals with it
+                pass  # the leg's own request will fail too, and handle it
         rest = iter(legs)
         return [[next(rest) for _ in range(size)] for size in sizes]
 
     async def _run_forward(
         self, batch: MicroBatch, segment: Segment, want_prefix: bool, attempts: Attempts
     ) -> tuple[list[Segment], Tensors]:
-        """One segment forward, hedged and audited; returns the segments that answered. Raises PeerFailure."""
+        """Runs one segment forward, hedged and audited. Returns the segments that answered. Raises PeerFailure."""
 
         async def here() -> tuple[list[Segment], Tensors]:
             return [segment], await self._ask_forward(batch, segment, want_prefix, attempts)
 
-        async def again(route: list[RouteSpan]) -> Tensors:
+        async def recompute(route: list[RouteSpan]) -> Tensors:
             return (await self._forward_by(replace(batch, keep=False), segment, route, want_prefix))[1]
 
         elsewhere = partial(self._forward_by, batch, segment, want_prefix=want_prefix)
         answered, tensors = await self._hedged(batch, segment, 1.0, here, elsewhere, attempts)
-        await self._audit(batch, answered, None, tensors, again)
+        await self._audit(batch, answered, None, tensors, recompute)
         return answered, tensors
 
     async def _run_backward(self, batch: MicroBatch, segment: Segment, grads: Grads, attempts: Attempts) -> Tensors:
-        """One segment backward, hedged and audited: gradients of hidden, prefix and deep. Raises PeerFailure."""
+        """Runs one segment backward, hedged and audited. Returns gradients of hidden, prefix and deep prompts.
+
+        Raises:
+            PeerFailure: a server failed.
+        """
 
         async def here() -> tuple[list[Segment], Tensors]:
             return [segment], await self._ask_backward(batch, segment, grads, attempts)
 
-        async def again(route: list[RouteSpan]) -> Tensors:
+        async def recompute(route: list[RouteSpan]) -> Tensors:
             return (await elsewhere(route))[1]
 
         elsewhere = partial(self._backward_by, batch, segment, grads)
-        answered, found = await self._hedged(batch, segment, _backward_cost(segment), here, elsewhere, attempts)
-        await self._audit(batch, answered, grads, found, again)
-        return found
+        answered, result = await self._hedged(batch, segment, _backward_cost(segment), here, elsewhere, attempts)
+        await self._audit(batch, answered, grads, result, recompute)
+        return result
 
     async def _audit(
         self,
@@ -156,18 +160,18 @@ class Pipeline:
         answered: list[Segment],
         grads: Grads | None,
         tensors: Tensors,
-        again: Callable[[list[RouteSpan]], Coroutine[Any, Any, Tensors]],
+        recompute: Callable[[list[RouteSpan]], Coroutine[Any, Any, Tensors]],
     ) -> None:
-        """Raises WrongResult, see `Auditor.check`."""
-        for segment in answered[:1]:  # where audits are on, there is one, of one server
+        """Audits an answer. Raises WrongResult, see `Auditor.check`."""
+        for segment in answered[:1]:  # with audits on, there is one segment, of one server
             if not segment.is_handed_over:
                 deep = batch.deep(segment.start, segment.end)
-                await self._auditor.check(segment, deep, grads, tensors, again)
+                await self._auditor.check(segment, deep, grads, tensors, recompute)
 
     async def _forward_by(
         self, batch: MicroBatch, segment: Segment, route: Sequence[RouteSpan], want_prefix: bool
     ) -> tuple[list[Segment], Tensors]:
-        """What `segment` does, server by server along `route`, each asked once. Raises PeerFailure."""
+        """Runs `segment` server by server along `route`, asking each server once. Raises PeerFailure."""
         done: list[Segment] = []
         hidden, prefix, tensors = segment.hidden, segment.prefix, {}
         for planned in route:
@@ -184,15 +188,15 @@ class Pipeline:
     ) -> tuple[list[Segment], Tensors]:
         """As `_forward_by`, with gradients of the segment's inputs."""
         done, _ = await self._forward_by(batch, segment, route, grads[1] is not None)
-        found: Tensors = {}
+        result: Tensors = {}
         deep: list[torch.Tensor] = []
         for part in reversed(done):
-            found = await self._ask_backward(batch, part, grads, self._attempts())
-            if "deep" in found:
-                deep.insert(0, found["deep"])
-            if "hidden" in found:
-                grads = found["hidden"], found.get("prefix")
-        return done, found | ({"deep": torch.cat(deep)} if deep else {})
+            result = await self._ask_backward(batch, part, grads, self._attempts())
+            if "deep" in result:
+                deep.insert(0, result["deep"])
+            if "hidden" in result:
+                grads = result["hidden"], result.get("prefix")
+        return done, result | ({"deep": torch.cat(deep)} if deep else {})
 
     async def _hedged(
         self,
@@ -203,21 +207,21 @@ class Pipeline:
         elsewhere: Callable[[list[RouteSpan]], Coroutine[Any, Any, T]],
         attempts: Attempts,
     ) -> T:
-        """Runs a segment `here`, and if it is late also `elsewhere`, by other servers. Raises as `race`."""
+        """Runs a segment `here`, and also `elsewhere`, on other servers, if it is late. Raises as `race`."""
         for leg in segment.legs:
-            leg.clock = ServiceClock()
-            leg.clock.hold()  # until the request is there
+            leg.clock = ServiceTimer()
+            leg.clock.pause()  # until the request has arrived
         segment.legs[0].clock.restart()
 
         def second() -> Run[T] | None:
             route = self._router.other_route(
                 segment.start, segment.end, tokens=batch.tokens, avoid=[segment.slowest.peer]
             )
-            if route is None or (len(route) > 1 and self._servers.config.audit_rate > 0):  # one server's can be audited
+            if route is None or (len(route) > 1 and self._servers.config.audit_rate > 0):  # audits need one server
                 return None
             return partial(elsewhere, route)
 
-        hedges = [self._patience(batch, leg, cost).hedge for leg in segment.legs]
+        hedges = [self._timeouts(batch, leg, cost).hedge for leg in segment.legs]
         result, was_here = await race(
             here,
             second,
@@ -234,11 +238,11 @@ class Pipeline:
             late.peer, tokens=batch.tokens, blocks=late.end - late.start, elapsed=late.clock.lost / cost
         )
         if segment.is_handed_over:
-            self._router.handover.avoid(segment.peers, "another way was quicker")
+            self._router.handover.avoid(segment.peers, "another route was faster")
         return result
 
     async def _ask_forward(self, batch: MicroBatch, segment: Segment, want_prefix: bool, attempts: Attempts) -> Tensors:
-        """One forward request; its legs then know their graphs. Raises PeerFailure."""
+        """Sends one forward request, and notes the graphs that servers keep. Raises PeerFailure."""
         for leg in segment.legs:
             if leg.connection is None or not leg.connection.is_open:
                 leg.connection = await self._servers.connection(leg.peer)
@@ -249,8 +253,8 @@ class Pipeline:
                 await self._register_prompts(batch, segment.legs, requests)
                 stages = self._stages(batch, segment.legs, [request.to_message() for request in requests], 1.0)
                 for leg, stage in zip(segment.legs, stages, strict=True):
-                    leg.graph = stage.call_id if batch.keep else None  # until its server says otherwise
-                    stage.answered = self._learns(batch, leg, is_alone=not segment.is_handed_over)
+                    leg.graph = stage.call_id if batch.keep else None  # unless its server reports otherwise
+                    stage.answered = self._speed_learner(batch, leg, is_alone=not segment.is_handed_over)
                 reply = await Exchange(stages).last()
             except PeerFailure as e:
                 self._mend(e, segment, lost, attempts)
@@ -263,7 +267,7 @@ class Pipeline:
             return reply.tensors
 
     async def _ask_backward(self, batch: MicroBatch, segment: Segment, grads: Grads, attempts: Attempts) -> Tensors:
-        """One backward request: by graph if the server has it, else with the inputs again. Raises PeerFailure."""
+        """Sends one backward request: by graph if the server has it, else with the inputs. Raises PeerFailure."""
         legs = segment.legs[::-1]
         for leg in legs:
             if leg.connection is None or not leg.connection.is_open:
@@ -301,13 +305,13 @@ class Pipeline:
                 self._confirm(e, segment, batch, attempts)
             if segment.is_handed_over:
                 for leg in legs:
-                    leg.connection = leg.graph = None  # used up: who goes back once more starts from the inputs
-            found = {
+                    leg.connection = leg.graph = None  # the graph is used up: another backward starts from the inputs
+            sums = {
                 name: tensor for name in ("hidden", "prefix") if (tensor := replies[-1].tensors.get(name)) is not None
             }
             if batch.prompts is not None:
-                found["deep"] = torch.cat([reply.tensors["deep"].float() for reply in reversed(replies)])
-            return found
+                sums["deep"] = torch.cat([reply.tensors["deep"].float() for reply in reversed(replies)])
+            return sums
 
     def _check_grads(
         self,
@@ -317,20 +321,20 @@ class Pipeline:
         sent: list[torch.Tensor],
         replies: Sequence[Message],
     ) -> None:
-        """Raises WrongResult unless each leg, from the last to the first, answered gradients of what it had."""
+        """Raises WrongResult unless each leg, from last to first, answered with gradients of its inputs."""
         dtypes = [dtype(leg.peer) for leg in legs for dtype in (self._servers.wire_dtype, self._servers.compute_dtype)]
         for leg, forward, reply in zip(legs, forwards, replies, strict=True):
-            if leg is not legs[-1]:  # these go to the server before, and only those of deep prompts come home
+            if leg is not legs[-1]:  # these go to the previous server; only deep prompts' gradients come to the client
                 forward = replace(forward, prefix=None, input_grad=False)
             deep = batch.deep(leg.start, leg.end)
             check_backward(leg.peer, forward, deep, sent, reply, may_overflow="float16" in dtypes)
 
     def _can_go_back(self, segment: Segment, attempts: Attempts) -> bool:
-        """Whether servers that hand over all have their graphs still. One alone is sent its inputs again."""
+        """Whether all servers of a hand-over still have their graphs. A single server is sent its inputs again."""
         if not segment.is_handed_over:
             return True
         for leg in segment.legs:
-            if leg.connection is not None and not leg.connection.is_open:  # the pool was told; this step pays for it
+            if leg.connection is not None and not leg.connection.is_open:  # the pool knows; count it for this step too
                 attempts.count(PeerFailure(leg.peer, "its stream ended between forward and backward"))
         if not self._router.handover.allows([leg.connection for leg in segment.legs]):
             return False
@@ -340,9 +344,9 @@ class Pipeline:
         return True
 
     async def _rebuild(self, batch: MicroBatch, segment: Segment, attempts: Attempts) -> list[Segment]:
-        """Segments that take the place of one whose server is lost.
+        """The segments that replace one whose server is lost.
 
-        All but the last are run; the last runs with its backward, in one request.
+        All but the last are run here; the last runs together with its backward, in one request.
         """
         *before, last = await self._router.route(segment.start, segment.end, tokens=batch.tokens)
         hidden, prefix, done = segment.hidden, segment.prefix, []
@@ -356,10 +360,10 @@ class Pipeline:
         return [*done, Segment([Leg(last.start, last.end, last.peer_id)], hidden, prefix, segment.rows)]
 
     def _mend(self, failure: PeerFailure, segment: Segment, lost: set[str], attempts: Attempts) -> None:
-        """Returns if the same server is to be asked again, with what it says that it has lost; each once.
+        """Returns if the same server should be asked again, with what it has lost (each kind of loss once).
 
         Raises:
-            PeerFailure: another failure; or one behind a handover, where it does not show who has lost it.
+            PeerFailure: any other failure, or one in a hand-over, where the server that lost it is unknown.
         """
         leg = segment.legs[0]
         if segment.is_handed_over or failure.code is None or failure.code in lost:
@@ -374,7 +378,7 @@ class Pipeline:
         attempts.count(failure)
 
     def _failed(self, failure: PeerFailure, segment: Segment, attempts: Attempts) -> None:
-        """Takes in a segment's failure. Returns if its blocks are to be tried again. Raises as `Attempts.failed`."""
+        """Handles a segment's failure. Returns if its blocks should be tried again. Raises as `Attempts.failed`."""
         if segment.is_handed_over and may_be_anothers_fault(failure):
             for leg in segment.legs:
                 if failure.code == ErrorCode.PROMPTS_LOST.value and leg.connection is not None:
@@ -385,11 +389,11 @@ class Pipeline:
         attempts.failed(failure, own.start, own.end)
 
     def _confirm(self, failure: NonFiniteResult, segment: Segment, batch: MicroBatch, attempts: Attempts) -> None:
-        """Returns if two servers say the same: then it is the model that overflows, and the caller shall see it.
+        """Returns if two servers give the same result: then the model overflows, and the caller should see it.
 
         Raises:
-            NonFiniteResult: it is the first to say so; or it came by a handover.
-            RetriesExhaustedError: it says so again, and there is nobody else to ask.
+            NonFiniteResult: it is the first such result, or it came through a hand-over.
+            RetriesExhaustedError: the server repeats it, and no other server can be asked.
         """
         if segment.is_handed_over:
             raise failure
@@ -400,8 +404,8 @@ class Pipeline:
         is_alone = self._router.other_route(*blocks, tokens=batch.tokens, avoid=[failure.peer]) is None
         if failure.peer in attempts.not_finite and is_alone:
             raise RetriesExhaustedError(
-                f"{failure}, twice, and nobody else holds blocks {segment.start}:{segment.end}. If the model overflows "
-                "in float16, its servers should use --dtype bfloat16 or float32"
+                f"{failure}, twice, and no other server holds blocks {segment.start}:{segment.end}. If the model "
+                f"overflows in float16, its servers should use --dtype bfloat16 or float32"
             ) from failure
         attempts.not_finite.add(failure.peer)
         raise failure
@@ -409,9 +413,9 @@ class Pipeline:
     def _forward_requests(
         self, batch: MicroBatch, segment: Segment, want_prefix: bool, *, is_sent: bool = True
     ) -> list[ForwardRequest]:
-        """A request for each leg. All have the first one's inputs: what enters the others is not known here.
+        """A request for each leg. All have the first leg's inputs, because the inputs of the others are not known here.
 
-        `is_sent`: inputs are in the dtype for the wire.
+        `is_sent`: convert the inputs to the dtype for the wire.
         """
         hidden, prefix = segment.hidden, segment.prefix
         if is_sent:
@@ -436,7 +440,7 @@ class Pipeline:
     async def _register_prompts(
         self, batch: MicroBatch, legs: Sequence[Leg], requests: Sequence[ForwardRequest]
     ) -> None:
-        """Makes sure that servers have the deep prompts of their blocks, and names them in the requests."""
+        """Registers deep prompts with the servers of their blocks, and puts their keys into the requests."""
         if batch.prompts is None:
             return
         for leg, request in zip(legs, requests, strict=True):
@@ -448,22 +452,22 @@ class Pipeline:
         stages = []
         for leg, message in zip(legs, messages, strict=True):
             assert leg.connection is not None
-            # Before the last one, a server's time includes the way to the next, which is not known here.
-            deadline = self._patience(batch, leg, cost).deadline if leg is legs[-1] else None
+            # For all but the last, a server's time includes the unknown time of sending to the next one.
+            deadline = self._timeouts(batch, leg, cost).deadline if leg is legs[-1] else None
             stages.append(Stage(leg.connection, message, deadline=deadline, clock=leg.clock))
         return stages
 
-    def _learns(self, batch: MicroBatch, leg: Leg, *, is_alone: bool) -> Callable[[Message], None]:
-        """Takes in what a server says of its forward: speeds are compared, so they are all taken from forwards."""
+    def _speed_learner(self, batch: MicroBatch, leg: Leg, *, is_alone: bool) -> Callable[[Message], None]:
+        """Updates speed estimates from a forward. All speeds come from forwards, so that they can be compared."""
         began = time.perf_counter()
 
         def learn(reply: Message) -> None:
             if reply.fields.get("kept") is not True:
                 leg.graph = None
-            compute = seconds_of(reply, "compute")
+            compute = reported_seconds(reply, "compute")
             if is_alone:
-                elapsed = time.perf_counter() - began - seconds_of(reply, "queue")
-            else:  # how long the way to it is cannot be learnt behind a handover
+                elapsed = time.perf_counter() - began - reported_seconds(reply, "queue")
+            else:  # a hand-over does not show the round trip to this server
                 elapsed = compute + self._router.expected_seconds(leg.peer, tokens=0, blocks=0)[0]
             self._servers.speeds.report_success(
                 leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start, compute=compute, elapsed=elapsed
@@ -471,14 +475,14 @@ class Pipeline:
 
         return learn
 
-    def _patience(self, batch: MicroBatch, leg: Leg, cost: float) -> Patience:
+    def _timeouts(self, batch: MicroBatch, leg: Leg, cost: float) -> RequestTimeouts:
         expected, is_measured = self._router.expected_seconds(leg.peer, tokens=batch.tokens, blocks=leg.end - leg.start)
-        return patience(expected * cost, is_measured, self._servers.config)
+        return request_timeouts(expected * cost, is_measured, self._servers.config)
 
     def _attempts(self) -> Attempts:
         return Attempts(self._servers, self._router, self._stats)
 
 
 def _backward_cost(segment: Segment) -> float:
-    """In forwards: without the graph, the server has to run the forward again first."""
+    """Cost in units of a forward: without its graph, the server runs the forward again first."""
     return BACKWARD_COST if segment.legs[0].graph is not None else 1.0 + BACKWARD_COST

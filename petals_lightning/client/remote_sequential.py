@@ -1,6 +1,6 @@
 """Blocks that live in a swarm, as a module.
 
-Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows that are read.
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N positions that are read.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from petals_lightning.client.block_pass import BlockPass
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.client.pipeline import Pipeline
+from petals_lightning.client.positions import gather_positions, scatter_positions
 from petals_lightning.client.router import Router
 from petals_lightning.client.routing import RouteSpan
-from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import SwarmConnectionError, UnsupportedInputError
@@ -42,12 +42,12 @@ class _Swarm:
     rotary_switch: int | None
 
     def __post_init__(self) -> None:
-        # The runner is held by whatever may still need the swarm: modules, their copies, graphs that wait for backward.
+        # Modules, their copies, and graphs that wait for backward refer to the runner as long as they need the swarm.
         self._finalizer = weakref.finalize(self.runner, _close_unused, self.node, self.servers, self.owns_node)
         self._finalizer.atexit = False
 
     def check_open(self) -> None:
-        """Raises SwarmConnectionError if it is closed."""
+        """Raises SwarmConnectionError if the swarm is closed."""
         if not self._finalizer.alive:
             raise SwarmConnectionError(
                 "this model's connection to its swarm is closed: load it again by from_pretrained or, if a Trainer "
@@ -59,7 +59,7 @@ class _Swarm:
             _close(self.node, self.servers, self.owns_node)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Swarm:
-        """A copied model (weight averaging, say) goes through the same connections."""
+        """A copied model (for weight averaging, say) uses the same connections."""
         return self
 
     def __reduce__(self) -> NoReturn:
@@ -70,14 +70,14 @@ class _Swarm:
 
 
 def _close(node: SwarmNode, servers: ServerPool, owns_node: bool) -> None:
-    if node.is_running:  # a caller's own may have been closed before
+    if node.is_running:  # the caller may have closed its own node already
         node.run(servers.close())
     if owns_node:
         node.close()
 
 
 def _close_unused(node: SwarmNode, servers: ServerPool, owns_node: bool) -> None:
-    """For the garbage collector, which may run in any thread, also that of the loop: so nothing waits here."""
+    """Closes for the garbage collector, which may run in any thread, even the loop's: so it must not wait."""
     if node.is_running:
         threading.Thread(target=_close, args=(node, servers, owns_node), name="close swarm").start()
 
@@ -94,13 +94,13 @@ async def _start(servers: ServerPool, router: Router) -> None:
 class RemoteSequential(nn.Module):
     """Blocks [start, end) of a model on servers of a swarm; made by `connect`.
 
-    `layers(hidden_states)` with [B, S, H] gives [B, S, H], with gradients. `layers[a:b]` is a sub-sequence, `layers[i]`
-    one block. Iterating yields a single step that runs them all: decoders loop over their layers, and the swarm is
-    one layer to them.
+    `layers(hidden_states)` maps [B, S, H] to [B, S, H], with gradients. `layers[a:b]` is a sub-sequence, `layers[i]`
+    one block. Iterating yields one module that runs all blocks: decoders loop over their layers, and to them the swarm
+    is a single layer.
 
     Attributes:
-        returns_tuple: put outputs into tuples, for a decoder that expects this of its blocks; attention weights, which
-            some take out of them too, are None.
+        returns_tuple: return outputs in tuples, for decoders that expect this of their blocks. Attention weights, which
+            some decoders read from these tuples, are None.
     """
 
     def __init__(self, swarm: _Swarm, start: int, end: int):
@@ -127,16 +127,16 @@ class RemoteSequential(nn.Module):
 
         Args:
             node: this process's peer, started.
-            dht_prefix, num_blocks, hidden_size, fingerprint: the model; servers of another are not used.
+            dht_prefix, num_blocks, hidden_size, fingerprint: identify the model. Servers of other models are not used.
             config: timeouts, filters, wire dtype.
-            owns_node: close the node with the blocks.
-            rotary_switch: positions beyond which the model turns all of them by other rotary factors, if it does.
-            sliding_window: how far back its attention reaches, padding counted; None: to the first position.
-            judge: computes here what servers disagree about; None: only trusted servers decide.
+            owns_node: close the node together with the blocks.
+            rotary_switch: positions beyond which the model uses other rotary factors for all positions, if it does.
+            sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
+            judge: computes blocks on this machine when servers disagree; None: only trusted servers decide.
 
         Raises:
-            NoServersError: some block is held by nobody who may be used.
-            IncompatibleServerError: those who hold it serve another model.
+            NoServersError: no usable server holds some block.
+            IncompatibleServerError: all servers that hold some block serve another model.
         """
         config, stats = config or ClientConfig(), TransferStats()
         servers = ServerPool(
@@ -160,12 +160,12 @@ class RemoteSequential(nn.Module):
         return self._swarm.stats
 
     def route(self, tokens: int = 1024) -> list[RouteSpan]:
-        """The servers that a request of `tokens` tokens would go through now."""
+        """The servers through which a request of `tokens` tokens would go now."""
         self._swarm.check_open()
         return self._swarm.node.run(self._swarm.router.route(self.start, self.end, tokens=tokens))
 
     def close(self) -> None:
-        """Ends the streams (and this process's peer, if it was made for these blocks)."""
+        """Ends the streams (and this process's peer, if it was created for these blocks)."""
         self._swarm.close()
 
     @torch.compiler.disable
@@ -173,8 +173,8 @@ class RemoteSequential(nn.Module):
         """Runs the blocks.
 
         Args:
-            hidden_states: [B, S, H]. Of what decoders pass besides only a `BlockPass` is used; masks and rotary
-                embeddings are made on servers.
+            hidden_states: [B, S, H]. Of the decoder's other arguments only a `BlockPass` is used; servers compute masks
+                and rotary embeddings themselves.
 
         Returns:
             [B, S, H]; with `returns_tuple`, inside a tuple.
@@ -190,23 +190,23 @@ class RemoteSequential(nn.Module):
             if not call.identity:
                 output, _ = self.run(hidden_states, prefix=call.prefix, deep=call.deep, rows=call.rows)
             else:
-                output = hidden_states if call.rows is None else take_rows(hidden_states, call.rows)
+                output = hidden_states if call.rows is None else gather_positions(hidden_states, call.rows)
             if call.rows is not None:
-                output = put_rows(output, call.rows, *hidden_states.shape[:2])
+                output = scatter_positions(output, call.rows, *hidden_states.shape[:2])
         return (output, None) if self.returns_tuple else output
 
     def inference_session(
         self, *, max_length: int, prefix: torch.Tensor | None = None, deep: torch.Tensor | None = None
     ) -> InferenceSession:
-        """A session in which `step(hidden_states)` runs one or more positions behind those that came before.
+        """A session in which `step(hidden_states)` runs one or more positions after all previous ones.
 
         Args:
-            max_length: positions to reserve room for on servers, the prefix not counted.
-            prefix: [P, H] in front of every sample.
+            max_length: positions for which servers reserve memory, without the prefix.
+            prefix: [P, H] before every sample.
             deep: [L, P, H] added to the prefix before each of these blocks.
 
         Raises:
-            UnsupportedInputError: shapes do not fit. (Servers are asked with the first step.)
+            UnsupportedInputError: shapes do not match. (Servers are asked at the first step.)
         """
         swarm = self._swarm
         swarm.check_open()
@@ -228,23 +228,23 @@ class RemoteSequential(nn.Module):
 
         Args:
             hidden_states: [B, S, H] that enter block `start`.
-            prefix: [P, H] in front of every sample.
+            prefix: [P, H] before every sample.
             deep: [L, P, H] added to the prefix before each of these blocks.
-            rows: [N] indices into B·S whose outputs are wanted.
+            rows: [N] indices into B·S of the positions to return.
             want_prefix: return the prefix's output too.
 
         Returns:
             [B, S, H] or, with rows, [N, H]; and the prefix's [P, H] if wanted.
 
         Raises:
-            UnsupportedInputError: shapes do not fit.
+            UnsupportedInputError: shapes do not match.
             SwarmError: see `forward`.
         """
         if hidden_states.ndim != 3 or not hidden_states.is_floating_point():
             raise UnsupportedInputError(f"hidden_states must be floating [B, S, H], got {tuple(hidden_states.shape)}")
         if deep is not None and (prefix is None or deep.shape != (len(self), *prefix.shape)):
             raise UnsupportedInputError(
-                f"deep prompts {tuple(deep.shape)} do not fit {len(self)} blocks and the prefix"
+                f"deep prompts {tuple(deep.shape)} do not match {len(self)} blocks and the prefix"
             )
         if hidden_states.shape[0] == 0 or hidden_states.shape[1] == 0:
             return hidden_states, prefix if want_prefix else None

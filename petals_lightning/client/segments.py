@@ -1,9 +1,9 @@
-"""What a step consists of on its way through servers: data only.
+"""The parts of a step on its way through servers: data only.
 
-A route is a list of segments. A segment is one server, or several in a row that hand a request over to each other, so
-that it goes out once and its answer comes home once. Each server's part of it is a leg.
+A route is a list of segments. A segment is one server, or several consecutive servers that hand a request over to each
+other, so that it is sent once and answered once. Each server's part of a segment is a leg.
 
-Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows that are read.
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N positions that are read.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.server_connection import ServerConnection
+from petals_lightning.client.timeouts import ServiceTimer
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class StepPrompts:
     version: int
 
     def between(self, start: int, end: int) -> torch.Tensor:
-        """Those of blocks [start, end)."""
+        """The prompts of blocks [start, end)."""
         return self.deep[start - self.start : end - self.start]
 
 
 @dataclass
 class MicroBatch:
-    """What enters block `start`: hidden [B, S, H], prefix [P, H] or None, and rows [N] to read or None for all.
+    """The inputs of block `start`: hidden [B, S, H], prefix [P, H] or None, and rows [N] to read or None for all.
 
-    `input_grad`: hidden needs a gradient; `keep`: a backward will follow.
+    `input_grad`: a gradient of hidden is needed. `keep`: a backward will follow.
     """
 
     start: int
@@ -55,7 +55,7 @@ class MicroBatch:
         return self.hidden.shape[0] * self.hidden.shape[1]
 
     def deep(self, start: int, end: int) -> torch.Tensor | None:
-        """Deep prompts [end - start, P, H] of these blocks, if there are any."""
+        """Deep prompts [end - start, P, H] of these blocks, or None without prompts."""
         return self.prompts.between(start, end) if self.prompts is not None else None
 
 
@@ -65,8 +65,8 @@ class Leg:
 
     Attributes:
         peer: the server.
-        connection: None until it is first asked.
-        graph: the call whose graph the server keeps, as far as is known.
+        connection: None before the first request.
+        graph: the call whose graph the server keeps, as far as the client knows.
         clock: runs while the server works on the request under way.
     """
 
@@ -75,17 +75,17 @@ class Leg:
     peer: str
     connection: ServerConnection | None = None
     graph: int | None = None
-    clock: ServiceClock = field(default_factory=ServiceClock)
+    clock: ServiceTimer = field(default_factory=ServiceTimer)
 
 
 @dataclass
 class Segment:
-    """Consecutive legs that answer as one request, with the inputs to run them again.
+    """Consecutive legs that answer as one request, and the inputs to run them again.
 
     Attributes:
-        legs: one at least, in the order of blocks.
-        hidden, prefix: [B, S, H] and [P, H] that enter the first.
-        rows: [N] that are read behind the last; None: all.
+        legs: at least one, in the order of blocks.
+        hidden, prefix: [B, S, H] and [P, H] that enter the first leg.
+        rows: [N] that are read after the last leg; None: all.
     """
 
     legs: list[Leg]
@@ -111,13 +111,13 @@ class Segment:
 
     @property
     def slowest(self) -> Leg:
-        """Whose server has been at work for the longest."""
+        """The leg whose server has worked for the longest."""
         return max(self.legs, key=lambda leg: leg.clock.lost)
 
 
 @dataclass
 class ForwardResult:
-    """Output of a micro-batch: hidden [B, S, H] or [N, H], prefix [P, H] or None, and the segments that led there."""
+    """Output of a micro-batch: hidden [B, S, H] or [N, H], prefix [P, H] or None, and the segments that computed it."""
 
     hidden: torch.Tensor
     prefix: torch.Tensor | None

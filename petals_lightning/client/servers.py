@@ -1,4 +1,4 @@
-"""The servers of one model, as a client knows them: records, connections, speeds, and bans."""
+"""The servers of one model as a client knows them: records, connections, speeds, and bans."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ from petals_lightning.swarm import SwarmDirectory, SwarmNode
 logger = logging.getLogger(__name__)
 
 _DEFAULT_TOKENS_PER_SECOND = 1000.0
-_TRUST_IN_CLAIMS = 0.5  # servers announce the speed that they had when idle; measured speeds count in full
+_ADVERTISED_SPEED_WEIGHT = (
+    0.5  # weight of an announced speed, which is that of an idle server; a measured speed has weight 1
+)
 _MAX_BAN = 300.0
-_LIAR_BAN = 86400.0  # a server that a judge has contradicted has had its chance
-_MODELS_TOLD = 20  # in an error; anybody may list thousands
+_PROVEN_WRONG_BAN = 86400.0  # seconds: a judge has contradicted the server, so it gets no second chance soon
+_MODELS_LISTED = 20  # in an error message; any peer may list thousands
 
 
 @dataclass
@@ -44,22 +46,22 @@ class _Ban:
 
 
 class ServerPool:
-    """The servers of one model. Everything but the constructor belongs to the node's loop.
+    """The servers of one model. All methods belong to the node's loop.
 
-    A server that fails leaves the pool at once. It comes back when its ban is over and a connection, tried in the
-    background, succeeds: a record that lives on in the DHT never costs a step again.
+    A failed server leaves the pool at once. It comes back when its ban is over and a connection, opened in the
+    background, succeeds. So a dead server's record that lives on in the DHT never costs a step again.
 
     Args:
         node: this process's peer, started.
-        dht_prefix, num_blocks, hidden_size: the model.
-        fingerprint: of the model's weights here; servers that state another one are not used.
-        sliding_window: how far back the model's attention reaches, padding counted; None: to the first position.
+        dht_prefix, num_blocks, hidden_size: identify the model.
+        fingerprint: of the model's weights here; servers with another fingerprint are not used.
+        sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
         config: timeouts and filters.
         stats: counts bytes and retries.
 
     Attributes:
-        spans: blocks [start, end) that each server lists, by peer id; also of those that may not be used.
-        speeds: as our own requests found them.
+        spans: blocks [start, end) that each server announces, by peer id, including servers that may not be used.
+        speeds: as measured by our own requests.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class ServerPool:
         self._window = sliding_window
         self._directory = SwarmDirectory(node, config.swarm_token)
         self._records: dict[str, ServerRecord] = {}
-        self._misfits: dict[str, str] = {}
+        self._incompatible: dict[str, str] = {}
         self._refusals: dict[str, str] = {}
         self._bans: dict[str, _Ban] = {}
         self._connections: dict[str, ServerConnection] = {}
@@ -89,7 +91,7 @@ class ServerPool:
         self._maintenance: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Reads the records, and keeps them fresh from now on."""
+        """Reads the records, and starts to refresh them."""
         await self.refresh()
         self._maintenance = asyncio.create_task(self._maintain())
 
@@ -114,52 +116,54 @@ class ServerPool:
                     gone.add(peer)
                     continue
                 first, end = spans.get(peer, (block, block))
-                if end == block:  # a span is contiguous; blocks behind a gap are leftovers of an earlier one
+                if end == block:  # a span is contiguous; blocks after a gap are left over from an earlier span
                     spans[peer] = (first, block + 1)
                     records[peer] = record
-        # A directory without a record of a server proves nothing; an open stream does, also when it ends.
+        # A missing record proves nothing about a server. An open stream proves that it lives.
         for peer, connection in self._connections.items():
             if peer in self.spans and peer not in gone and peer not in spans and connection.is_open:
                 spans[peer], records[peer] = self.spans[peer], self._records[peer]
         self.spans, self._records = spans, records
         self._forget_absent()
-        self._misfits = {peer: why for peer, record in records.items() if (why := self._misfit(peer, record))}
+        self._incompatible = {
+            peer: why for peer, record in records.items() if (why := self._incompatibility(peer, record))
+        }
 
     async def connection(self, peer: str) -> ServerConnection:
-        """The open connection to a server, opened if need be (once, however many wait for it).
+        """The open connection to a server, opened if needed (once, even if several callers wait).
 
         Raises:
-            PeerFailure: it cannot be opened, or the server is not what its record says.
+            PeerFailure: it cannot be opened, or the server contradicts its record.
         """
         connection = self._connections.get(peer)
         if connection is not None and connection.is_open:
             return connection
         if peer not in self._opening:
             self._opening[peer] = opening = asyncio.create_task(self._open(peer))
-            opening.add_done_callback(lambda done: done.cancelled() or done.exception())  # those who waited may be gone
+            opening.add_done_callback(lambda done: done.cancelled() or done.exception())  # callers may be gone
         return await asyncio.shield(self._opening[peer])
 
     def report_failure(self, failure: PeerFailure) -> None:
-        """Takes a server out of the pool and bans it, longer every time."""
+        """Takes a server out of the pool and bans it, longer each time."""
         peer = failure.peer
         if failure.code == ErrorCode.NOT_ALLOWED.value:
             self._refusals[peer] = failure.reason
         known, proven = self._bans.get(peer), isinstance(failure, WrongResult) and failure.proven
         if known is not None and known.until > time.monotonic() and (known.is_proven or not proven):
-            return  # several requests in flight tell of one failure
+            return  # several requests in flight may report one failure
         count = known.count + 1 if known is not None else 1
-        period = _LIAR_BAN if proven else min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
+        period = _PROVEN_WRONG_BAN if proven else min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
         self._bans[peer] = _Ban(time.monotonic() + period, count, proven, failure.reason)
-        if failure.code is None:  # the stream or the server itself; one that merely refuses keeps its other requests
+        if failure.code is None:  # the stream or the server failed; after a mere refusal, other requests go on
             connection = self._connections.pop(peer, None)
             if connection is not None:
                 connection.close()
-        # One that stays away is told of once, however often the background tries it.
+        # A server that stays away is logged once, however often the background task tries it.
         level = logging.WARNING if count == 1 or proven else logging.INFO
-        logger.log(level, "%s; leaving it alone for at least %.0f s", self._named(failure), period)
+        logger.log(level, "%s; not using it for at least %.0f s", self._named(failure), period)
 
     def forgive(self, peer: str) -> None:
-        """Lifts a ban: the failure was not the server's."""
+        """Lifts a ban, because the failure was not the server's."""
         if peer in self._bans and not self._bans[peer].is_proven:
             del self._bans[peer]
 
@@ -167,45 +171,45 @@ class ServerPool:
         """Whether the user believes this server."""
         return peer in self.config.trusted_servers
 
-    def is_proven_liar(self, peer: str) -> bool:
-        """Whether a judge has contradicted this server."""
+    def is_proven_wrong(self, peer: str) -> bool:
+        """Whether a judge has contradicted this server (see `audit`)."""
         return peer in self._bans and self._bans[peer].is_proven
 
     def compute_dtype(self, peer: str) -> str | None:
-        """The dtype that a server says it computes in."""
+        """The dtype in which a server computes, as it reports."""
         record = self._records.get(peer)
         return record.torch_dtype if record is not None else None
 
     def wire_dtype(self, peer: str) -> str:
-        """The dtype to send to a server and to ask of it."""
-        wanted, connection = self.config.wire_dtype, self._connections.get(peer)
-        said = connection.info.get("wire_dtypes") if connection is not None else None
-        can_quantise = isinstance(said, list) and INT8_BLOCKWISE in said
-        if wanted != "auto" and (wanted != INT8_BLOCKWISE or can_quantise):
-            return wanted
+        """The dtype for tensors to and from a server."""
+        configured, connection = self.config.wire_dtype, self._connections.get(peer)
+        supported = connection.info.get("wire_dtypes") if connection is not None else None
+        can_quantise = isinstance(supported, list) and INT8_BLOCKWISE in supported
+        if configured != "auto" and (configured != INT8_BLOCKWISE or can_quantise):
+            return configured
         record = self._records.get(peer)
         return record.torch_dtype if record is not None and record.torch_dtype in ("float16", "bfloat16") else "float32"
 
     def usable(self) -> list[str]:
-        """Peer ids of servers that may be asked now."""
+        """Peer ids of the servers that may be used now."""
         return [peer for peer in self.may_be_used() if peer not in self._bans or self._is_readmitted(peer)]
 
     def may_be_used(self) -> list[str]:
-        """The same, with those that are left alone for a while after a failure."""
+        """The same, including servers that are banned for a while after a failure."""
         return [peer for peer in self.spans if self._may_be_used(peer)]
 
     def speed(self, peer: str) -> tuple[float, float]:
-        """Seconds to get a request to a server and back, and its tokens a second of one block: measured, or claimed."""
+        """Seconds of a round trip, and tokens per second of one block: measured, or as the server claims."""
         if (speed := self.speeds.by_peer.get(peer)) is not None:
             return speed.hop_seconds, speed.tokens_per_second
         record, connection = self._records.get(peer), self._connections.get(peer)
         hop = connection.round_trip if connection is not None else None
         claimed = record.tokens_per_second if record is not None else None
-        rate = (claimed or _DEFAULT_TOKENS_PER_SECOND) * _TRUST_IN_CLAIMS
+        rate = (claimed or _DEFAULT_TOKENS_PER_SECOND) * _ADVERTISED_SPEED_WEIGHT
         return hop if hop is not None else DEFAULT_HOP_SECONDS, rate
 
     def silence(self, peer: str) -> float:
-        """Seconds for which a server has not answered a ping."""
+        """Seconds since a server's oldest unanswered ping."""
         connection = self._connections.get(peer)
         return connection.silence if connection is not None else 0.0
 
@@ -215,27 +219,27 @@ class ServerPool:
         return connection.round_trip if connection is not None else None
 
     def max_batch_tokens(self, peer: str) -> int | None:
-        """B·(P + S) that a server takes in one request, if it has said so."""
+        """B·(P + S) that a server takes in one request, if known."""
         connection = self._connections.get(peer)
-        said = connection.info.get("max_batch_tokens") if connection is not None else None
-        return said if type(said) is int and said > 0 else None
+        limit = connection.info.get("max_batch_tokens") if connection is not None else None
+        return limit if type(limit) is int and limit > 0 else None
 
     def public_name(self, peer: str) -> str | None:
         record = self._records.get(peer)
         return record.public_name if record is not None else None
 
     def _may_be_used(self, peer: str) -> bool:
-        return peer not in self._misfits and peer not in self._refusals and self._is_allowed(peer)
+        return peer not in self._incompatible and peer not in self._refusals and self._is_allowed(peer)
 
     def _forget_absent(self) -> None:
-        """Servers come and go under new ids: of those without a record and a running ban nothing is remembered."""
+        """Drops what is known of servers without a record or a running ban: servers come and go under new ids."""
         now = time.monotonic()
         self._bans = {p: ban for p, ban in self._bans.items() if p in self.spans or ban.until > now}
         self.speeds.forget_absent(self.spans)
         self._refusals = {p: words for p, words in self._refusals.items() if p in self.spans}
 
     def check_refusals(self, missing: list[int]) -> None:
-        """Raises AccessDeniedError if the only servers of a block do not let us in: waiting does not help then."""
+        """Raises AccessDeniedError if all servers of a block refuse this peer: then waiting does not help."""
         for block in missing:
             holders = [peer for peer, (start, end) in self.spans.items() if start <= block < end]
             refusals = [self._refusals[peer] for peer in holders if peer in self._refusals]
@@ -259,7 +263,7 @@ class ServerPool:
         is_over = ban is None or ban.until < time.monotonic()
         return is_over and connection is not None and connection.is_open
 
-    def _misfit(self, peer: str, record: ServerRecord) -> str | None:
+    def _incompatibility(self, peer: str, record: ServerRecord) -> str | None:
         name = f"server …{peer[-6:]} ({record.public_name})" if record.public_name else f"server …{peer[-6:]}"
         if record.stream_version is None and self.config.swarm_token is not None:
             return (
@@ -280,9 +284,9 @@ class ServerPool:
             return f"{other_model}: config or tensor names differ from those here. {fix}"
         return None
 
-    def misfits_at(self, blocks: Collection[int]) -> list[str]:
+    def incompatible_at(self, blocks: Collection[int]) -> list[str]:
         """Why servers that list some of these blocks cannot be used."""
-        return [why for peer, why in self._misfits.items() if not set(range(*self.spans[peer])).isdisjoint(blocks)]
+        return [why for peer, why in self._incompatible.items() if not set(range(*self.spans[peer])).isdisjoint(blocks)]
 
     async def _open(self, peer: str) -> ServerConnection:
         try:
@@ -305,7 +309,7 @@ class ServerPool:
             self._opening.pop(peer, None)
 
     async def _maintain(self) -> None:
-        """Reads the records again and again, and tries banned servers when their time is over."""
+        """Refreshes the records periodically, and tries banned servers when their ban is over."""
         refreshed = time.monotonic()
         while True:
             await asyncio.sleep(min(0.5, self.config.ban_period))
@@ -325,22 +329,22 @@ class ServerPool:
                 logger.warning("the records of the swarm could not be read again: %s", e)
 
     async def explain_missing(self, missing: list[int]) -> str:
-        """Why nobody can be asked for these blocks."""
+        """Why no server can be used for these blocks."""
         excluded = [peer for peer in self.spans if not self._is_allowed(peer)]
         hint = f" ({len(excluded)} server(s) are excluded by allowed_servers / blocked_servers)" if excluded else ""
         listed = [entry.dht_prefix for entry in await self._directory.models()]
-        served = ", ".join(listed[:_MODELS_TOLD]) + (
-            f" and {more} more" if (more := len(listed[_MODELS_TOLD:])) else ""
+        served = ", ".join(listed[:_MODELS_LISTED]) + (
+            f" and {more} more" if (more := len(listed[_MODELS_LISTED:])) else ""
         )
         reasons = {
             ban.reason: None
             for peer, ban in self._bans.items()
             if peer in self.spans and any(self.spans[peer][0] <= block < self.spans[peer][1] for block in missing)
         }
-        reasons |= dict.fromkeys(self.misfits_at(missing))
+        reasons |= dict.fromkeys(self.incompatible_at(missing))
         hint += "".join(f"; a server that lists them: {reason}" for reason in list(reasons)[:3])
         return (
-            f"nobody serves blocks {format_blocks(missing)} of {self.dht_prefix!r} "
+            f"no usable server holds blocks {format_blocks(missing)} of {self.dht_prefix!r} "
             f"({self.num_blocks} blocks){hint}; models listed in this swarm: {served or 'none'}. "
             "Start servers for them (`petals-lightning serve MODEL --initial-peers …`), or check dht_prefix"
         )

@@ -1,4 +1,4 @@
-"""How fast servers are, as our own requests have found them. No I/O."""
+"""Speeds of servers, measured by our own requests. No I/O."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ DEFAULT_HOP_SECONDS = 0.01
 
 @dataclass
 class SpeedEstimate:
-    """Of one server; newer measurements weigh more.
+    """The speed of one server; newer measurements weigh more.
 
     Attributes:
-        hop_seconds: to get a request there and its answer back.
+        hop_seconds: seconds to send a request and get its answer back, without the computing.
         tokens_per_second: of one block.
     """
 
@@ -28,22 +28,22 @@ class SpeedEstimate:
 
 
 def _mean(mean: float, newest: float, count: int) -> float:
-    """A plain mean at first, so that a cold first request is soon outweighed; then newer ones weigh more."""
+    """A plain mean at first, so that a cold first request is soon outweighed. Later, newer values weigh more."""
     return mean + max(1 / count, 0.2) * (newest - mean)
 
 
 class SpeedEstimates:
-    """What one client has measured.
+    """The speeds that one client has measured.
 
     Attributes:
-        by_peer: of servers, by peer id.
+        by_peer: estimates by peer id.
     """
 
     def __init__(self) -> None:
         self.by_peer: dict[str, SpeedEstimate] = {}
 
     def report_success(self, peer: str, *, tokens: int, blocks: int, compute: float, elapsed: float) -> None:
-        """Learns from an answered request: `elapsed` seconds here, of which `compute` seconds on the server."""
+        """Updates from an answered request: `elapsed` seconds here, of which `compute` seconds on the server."""
         newest = SpeedEstimate(max(elapsed - compute, 0.0), tokens * blocks / max(compute, 1e-6))
         if peer in self.by_peer:
             self.by_peer[peer].update(newest)
@@ -51,7 +51,7 @@ class SpeedEstimates:
             self.by_peer[peer] = newest
 
     def report_slow(self, peer: str, *, tokens: int, blocks: int, elapsed: float) -> None:
-        """Learns from a request that a server has not answered after `elapsed` seconds of work: it is no faster."""
+        """Updates from a request that is unanswered after `elapsed` seconds of work: the server is no faster."""
         at_most = tokens * blocks / max(elapsed, 1e-6)
         speed = self.by_peer.setdefault(peer, SpeedEstimate(DEFAULT_HOP_SECONDS, at_most))
         speed.tokens_per_second = min(speed.tokens_per_second, at_most)

@@ -1,4 +1,4 @@
-"""Classifying texts with prompts and a head over a frozen language model."""
+"""Text classification by prompts and a head on a frozen language model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SequenceClassificationModule(TuningModule):
         model_name: hub id or folder of a causal language model.
         num_labels: number of classes.
         class_names: their names, for reports; None: 0, 1, …
-        options: as of `TuningModule`.
+        options: as for `TuningModule`.
 
     Raises:
         ConfigurationError: a value out of range; the message names the argument.
@@ -49,7 +49,7 @@ class SequenceClassificationModule(TuningModule):
         return AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
 
     def model_arguments(self) -> dict[str, Any]:
-        # `pad_token_id` is among them: Hugging Face classifies at the last token that is not this one.
+        # With `pad_token_id`: Hugging Face classifies at the last token that is not this one.
         return super().model_arguments() | {"num_labels": self.hparams["num_labels"]}
 
     def forward(self, **batch: Tensor) -> Any:
@@ -100,6 +100,6 @@ class SequenceClassificationModule(TuningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """`probabilities` [B, num_labels] and the most probable `labels` [B]."""
-        unlabelled = {name: value for name, value in batch.items() if name != "labels"}  # they may be missing, or odd
+        unlabelled = {name: value for name, value in batch.items() if name != "labels"}  # they may be missing or wrong
         probabilities = self(**unlabelled).logits.float().softmax(-1)
         return {"probabilities": probabilities, "labels": probabilities.argmax(-1)}

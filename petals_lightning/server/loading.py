@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModel
 
 from petals_lightning import __version__
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.hf.skeleton import num_blocks
+from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.protocol.checks import WIRE_DTYPES
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.blocks.cpu_decoding import order_weights_for_decoding
@@ -53,7 +53,11 @@ def load_span(
     """
     logger.info("loading blocks %d:%d of %s", start, end, checkpoint.name_or_path)
     model, layout, _ = load_pruned(
-        model_class(AutoModel, checkpoint), checkpoint, Part(start, end, ends=False), dtype=dtype, on_shard=on_shard
+        model_class(AutoModel, checkpoint),
+        checkpoint,
+        ModelSlice(start, end, with_embeddings_and_head=False),
+        dtype=dtype,
+        on_shard=on_shard,
     )
     order_weights_for_decoding(model.to(device))  # type: ignore[arg-type]
     span = BlockSpan(model, layout, start)

@@ -11,7 +11,7 @@ from petals_lightning import __version__
 from petals_lightning.errors import ConfigurationError, is_out_of_memory
 from petals_lightning.hf import Checkpoint
 from petals_lightning.hf.checkpoint import first_line
-from petals_lightning.hf.skeleton import num_blocks
+from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.access.rules import AccessRules

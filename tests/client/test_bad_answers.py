@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from petals_lightning.client import ClientConfig, deadlines
-from petals_lightning.client.deadlines import MAX_QUEUE_TIME, ServiceClock
+from petals_lightning.client import ClientConfig, timeouts
+from petals_lightning.client.timeouts import MAX_QUEUE_TIME, ServiceTimer
 from petals_lightning.errors import RemoteRequestError
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
@@ -187,7 +187,7 @@ def test_a_queue_that_never_moves_is_waited_for_no_longer_than_is_said(tiny_chec
 
 
 def test_a_queue_that_never_moves_costs_one_step(tiny_checkpoint, start_swarm, monkeypatch):
-    monkeypatch.setattr(deadlines, "QUEUE_PATIENCE", 1.0)
+    monkeypatch.setattr(timeouts, "STALLED_QUEUE_TIMEOUT", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
     model = load_classifier(swarm, heartbeat_period=0.2)
@@ -209,7 +209,7 @@ def test_a_queue_that_never_moves_costs_one_step(tiny_checkpoint, start_swarm, m
 def test_the_clock_of_a_request(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    clock = ServiceClock()
+    clock = ServiceTimer()
     for seconds in (10.0, 20.0, 30.0):
         now = seconds
         clock.queue(5)

@@ -12,8 +12,8 @@ import torch
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
-from petals_lightning.client.deadlines import patience
 from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.timeouts import request_timeouts
 from petals_lightning.errors import ConfigurationError, PeerFailure
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import Message, Method
@@ -138,16 +138,16 @@ def test_a_server_that_breaks_the_protocol_is_left(method, call_id):
     with_server(reply, impostor)
 
 
-def test_patience_follows_what_was_measured_between_floor_and_ceiling():
+def test_request_timeouts_follow_measurements_between_floor_and_ceiling():
     config = ClientConfig(request_timeout=100, min_request_timeout=10, deadline_factor=20, hedge_factor=4)
-    assert patience(1.0, False, config).deadline == 100, "a claim is no measurement"
-    assert patience(1.0, False, config).hedge == 4
-    assert patience(0.01, True, config).deadline == 10
-    assert patience(1.0, True, config).deadline == 20
-    assert patience(50.0, True, config).deadline == 100
-    assert patience(1.0, True, config).hedge == 4
-    assert patience(0.01, True, config).hedge == 2 * config.heartbeat_period
-    assert patience(1.0, True, ClientConfig(hedge_factor=None)).hedge is None
+    assert request_timeouts(1.0, False, config).deadline == 100, "a claim is not a measurement"
+    assert request_timeouts(1.0, False, config).hedge == 4
+    assert request_timeouts(0.01, True, config).deadline == 10
+    assert request_timeouts(1.0, True, config).deadline == 20
+    assert request_timeouts(50.0, True, config).deadline == 100
+    assert request_timeouts(1.0, True, config).hedge == 4
+    assert request_timeouts(0.01, True, config).hedge == 2 * config.heartbeat_period
+    assert request_timeouts(1.0, True, ClientConfig(hedge_factor=None)).hedge is None
 
 
 @pytest.mark.parametrize(

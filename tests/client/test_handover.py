@@ -121,7 +121,7 @@ def test_ours_hand_over_where_a_server_in_the_chain_cannot(spans, sizes, tiny_ch
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_server_lost_in_the_middle_changes_nothing(fault, victim, tiny_checkpoint, start_swarm, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be missed.
-    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, *[THREE[victim]] * 3])
     remote, local = load_pair(checkpoint, swarm, hedge_factor=None)  # or a second server would answer before that
@@ -156,7 +156,7 @@ def test_a_server_lost_in_the_middle_changes_nothing(fault, victim, tiny_checkpo
 @pytest.mark.parametrize("method", ["forward", "backward"])
 def test_a_late_server_in_the_chain_is_not_waited_for(method, tiny_checkpoint, start_swarm, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be late.
-    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, (1, 3)])
     remote, local = load_pair(checkpoint, swarm)
@@ -335,7 +335,7 @@ def test_graphs_that_are_gone_are_computed_again_and_then_kept_here(tiny_checkpo
 def test_a_stream_that_ends_between_forward_and_backward_counts_as_a_retry(
     number, tiny_checkpoint, start_swarm, monkeypatch
 ):
-    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)  # as above
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)  # as above
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, *THREE])
     remote, local = load_pair(checkpoint, swarm)
@@ -367,7 +367,7 @@ def test_a_loss_can_be_gone_back_through_twice(tiny_checkpoint, start_swarm):
 
 
 def test_a_wrong_answer_in_the_chain_is_found_in_the_direct_way(tiny_checkpoint, start_swarm, caplog, monkeypatch):
-    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, (1, 3)])
     remote, local = load_pair(checkpoint, swarm)

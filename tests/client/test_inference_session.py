@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from petals_lightning.errors import NoCacheRoomError, UnsupportedInputError
+from petals_lightning.errors import CacheFullError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.access.limits import ServerLimits
 from tests.helpers.families import HIDDEN, TINY_CONFIGS
@@ -111,13 +111,13 @@ def test_a_session_that_fits_nowhere_is_refused_with_the_reason(tiny_checkpoint,
     room = 4 * (4 * 50 * 2 * (2 * 8) * 4) // 3 + 1  # for 50 positions in 4 blocks; a quarter is kept for others
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4), (0, 4)], limits=ServerLimits(cache_bytes=room))
     layers = layers_of(swarm)
-    with layers.inference_session(max_length=51) as session, pytest.raises(NoCacheRoomError, match="1 × 51 positions"):
+    with layers.inference_session(max_length=51) as session, pytest.raises(CacheFullError, match="1 × 51 positions"):
         session.step(torch.randn(1, 1, HIDDEN))
     sessions = [layers.inference_session(max_length=50) for _ in range(2)]
     for session in sessions:
         session.step(torch.randn(1, 1, HIDDEN))  # the second one goes where there is room
     assert {session.peers[0] for session in sessions} == {server.node.peer_id.to_base58() for server in swarm.servers}
-    with layers.inference_session(max_length=10) as session, pytest.raises(NoCacheRoomError, match="cache-memory"):
+    with layers.inference_session(max_length=10) as session, pytest.raises(CacheFullError, match="cache-memory"):
         session.step(torch.randn(1, 1, HIDDEN))
     sessions[0].close()
     with layers.inference_session(max_length=10) as session:

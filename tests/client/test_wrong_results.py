@@ -18,7 +18,7 @@ import torch
 
 from petals_lightning.client.audit import stratified
 from petals_lightning.client.segments import Leg, Segment
-from petals_lightning.client.verify import disagreement
+from petals_lightning.client.validation import disagreement
 from petals_lightning.errors import RetriesExhaustedError
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import (
@@ -103,13 +103,13 @@ def test_two_servers_that_say_nan_are_believed_and_one_alone_is_named(tiny_check
     with torch.no_grad():
         assert model(**BATCH).loss.isnan()
         swarm.servers.pop().stop(timeout=1)
-        with pytest.raises(RetriesExhaustedError, match=r"twice, and nobody else holds blocks 0:4.*bfloat16"):
+        with pytest.raises(RetriesExhaustedError, match=r"twice, and no other server holds blocks 0:4.*bfloat16"):
             model(**BATCH)
 
 
 def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be caught.
-    monkeypatch.setattr("petals_lightning.client.router._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     model = load_classifier(swarm, audit_rate=0.1)

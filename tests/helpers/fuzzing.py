@@ -17,7 +17,7 @@ import psutil
 import torch
 from transformers import AutoModel
 
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.server.blocks.span import BlockSpan
 from tests.helpers.families import TINY_CONFIGS, save_tiny_checkpoint
@@ -48,7 +48,9 @@ class Budget:
 
 def make_span(folder: Path) -> BlockSpan:
     checkpoint = Checkpoint(str(save_tiny_checkpoint(TINY_CONFIGS["llama"](), folder)))
-    model, layout, _ = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(1, 3, ends=False))
+    model, layout, _ = load_pruned(
+        model_class(AutoModel, checkpoint), checkpoint, ModelSlice(1, 3, with_embeddings_and_head=False)
+    )
     return BlockSpan(model, layout, 1)
 
 

@@ -101,7 +101,7 @@ def test_assisted_generation_across_the_switch_gives_the_tokens_of_local_assiste
 
 def test_servers_with_petals_methods_alone_refuse_padding_across_the_switch(phi3, start_swarm):
     remote = start_swarm(phi3, SPANS, servers="petals").load(AutoDistributedModelForCausalLM)
-    with pytest.raises(UnsupportedInputError, match="turns all samples of a batch by other rotary factors"):
+    with pytest.raises(UnsupportedInputError, match="uses other rotary factors for all samples of a batch"):
         remote.generate(**OPTIONS | left_padded())
 
 

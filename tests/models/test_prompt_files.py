@@ -88,5 +88,5 @@ def test_what_does_not_fit_is_said(tiny_checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"has no prompts\.json"):
         load_prompts(model, tmp_path)
     (folder / "prompts.json").write_text(json.dumps({"tuning_mode": "ptune"}))
-    with pytest.raises(CheckpointError, match="is no card of prompts"):
+    with pytest.raises(CheckpointError, match="is not a card of prompts"):
         load_prompts(model, folder)

@@ -41,7 +41,9 @@ def test_a_model_without_peers_is_on_the_public_network_and_says_so(tiny_checkpo
     assert remote_blocks(model)(torch.randn(1, 2, 32)).shape == (1, 2, 32)
     (notice,) = (record for record in caplog.records if "machines of strangers" in record.message)
     assert notice.levelno == logging.WARNING
-    with pytest.raises(NoServersError, match=rf"nobody serves .*'other'.*models listed in this swarm: {PREFIX}"):
+    with pytest.raises(
+        NoServersError, match=rf"no usable server holds .*'other'.*models listed in this swarm: {PREFIX}"
+    ):
         AutoDistributedModel.from_pretrained(str(checkpoint), dht_prefix="other")
 
 

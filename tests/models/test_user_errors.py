@@ -34,7 +34,9 @@ IDS = torch.randint(1, VOCAB, (2, 6))
 
 def test_blocks_that_nobody_serves_are_named_when_connecting(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 1), (3, 4)])
-    with pytest.raises(NoServersError, match=r"nobody serves blocks 1:3 of 'tiny'.*listed in this swarm: tiny"):
+    with pytest.raises(
+        NoServersError, match=r"no usable server holds blocks 1:3 of 'tiny'.*listed in this swarm: tiny"
+    ):
         swarm.load(AutoDistributedModel)
 
 
@@ -124,7 +126,7 @@ def test_not_one_way_into_a_swarm_is_said_before_anything_runs(tiny_checkpoint):
 
 
 def test_a_node_of_the_callers_keeps_its_identity(tiny_checkpoint):
-    with pytest.raises(ConfigurationError, match="the node given has its identity already"):
+    with pytest.raises(ConfigurationError, match="the given node already has its identity"):
         AutoDistributedModel.from_pretrained(
             str(tiny_checkpoint("llama")), dht_prefix=PREFIX, node=SwarmNode(), identity_path="me.id"
         )
@@ -162,7 +164,7 @@ def model(tiny_checkpoint, start_swarm):
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)}, "right padding only"),
         ({"output_hidden_states": True}, "output_hidden_states=True"),
         ({"output_attentions": True}, "output_attentions=True"),
-        ({"use_cache": True}, "keys and values live on servers"),
+        ({"use_cache": True}, "keys and values are kept on servers"),
         ({"position_ids": 1 + torch.arange(6)[None]}, "position_ids"),
     ],
 )

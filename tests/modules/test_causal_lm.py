@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from petals_lightning.data import DialogueDataModule, PlainTextDataModule, TextDataModule
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from petals_lightning.models.token_logits import token_logits
+from petals_lightning.models.reading import token_logits
 from petals_lightning.modules import CausalLMModule
 from petals_lightning.sample import MODEL_DIR
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy

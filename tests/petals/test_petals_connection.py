@@ -11,7 +11,7 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.client.petals import connection as petals_connection
 from petals_lightning.client.petals import session as petals_session
 from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, rolls_back
-from petals_lightning.errors import IncompatibleServerError, NoCacheRoomError, UnsupportedInputError
+from petals_lightning.errors import CacheFullError, IncompatibleServerError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.server.access.limits import ServerLimits
 from tests.helpers.families import HIDDEN
@@ -144,7 +144,7 @@ def test_a_session_that_fits_nowhere_is_refused(tiny_checkpoint, start_swarm):
     layers = remote_blocks(swarm.load(AutoDistributedModel))
     with (
         layers.inference_session(max_length=4096) as session,
-        pytest.raises(NoCacheRoomError, match="no room for the keys and values"),
+        pytest.raises(CacheFullError, match="no room for the keys and values"),
     ):
         session.step(torch.randn(1, 2, HIDDEN))
 

@@ -11,7 +11,7 @@ import transformers as tf
 from transformers import AutoModel, PreTrainedConfig
 
 from petals_lightning.errors import RemoteRequestError, UnsupportedModelError
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.models import AutoDistributedModel, AutoDistributedModelForCausalLM, remote_blocks
@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     ),
     "bert": (
         lambda: tf.BertConfig(**COMMON),
-        "embeds no tokens, as encoders like BERT do",
+        "embeds no tokens, as in encoders like BERT",
     ),
     "t5": (
         lambda: tf.T5Config(vocab_size=VOCAB, d_model=HIDDEN, num_layers=NUM_BLOCKS, num_heads=4, d_ff=48, d_kv=8),
@@ -84,7 +84,12 @@ def test_what_cannot_be_served_is_refused_in_one_line(family, tmp_path, start_sw
 
 def span_of(config: PreTrainedConfig, folder, start: int = 0, end: int = NUM_BLOCKS) -> BlockSpan:
     checkpoint = Checkpoint(str(save_tiny_checkpoint(config, folder)))
-    part = load_pruned(model_class(AutoModel, checkpoint), checkpoint, Part(start, end, ends=False), dtype="float32")
+    part = load_pruned(
+        model_class(AutoModel, checkpoint),
+        checkpoint,
+        ModelSlice(start, end, with_embeddings_and_head=False),
+        dtype="float32",
+    )
     return BlockSpan(part.model, part.layout, start)
 
 

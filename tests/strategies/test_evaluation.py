@@ -21,7 +21,7 @@ from petals_lightning.models import (
     prompts_of,
     remote_blocks,
 )
-from petals_lightning.models.token_logits import token_logits
+from petals_lightning.models.reading import token_logits
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
 from tests.helpers.lightning import make_module, make_trainer
 from tools.testing.swarms import InProcessSwarm

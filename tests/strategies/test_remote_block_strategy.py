@@ -206,7 +206,7 @@ def test_when_the_last_server_is_lost_what_was_trained_is_saved(
         path = tmp_path / "last.ckpt"
         strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers, recovery_timeout=1.0))
         trainer = make_trainer(tmp_path, LoseTheRest(), LastCheckpoint(path), strategy=strategy)
-        with pytest.raises(NoServersError, match=r"nobody serves blocks 2:4"):
+        with pytest.raises(NoServersError, match=r"no usable server holds blocks 2:4"):
             trainer.fit(make_module(text_model), datamodule=data)
     assert other == [3]
     assert torch.load(path, weights_only=False)["global_step"] == 3

@@ -53,7 +53,7 @@ WRONG = {
     "recipe=dialogue_ptune task=sequence_classification": (
         "task: SequenceClassificationModule needs the num_labels of its data, and DialogueDataModule has none"
     ),
-    "recipe=sst2_ptune task=causal_lm swarm=none logger=none {model}": "CausalLMModule learns tokens; take data for it",
+    "recipe=sst2_ptune task=causal_lm swarm=none logger=none {model}": "CausalLMModule trains on tokens; use its data",
     "recipe=sst2_ptune task=casual_lm": "no task is called 'casual_lm'; did you mean causal_lm?",
     "recipe=sst2_ptune +task.head=big {model}": "unknown setting task.head; there are: ",
     "recipe=sst2_ptune task._target_=collections.Counter {model}": "not a petals_lightning.modules.TuningModule, such",

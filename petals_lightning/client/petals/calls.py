@@ -1,4 +1,4 @@
-"""Calls Petals' methods of one server, and says in our errors what went wrong.
+"""Calls of Petals' methods of one server; their errors become ours.
 
 Streams are our own (`swarm.streams`), in hivemind's framing: a marker, a length and a protobuf for each message.
 """
@@ -34,14 +34,14 @@ from petals_lightning.protocol.uids import block_uid
 from petals_lightning.swarm.streams import open_stream
 
 MAX_BATCH_TOKENS = 1024
-"""B·(P + S) of one request, as Petals' own client keeps to; servers refuse more than 2,048 as a rule."""
+"""B·(P + S) of one request, the limit of Petals' own client; servers usually refuse more than 2,048."""
 
 R = TypeVar("R", bound=PetalsForward | PetalsBackward | PetalsStep)
 
-_BYTES_A_VALUE = 8  # of a tensor that comes back, at most: whatever dtype and compression the server has chosen
+_BYTES_A_VALUE = 8  # the most per value of an answer, whatever dtype and compression the server chooses
 
-# Words in the errors of Petals' own servers, which carry no code: what another server may be able to do. None: this
-# one is broken.
+# Parts of the error messages of Petals' own servers, which carry no code, and what they mean: another server may be
+# able to do it; or, with None, this server is broken.
 _RETRIED: dict[str, ErrorCode | None] = {
     "does not serve": ErrorCode.NOT_SERVED,
     "llocat": ErrorCode.OVERLOADED,  # "Could not allocate …", "Cannot allocate KV cache …", AllocationFailed
@@ -61,17 +61,17 @@ def rolls_back(version: str | None) -> bool:
 
 
 def remote_error(peer: str, text: str) -> PeerFailure:
-    """What a server's error answer is to us."""
-    code, words = parse_error(text)
-    words = words.strip()[:500]
+    """Translates a server's error message into our failure."""
+    code, message = parse_error(text)
+    message = message.strip()[:500]
     if code is not None:
-        return PeerFailure(peer, words, code.value)
+        return PeerFailure(peer, message, code.value)
     for known, meaning in _RETRIED.items():
         if known in text:
-            return PeerFailure(peer, words, meaning.value if meaning is not None else None)
-    if not words:
-        return PeerFailure(peer, "failed without a word")
-    return PeerFailure(peer, words, ErrorCode.INTERNAL.value)
+            return PeerFailure(peer, message, meaning.value if meaning is not None else None)
+    if not message:
+        return PeerFailure(peer, "failed without a message")
+    return PeerFailure(peer, message, ErrorCode.INTERNAL.value)
 
 
 class PetalsCalls:
@@ -83,10 +83,11 @@ class PetalsCalls:
         stats: counts bytes.
 
     Attributes:
-        compression: of tensors on their way to the server, one of hivemind's.
-        max_unary_bytes: of a request's tensors or of its answer's; more of them go through a stream.
-        can_roll_back: it heeds a step's `start_from_position`; others go on behind their last position, without a word.
-        moved_at: when bytes last moved on one of the streams.
+        compression: of tensors sent to the server, one of hivemind's.
+        max_unary_bytes: size of a request's or an answer's tensors above which a stream is used.
+        can_roll_back: the server heeds a step's `start_from_position`; others silently continue after their last
+            position.
+        moved_at: when bytes were last sent or received on one of the streams.
     """
 
     def __init__(self, p2p: P2P, peer: str, stats: TransferStats):
@@ -97,19 +98,19 @@ class PetalsCalls:
         self.moved_at = 0.0
 
     async def info(self, uid: str) -> ServerInfo:
-        """What the server says of a block and of itself. Raises PeerFailure, as all of these."""
+        """The server's description of a block and of itself. Raises PeerFailure, as all methods here."""
         answer = await self._unary("rpc_info", ExpertUID(uid=uid), ExpertInfo)
         with self.broken_protocol_is_failure():
             return ServerInfo.from_message(answer)
 
     async def forward(self, request: PetalsForward, on_sent: Callable[[], None] = lambda: None) -> torch.Tensor:
-        """[B, S, H]; `on_sent` is called when the request is on its way, if that can be told."""
+        """[B, S, H]; `on_sent` is called when the request has been sent, if that is known."""
         return (await self._run("rpc_forward", request, [list(request.hidden.shape)], on_sent))[0]
 
     async def backward(
         self, request: PetalsBackward, on_sent: Callable[[], None] = lambda: None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Gradients of hidden [B, S, H] and of prompts [n, B, P, H], if there are any."""
+        """Gradients of hidden [B, S, H] and of prompts [n, B, P, H] if the request has prompts."""
         shapes = [list(request.hidden.shape)]
         if request.prompts is not None:
             blocks, _, *rest = request.prompts.shape
@@ -118,11 +119,11 @@ class PetalsCalls:
         return hidden, prompts[0] if prompts else None
 
     async def open_inference(self, first: PetalsStep) -> InferenceCall:
-        """A session for steps like `first`, which says its blocks and room; it reaches the server with `step`."""
+        """A session with the blocks and length of `first`; the server is contacted by the first `step`."""
         return InferenceCall(self, await self._open("rpc_inference"), first)
 
     def compressible(self, request: R) -> R:
-        """The request as it can be compressed: hivemind compresses no bfloat16."""
+        """The request in a dtype that can be compressed: hivemind does not compress bfloat16."""
         if self.compression == NONE:
             return request
         wide = {
@@ -149,7 +150,7 @@ class PetalsCalls:
         parts = self.compressible(request).to_parts()
         compressions = [self.compression] * len(parts.tensors)
         max_bytes = _BYTES_A_VALUE * sum(torch.Size(shape).numel() for shape in shapes)
-        # What the server answers in: as a rule the dtype of the request. A unary answer that is too long never comes.
+        # Servers usually answer in the request's dtype. A unary answer that is too long never arrives.
         size = max(sum(t.nbytes for t in parts.tensors), 4 * sum(torch.Size(shape).numel() for shape in shapes))
         if size <= self.max_unary_bytes:
             answers = [await self._unary(method, parts.to_request(compressions), RESPONSE)]
@@ -160,18 +161,18 @@ class PetalsCalls:
                 while (answer := await stream.receive(max_bytes)) is not None:
                     answers.append(answer)
                     if sum(message.ByteSize() for message in answers) > max_bytes + MAX_HEADER_BYTES:
-                        raise PeerFailure(self.peer, "answers more than it was asked for")
+                        raise PeerFailure(self.peer, "answered with more than was requested")
             finally:
                 sending.cancel()
                 stream.close()
-                await asyncio.gather(sending, return_exceptions=True)  # its errors show in what is received
+                await asyncio.gather(sending, return_exceptions=True)  # its errors show in `receive`
             if not answers:
                 raise PeerFailure(self.peer, "the stream ended")
         with self.broken_protocol_is_failure():
-            found = read_response(answers, max_bytes=max_bytes)
-            if [list(tensor.shape) for tensor in found] != shapes:
-                raise ProtocolError(f"it answers {[list(tensor.shape) for tensor in found]}, asked for {shapes}")
-        return found
+            tensors = read_response(answers, max_bytes=max_bytes)
+            if [list(tensor.shape) for tensor in tensors] != shapes:
+                raise ProtocolError(f"it answers {[list(tensor.shape) for tensor in tensors]}, asked for {shapes}")
+        return tensors
 
     async def _open(self, method: str) -> _Stream:
         try:
@@ -206,14 +207,14 @@ class InferenceCall:
     async def step(
         self, hidden: torch.Tensor, position: int, *, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        """Runs [B, n, H] behind the first `position` positions; returns [B, n, H].
+        """Runs [B, n, H] after the first `position` positions; returns [B, n, H].
 
         Args:
             prompts: [L, B or 1, P, H] added to the first P of the new positions.
-            hypo_ids: [B]: sample i goes on from what sample hypo_ids[i] was.
+            hypo_ids: [B]: sample i continues the past of sample hypo_ids[i].
 
         Raises:
-            PeerFailure: the server failed; with code CACHE_LOST it lives, but has ended the session.
+            PeerFailure: the server failed; with code CACHE_LOST the server lives, but has ended the session.
         """
         calls, first = self._calls, self._first
         step = replace(
@@ -237,14 +238,14 @@ class InferenceCall:
         if answer is None:
             if not self._has_answered:
                 raise PeerFailure(calls.peer, "the stream ended")
-            await calls.info(block_uid(first.prefix, first.start))  # is it gone, or has it only ended the session?
+            await calls.info(block_uid(first.prefix, first.start))  # tells a dead server from an ended session
             raise PeerFailure(calls.peer, "this session is not held there any more", ErrorCode.CACHE_LOST.value)
         with calls.broken_protocol_is_failure():
-            found = read_response([answer], max_bytes=max_bytes)
-            if len(found) != 1 or found[0].shape != hidden.shape:
-                raise ProtocolError(f"it answers {[list(t.shape) for t in found]} to a step {list(hidden.shape)}")
+            tensors = read_response([answer], max_bytes=max_bytes)
+            if len(tensors) != 1 or tensors[0].shape != hidden.shape:
+                raise ProtocolError(f"it answers {[list(t.shape) for t in tensors]} to a step {list(hidden.shape)}")
         self._has_answered = True
-        return found[0]
+        return tensors[0]
 
     def close(self) -> None:
         """Ends the session: the server frees its memory when the stream ends."""
@@ -252,7 +253,7 @@ class InferenceCall:
 
 
 class _Stream:
-    """The calling side of one call."""
+    """The caller's side of one call."""
 
     def __init__(
         self, calls: PetalsCalls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stats: TransferStats
@@ -261,7 +262,7 @@ class _Stream:
         self._reader, self._writer, self._stats = reader, writer, stats
 
     async def send(self, message: ExpertRequest | RPCError) -> None:
-        """That the stream is lost shows in what is received."""
+        """Sends a message. If the stream is lost, `receive` raises."""
         if self._writer.is_closing():
             return
         self._stats.bytes_sent += message.ByteSize()
@@ -287,7 +288,7 @@ class _Stream:
             marker = await self._reader.readexactly(1)
             size = int.from_bytes(await self._reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
             if size > max_bytes + MAX_HEADER_BYTES:
-                raise PeerFailure(self._peer, f"protocol broken: {size} bytes are more than it was asked for")
+                raise PeerFailure(self._peer, f"protocol broken: {size} bytes are more than was requested")
             data = await self._reader.readexactly(size)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None

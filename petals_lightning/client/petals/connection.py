@@ -1,9 +1,9 @@
 """A server that offers only Petals' methods, behind the interface of our own connection.
 
-Our messages are translated here and nowhere else: the chain, sessions, retries and audits in front of it know one
-kind of server. What such a server cannot do is left out, and nothing else: it keeps no graph (a backward sends its
-inputs again), takes the prefix in front of every sample, returns all positions. There is no heartbeat in Petals'
-protocol; while an answer is owed, `rpc_info` is called instead, which servers answer beside their computing.
+Our messages are translated here and nowhere else: the pipeline, sessions, retries and audits know one kind of server.
+Only what such a server cannot do is left out: it keeps no graph (a backward sends the inputs again), takes the prefix
+as part of every sample, and returns all positions. Petals' protocol has no heartbeat. While an answer is owed,
+`rpc_info` is called instead, which servers answer while they compute.
 
 Shapes: B batch, S tokens, P virtual tokens, H hidden size.
 """
@@ -21,12 +21,12 @@ import torch
 from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
-from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.client.flow_control import RequestWindow
 from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, PetalsCalls, rolls_back
 from petals_lightning.client.petals.session import PetalsSession
 from petals_lightning.client.petals.shapes import input_grads, output_grad, output_of, prompts_of, with_prefix
 from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.errors import PeerFailure
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward
@@ -34,22 +34,22 @@ from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, 
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.uids import block_uid
 
-_MAX_REQUESTS, _MAX_BYTES = 16, 256 << 20  # under way at once: such servers say nothing of what they grant
+_MAX_REQUESTS, _MAX_BYTES = 16, 256 << 20  # in flight together: such servers do not state their limits
 _PROMPTS_KEPT = 8  # sets of prompts
 
 
 class PetalsConnection:
-    """Made by `open`; see `ServerConnection`.
+    """A connection by Petals' methods; made by `open`. See `ServerConnection`.
 
     Args:
         calls: the server's methods.
         dht_prefix: the model's name.
-        block: one that the server holds.
+        block: a block that the server holds.
         config, stats: of the client.
-        on_failure: told once if the server hangs.
+        on_failure: called once if the server hangs.
 
     Attributes:
-        sliding_window: of the model; None: it has none.
+        sliding_window: of the model; None: unlimited.
     """
 
     cuts_steps = True
@@ -80,7 +80,7 @@ class PetalsConnection:
         self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> Self:
-        """Begins to watch over the server."""
+        """Starts to monitor the server."""
         self._watching = asyncio.create_task(self._watch())
         return self
 
@@ -99,7 +99,7 @@ class PetalsConnection:
         """Asks the server what it holds.
 
         Raises:
-            PeerFailure: it cannot be reached in `connect_timeout` seconds, or does not hold the block.
+            PeerFailure: the server cannot be reached in `connect_timeout` seconds, or does not hold the block.
         """
         calls = PetalsCalls(p2p, peer, stats)
         began = time.perf_counter()
@@ -133,17 +133,17 @@ class PetalsConnection:
         call_id: int | None = None,
         *,
         deadline: float | None = None,
-        clock: ServiceClock | None = None,
+        clock: ServiceTimer | None = None,
     ) -> Message:
-        clock = clock or ServiceClock()
-        clock.hold()
+        clock = clock or ServiceTimer()
+        clock.pause()
         began = time.perf_counter()
         async with self._window.enter(message.num_bytes):
             clock.restart()
             answer = self._answer(message, clock.restart)
             tensors = await self._in_time(answer, deadline or self._config.request_timeout, clock)
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
-        # Such servers do not say how long they worked on it.
+        # Such servers do not report how long they computed.
         elapsed = time.perf_counter() - began
         compute = max(elapsed - (self.round_trip or 0.0), 0.1 * elapsed)
         wire_dtype = message.fields["wire_dtype"]
@@ -155,13 +155,13 @@ class PetalsConnection:
         return next(self._ids)
 
     async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
-        """Such servers remember no prompts: they are kept here, and go with every request that names them."""
-        wanted = (version, start, len(deep))
-        if wanted not in self._prompts:
-            self._prompts[wanted] = self.next_id(), deep
+        """Keeps the prompts here: such servers store none, so they are sent with every request."""
+        identity = (version, start, len(deep))
+        if identity not in self._prompts:
+            self._prompts[identity] = self.next_id(), deep
             while len(self._prompts) > _PROMPTS_KEPT:
                 self._prompts.popitem(last=False)
-        return self._prompts[wanted][0]
+        return self._prompts[identity][0]
 
     def forget_prompts(self) -> None:
         self._prompts.clear()
@@ -182,7 +182,7 @@ class PetalsConnection:
                 return await self._backward(BackwardRequest.from_message(message.fields, message.tensors), on_sent)
             case Method.STEP:
                 return await self._step(StepRequest.from_message(message.fields, message.tensors), on_sent)
-        raise AssertionError(f"{message.method} has no equal in Petals' protocol")
+        raise AssertionError(f"{message.method} has no equivalent in Petals' protocol")
 
     async def _forward(self, request: ForwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         self._find_prompts(request)
@@ -195,7 +195,7 @@ class PetalsConnection:
 
     async def _backward(self, request: BackwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         forward = request.forward
-        assert forward is not None, "such servers keep no graphs, so none is named to them"
+        assert forward is not None, "such servers keep no graphs, so no request names one"
         self._find_prompts(forward)
         hidden, prompts = with_prefix(forward.hidden, forward.prefix), prompts_of(forward)
         grad, size = output_grad(request, forward), _samples_at_once(hidden)
@@ -231,8 +231,8 @@ class PetalsConnection:
         if (session := self._sessions.pop(number, None)) is not None:
             session.close()
 
-    async def _in_time(self, answer: Any, deadline: float, clock: ServiceClock) -> dict[str, torch.Tensor]:
-        """The answer; raises PeerFailure if the connection is lost or the server over its deadline."""
+    async def _in_time(self, answer: Any, deadline: float, clock: ServiceTimer) -> dict[str, torch.Tensor]:
+        """The answer; raises PeerFailure if the connection is lost or the server exceeds the deadline."""
         task = asyncio.ensure_future(answer)
         self._under_way += 1
         try:
@@ -249,7 +249,7 @@ class PetalsConnection:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _watch(self) -> None:
-        """Finds a hung server while an answer is owed."""
+        """Detects a hung server while an answer is owed."""
         period, limit = self._config.heartbeat_period, self._config.heartbeat_timeout
         while True:
             await asyncio.sleep(period)
@@ -261,14 +261,14 @@ class PetalsConnection:
                     await self._calls.info(self._uid)
                 self._pinged_at = None
             except TimeoutError:
-                if time.monotonic() - self._calls.moved_at > limit:  # else it is busy with what is on its way
+                if time.monotonic() - self._calls.moved_at > limit:  # else the connection is busy with a transfer
                     self._fail(PeerFailure(self.peer, f"a ping was not answered for {self.silence:.0f} s"))
                     return
             except PeerFailure as e:
                 if e.code is None:
                     self._fail(e)
                     return
-                self._pinged_at = None  # it answers, if only to say that it is busy
+                self._pinged_at = None  # it answers, if only that it is busy
 
     def _fail(self, failure: PeerFailure) -> None:
         if self._failure is not None:
@@ -283,5 +283,5 @@ class PetalsConnection:
 
 
 def _samples_at_once(hidden: torch.Tensor) -> int:
-    """Of [B, P + S, H]: a batch that was cut for other servers may be too large for this one."""
+    """Samples of [B, P + S, H] per request: a micro-batch made for other servers may be too large for this one."""
     return max(MAX_BATCH_TOKENS // hidden.shape[1], 1)

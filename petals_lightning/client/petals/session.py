@@ -1,7 +1,7 @@
 """A session of ours on a server that offers only Petals' methods.
 
-There is no attention mask in Petals' protocol. Padding is therefore left out: samples that have it in the same places
-form a group, and every group is a session of its own on the server, which holds their real positions alone.
+Petals' protocol has no attention mask, so padding is left out. Samples with padding at the same positions form a group,
+and each group has its own session on the server, which holds its real positions only.
 
 Shapes: B batch, b samples of a group, n new positions, T positions before and with them, P virtual tokens, H hidden.
 """
@@ -22,18 +22,18 @@ from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.steps import StepRequest
 
 _ROOM_PATIENCE = 1.0
-"""Seconds that a server may wait for room: a session that ended just before has a stream of its own, so its end may
-come behind the beginning of the next one."""
+"""Seconds that a server may wait for memory. A session that has just ended has its own stream, so its end may arrive
+after the start of the next session."""
 
 
 @dataclass
 class _Group:
-    """Samples `rows` [b] of the batch, in a call of their own.
+    """Samples `rows` [b] of the batch, in a call for them only.
 
     Attributes:
-        held: positions on the server, the prefix among them.
-        places: [held - P] which positions of the session those behind the prefix are.
-        reordering: [b], of which the server has not been told; None: none.
+        held: positions on the server, including the prefix.
+        places: [held - P] positions of the session that follow the prefix on the server.
+        reordering: [b], not yet sent to the server; None: none.
     """
 
     rows: torch.Tensor
@@ -50,7 +50,7 @@ class PetalsSession:
         calls: the server's methods.
         dht_prefix: the model's name.
         request: the step that opens the session.
-        sliding_window: how far back the model's attention reaches, padding counted; None: to the first position.
+        sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
     """
 
     def __init__(self, calls: PetalsCalls, dht_prefix: str, request: StepRequest, sliding_window: int | None):
@@ -66,13 +66,13 @@ class PetalsSession:
         self._groups: list[_Group] = []
 
     async def step(self, request: StepRequest, on_sent: Callable[[], None] = lambda: None) -> dict[str, torch.Tensor]:
-        """As our servers' step, of any length; outputs of padding are zeros.
+        """Runs a step as our servers do, of any length. Outputs at padding are zeros.
 
-        `on_sent` is called whenever a piece of it is about to leave.
+        `on_sent` is called whenever a part of the step is about to be sent.
 
         Raises:
-            PeerFailure: the server failed; or (CACHE_LOST) what it holds does not fit this step's padding.
-            UnsupportedInputError: padding that cannot be left out, or positions that do not count on.
+            PeerFailure: the server failed; or (CACHE_LOST) its positions do not match this step's padding.
+            UnsupportedInputError: the padding cannot be left out, or position_ids do not count the real tokens.
         """
         real = self._real_positions(request)
         self._reorder(request.hypo_ids)
@@ -90,12 +90,12 @@ class PetalsSession:
             new = real[group.rows[0], request.position :].nonzero().flatten()
             out[group.rows[:, None], new] = hidden.to(out.dtype)
             prefix_out = prefix_out if prefix_out is not None else prefix
-        found = {"hidden": out[:, -(request.keep or out.shape[1]) :]}
+        answer = {"hidden": out[:, -(request.keep or out.shape[1]) :]}
         if request.want_prefix and self._prefix is not None:
             if prefix_out is None:
                 raise UnsupportedInputError("every sample of the first step begins with padding: leave it out")
-            found["prefix"] = prefix_out
-        return found
+            answer["prefix"] = prefix_out
+        return answer
 
     def close(self) -> None:
         for group in self._groups:
@@ -106,7 +106,7 @@ class PetalsSession:
         return len(self._prefix) if self._prefix is not None else 0
 
     async def _begin(self, real: torch.Tensor) -> None:
-        """Opens calls for samples that have their first real position now."""
+        """Opens calls for samples whose first real position is in this step."""
         begun = {int(row) for group in self._groups for row in group.rows}
         new: dict[tuple[bool, ...], list[int]] = {}
         for row in range(self._batch):
@@ -122,15 +122,15 @@ class PetalsSession:
             places = {int(row): place for place, row in enumerate(group.rows)}
             sources = [places.get(int(source)) for source in hypo_ids[group.rows]]
             if None in sources:
-                words = "samples would go on from others with other padding"
-                raise PeerFailure(self._peer, words, ErrorCode.CACHE_LOST.value)
+                reason = "samples would continue others with other padding"
+                raise PeerFailure(self._peer, reason, ErrorCode.CACHE_LOST.value)
             order = torch.tensor(sources)
             group.reordering = order if group.reordering is None else group.reordering[order]
 
     async def _run(
         self, group: _Group, real: torch.Tensor, request: StepRequest, on_sent: Callable[[], None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Outputs [b, m, H] of the m new positions that are real, and the prefix's [P, H] on opening."""
+        """Outputs [b, m, H] of the m real new positions, and [P, H] of the prefix when the call is opened."""
         new = real[group.rows[0], request.position :].nonzero().flatten()
         hidden, prompts = request.hidden[group.rows[:, None], new], None
         if not len(new):
@@ -155,7 +155,7 @@ class PetalsSession:
         return (out[:, length:], out[0, :length]) if opens and length else (out, None)
 
     def _real_positions(self, request: StepRequest) -> torch.Tensor:
-        """[B, T] bool: which are not padding. Raises UnsupportedInputError if they alone do not give the same."""
+        """[B, T] bool: true at real positions. Raises UnsupportedInputError if omitting padding changes results."""
         batch, tokens, _ = request.hidden.shape
         if (real := request.attention_mask) is None:
             real = torch.ones(batch, request.position + tokens, dtype=torch.bool)
@@ -163,7 +163,7 @@ class PetalsSession:
         has_gap = bool((~real & (count + self._prefix_length > 0) & (count < count[:, -1:])).any())
         if has_gap and self._window is not None and self._prefix_length + real.shape[1] > self._window:
             raise UnsupportedInputError(
-                f"padding between real tokens, or behind prompts, counts in this model's sliding window of "
+                f"padding between real tokens, or after prompts, counts in this model's sliding window of "
                 f"{self._window} positions; servers that offer only Petals' methods take no padding: run samples one "
                 "by one, or serve the model with petals-lightning"
             )
@@ -175,7 +175,7 @@ class PetalsSession:
         if not is_counted:
             raise UnsupportedInputError(
                 "position_ids must number the real tokens of each sample from 0, where there is padding between or "
-                "behind prompts: servers that offer only Petals' methods number positions themselves; give "
+                "after prompts: servers that offer only Petals' methods number positions themselves; give "
                 "position_ids = attention_mask.cumsum(1) - 1"
             )
         return real

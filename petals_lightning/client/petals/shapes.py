@@ -1,9 +1,9 @@
-"""Between our requests and what Petals' methods take: pure arithmetic on shapes, exact in both directions.
+"""Conversions between our requests and the arguments of Petals' methods: pure, and exact in both directions.
 
-Petals knows no prefix: it stands in front of every sample. It returns all positions, and gradients of prompts for
-every sample.
+Petals has no prefix, so the prefix becomes part of every sample. Petals returns all positions, and prompts' gradients
+for every sample.
 
-Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the leg, N rows that are read.
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the leg, N positions that are read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
 
 
 def with_prefix(hidden: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
-    """[B, S, H] with [P, H] in front of every sample: [B, P + S, H]."""
+    """[B, S, H] with [P, H] before every sample: [B, P + S, H]."""
     if prefix is None:
         return hidden
     return torch.cat([prefix.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
@@ -27,19 +27,19 @@ def prompts_of(request: ForwardRequest) -> torch.Tensor | None:
 
 
 def output_of(request: ForwardRequest, out: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`hidden` [B, S, H] or [N, H], and `prefix` [P, H] if wanted, of the [B, P + S, H] that a server returns."""
+    """`hidden` [B, S, H] or [N, H], and `prefix` [P, H] if wanted, of the [B, P + S, H] of a server's answer."""
     length = _prefix_length(request)
     hidden = out[:, length:]
     if request.rows is not None:
         hidden = hidden.reshape(-1, hidden.shape[2])[request.rows.long()]
-    found = {"hidden": hidden}
+    answer = {"hidden": hidden}
     if request.want_prefix and length:
-        found["prefix"] = out[0, :length]  # the same in every sample, so that any of them speaks for all
-    return found
+        answer["prefix"] = out[0, :length]  # the same in every sample, so any sample will do
+    return answer
 
 
 def output_grad(request: BackwardRequest, forward: ForwardRequest) -> torch.Tensor:
-    """The gradient [B, P + S, H] of what a server would return for `forward`: 0 where `output_of` reads nothing."""
+    """The gradient [B, P + S, H] of a server's answer to `forward`: 0 where `output_of` reads nothing."""
     batch, tokens, size = forward.hidden.shape
     length = _prefix_length(forward)
     grad = request.grad
@@ -56,19 +56,19 @@ def output_grad(request: BackwardRequest, forward: ForwardRequest) -> torch.Tens
 def input_grads(
     forward: ForwardRequest, grad: torch.Tensor, grad_prompts: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """`hidden`, `prefix` and `deep`, summed over samples where these share them, of what a server returns.
+    """Gradients `hidden`, `prefix` and `deep`, summed over the samples that share them, from a server's answer.
 
     Args:
         grad: [B, P + S, H].
         grad_prompts: [n, B, P, H], if the forward had deep prompts.
     """
     length = _prefix_length(forward)
-    found = {"hidden": grad[:, length:]} if forward.input_grad else {}
+    grads = {"hidden": grad[:, length:]} if forward.input_grad else {}
     if length:
-        found["prefix"] = grad[:, :length].sum(0, dtype=torch.float32)
+        grads["prefix"] = grad[:, :length].sum(0, dtype=torch.float32)
     if grad_prompts is not None:
-        found["deep"] = grad_prompts.sum(1, dtype=torch.float32)
-    return found
+        grads["deep"] = grad_prompts.sum(1, dtype=torch.float32)
+    return grads
 
 
 def _prefix_length(request: ForwardRequest) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.compat import cache_name
-from petals_lightning.hf.skeleton import BlockLayout, sliced_config
+from petals_lightning.hf.pruning import BlockLayout, sliced_config
 from petals_lightning.server.blocks.kv_cache import SpanCache
 
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from petals_lightning.hf.attention import sliding_window
-from petals_lightning.hf.rotary import rotary_limit
-from petals_lightning.hf.skeleton import BlockLayout
+from petals_lightning.hf.context_limits import rotary_limit, sliding_window
+from petals_lightning.hf.pruning import BlockLayout
 from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
 from petals_lightning.server.blocks.cpu_decoding import threads_for
@@ -210,7 +209,7 @@ class BlockSpan:
             ProtocolError: the model cannot be served at this length.
         """
         limit = self.rotary_limit
-        return not (limit is not None and limit.is_beyond(prefix + tokens)) and self.share_prefix
+        return not (limit is not None and limit.uses_long_factors(prefix + tokens)) and self.share_prefix
 
     def forward_with_graph(
         self, inputs: SpanInputs, *, input_grad: bool, prefix_run: PrefixRun | None = None

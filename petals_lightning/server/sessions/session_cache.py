@@ -112,7 +112,7 @@ class SessionCache:
         end = request.position + request.hidden.shape[1]
         if request.position_ids is not None:
             end = int(request.position_ids.max()) + 1
-        return self._limit.is_beyond(self.prefix_length + end)
+        return self._limit.uses_long_factors(self.prefix_length + end)
 
     @torch.inference_mode()
     def reorder(self, hypo_ids: torch.Tensor) -> None:

@@ -1,26 +1,26 @@
-"""What stands behind the blocks runs on the positions that are read, whatever the family calls it."""
+"""Modules after the blocks run only on positions that are read, whatever their names in the family."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from petals_lightning.client.rows import put_rows, take_rows
-from petals_lightning.hf.skeleton import find_blocks, norms_of
+from petals_lightning.client.positions import gather_positions, scatter_positions
+from petals_lightning.hf.pruning import find_blocks, norms_of
 from petals_lightning.models import AutoDistributedModelForSequenceClassification
 from petals_lightning.models.local import LocalModelForCausalLM
 from tests.helpers.families import HIDDEN, TINY_CONFIGS
 from tests.helpers.parity import UNEVEN, right_padded_batch
 
 
-def test_rows_come_out_and_go_back_and_so_do_their_gradients():
+def test_positions_and_their_gradients_are_gathered_and_scattered():
     batch = torch.randn(3, 4, 5, requires_grad=True)
     rows = torch.tensor([7, 0, 11], dtype=torch.int32)
-    taken = take_rows(batch, rows)
+    taken = gather_positions(batch, rows)
     assert torch.equal(taken[0], torch.stack([batch[1, 3], batch[0, 0], batch[2, 3]]))
-    whole = put_rows(taken * 2, rows, 3, 4)
+    whole = scatter_positions(taken * 2, rows, 3, 4)
     assert whole.shape == (3, 4, 5)
-    assert torch.equal(take_rows(whole, rows), taken * 2)
+    assert torch.equal(gather_positions(whole, rows), taken * 2)
     assert whole.count_nonzero() == 3 * 5
     whole.sum().backward()
     assert batch.grad is not None
@@ -28,7 +28,7 @@ def test_rows_come_out_and_go_back_and_so_do_their_gradients():
 
 
 @pytest.mark.parametrize("family", TINY_CONFIGS)
-def test_the_norm_behind_the_blocks_is_found(family, tiny_checkpoint):
+def test_the_norm_after_the_blocks_is_found(family, tiny_checkpoint):
     model = LocalModelForCausalLM.from_pretrained(str(tiny_checkpoint(family)))
     owner = find_blocks(model).owner(model)
     norms, ran = norms_of(owner, HIDDEN), []

@@ -1,4 +1,4 @@
-"""How long a request may take, from what requests have taken. Pure but for the clock's reading of time."""
+"""Time limits of requests, from what earlier requests took. Pure, except that the clock reads the time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from petals_lightning.client.config import ClientConfig
 BACKWARD_COST = 2.0  # times a forward's
 
 
-QUEUE_PATIENCE = 15.0  # seconds in a queue that does not move, before others are asked too
-MAX_QUEUE_TIME = 4.0  # times `request_timeout`: what a request may wait in all while its place in the queue improves
+STALLED_QUEUE_TIMEOUT = 15.0  # seconds in a queue that does not advance, before other servers are asked too
+MAX_QUEUE_TIME = 4.0  # times `request_timeout`: the longest total wait, while the place in the queue improves
 
 
-class ServiceClock:
-    """Seconds for which a server has been at work on a request, as far as the client knows.
+class ServiceTimer:
+    """Seconds that a server has worked on a request, as far as the client knows.
 
-    It starts again when the request is on its way, and whenever the server says that it still waits in the queue. A
-    server that only says so is not waited for: `stalled` counts on while the place in the queue does not improve.
+    The clock restarts when the request has been sent, and whenever the server reports that it still waits in the queue.
+    A server that always reports so is not waited for forever: `stalled` counts on while the place does not improve.
 
     Attributes:
-        asked_at: when the request was on its way.
+        asked_at: when the request had been sent.
     """
 
     def __init__(self) -> None:
@@ -38,17 +38,17 @@ class ServiceClock:
         self._began()
 
     def queue(self, ahead: int) -> None:
-        """The server says that so many requests are in front of this one."""
+        """Notes the number of requests ahead of this one in the server's queue."""
         self._since = time.monotonic()
         if ahead < self._ahead:
             self._ahead, self._improved_at = ahead, self._since
 
-    def hold(self) -> None:
-        """Stands at 0 until it is restarted: the request waits here, for its turn to be sent."""
+    def pause(self) -> None:
+        """Stops at 0 until it is restarted: the request waits on this machine for its turn to be sent."""
         self._since = None
 
     @property
-    def is_held(self) -> bool:
+    def is_paused(self) -> bool:
         return self._since is None
 
     @property
@@ -57,24 +57,24 @@ class ServiceClock:
 
     @property
     def late(self) -> float:
-        """Seconds of work; a long wait in a queue that does not move counts, too."""
-        return max(self.seconds, self.stalled - QUEUE_PATIENCE)
+        """Seconds of work, or of a long wait in a queue that does not advance."""
+        return max(self.seconds, self.stalled - STALLED_QUEUE_TIMEOUT)
 
     @property
     def stalled(self) -> float:
-        """Seconds since the request was on its way, or its place in the server's queue last improved."""
+        """Seconds since the request was sent, or since its place in the server's queue last improved."""
         return time.monotonic() - self._improved_at if self._since is not None else 0.0
 
     @property
     def lost(self) -> float:
-        """Seconds that this server has cost, once another one was quicker: of work, or in a queue that did not move.
+        """Seconds that this server cost before another one answered: of work, or in a queue that did not advance.
 
-        A wait in a queue that moves is not held against a server.
+        A wait in a queue that advances is not counted.
         """
-        return max(self.seconds, self.stalled if self.stalled > QUEUE_PATIENCE else 0.0)
+        return max(self.seconds, self.stalled if self.stalled > STALLED_QUEUE_TIMEOUT else 0.0)
 
     def overdue(self, deadline: float, request_timeout: float) -> str | None:
-        """Why the request is given up; None while it is waited for.
+        """Why the request is given up; None while it is not.
 
         Args:
             deadline: seconds of work.
@@ -91,24 +91,24 @@ class ServiceClock:
 
 
 @dataclass(frozen=True)
-class Patience:
-    """Seconds of service after which a request is given up (`deadline`), or tried elsewhere too (`hedge`, or never)."""
+class RequestTimeouts:
+    """Seconds of work after which a request is given up (`deadline`), or also tried elsewhere (`hedge`, or never)."""
 
     deadline: float
     hedge: float | None
 
 
-def patience(expected: float, is_measured: bool, config: ClientConfig) -> Patience:
+def request_timeouts(expected: float, is_measured: bool, config: ClientConfig) -> RequestTimeouts:
     """Deadline and hedge of a request that should take `expected` seconds.
 
-    `is_measured`: that comes from our own requests. What a server says of itself suffices to hedge, but not to give a
-    request up: its first one may have to warm the device up.
+    `is_measured`: the estimate comes from our own requests. A server's own claim is enough to hedge, but not to give
+    up: its first request may have to warm the device up.
     """
     deadline = config.request_timeout
     if is_measured:
         floor = min(config.min_request_timeout, config.request_timeout)
         deadline = min(max(config.deadline_factor * expected, floor), config.request_timeout)
     if config.hedge_factor is None:
-        return Patience(deadline, None)
-    # Not before the server has been asked once where the request stands.
-    return Patience(deadline, max(config.hedge_factor * expected, 2 * config.heartbeat_period))
+        return RequestTimeouts(deadline, None)
+    # No hedge before the server has been asked once for the request's place in its queue.
+    return RequestTimeouts(deadline, max(config.hedge_factor * expected, 2 * config.heartbeat_period))

@@ -1,4 +1,4 @@
-"""What a client has sent into a leg of an inference session, kept to be sent again elsewhere. Pure data.
+"""The inputs that a client has sent into a leg of an inference session, kept for replay elsewhere. Pure data.
 
 Shapes: B batch, n positions of one step, T positions so far, H hidden size.
 """
@@ -11,8 +11,8 @@ import torch
 
 
 @dataclass
-class LateInputs:
-    """Inputs of `length` positions that are still on their way here: `hidden` [B, length, H], when they have come."""
+class PendingInputs:
+    """Inputs of `length` positions that have not arrived yet: `hidden` [B, length, H] is set when they do."""
 
     length: int
     hidden: torch.Tensor | None = None
@@ -20,8 +20,8 @@ class LateInputs:
 
 @dataclass
 class _Inputs:
-    source: LateInputs
-    position_ids: torch.Tensor | None  # [B, n]; None: they count on from the positions before
+    source: PendingInputs
+    position_ids: torch.Tensor | None  # [B, n]; None: they continue from the previous positions
     first: int
     length: int
 
@@ -32,24 +32,24 @@ class _Inputs:
 
 
 class InputHistory:
-    """Inputs of positions [0, T). Reorderings of the batch (beam search) are noted, and applied only when read."""
+    """Inputs of positions [0, T). Reorderings of the batch (beam search) are stored, and applied on reading."""
 
     def __init__(self) -> None:
         self._events: list[_Inputs | torch.Tensor] = []  # a tensor [B] is a reordering of all inputs before it
         self.length = 0
 
-    def append(self, hidden: torch.Tensor | LateInputs, position_ids: torch.Tensor | None = None) -> None:
-        """Adds the inputs [B, n, H] of the next n positions, with their position_ids [B, n] if they are unusual."""
-        source = hidden if isinstance(hidden, LateInputs) else LateInputs(hidden.shape[1], hidden)
+    def append(self, hidden: torch.Tensor | PendingInputs, position_ids: torch.Tensor | None = None) -> None:
+        """Adds the inputs [B, n, H] of the next n positions, and position_ids [B, n] if these do not just count up."""
+        source = hidden if isinstance(hidden, PendingInputs) else PendingInputs(hidden.shape[1], hidden)
         self._events.append(_Inputs(source, position_ids, self.length, source.length))
         self.length += source.length
 
     def reorder(self, hypo_ids: torch.Tensor) -> None:
-        """From now on sample i has the past of what was sample hypo_ids[i]."""
+        """From now on, sample i continues the past of sample hypo_ids[i]."""
         self._events.append(hypo_ids)
 
     def crop(self, length: int) -> None:
-        """Forgets positions from `length` on."""
+        """Drops positions from `length` on."""
         if length >= self.length:
             return
         kept: list[_Inputs | torch.Tensor] = []
@@ -64,13 +64,13 @@ class InputHistory:
         self._events, self.length = kept, length
 
     def drop_missing(self) -> None:
-        """Forgets positions from the first one on whose inputs have not come."""
+        """Drops positions from the first one whose inputs have not arrived."""
         missing = (event for event in self._events if isinstance(event, _Inputs) and event.source.hidden is None)
         if (first := next(missing, None)) is not None:
             self.crop(first.first)
 
     def read(self, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Inputs [B, T - start, H] of positions from `start` on, and their position_ids if some are unusual."""
+        """Inputs [B, T - start, H] of positions from `start` on, and position_ids if they do not just count up."""
         order: torch.Tensor | None = None
         pieces: list[_Piece] = []
         for event in reversed(self._events):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petals_lightning.client.history import InputHistory
+from petals_lightning.client.input_history import InputHistory
 
 BATCH, HIDDEN = 3, 2
 OPERATIONS = st.one_of(

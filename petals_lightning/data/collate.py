@@ -1,4 +1,4 @@
-"""From texts to token ids."""
+"""Samples of token ids in memory, and the collators that make batches of them."""
 
 from __future__ import annotations
 
@@ -7,46 +7,22 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from petals_lightning.errors import CheckpointError, DataError
+from petals_lightning.errors import DataError
 
-IGNORED = -100  # the label that losses leave out
-
-
-def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, token: str | None = None
-) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, padding on the right. Without a pad token of its own it pads with eos, or else unk.
-
-    Raises:
-        CheckpointError: there is no tokenizer at `name_or_path`, or none of its tokens can pad.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, token=token)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"tokenizer={name_or_path}: no tokenizer there ({reason}); it must be a hub id or a folder with a "
-            "config.json and a tokenizer"
-        ) from error
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
-        raise CheckpointError(f"the tokenizer of {name_or_path!r} has no pad, eos or unk token to pad with")
-    return tokenizer
+IGNORED = -100  # the label that losses ignore
 
 
 class EncodedTexts(torch.utils.data.Dataset):
-    """Token ids and labels in memory: a few bytes a token, so no cache files and no worker processes.
+    """Token ids and labels in memory: a few bytes per token, so no cache files and no worker processes.
 
     Args:
         tokenizer: see `load_tokenizer`.
-        texts: one string a sample.
+        texts: one string per sample.
         pairs: the second text of each sample (premise and hypothesis, …), or None.
         labels: the class of each sample, or None for unlabelled data.
-        max_length: tokens a sample at most; the rest is cut off.
+        max_length: maximum tokens per sample; the rest is cut off.
 
     Raises:
         DataError: a text is missing.
@@ -62,19 +38,19 @@ class EncodedTexts(torch.utils.data.Dataset):
     ):
         for row, text in enumerate(texts):
             if not isinstance(text, str):
-                raise DataError(f"row {row} has {text!r} for a text")
+                raise DataError(f"row {row} has {text!r} instead of a text")
         limit = min(max_length, tokenizer.model_max_length)
         encoded = tokenizer(
             list(texts), list(pairs) if pairs else None, truncation=True, max_length=limit, padding=False
         )
-        # A sample needs a position to classify, even one whose text is empty.
+        # A sample needs a position to classify, even if its text is empty.
         filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
         self.input_ids: list[list[int]] = [ids or [filler] for ids in encoded["input_ids"]]
         self.labels = labels
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sample."""
+        """The number of tokens of each sample."""
         return [len(ids) for ids in self.input_ids]
 
     @property
@@ -93,7 +69,7 @@ class EncodedTexts(torch.utils.data.Dataset):
 
 
 class PadRight:
-    """Collates samples into `input_ids` and `attention_mask` [B, S], and `labels` [B] if there are any.
+    """Collates samples into `input_ids` and `attention_mask` [B, S], and `labels` [B] if the samples have them.
 
     S is the longest sample's length; padding is on the right, so that causal models need no mask for it.
     """
@@ -113,14 +89,14 @@ class PadRight:
 
 
 class LabelledTokens(torch.utils.data.Dataset):
-    """Samples of token ids and as many labels, in memory."""
+    """Samples in memory: token ids and one label per token."""
 
     def __init__(self, samples: list[tuple[list[int], list[int]]]):
         self._samples = samples
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sample."""
+        """The number of tokens of each sample."""
         return [len(ids) for ids, _ in self._samples]
 
     @property

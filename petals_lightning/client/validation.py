@@ -1,6 +1,6 @@
-"""Answers that cannot be right are their server's failure, not the user's. Pure checks.
+"""Checks of answers: one that cannot be right is its server's failure, not the user's. Pure functions.
 
-Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the leg, N rows that are read.
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the leg, N positions that are read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from petals_lightning.protocol.requests import ForwardRequest, message_dtype
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import DTYPE_NAMES, INT8_BLOCKWISE
 
-# Relative errors within which honest servers agree: kernels and orders of summation differ between machines.
+# Relative error between honest servers: kernels and the order of summation differ between machines.
 _TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, INT8_BLOCKWISE: 1e-1}
 
 
 def check_forward(peer: str, request: ForwardRequest, deep: torch.Tensor | None, reply: Message) -> None:
-    """Raises WrongResult unless `reply` has what `request` asked for, NonFiniteResult where it cannot come from it."""
+    """Raises WrongResult unless `reply` has the requested tensors, NonFiniteResult if values cannot be right."""
     expected = {"hidden": (output_shape(request), message_dtype(request.wire_dtype))}
     if request.want_prefix and request.prefix is not None:
         expected["prefix"] = list(request.prefix.shape), message_dtype(request.wire_dtype, prompts=True)
@@ -37,13 +37,13 @@ def check_backward(
     *,
     may_overflow: bool,
 ) -> None:
-    """As `check_forward`, of gradients.
+    """As `check_forward`, for gradients.
 
     Args:
         forward: the request whose gradients these are.
-        deep: [n, P, H], its deep prompts, or None.
-        grads: what was sent: gradients that are not finite (a loss scale that was too large) excuse any answer.
-        may_overflow: in 16-bit floats with their small range, scaled gradients overflow on a healthy server too.
+        deep: [n, P, H] deep prompts of that request, or None.
+        grads: the gradients that were sent. If they are not finite (the loss scale was too large), any answer passes.
+        may_overflow: the answer is float16, in which scaled gradients overflow on a healthy server too.
     """
     inputs = {"hidden": forward.hidden if forward.input_grad else None, "prefix": forward.prefix, "deep": deep}
     dtype = message_dtype(forward.wire_dtype)
@@ -54,7 +54,7 @@ def check_backward(
 
 
 def check_step(peer: str, request: StepRequest, reply: Message) -> None:
-    """As `check_forward`, of a session's step."""
+    """As `check_forward`, for a session's step."""
     batch, tokens, size = request.hidden.shape
     expected = {"hidden": ([batch, request.keep or tokens, size], message_dtype(request.wire_dtype))}
     if request.want_prefix and request.prefix is not None:
@@ -64,26 +64,27 @@ def check_step(peer: str, request: StepRequest, reply: Message) -> None:
 
 
 def output_shape(request: ForwardRequest) -> list[int]:
-    """Of `hidden` in the reply: [B, S, H], or [N, H] with rows."""
+    """The shape of `hidden` in the reply: [B, S, H], or [N, H] with rows."""
     return list(request.hidden.shape) if request.rows is None else [len(request.rows), request.hidden.shape[2]]
 
 
-def seconds_of(reply: Message, name: str) -> float:
-    """A duration that a server states; 0 if it states none that makes sense."""
+def reported_seconds(reply: Message, name: str) -> float:
+    """A duration that a server reports; 0 if it reports none or an impossible one."""
     value = reply.fields.get(name)
     return float(value) if isinstance(value, (int, float)) and 0 <= value < math.inf else 0.0
 
 
 def is_sound(tensor: torch.Tensor) -> bool:
-    """Whether its norm is finite in float32: no NaN, no infinity, no value that is larger than any network works with.
+    """Whether the tensor's norm is finite in float32: no NaN, no infinity, no value beyond what any network works with.
 
-    Every block begins with a norm, which sums squares: beyond 1.8e19 they overflow, and only noise or zeros come out.
+    Every block begins with a norm, which sums squares. Beyond 1.8e19 the squares overflow, and only noise or zeros come
+    out.
     """
     return bool(torch.linalg.vector_norm(tensor, dtype=torch.float32).isfinite())
 
 
 def disagreement(got: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest relative error among the tensors that both have; infinite where shapes or soundness differ."""
+    """The largest relative error among the tensors that both have; infinite if shapes or soundness differ."""
     worst = 0.0
     for name in got.keys() & other.keys():
         a, b = got[name].float(), other[name].float()
@@ -97,7 +98,7 @@ def disagreement(got: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def tolerance(*dtype_names: str | None) -> float:
-    """How far honest results may be apart that were computed in, or have travelled in, these dtypes."""
+    """The relative error allowed between honest results that were computed or sent in these dtypes."""
     return max(_TOLERANCE.get(name or "float32", _TOLERANCE["bfloat16"]) for name in dtype_names)
 
 

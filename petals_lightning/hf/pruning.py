@@ -1,8 +1,8 @@
 """Cuts a decoder's own Hugging Face class around its blocks.
 
 A decoder is an *owner* (`LlamaModel`, `OPTDecoder`, …) that embeds tokens, runs a ModuleList of blocks and normalises
-the result. A server keeps some blocks and none of the rest, a client keeps the rest and no block; both run the
-family's own code for everything else (masks, rotary embeddings, sliding windows, ALiBi).
+the result. A server keeps only some blocks, a client keeps everything else; both run the family's own code for the rest
+(masks, rotary embeddings, sliding windows, ALiBi).
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from petals_lightning.hf.compat import GradientCheckpointingLayer
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where a model keeps its blocks, e.g. owner `model`, list `layers`; owner `""` is the model itself.
+    """The place of a model's blocks, e.g. owner `model`, list `layers`; owner `""` is the model itself.
 
     Attributes:
-        max_positions: positions that its tables hold, learned (GPT-2, OPT) or computed in advance (GPT-J); None: it
-            counts on.
-        attributes: plain values that a block has as attributes, which some decoders look at (Nemotron-H).
+        max_positions: positions in its tables, learned (GPT-2, OPT) or precomputed (GPT-J); None: unlimited.
+        attributes: plain values that blocks have as attributes, which some decoders read (Nemotron-H).
     """
 
     owner_path: str
@@ -51,16 +50,16 @@ class BlockLayout:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What to keep of a model: blocks [start, end), and with `ends` all that is no block (embeddings, norm, head)."""
+class ModelSlice:
+    """The part of a model to keep: blocks [start, end) and, if wanted, embeddings, norm and head."""
 
     start: int
     end: int
-    ends: bool
+    with_embeddings_and_head: bool
 
 
 def num_blocks(config: PreTrainedConfig) -> int:
-    """How many transformer blocks the text model of a config has."""
+    """The number of transformer blocks in a config's text model."""
     return config.get_text_config().num_hidden_layers
 
 
@@ -68,8 +67,8 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
     """Finds the ModuleList of `num_hidden_layers` blocks.
 
     Raises:
-        UnsupportedModelError: there is none, or more than one (encoder-decoders, multi-tower models), or the blocks
-            read more than the hidden states that the block before them made.
+        UnsupportedModelError: there is no such list or more than one (encoder-decoders, multi-tower models), or the
+            blocks read more than the previous block's hidden states.
     """
     name, count = f"{type(model).__name__} ({model.config.model_type})", num_blocks(model.config)
     if getattr(model.config, "is_encoder_decoder", False):
@@ -83,8 +82,8 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
     ]
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"{name} has {len(found)} lists of {count} blocks, not one: it is no plain decoder of the kind that can be "
-            "split (Llama, BLOOM, Falcon, Mixtral, Mistral, Qwen, GPT-2, …)"
+            f"{name} has {len(found)} lists of {count} blocks, not one: it is not a plain decoder of the kind that can "
+            "be split (Llama, BLOOM, Falcon, Mixtral, Mistral, Qwen, GPT-2, …)"
         )
     owner_path, _, list_name = found[0].rpartition(".")
     plain = {
@@ -99,11 +98,11 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
 
 
 def _why_not_split(model: PreTrainedModel, layout: BlockLayout) -> str | None:
-    """What blocks need besides the hidden states of the block before, as far as it can be seen without running them."""
+    """What blocks read besides the previous block's hidden states, as far as that shows without running them."""
     owner, text = layout.owner(model), model.config.get_text_config()
     blocks_take = {name for block in layout.blocks(model) for name in inspect.signature(block.forward).parameters}
     if not isinstance(owner, PreTrainedModel):
-        return f"{type(owner).__name__}, which runs them, embeds no tokens, as encoders like BERT do"
+        return f"{type(owner).__name__}, which runs them, embeds no tokens, as in encoders like BERT"
     if getattr(text, "hidden_size_per_layer_input", None) and any("per_layer_input" in name for name in blocks_take):
         return "every block reads embeddings of the tokens (per-layer inputs)"
     if getattr(text, "num_kv_shared_layers", None):
@@ -112,12 +111,12 @@ def _why_not_split(model: PreTrainedModel, layout: BlockLayout) -> str | None:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Tokens that have an embedding."""
+    """The number of tokens with an embedding."""
     return next(model.get_input_embeddings().parameters()).shape[0]
 
 
 def _max_positions(model: PreTrainedModel) -> int | None:
-    """Positions that the tables of a whole model hold. A few rows more than that are offsets (OPT has two)."""
+    """The number of positions in a whole model's tables. A few more rows than that are offsets (OPT has two)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = model.get_input_embeddings()
     embeddings = (m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
@@ -126,7 +125,7 @@ def _max_positions(model: PreTrainedModel) -> int | None:
 
 
 def norms_of(owner: nn.Module, hidden_size: int) -> list[nn.Module]:
-    """Those of a decoder's own modules that have nothing but scales and shifts of a position's features."""
+    """The decoder's own modules whose parameters are only scales and shifts of a position's features."""
     return [
         child
         for child in owner.children()
@@ -142,8 +141,8 @@ def _holds_blocks(modules: nn.ModuleList) -> bool:
     )
 
 
-def prune(model: PreTrainedModel, part: Part) -> BlockLayout:
-    """Cuts `model` down to `part`, in place. Meant for models on the meta device, before weights are loaded."""
+def prune(model: PreTrainedModel, part: ModelSlice) -> BlockLayout:
+    """Reduces `model` to `part`, in place. For models on the meta device, before weights are loaded."""
     layout = find_blocks(model)
     owner, blocks = layout.owner(model), list(layout.blocks(model))
     kept = blocks[part.start : part.end]
@@ -151,7 +150,7 @@ def prune(model: PreTrainedModel, part: Part) -> BlockLayout:
     layout.set_blocks(model, nn.ModuleList(kept))
     for module, name in numbers:
         setattr(module, name, getattr(module, name) - part.start)
-    if not part.ends:
+    if not part.with_embeddings_and_head:
         embedding = model.get_input_embeddings()
         for parent in _ancestors(model, layout.owner_path):
             for name, child in list(parent.named_children()):
@@ -165,11 +164,11 @@ def prune(model: PreTrainedModel, part: Part) -> BlockLayout:
     return layout
 
 
-def _numbers_of_blocks(blocks: Sequence[nn.Module], part: Part) -> list[tuple[nn.Module, str]]:
-    """Modules in blocks of `part` and the attributes in which they keep their block's number.
+def _numbers_of_blocks(blocks: Sequence[nn.Module], part: ModelSlice) -> list[tuple[nn.Module, str]]:
+    """Modules in blocks of `part`, and the attributes with their block's number.
 
-    Families call it `layer_idx`, `layer_id`, …; what counts is that it is the number of the block in every block that
-    has it.
+    Families call it `layer_idx`, `layer_id`, …. Such an attribute is recognised by holding the block's number in every
+    block that has it.
     """
     found: dict[str, list[tuple[int, int, nn.Module]]] = {}
     for number, block in enumerate(blocks):
@@ -191,7 +190,7 @@ def _numbers_of_blocks(blocks: Sequence[nn.Module], part: Part) -> list[tuple[nn
 
 
 def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedConfig:
-    """A copy of `config` that describes blocks [start, end) only: their number, and lists with an entry per block."""
+    """A copy of `config` for blocks [start, end) only: their number, and lists with one entry per block."""
     count = num_blocks(config)
     config = copy.deepcopy(config)
     text_config = config.get_text_config()
@@ -202,7 +201,7 @@ def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedC
     text_config.num_hidden_layers = end - start
     for name, value in given.items():
         setattr(text_config, name, value[start:end])
-    if computed:  # from a period or from numbers of blocks, which would count from the first block kept
+    if computed:  # from a period or block numbers, which would count from the first kept block
         members = {name: _constant(value[start:end]) for name, value in computed.items()}
         text_config.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **members})
     return config
@@ -232,14 +231,14 @@ def _substitute(child: nn.Module, input_embedding: nn.Module | None) -> nn.Modul
 
 
 class _NoTokens(nn.Module):
-    """Stands for the token embedding that a server does not hold."""
+    """A stand-in for the token embedding, which a server does not have."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise AssertionError("a span of blocks takes hidden states, not tokens")
 
 
 class _Passage(nn.Module):
-    """Stands for what only embedding and head need, such as the last norm; gives back the hidden states it is given."""
+    """A stand-in for modules that a server skips, such as the last norm; returns its hidden states unchanged."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = (*args, *kwargs.values())
@@ -247,7 +246,7 @@ class _Passage(nn.Module):
 
 
 class _ZeroEmbedding(nn.Module):
-    """Stands for learned position embeddings: the client has added them already."""
+    """A stand-in for learned position embeddings, which the client has already added."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros(())
