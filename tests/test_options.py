@@ -17,7 +17,7 @@ from petals_lightning.cli.options import with_options
 from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import AutoDistributedModel, auto
-from petals_lightning.options import ABOVE_0, Option, command_line, described, option, options_of
+from petals_lightning.options import ABOVE_0, Option, command_line, described, make, option, options_of
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.strategies import LocalSwarm, PrivateSwarm, PublicSwarm, SwarmProvider, swarm_provider
 from petals_lightning.training import schema
@@ -183,6 +183,14 @@ def test_a_value_out_of_bounds_is_named(config):
             if not each.takes_none:
                 with pytest.raises(ConfigurationError, match=f"^{each.name} is None: "):
                     config(**{each.name: None})
+
+
+def test_a_token_of_a_file_is_read_again_with_another_file(tmp_path):
+    config = ClientConfig(**others(ClientConfig, tmp_path))
+    assert config.swarm_token == "0123456789abcdef"
+    (tmp_path / "other").write_text("fedcba9876543210\n")
+    assert make(ClientConfig, {"token_file": str(tmp_path / "other")}, config).swarm_token == "fedcba9876543210"
+    assert "0123456789abcdef" not in repr(config)
 
 
 def test_the_page_of_options_is_made_of_them():

@@ -81,7 +81,7 @@ class ClientConfig:
         "it are not used.",
         metavar="FILE",
     )
-    swarm_token: str | None = option(None, "The secret itself, instead of token_file.", secret=True)
+    swarm_token: str | None = option(None, "The secret itself, where there is no token_file.", secret=True)
     identity_path: str | None = option(
         None,
         "File of this client's private key, made if missing. The peer id follows from it, by which servers with "
@@ -106,7 +106,7 @@ class ClientConfig:
         check_options(self)
         if self.hedge_factor == math.inf:
             object.__setattr__(self, "hedge_factor", None)
-        if self.token_file is not None and self.swarm_token is None:
+        if self.token_file is not None:
             object.__setattr__(self, "swarm_token", read_token(self.token_file))
         if self.swarm_token is not None:
             check_token(self.swarm_token)
