@@ -63,7 +63,7 @@ def test_a_server_of_another_stream_version_is_named_with_both_versions(tiny_che
     ours = start_swarm(checkpoint, [(0, 4)])
     with monkeypatch.context() as later:
         later.setattr("petals_lightning.server.server.STREAM_VERSION", 7)
-        later.setattr("petals_lightning.server.server.STREAM_METHOD", "petals_lightning.stream.v7")
+        later.setattr("petals_lightning.server.running_server.STREAM_METHOD", "petals_lightning.stream.v7")
         other = start_swarm(checkpoint, [(0, 4)], initial_peers=ours.initial_peers, prefix="later")
         start_swarm(checkpoint, [(0, 4)], initial_peers=ours.initial_peers)
     name = f"server …{other.servers[0].node.peer_id.to_base58()[-6:]}"
