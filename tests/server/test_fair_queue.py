@@ -312,7 +312,7 @@ def test_beside_a_greedy_client_another_keeps_its_share(tiny_checkpoint, start_s
 @pytest.mark.parametrize("big", [(1, 200), (64, 1)], ids=["long prefills", "large batches"])
 def test_beside_big_inference_steps_of_one_client_another_trains_on(big, tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)])
-    span, queue = swarm.servers[0].span, swarm.servers[0]._compute._queue
+    span, queue = swarm.servers[0].span, swarm.servers[0].resources.compute._queue
 
     def lasting(seconds: float, honest):  # so that compute is what they share
         def run(*args, **kwargs):
