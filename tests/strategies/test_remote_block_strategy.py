@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import StrategyRegistry
 
 from petals_lightning.callbacks import LastCheckpoint
+from petals_lightning.client import ClientConfig
 from petals_lightning.data import TextClassificationDataModule
 from petals_lightning.errors import ConfigurationError, NoServersError, SwarmConnectionError
 from petals_lightning.models import remote_blocks
@@ -185,7 +186,7 @@ def test_a_swarm_is_up_from_the_first_user_to_the_last() -> None:
             assert swarm.acquire(model, Path()) == {
                 "initial_peers": ["/ip4/127.0.0.1/tcp/1/p2p/x"],
                 "dht_prefix": None,
-                "max_retries": 2,
+                "client_config": ClientConfig(max_retries=2),
             }
             swarm.release()
     assert events == ["start", "stop"]
