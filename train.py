@@ -24,7 +24,7 @@ def main() -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from petals_lightning.training.errors import one_line_errors
+    from petals_lightning.training.cli_errors import one_line_errors
     from petals_lightning.training.recipes import find_recipes, print_recipes, register_recipes
     from petals_lightning.training.resolvers import register_resolvers
     from petals_lightning.training.schema import register_schema

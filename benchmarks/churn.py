@@ -5,7 +5,7 @@
 Four servers hold a random Llama twice: two of them all blocks, two a half each. Every few seconds one is struck, but
 never so that a block is left without a holder. Now and then more happens: the peer that all join by is restarted,
 three servers are cut off, or all of them are killed at once and come back (in the first half of the time). A stranger
-attacks the first server all the while, each minute in another way (`tests.hostile`).
+attacks the first server all the while, each minute in another way (`tools.testing.attacks`).
 
 At the end the same steps are trained in one local process and the traces of losses compared. Memory and file
 descriptors at the end are compared with earlier ones: the client's with those after a fifth of the time, and those of
@@ -36,13 +36,14 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
+from petals_lightning.strategies.server_process import ServerProcess
 from petals_lightning.swarm import SwarmNode
-from tests.attacks import Attacker
-from tests.faults.proxy import TcpProxy, free_port
-from tests.hostile.peers import ATTACKS, Victim
-from tests.swarms import ServerProcess
+from tools.testing.attacker import Attacker
+from tools.testing.attacks import ATTACKS, Victim
+from tools.testing.proxy import TcpProxy, free_port
+from tools.testing.servers import start_server
 
-BLOCKS = 4
+BLOCKS, HIDDEN = 4, 128
 SPANS = [(0, 4), (0, 4), (0, 2), (2, 4)]
 OPTIONS: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 4, "num_labels": 2}
 
@@ -68,7 +69,7 @@ class Servers:
         self._proxies = [TcpProxy(port) for port in self._ports]
         self.processes = [self._launch(number) for number in range(len(SPANS))]
         for process in self.processes:
-            process.wait_ready()
+            process.wait_until_ready()
 
     def strike_forever(self, period: float, in_use: Callable[[], set[str]]) -> None:
         """Strikes a server every `period` seconds on average, mostly one that is `in_use` (peer ids)."""
@@ -106,7 +107,7 @@ class Servers:
                 self._stop.wait(seconds)
                 self.processes = [self._launch(number) for number in range(len(SPANS))]
                 for process in self.processes:
-                    process.wait_ready()
+                    process.wait_until_ready()
 
     @contextmanager
     def _all_but(self, spared: set[int]) -> Iterator[bool]:
@@ -123,7 +124,7 @@ class Servers:
                 self.down -= struck
 
     def _launch(self, number: int) -> ServerProcess:
-        return ServerProcess(
+        return start_server(
             self.model, SPANS[number], self.initial_peers, "--dht-prefix", PREFIX, "--update-period", "10",
             "--host-maddrs", f"/ip4/127.0.0.1/tcp/{self._ports[number]}",
             "--announce-maddrs", f"/ip4/127.0.0.1/tcp/{self._proxies[number].port}",
@@ -152,7 +153,7 @@ class Servers:
         self.processes[number].signal(signal.SIGKILL)
         self.processes[number].stop()
         self._stop.wait(seconds)
-        self.processes[number] = self._launch(number).wait_ready()
+        self.processes[number] = self._launch(number).wait_until_ready()
         self.down.discard(number)
 
     def _hang(self, number: int, seconds: float) -> None:
@@ -200,7 +201,7 @@ def disturb(servers: Servers, bootstrap: Bootstrap, seconds: float, stop: thread
                 servers.end_all(chance.uniform(1, 10))
 
 
-def attack_forever(maddr: str, peer_id: str, seed: int) -> None:
+def attack_forever(victim: Victim, seed: int) -> None:
     """The stranger's process: another attack every minute, each with peers of its own."""
     os.nice(19)
     chance = random.Random(seed)
@@ -209,8 +210,8 @@ def attack_forever(maddr: str, peer_id: str, seed: int) -> None:
         identities, begin = ATTACKS[name]
         attackers: list[Attacker] = []
         try:
-            attackers += [Attacker(Victim(maddr, peer_id)) for _ in range(min(identities, 4))]
-            again, end = begin(Victim(maddr, peer_id), attackers), time.monotonic() + 60
+            attackers += [Attacker(victim) for _ in range(min(identities, 4))]
+            again, end = begin(victim, attackers), time.monotonic() + 60
             while time.monotonic() < end:
                 again()
                 time.sleep(0.05)
@@ -268,14 +269,15 @@ def main(
     """Trains under churn, then compares with an undisturbed run."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        save_random_llama(folder, hidden=128, blocks=BLOCKS, dtype="float32")
+        save_random_llama(folder, hidden=HIDDEN, blocks=BLOCKS, dtype="float32")
         bootstrap = Bootstrap(folder)
         servers = Servers(folder, bootstrap.maddrs, seed)
         servers.start()
         torch.manual_seed(0)
         model = AutoDistributedModelForSequenceClassification.from_pretrained(
             folder, initial_peers=servers.initial_peers, dht_prefix=PREFIX,
-            client_config=ClientConfig(refresh_period=5), **OPTIONS,
+            # Servers that were all killed are back when they have started, which takes long on a machine under load.
+            client_config=ClientConfig(refresh_period=5, recovery_timeout=300), **OPTIONS,
         )  # fmt: skip
         optimizer = optimizer_of(model)
         servers.strike_forever(period, lambda: {leg.peer_id for leg in remote_blocks(model).route(256)})
@@ -284,10 +286,8 @@ def main(
         stop = threading.Event()
         disturbing = threading.Thread(target=disturb, args=(servers, bootstrap, minutes * 60, stop))
         disturbing.start()
-        victim = servers.processes[0]
-        stranger = multiprocessing.get_context("spawn").Process(
-            target=attack_forever, args=(bootstrap.maddrs[0], victim.peer_id, seed), daemon=True
-        )
+        victim = Victim(bootstrap.maddrs[0], servers.processes[0].peer_id, PREFIX, BLOCKS, HIDDEN)
+        stranger = multiprocessing.get_context("spawn").Process(target=attack_forever, args=(victim, seed), daemon=True)
         stranger.start()
         client, first = [footprint(os.getpid())], FirstServer(servers)
         began = time.monotonic()

@@ -39,13 +39,13 @@ from petals_lightning.hf import Checkpoint, find_blocks
 from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.hf.compat import class_for, quiet_transformers
 from petals_lightning.hf.decoder import text_decoder_in
-from petals_lightning.hf.skeleton import num_blocks
+from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
     prompts_of,
 )
-from tests.swarms import InProcessSwarm
+from tools.testing.swarms import InProcessSwarm
 
 _P, _B, _S, _NEW = 3, 4, 9, 6
 _EXACT = 1e-5

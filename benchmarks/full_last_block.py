@@ -6,7 +6,7 @@ python -m benchmarks.full_last_block serve MODEL --new-swarm ...
 from __future__ import annotations
 
 from petals_lightning.cli.main import main
-from petals_lightning.server.span import BlockSpan, SpanInputs
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
 
 def run_on_all_positions() -> None:

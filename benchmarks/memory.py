@@ -33,7 +33,7 @@ from benchmarks.servers import running_server
 from benchmarks.swarm import batch_of, classifier, optimizer_of, peak_memory, save_random_llama
 from benchmarks.training_client import Client
 from petals_lightning.models import remote_blocks
-from petals_lightning.server.limits import room_for
+from petals_lightning.server.access.limits import room_for
 
 MIB = 2**20
 SESSION_BATCH, SESSION_LENGTH = 4, 256

@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 from benchmarks.swarm import PREFIX
 from petals_lightning.cli.main import main
-from tests.swarms import ServerProcess
+from petals_lightning.strategies.server_process import ServerProcess
+from tools.testing.servers import start_server
 
 Program = Callable[[], None]
 Span = tuple[int, int]
@@ -19,9 +20,9 @@ def running_server(
 ) -> Iterator[ServerProcess]:
     """A server of `span`, or of all blocks, in the swarm of the peers `join` or in a new one."""
     options = ("--threads", str(threads), "--dht-prefix", PREFIX, *extra)
-    server = ServerProcess(model, span, join, *options, program=program)
+    server = start_server(model, span, join, *options, program=program)
     try:
-        yield server.wait_ready()
+        yield server.wait_until_ready()
     finally:
         server.stop()
 

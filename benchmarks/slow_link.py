@@ -41,7 +41,7 @@ from petals_lightning.models import (
     AutoDistributedModelForSequenceClassification,
     remote_blocks,
 )
-from tests.faults.proxy import SharedLink, TcpProxy, free_port
+from tools.testing.proxy import SharedLink, TcpProxy, free_port
 
 
 @contextmanager

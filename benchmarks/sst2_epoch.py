@@ -33,8 +33,8 @@ from benchmarks.options import Output
 from benchmarks.rounds import print_table, save_rows
 from benchmarks.servers import running_server
 from benchmarks.swarm import Wasteful, classifier, optimizer_of, run_step, save_random_llama
+from petals_lightning.data.collate import EncodedTexts, PadRight
 from petals_lightning.data.loader import LengthGroupedSampler
-from petals_lightning.data.tokenizers import EncodedTexts, PadRight
 from petals_lightning.models import remote_blocks
 
 PAD, PADDED_LENGTH = 0, 64

@@ -21,12 +21,13 @@ import torch
 
 from benchmarks.full_last_block import run_on_all_positions
 from petals_lightning.cli.main import main
-from petals_lightning.server.span import BlockSpan, SpanGraph
+from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
+from petals_lightning.server.blocks.span import BlockSpan, SpanGraph
 
 
 def throttle(seconds: float) -> None:
     """Makes every block of this process take at least `seconds` per position."""
-    run, backward = BlockSpan._run, BlockSpan.backward
+    run, backward = BlockRunner.run, BlockSpan.backward
 
     @contextmanager
     def lasting(stated: float) -> Iterator[None]:
@@ -34,10 +35,10 @@ def throttle(seconds: float) -> None:
         yield
         time.sleep(max(0.0, stated - (time.perf_counter() - began)))
 
-    def throttled_run(span: BlockSpan, call: Any, *args: Any, **padding: Any) -> torch.Tensor:
-        batch, tokens, _ = call.hidden.shape
-        with lasting(seconds * (call.end - call.start) * batch * tokens):
-            return run(span, call, *args, **padding)
+    def throttled_run(runner: BlockRunner, blocks: BlockPass, *args: Any, **padding: Any) -> torch.Tensor:
+        batch, tokens, _ = blocks.hidden.shape
+        with lasting(seconds * (blocks.end - blocks.start) * batch * tokens):
+            return run(runner, blocks, *args, **padding)
 
     def throttled_backward(span: BlockSpan, graph: SpanGraph, *grads: Any) -> dict[str, torch.Tensor]:
         inputs = graph.inputs
@@ -48,7 +49,7 @@ def throttle(seconds: float) -> None:
             return backward(span, graph, *grads)
 
     run_on_all_positions()
-    BlockSpan._run, BlockSpan.backward = throttled_run, throttled_backward  # type: ignore[method-assign, assignment]
+    BlockRunner.run, BlockSpan.backward = throttled_run, throttled_backward  # type: ignore[method-assign, assignment]
 
 
 def serve(microseconds: float) -> None:

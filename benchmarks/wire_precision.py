@@ -24,12 +24,9 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
+from tools.testing.tensors import relative_error
 
 WIRE_DTYPES = ("float32", "bfloat16", "float16", "int8_blockwise")
-
-
-def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((got - wanted).norm() / wanted.norm()).item()
 
 
 def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

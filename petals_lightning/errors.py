@@ -1,7 +1,7 @@
-"""Every exception that a user can meet.
+"""All exceptions that a user can meet.
 
-Each message says what was got, what the rule is, and how to fix it. `ConfigurationError` and its children are the
-user's to mend and are raised before anything has run; `SwarmError` and its children come from the network or from a
+Each message says what was got, what the rule is, and how to fix it. `ConfigurationError` and its subclasses are the
+user's to fix and are raised before anything has run. `SwarmError` and its subclasses come from the network or from a
 server.
 """
 
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 
 class PetalsLightningError(Exception):
-    """Root of all errors raised on purpose by this package."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigurationError(PetalsLightningError, ValueError):
-    """A setting is wrong. The message names it and says how to mend it."""
+    """A setting is wrong. The message names it and says how to fix it."""
 
 
 class UnsupportedModelError(ConfigurationError):
-    """The checkpoint is no decoder that can be split into blocks."""
+    """The checkpoint is not a decoder that can be split into blocks."""
 
 
 class CheckpointError(ConfigurationError):
@@ -29,15 +29,15 @@ class DataError(ConfigurationError):
 
 
 class NoModelError(ConfigurationError, AttributeError):
-    """A module is used by hand before a Trainer has loaded its model."""
+    """A module is used without a Trainer, before one has loaded its model."""
 
 
 class UnsupportedInputError(PetalsLightningError, ValueError):
-    """A call to a distributed model asks for something that cannot cross the swarm."""
+    """A call to a distributed model requests something that cannot be computed in a swarm."""
 
 
 class HubError(PetalsLightningError, RuntimeError):
-    """The Hugging Face hub cannot be reached, or refuses what was asked of it."""
+    """The Hugging Face hub cannot be reached, or refuses a request."""
 
 
 class SwarmError(PetalsLightningError, RuntimeError):
@@ -52,8 +52,8 @@ class NoServersError(SwarmError):
     """No usable server holds some of the model's blocks."""
 
 
-class NoCacheRoomError(SwarmError):
-    """No server that may be used has room for the keys and values of an inference session."""
+class CacheFullError(SwarmError):
+    """No usable server has room for the keys and values of an inference session."""
 
 
 class IncompatibleServerError(SwarmError):
@@ -61,21 +61,21 @@ class IncompatibleServerError(SwarmError):
 
 
 class AccessDeniedError(SwarmError):
-    """Servers that hold the blocks let only certain peers in, and this one is not among them."""
+    """Every server that holds the blocks refuses this peer."""
 
 
 class RetriesExhaustedError(SwarmError):
-    """A part of a step failed too often, on whatever servers were tried."""
+    """A part of a step failed too often, on all servers that were tried."""
 
 
 class RemoteRequestError(SwarmError):
-    """Servers call a request wrong, or fail on it, and none that holds the blocks is left to say otherwise."""
+    """Servers reject a request or fail on it, and no other server holds the blocks."""
 
 
 class PeerFailure(SwarmError):
-    """One peer failed (lost stream, silence, refusal for lack of room). Retried elsewhere; seen in logs only.
+    """One peer failed (lost stream, silence, refusal for lack of room). Retried elsewhere; appears only in logs.
 
-    `peer` is the peer's base58 id; `code` is one of protocol.messages.ErrorCode where the peer itself answered.
+    `peer` is the peer's base58 id; `code` is one of protocol.messages.ErrorCode if the peer itself answered.
     """
 
     def __init__(self, peer: str, reason: str, code: str | None = None):
@@ -84,7 +84,7 @@ class PeerFailure(SwarmError):
 
 
 class WrongResult(PeerFailure):
-    """A peer's answer cannot be right. `proven`: a judge found another one, so it is no accident."""
+    """A peer's answer cannot be right. `proven`: a judge got another result, so it is not an accident."""
 
     def __init__(self, peer: str, reason: str, *, proven: bool = False):
         super().__init__(peer, reason)

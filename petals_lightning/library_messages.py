@@ -1,7 +1,7 @@
 """Warnings and log lines of other libraries: kept in a program's log, off its screen.
 
-For `train.py` and `petals-lightning` alone: importing this package, or calling it from Python, changes nobody's
-warnings or loggers.
+Only `train.py` and `petals-lightning` use this: importing the package, or calling it from Python, changes no warnings
+or loggers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import warnings
 from typing import TextIO
 
 _warnings_log = logging.getLogger("py.warnings")  # the logger of logging.captureWarnings
-_early: list[str] = []  # came before the program had set up its log
+_early: list[str] = []  # warnings from before the program set up its log
 
 
 def warnings_to_log() -> None:
-    """Sends Python's warnings, deprecations among them, to the logger `py.warnings` at level INFO.
+    """Sends Python's warnings, including deprecations, to the logger `py.warnings` at level INFO.
 
-    To be called first: libraries warn while they are imported. `python -W …` and PYTHONWARNINGS still choose which.
+    Call this first: libraries warn while they are imported. `python -W …` and PYTHONWARNINGS still select warnings.
     """
     if not sys.warnoptions:
         warnings.simplefilter("default")
@@ -26,7 +26,7 @@ def warnings_to_log() -> None:
 
 
 def libraries_to_root_log() -> None:
-    """Takes away the handlers with which imported libraries print by themselves, so that the root's handlers decide."""
+    """Removes the handlers with which imported libraries print, so that the root's handlers decide."""
     for logger in list(logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):
             for handler in [each for each in logger.handlers if _prints(each)]:
@@ -36,7 +36,7 @@ def libraries_to_root_log() -> None:
 
 
 class OursOrErrors(logging.Filter):
-    """For handlers that write on a screen: lets through what this package says, and errors of others."""
+    """A filter for handlers that write to a screen: passes this package's records, and errors of others."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR or record.name.partition(".")[0] == __package__

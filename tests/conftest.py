@@ -14,13 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import RECURRENT_CONFIGS, RECURRENT_STD, TINY_CONFIGS, save_heavier_checkpoint, save_tiny_checkpoint
-from tests.swarms import SERVERS, InProcessSwarm, ServerProcess, serve_options
-from tests.text_models import save_tiny_text_model, write_dataset
+from petals_lightning.data import TextClassificationDataModule
+from petals_lightning.strategies.server_process import ServerProcess
+from tests.helpers.families import (
+    RECURRENT_CONFIGS,
+    RECURRENT_STD,
+    TINY_CONFIGS,
+    save_heavier_checkpoint,
+    save_tiny_checkpoint,
+)
+from tests.helpers.text_models import save_tiny_text_model, write_dataset
+from tools.testing.servers import start_server
+from tools.testing.swarms import SERVERS, InProcessSwarm, serve_options
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that tests start are interrupted by tests
 
+QUICK_FAMILIES = ("llama", "gpt2")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -31,13 +41,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test marked `also_on` runs on those kinds of servers, too, unless `--servers` says which."""
+    kinds = {kind: None for mark in metafunc.definition.iter_markers("also_on") for kind in mark.args}
+    if kinds and metafunc.config.getoption("servers") == "ours":
+        metafunc.parametrize("servers", ["ours", *kinds], indirect=True)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if _is_wanted(item)]
     items.sort(key=lambda item: item.path.parent.name != "training")  # the longest first: workers end together
     for item in items:
-        mark, call = item.get_closest_marker("ours"), getattr(item, "callspec", None)
-        servers = call.params.get("servers") if call is not None else None
+        mark, servers = item.get_closest_marker("ours"), _parameters(item).get("servers")
         if mark is not None and (servers or config.getoption("servers")) != "ours":
             item.add_marker(pytest.mark.skip(reason=f"only on our servers: {mark.args[0]}"))
+        if _is_variant(item):
+            item.add_marker(pytest.mark.slow)
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    call = getattr(item, "callspec", None)
+    return call.params if call is not None else {}
+
+
+def _is_wanted(item: pytest.Item) -> bool:
+    """Whether one of its marks `also_on` names its kind of servers, with its other parameters."""
+    parameters, marks = _parameters(item), list(item.iter_markers("also_on"))
+    if not marks or parameters.get("servers", "ours") == "ours":
+        return True
+    return any(
+        parameters["servers"] in mark.args and all(parameters[name] in values for name, values in mark.kwargs.items())
+        for mark in marks
+    )
+
+
+def _is_variant(item: pytest.Item) -> bool:
+    """Whether another test, which is quick, does the same on our servers, or with a Llama or a GPT-2."""
+    parameters, has_swarm = _parameters(item), "start_swarm" in getattr(item, "fixturenames", ())
+    is_other_family = has_swarm and parameters.get("family", "llama") not in QUICK_FAMILIES
+    return is_other_family or parameters.get("servers", "ours") != "ours"
 
 
 @pytest.fixture(scope="session")
@@ -67,15 +109,21 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("texts"))
 
 
+@pytest.fixture
+def data(text_model: Path, texts: Path) -> TextClassificationDataModule:
+    """Those texts for that model; 5 training batches."""
+    return TextClassificationDataModule(str(text_model), str(texts), batch_size=8)
+
+
 @pytest.fixture(scope="session")
 def heavier_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_heavier_checkpoint(tmp_path_factory.mktemp("heavier"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def servers(request: pytest.FixtureRequest) -> str:
-    """Which servers the swarms of tests have, one of `SERVERS`; a module may say otherwise."""
-    return request.config.getoption("servers")
+    """Which servers the swarms of the test have, one of `SERVERS`."""
+    return getattr(request, "param", request.config.getoption("servers"))
 
 
 @pytest.fixture
@@ -92,15 +140,15 @@ def start_servers(servers: str) -> Iterator[Callable[..., dict[str, ServerProces
 
     def start(checkpoint: Path, spans: Sequence[tuple[int, int]]) -> dict[str, ServerProcess]:
         extra = [serve_options(servers, number) for number in range(len(spans))]
-        first = ServerProcess(checkpoint, spans[0], (), *extra[0])
+        first = start_server(checkpoint, spans[0], (), *extra[0])
         started.append(first)
-        first.wait_ready()
+        first.wait_until_ready()
         others = [
-            ServerProcess(checkpoint, span, [first.maddr], *options)
+            start_server(checkpoint, span, [first.maddr], *options)
             for span, options in zip(spans[1:], extra[1:], strict=True)
         ]
         started.extend(others)
-        return {server.peer_id: server for server in [first, *(server.wait_ready() for server in others)]}
+        return {server.peer_id: server for server in [first, *(server.wait_until_ready() for server in others)]}
 
     yield start
     for server in started:

@@ -41,6 +41,7 @@ def test_ci_installs_and_tests_as_the_readme_says():
     assert re.search(rf"^timeout .* {command}$", script, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands_of("python train.py"))
 def test_train_commands_compose(command, tmp_path):
     arguments = [argument for argument in shlex.split(command)[2:] if argument not in ("-m", "--multirun")]

@@ -1,4 +1,4 @@
-"""What a run shows while it trains and leaves behind afterwards."""
+"""Callbacks: the output of a run while it trains, and the files that it saves."""
 
 from petals_lightning.callbacks.last_checkpoint import LastCheckpoint
 from petals_lightning.callbacks.progress import ProgressLines, progress_bar

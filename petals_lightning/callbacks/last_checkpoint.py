@@ -1,4 +1,4 @@
-"""The checkpoint that an interrupted run continues from."""
+"""The checkpoint from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from petals_lightning.errors import ConfigurationError
 
-# Of a run's folder: the best checkpoint, the last one, and the one being written; each with Adam's two moments.
+# Copies in a run's folder: the best checkpoint, the last, and the one being written; each with Adam's two moments.
 CHECKPOINTS = 3
 COPIES_OF_WEIGHTS = 3
 LOGS_BYTES = 16 * 2**20
@@ -22,15 +22,15 @@ LOGS_BYTES = 16 * 2**20
 class LastCheckpoint(Checkpoint):
     """Keeps one checkpoint of the newest state: at the end of each epoch, every `period`, and on errors and Ctrl-C.
 
-    (Lightning's ModelCheckpoint does one of these, not all three.) The file is replaced in one move, so that being
-    killed while saving leaves the one before.
+    (Lightning's ModelCheckpoint does any one of these, not all three.) The file is replaced atomically: if the process
+    is killed while saving, the previous checkpoint remains.
 
     Args:
         path: the file, e.g. `…/last.ckpt`.
         period: seconds between two checkpoints within an epoch.
 
     Raises:
-        ConfigurationError: before the first step, where the disk has no room for the run's checkpoints.
+        ConfigurationError: raised before the first step if the disk has no room for the run's checkpoints.
     """
 
     def __init__(self, path: str | Path, period: float = 300.0):
@@ -44,8 +44,8 @@ class LastCheckpoint(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        # Not after an epoch's last batch: Lightning 2.6 would resume past its validation, and count its batches wrongly
-        # if it is resumed again. The epoch's end saves soon.
+        # Not after an epoch's last batch: Lightning 2.6 would skip its validation on resuming, and count its batches
+        # wrongly on resuming again. The end of the epoch saves soon.
         if not trainer.is_last_batch and time.monotonic() - self._saved_at >= self.period:
             self._save(trainer)
 

@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""A plot of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed, and none may open
+matplotlib.use("Agg")  # draw without a display
 from matplotlib.figure import Figure
 
 TRAIN, VALIDATION, SCORE = "#9ecae1", "#08519c", "#e6550d"
@@ -23,7 +23,7 @@ def draw_learning_curve(
         path: the file to write.
         train: (step, training loss).
         validation: entries with `step`, `val/loss` and the score.
-        title: what the run was.
+        title: title of the plot.
         score: e.g. `val/accuracy`.
     """
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")

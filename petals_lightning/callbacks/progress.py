@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, and lines that stay."""
+"""Progress of a run: a bar on a terminal, and lines that stay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from petals_lightning.strategies import planned_steps
 
 
 def progress_bar() -> ProgressBar | None:
-    """A bar with rate and remaining time on a terminal; None where output goes to a file."""
+    """A bar with rate and remaining time on a terminal; None if output goes to a file."""
     if not get_console().is_terminal:
         return None
     theme = RichProgressBarTheme(progress_bar="cyan", progress_bar_finished="cyan", metrics_text_delimiter="  ")
@@ -22,7 +22,7 @@ def progress_bar() -> ProgressBar | None:
 
 
 class ProgressLines(Callback):
-    """Prints a line after each validation and, where there is no bar, one every `period` seconds of training."""
+    """Prints a line after each validation and, without a bar, one every `period` seconds of training."""
 
     def __init__(self, period: float = 10.0, score: str = "val/accuracy"):
         self.period, self._score = period, score

@@ -1,4 +1,4 @@
-"""Which machine computes what, shown before training."""
+"""The machines and what they compute, shown before training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from petals_lightning.models import remote_blocks
 
 
 class RouteTable(Callback):
-    """Prints what trains here and which servers hold the blocks."""
+    """Prints the trained parameters on this machine, and the servers that hold the blocks."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         console = get_console()

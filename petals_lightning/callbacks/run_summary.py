@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: summary.json and the learning curve."""
+"""The summary of a run in its folder: summary.json and the learning curve."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from petals_lightning.callbacks.learning_curve import draw_learning_curve
-from petals_lightning.callbacks.traffic import Traffic
+from petals_lightning.callbacks.traffic import traffic_metrics
 
 
 class RunSummary(Callback):
     """Writes `summary.json` and `learning_curve.png` when training ends, and adds `test/…` after a test.
 
-    The validation score and `val/loss` are those of `checkpoint`, the best of the run's epochs on validation. Seconds,
-    steps, tokens (padding and prompts not counted) and traffic are of the whole run, those before a resume included;
-    seconds and traffic include validation.
+    The validation score and `val/loss` are those of `checkpoint`, the run's best epoch on validation. Seconds, steps,
+    tokens (without padding and prompts) and traffic are totals of the whole run, including the time before a resume.
+    Seconds and traffic include validation.
 
     Args:
-        folder: where the files go.
-        title: heads the picture.
+        folder: where the files are written.
+        title: of the plot.
         facts: further entries of the summary, e.g. the seed.
-        score: the metric that tells the best epoch.
+        score: the metric that selects the best epoch.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RunSummary(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._tokens += int(batch["attention_mask"].sum())
-        # Lightning gives a step's share of the loss of all that it accumulates; by hand, steps may give nothing.
+        # Lightning reports a step's share of the accumulated loss. Manual optimization may report no loss.
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:
             self._train.append((trainer.global_step, float(loss) * trainer.accumulate_grad_batches))
@@ -74,7 +74,7 @@ class RunSummary(Callback):
             "train/steps": trainer.global_step,
             **{name: int(value) for name, value in totals.items() if name != "train/seconds"},
             "train/parameters": sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad),
-            # Linux counts in KiB. Of this process only: servers have their own.
+            # Linux counts in KiB. Only for this process; servers are other processes.
             "client/peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "checkpoint": (checkpoints[0].best_model_path or None) if checkpoints else None,
             **self.facts,
@@ -90,7 +90,7 @@ class RunSummary(Callback):
             self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """Goes into checkpoints, so that a resumed run's summary and picture are of the whole."""
+        """Saved in checkpoints, so that a resumed run's summary and plot cover the whole run."""
         before = self._totals(self._module) if self._module is not None else self._before
         return {"totals": before, "train": list(self._train), "validation": list(self._validation)}
 
@@ -115,7 +115,7 @@ class RunSummary(Callback):
         now = {
             "train/seconds": time.monotonic() - self._started if self._started is not None else 0.0,
             "train/tokens": self._tokens,
-            **Traffic.of(module).as_metrics(),
+            **traffic_metrics(module),
         }
         return {name: value + self._before.get(name, 0) for name, value in now.items()}
 

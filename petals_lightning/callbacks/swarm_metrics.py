@@ -8,13 +8,13 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from petals_lightning.callbacks.traffic import Traffic
+from petals_lightning.callbacks.traffic import traffic_metrics
 
 
 class SwarmMetrics(Callback):
     """Logs the speed of training and the swarm's traffic every `log_every_n_steps` of the Trainer.
 
-    Metrics: `train/tokens_per_second` (without padding and prompts) and, of the run so far, `swarm/bytes_sent`,
+    Metrics: `train/tokens_per_second` (without padding and prompts) and totals of the run, `swarm/bytes_sent`,
     `swarm/bytes_received` and `swarm/retries`.
     """
 
@@ -34,9 +34,9 @@ class SwarmMetrics(Callback):
         now = time.monotonic()
         pl_module.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True, batch_size=1)
         self._tokens, self._since = 0, now
-        for name, value in Traffic.of(pl_module).as_metrics().items():
+        for name, value in traffic_metrics(pl_module).items():
             pl_module.log(name, float(value), batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Validation between two steps is no training time.
+        # Validation between two steps is not training time.
         self._tokens, self._since = 0, time.monotonic()

@@ -11,31 +11,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from petals_lightning.cli.talking import (
+from petals_lightning.cli.generation import (
     ModelOptions,
-    Screen,
     Temperature,
+    Terminal,
     TopP,
-    loaded,
-    sampling,
-    takes_model_options,
-    word_streamer,
+    load_model,
+    sampling_options,
+    text_streamer,
 )
+from petals_lightning.cli.options import with_options
+from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError, PetalsLightningError
 
 if TYPE_CHECKING:
     from petals_lightning.cli.conversation import Conversation
 
 _HELP = """/undo         take your last message and its answer back
-/reset        start anew
+/reset        start again
 /save FILE    append the conversation to a jsonl file, from which a model can be tuned
 /help         this
 /exit         leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-@takes_model_options
+@with_options
 def chat(
     options: ModelOptions,
+    client: ClientConfig,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_length: Annotated[
         int | None,
@@ -48,18 +50,18 @@ def chat(
         bool, typer.Option(help="Use the tokenizer's chat template, as tuning did; else the simple form User: …")
     ] = True,
     merge_system: Annotated[
-        bool, typer.Option("--merge-system", help="Put the --system text in front of the first message.")
+        bool, typer.Option("--merge-system", help="Put the --system text before the first message.")
     ] = False,
 ) -> None:
     """Talk to MODEL. Lines on stdin are messages, answers go to stdout; /help lists commands."""
     for name, value in (("--max-length", max_length), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
-    choices = sampling(temperature, top_p, options.seed)
-    screen, is_interactive = Screen(), sys.stdin.isatty()
+    choices = sampling_options(temperature, top_p, options.seed)
+    terminal, is_interactive = Terminal(), sys.stdin.isatty()
     if is_interactive:
-        screen.note("joining the swarm…")
-    with loaded(options, screen) as (network, tokenizer):
+        terminal.note("joining the swarm…")
+    with load_model(options, client, terminal) as (network, tokenizer):
         from petals_lightning.cli.conversation import Conversation
         from petals_lightning.data.dialogue_format import DialogueFormat
         from petals_lightning.models import prompts_of, remote_blocks
@@ -77,17 +79,17 @@ def chat(
                 blocks = remote_blocks(network)
                 assert blocks is not None
                 servers = len({span.peer_id for span in blocks.route()})
-                screen.note(f"{len(blocks)} blocks on {servers} server{'s' * (servers != 1)}; /help lists commands")
+                terminal.note(f"{len(blocks)} blocks on {servers} server{'s' * (servers != 1)}; /help lists commands")
                 ends = [tokenizer.convert_ids_to_tokens(end) or str(end) for end in conversation.end_ids]
-                screen.note(f"an answer ends with {', '.join(ends) or 'nothing but --max-new-tokens'}")
-            Terminal(conversation, tokenizer, screen, is_interactive).run()
+                terminal.note(f"an answer ends with {', '.join(ends) or 'nothing but --max-new-tokens'}")
+            ChatLoop(conversation, tokenizer, terminal, is_interactive).run()
 
 
-class Terminal:
-    """Reads messages and commands, shows answers word by word. Where stdin is no terminal, it shows answers alone."""
+class ChatLoop:
+    """Reads messages and commands, shows answers word by word. Shows only answers if stdin is not a terminal."""
 
-    def __init__(self, conversation: Conversation, tokenizer: Any, screen: Screen, is_interactive: bool):
-        self._conversation, self._tokenizer, self._screen = conversation, tokenizer, screen
+    def __init__(self, conversation: Conversation, tokenizer: Any, terminal: Terminal, is_interactive: bool):
+        self._conversation, self._tokenizer, self._terminal = conversation, tokenizer, terminal
         self._is_interactive = is_interactive
 
     def run(self) -> None:
@@ -105,7 +107,7 @@ class Terminal:
     def _lines(self) -> Iterator[str]:
         while True:
             try:
-                yield self._screen.read_line("> " if self._is_interactive else "").strip()
+                yield self._terminal.read_line("> " if self._is_interactive else "").strip()
             except EOFError:
                 if self._is_interactive:
                     print()
@@ -114,45 +116,45 @@ class Terminal:
                 if not self._is_interactive:
                     raise
                 print()
-                self._screen.note("/exit or Ctrl-D leaves")
+                self._terminal.note("/exit or Ctrl-D leaves")
 
     def _command(self, line: str) -> None:
         command, _, argument = line.partition(" ")
         match command:
             case "/undo":
-                self._screen.note("taken back" if self._conversation.undo() else "there is nothing to take back")
+                self._terminal.note("taken back" if self._conversation.undo() else "there is nothing to take back")
             case "/reset":
                 self._conversation.reset()
-                self._screen.note("the conversation starts anew")
+                self._terminal.note("the conversation starts anew")
             case "/save" if argument:
                 try:
                     self._conversation.save(Path(argument.strip()))
-                    self._screen.note(f"saved to {argument.strip()}")
+                    self._terminal.note(f"saved to {argument.strip()}")
                 except OSError as e:
-                    self._screen.note(f"not saved: {e}")
+                    self._terminal.note(f"not saved: {e}")
             case _:
-                self._screen.note(_HELP)
+                self._terminal.note(_HELP)
 
     def _answer(self, text: str) -> None:
         started = False
 
-        def write(words: str) -> None:
+        def write(piece: str) -> None:
             nonlocal started
-            words = words if started else words.lstrip()
-            started = started or bool(words)
-            self._screen.write(words)
+            piece = piece if started else piece.lstrip()
+            started = started or bool(piece)
+            self._terminal.write(piece)
 
         began = time.perf_counter()
         try:
-            _, count = self._conversation.reply(text, word_streamer(self._tokenizer, write, self._conversation.end_ids))
+            _, count = self._conversation.reply(text, text_streamer(self._tokenizer, write, self._conversation.end_ids))
         except KeyboardInterrupt:
-            self._screen.note("stopped; this message and its answer are left out of the conversation")
+            self._terminal.note("stopped; this message and its answer are left out of the conversation")
             return
         except PetalsLightningError as e:
             if not self._is_interactive:
                 raise
-            self._screen.note(f"error: {e}")
+            self._terminal.note(f"error: {e}")
             return
-        self._screen.end_line()
+        self._terminal.end_line()
         if self._is_interactive:
-            self._screen.note(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s")
+            self._terminal.note(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s")

@@ -1,4 +1,4 @@
-"""A conversation with a model: its turns, and the session that keeps what was said on servers. No terminal."""
+"""A conversation with a model: its turns, and the session that keeps their keys and values on servers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from petals_lightning.models.generation import GenerationSession
 
 
 class Conversation:
-    """Turns of a user and a model, which answers to what the chat template makes of the whole conversation.
+    """Turns of a user and a model. The model reads the whole conversation as the chat template writes it.
 
-    Each turn sends only tokens that servers do not hold yet. Where the template writes earlier turns in another way
-    now, or the model's words are other tokens when they are read again, the session goes back to the first difference.
+    Each turn sends only tokens that servers do not hold yet. If the template now writes earlier turns differently, or
+    an answer becomes other tokens when it is tokenized again, the session goes back to the first difference.
 
     Args:
         model: with a language-model head.
         dialogue_format: how turns become tokens.
         session: the open session.
-        system: what stands in front of all turns, or None.
-        max_new_tokens: of one reply.
-        options: further ones for `generate`.
+        system: text before all turns, or None.
+        max_new_tokens: tokens of one reply, at most.
+        options: further options of `generate`.
 
     Raises:
         DataError: the template refuses the system text, or a conversation of one question and one answer.
@@ -55,12 +55,14 @@ class Conversation:
         self.end_ids += [end for end in dialogue_format.end_ids if end not in self.end_ids]
 
     def reply(self, text: str, streamer: Any = None) -> tuple[str, int]:
-        """The model's answer to a turn of the user, and its number of tokens.
+        """Returns the model's answer to a turn of the user, and the number of its tokens.
 
         Raises:
-            DataError: the template refuses the conversation; it is as it was.
-            UnsupportedInputError: there is no room left for an answer; the conversation is as it was.
-            SwarmError: servers failed beyond what retries can mend; the same.
+            DataError: the template refuses the conversation.
+            UnsupportedInputError: there is no room left for an answer.
+            SwarmError: servers failed, and retries did not help.
+
+        After an error the conversation is unchanged.
         """
         messages = [*self.messages, Message(role="user", content=text)]
         ids = self._format.prompt(messages)
@@ -82,13 +84,13 @@ class Conversation:
             streamer=streamer,
             **self._options,
         )
-        said = out[0, new.shape[1] :].tolist()
-        answer = self._format.decode(said[:-1] if said[-1] in self.end_ids else said)
+        reply = out[0, new.shape[1] :].tolist()
+        answer = self._format.decode(reply[:-1] if reply[-1] in self.end_ids else reply)
         self.messages = [*messages, Message(role="assistant", content=answer)]
-        return answer, len(said)
+        return answer, len(reply)
 
     def undo(self) -> bool:
-        """Takes the last turn of both back; False if there is none."""
+        """Removes the last turn and its answer. Returns False if there is none."""
         if len(self.messages) == len(self._opening):
             return False
         self.messages = self.messages[:-2]

@@ -1,4 +1,4 @@
-"""`petals-lightning status`: which models a swarm serves, by whom, and which blocks nobody holds."""
+"""`petals-lightning status`: the models of a swarm, their servers, and blocks without a server."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def status(
 
 
 def _look(node: SwarmNode, prefixes: list[str] | None, num_blocks: int | None) -> list[dict[str, Any]]:
-    """What is known of the models; of a long list, what can be read in seconds: anybody may list any name."""
+    """Describes the models of a swarm. Stops after some seconds: any peer may list any number of names."""
     from petals_lightning.swarm import SwarmDirectory
     from petals_lightning.swarm.directory import ModelEntry
 
@@ -145,7 +145,7 @@ def _describe_server(peer: str, record: ServerRecord, blocks: str, first: int) -
 
 async def _round_trips(node: SwarmNode, model: dict[str, Any]) -> dict[str, float | None]:
     """Seconds to every server and back, None where it does not answer."""
-    from petals_lightning.client.petals_calls import PetalsCalls
+    from petals_lightning.client.petals.calls import PetalsCalls
     from petals_lightning.client.stats import TransferStats
     from petals_lightning.errors import SwarmError
     from petals_lightning.protocol.uids import block_uid
@@ -175,7 +175,7 @@ def _table(model: dict[str, Any]) -> Table:
     state = f"every block on {holders} server{'s' if holders != 1 else ''} or more"
     if model["missing_blocks"]:
         state = f"[red]blocks without a server: {model['missing_blocks']}[/]"
-    # Names are strangers' words.
+    # Strangers choose the names.
     table = Table(
         title=f"{escape(name)} ({model['num_blocks']} blocks, {state})", title_justify="left", box=SIMPLE, padding=0,
         collapse_padding=True, pad_edge=False,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 
+from petals_lightning.client.router import Router
+from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.client.view import SwarmView
 from petals_lightning.errors import PeerFailure, RemoteRequestError, RetriesExhaustedError
 from petals_lightning.protocol.messages import ErrorCode
 
@@ -16,45 +17,47 @@ _BAD, _FAILED = ErrorCode.BAD_REQUEST.value, ErrorCode.INTERNAL.value
 class Attempts:
     """The failures of one part of a step, in one direction.
 
-    A server that fails is left alone for a while, and another one is asked; also where the server says that the request
-    is wrong, or that computing it failed. Such words are believed, and surface, if nobody else holds the blocks, or
-    another server has called the request wrong too.
+    A failed server is banned for a while and another one is asked. This holds even where the server reports a bad
+    request or a failed computation. Such a report is believed, and raised, only if no other server holds the blocks,
+    or if a second server has reported a bad request too.
 
     Attributes:
         not_finite: peers whose answers were not finite.
+        cache_lost: peers that had lost a session's keys and values.
     """
 
-    def __init__(self, view: SwarmView, stats: TransferStats):
+    def __init__(self, servers: ServerPool, router: Router, stats: TransferStats):
         self.not_finite: set[str] = set()
-        self._view, self._stats = view, stats
+        self.cache_lost: set[str] = set()
+        self._servers, self._router, self._stats = servers, router, stats
         self._failures: list[PeerFailure] = []
         self._began = time.monotonic()
 
     def failed(self, failure: PeerFailure, start: int, end: int) -> None:
-        """A server failed at blocks [start, end): bans it. Returns if the part should be tried again.
+        """Bans a server that failed at blocks [start, end). Returns if the blocks should be tried again.
 
         Raises:
-            RemoteRequestError: the request itself is to blame.
-            RetriesExhaustedError: it has failed too often.
+            RemoteRequestError: the request itself is wrong.
+            RetriesExhaustedError: there were too many failures.
         """
-        self._view.report_failure(failure)
+        self._servers.report_failure(failure)
         before = [other for other in self._failures if other.code == failure.code]
         if failure.code in (_BAD, _FAILED) and self._is_believed(failure, before, start, end):
             for each in (*before, failure):
-                self._view.forgive(each.peer)
+                self._servers.forgive(each.peer)
             raise RemoteRequestError(f"server …{failure.peer[-6:]} says: {failure.reason}") from failure
         self.count(failure)
 
     def count(self, failure: PeerFailure) -> None:
-        """Counts a failure that another try at the same server may mend.
+        """Counts a failure that a retry at the same server may fix.
 
         Raises:
-            RetriesExhaustedError: a server has failed more than `max_retries` times; or all together have, for longer
-                than `recovery_timeout`.
+            RetriesExhaustedError: one server failed more than `max_retries` times, or all servers together failed for
+                longer than `recovery_timeout`.
         """
         self._failures.append(failure)
         self._stats.retries += 1
-        config, of_one = self._view.config, Counter(each.peer for each in self._failures)[failure.peer]
+        config, of_one = self._servers.config, Counter(each.peer for each in self._failures)[failure.peer]
         seconds = time.monotonic() - self._began
         too_long = len(self._failures) > config.max_retries and seconds > config.recovery_timeout
         if of_one > config.max_retries or too_long:
@@ -65,7 +68,9 @@ class Attempts:
 
     def _is_believed(self, failure: PeerFailure, before: list[PeerFailure], start: int, end: int) -> bool:
         said_so = {each.peer for each in before}
-        if failure.code == _BAD and (said_so - {failure.peer} or not self._view.others_hold(start, end, failure.peer)):
+        if failure.code == _BAD and (
+            said_so - {failure.peer} or not self._router.others_hold(start, end, failure.peer)
+        ):
             return True
-        others = self._view.other_route(start, end, tokens=1, avoid=[failure.peer])
-        return failure.peer in said_so and others is None  # it may have been an accident: it is asked twice
+        others = self._router.other_route(start, end, tokens=1, avoid=[failure.peer])
+        return failure.peer in said_so and others is None  # may have been an accident, so it is asked twice

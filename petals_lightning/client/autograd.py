@@ -1,6 +1,6 @@
-"""Remote blocks as one node of autograd's graph: cuts a batch into micro-batches, runs them at once, joins the results.
+"""Remote blocks as one node of the autograd graph: splits a batch into micro-batches and runs them concurrently.
 
-Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows that are read.
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N positions that are read.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import Any
 
 import torch
 
-from petals_lightning.client.chain import BlockChain
-from petals_lightning.client.legs import ChainResult, MicroBatch, StepPrompts
+from petals_lightning.client.pipeline import Pipeline
+from petals_lightning.client.segments import ForwardResult, MicroBatch, StepPrompts
 from petals_lightning.swarm import SwarmNode
 
 
 @dataclass
 class _Part:
-    """One micro-batch: samples [first, last) of the batch, and where its rows stand among all rows."""
+    """One micro-batch: samples [first, last) of the batch, and where its positions are among all that are read."""
 
     batch: MicroBatch
     first: int
     last: int
-    result: ChainResult | None = None
+    result: ForwardResult | None = None
     row_positions: torch.Tensor | None = None
 
 
 class RemoteRunner:
-    """Runs blocks for autograd, from any thread; blocks the caller until the swarm has answered."""
+    """Runs blocks for autograd. Callable from any thread; blocks until the swarm has answered."""
 
-    def __init__(self, node: SwarmNode, chain: BlockChain):
-        self._node, self._chain = node, chain
+    def __init__(self, node: SwarmNode, pipeline: Pipeline):
+        self._node, self._pipeline = node, pipeline
         self._version, self._last_deep, self._lock = 0, torch.empty(0), threading.Lock()
 
     def prompts(self, deep: torch.Tensor, start: int) -> StepPrompts:
-        """Deep prompts [L, P, H] under a version that changes only when their values do, so they travel once."""
+        """Deep prompts [L, P, H] with a version that changes only when their values do, so they are sent once."""
         deep = deep.detach().cpu()
         with self._lock:
             if self._last_deep.shape != deep.shape or not torch.equal(self._last_deep, deep):
@@ -55,7 +55,7 @@ class RemoteRunner:
         input_grad: bool,
         keep: bool,
     ) -> list[_Part]:
-        """Cuts the batch into micro-batches of `size` samples."""
+        """Splits the batch into micro-batches of `size` samples."""
         batch_size, tokens, _ = hidden.shape
         parts: list[_Part] = []
         for first in range(0, batch_size, size):
@@ -64,19 +64,17 @@ class RemoteRunner:
             if rows is not None:
                 positions = ((rows >= first * tokens) & (rows < last * tokens)).nonzero().squeeze(1)
                 if not len(positions):
-                    continue  # nothing of these samples is read, so nothing of them need run
+                    continue  # no output of these samples is read, so they need not run
                 own_rows = (rows[positions] - first * tokens).to(torch.int32)
-            micro_batch = MicroBatch(
-                start, hidden[first:last], prefix, own_rows, prompts, input_grad, keep, leads=not parts
-            )
+            micro_batch = MicroBatch(start, hidden[first:last], prefix, own_rows, prompts, input_grad, keep)
             parts.append(_Part(micro_batch, first, last, row_positions=positions))
         return parts
 
     def forward(self, parts: list[_Part], end: int, *, want_prefix: bool) -> None:
-        """Runs all micro-batches through blocks up to `end` and notes their results."""
+        """Runs all micro-batches through blocks up to `end` and stores their results."""
 
-        async def run() -> list[ChainResult]:
-            return await _gather(self._chain.forward(part.batch, end, want_prefix=want_prefix) for part in parts)
+        async def run() -> list[ForwardResult]:
+            return await _gather(self._pipeline.forward(part.batch, end, want_prefix=want_prefix) for part in parts)
 
         for part, result in zip(parts, self._node.run(run()), strict=True):
             part.result = result
@@ -84,15 +82,15 @@ class RemoteRunner:
     def backward(
         self, parts: list[_Part], grads: list[torch.Tensor], grad_prefix: torch.Tensor | None
     ) -> tuple[list[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None]:
-        """Gradients of hidden (by micro-batch), of prefix and of deep (summed over micro-batches)."""
+        """Gradients of hidden (per micro-batch), and of the prefix and deep prompts (summed over micro-batches)."""
 
         async def run() -> list[Any]:
             calls = []
             for index, (part, grad) in enumerate(zip(parts, grads, strict=True)):
                 assert part.result is not None
-                # Every micro-batch returns the same prefix; the first one's was used, so it takes the gradient.
+                # All micro-batches return the same prefix. The first one's is used, so it gets the gradient.
                 own = grad_prefix if index == 0 else None
-                calls.append(self._chain.backward(part.batch, part.result, grad, own))
+                calls.append(self._pipeline.backward(part.batch, part.result, grad, own))
             return await _gather(calls)
 
         results = self._node.run(run())
@@ -109,7 +107,7 @@ class RemoteBlocks(torch.autograd.Function):
     """`apply(runner, start, end, size, want_prefix, hidden, prefix, deep, rows)` → (hidden, prefix).
 
     size: samples of a micro-batch.
-    hidden [B, S, H] → the same shape, or [N, H] with rows [N]; prefix [P, H] → the same, or empty if not wanted.
+    hidden [B, S, H] → the same shape, or [N, H] with rows [N]. prefix [P, H] → the same shape, or empty if not wanted.
     """
 
     @staticmethod
@@ -128,7 +126,7 @@ class RemoteBlocks(torch.autograd.Function):
         )
         runner.forward(parts, end, want_prefix=want_prefix)
         ctx.runner, ctx.parts, ctx.needs, ctx.shape = runner, parts, needs, hidden.shape
-        ctx.kinds = {"hidden": _Kind.of(hidden), "prefix": _Kind.of(prefix), "deep": _Kind.of(deep)}
+        ctx.metas = {"hidden": _TensorMeta.of(hidden), "prefix": _TensorMeta.of(prefix), "deep": _TensorMeta.of(deep)}
         if rows is not None:
             out = hidden.new_zeros(len(rows), hidden.shape[-1])
             for part in parts:
@@ -142,7 +140,7 @@ class RemoteBlocks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         grad, grad_prefix_out = grads
-        parts, kinds = ctx.parts, ctx.kinds
+        parts, kinds = ctx.parts, ctx.metas
         pieces = [
             grad[part.row_positions.to(grad.device)] if part.row_positions is not None else grad[part.first : part.last]
             for part in parts
@@ -166,19 +164,19 @@ class RemoteBlocks(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """Device and dtype of one of the caller's tensors, for what comes back in its place."""
+class _TensorMeta:
+    """Device and dtype of one of the caller's tensors, restored in the result or gradient that corresponds to it."""
 
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: torch.Tensor | None) -> _Kind | None:
+    def of(cls, tensor: torch.Tensor | None) -> _TensorMeta | None:
         return cls(tensor.device, tensor.dtype) if tensor is not None else None
 
 
 async def _gather(coroutines: Any) -> list[Any]:
-    """All results in order; the first error cancels the rest and is raised as it is."""
+    """All results in order; the first error cancels the rest and is raised unchanged."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""One pass through remote blocks, in the shape of a cache."""
+"""One pass through remote blocks, in the form of a cache."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.hf.compat import Cache, CacheLayer
 
 
 class LengthLayer(CacheLayer):
-    """Has a length and holds nothing: no attention runs in this process."""
+    """A cache layer with a length and no contents: no attention runs in this process."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise AssertionError("no attention runs in this process")
@@ -31,25 +31,25 @@ class _Offset(LengthLayer):
 
 
 class BlockPass(Cache):
-    """What the model around the blocks wants of one pass, besides the hidden states.
+    """What the model around the blocks requests of one pass, besides the hidden states.
 
-    Decoders ask their cache how many positions precede the batch, and hand it to their blocks: so this is one, and
-    `RemoteSequential` finds it among its arguments. Nothing of a pass can reach another one that way, and a decoder
-    that drops the cache, whose positions would be wrong, is noticed.
+    Decoders ask their cache how many positions precede the batch, and pass it to their blocks. So a pass is a cache,
+    and `RemoteSequential` finds it among its arguments. No state of one pass can leak into another, and a decoder that
+    drops the cache, whose positions would be wrong, is detected.
 
     Args:
-        length: positions that precede those of this pass, the prefix counted.
+        length: positions that precede this pass, including the prefix.
         prefix: [P, H] hidden states before every sample, or None.
         deep: [L, P, H] prompts added before each block, or None.
-        rows: [N] indices into B·S whose outputs are read, None for all; others come back as zeros.
-        identity: leave out the blocks, whose output is their input.
-        session: take the input as the session's next positions, instead of running it by itself.
+        rows: [N] indices into B·S of the positions that are read, or None for all. Other outputs are zeros.
+        identity: skip the blocks, and return their input.
+        session: run the input as the session's next positions, instead of as a batch of its own.
         attention_mask, position_ids: for the session's step.
-        keep: how many of the last outputs of the step are read, 0 for all; others come back as zeros.
-        given: the cache that the model's caller gave, and gets back.
+        keep: number of last positions of the step that are read, or 0 for all. Other outputs are zeros.
+        caller_cache: the cache that the model's caller passed, and gets back.
 
     Attributes:
-        entered: [B, S, H] hidden states that reached the blocks; None if the pass did not reach them.
+        entered: [B, S, H] hidden states that reached the blocks; None if the pass has not reached them.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class BlockPass(Cache):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         keep: int = 0,
-        given: Cache | None = None,
+        caller_cache: Cache | None = None,
     ):
         super().__init__(layers=[_Offset(length)])
         self.prefix, self.deep, self.rows, self.identity = prefix, deep, rows, identity
         self.session, self.attention_mask, self.position_ids, self.keep = session, attention_mask, position_ids, keep
-        self.given = given
+        self.caller_cache = caller_cache
         self.entered: torch.Tensor | None = None
 
     @staticmethod
     def among(arguments: Iterable[Any]) -> BlockPass | None:
-        """The pass that a block is called with, under whatever name its family gives it; None if there is none."""
+        """The pass among a block's arguments, whatever its family names that argument; None if there is none."""
         return next((value for value in arguments if isinstance(value, BlockPass)), None)

@@ -2,91 +2,118 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.protocol.auth import check_token
-from petals_lightning.protocol.requests import WIRE_DTYPES
+from petals_lightning.options import ABOVE_0, FROM_0, SHARE, Rule, check_options, described, option
+from petals_lightning.protocol.auth import check_token, read_token
 
 
+@described
 @dataclass(frozen=True)
 class ClientConfig:
-    """How a client behaves.
+    """How a client finds and treats servers. This is the only place where its options are declared.
 
-    Args:
-        connect_timeout: seconds to open a stream to a server.
-        request_timeout: seconds that a server may work on one request while it answers heartbeats, at most; time in its
-            queue does not count.
-        min_request_timeout: the same, at least. In between, `deadline_factor` times what such requests have taken.
-        deadline_factor: see `min_request_timeout`.
-        hedge_factor: a request that takes this many times its expected time is tried elsewhere too, and the first
-            answer is taken; None never does so.
-        audit_rate: share of requests, from 0 to 1, that are computed again on another server and compared.
-        trusted_servers: peer ids that are believed: they are asked first to compute again, and are not audited
-            themselves.
-        server_to_server: servers forward activations and gradients to the next server instead of sending them back
-            here in between. Not with `audit_rate`, which needs what enters every server.
-        heartbeat_period: seconds of silence after which a server that owes an answer is asked whether it lives.
-        heartbeat_timeout: seconds of silence after which it counts as hung.
-        max_retries: how often one server may fail at a part of a step before the step does. Several servers may fail
-            more often in all, within `recovery_timeout` seconds.
-        recovery_timeout: seconds to wait for a block whose every holder has failed.
-        ban_period: seconds that a failed server is left alone at first; doubles with every further failure.
-        refresh_period: seconds between looks at the swarm's records.
-        allowed_servers: peer ids that alone may be used; None allows all.
-        blocked_servers: peer ids that are never used.
-        swarm_token: secret that servers and clients of a private swarm share; servers that do not know it are not used.
-        wire_dtype: of activations and gradients on the wire; "auto" is 16 bits where a server computes in 16 bits.
-            "int8_blockwise" halves that again at some loss of precision, and is "auto" for servers that cannot read it.
-        min_microbatch_tokens: batches are not cut into parts smaller than this, even if a chain would be filled sooner.
-            Within both limits the size follows from measured times.
-        max_microbatch_tokens: nor sent in parts larger than this.
+    `from_pretrained`, the swarms of `petals_lightning.strategies`, `swarm.…` in conf/, the flags of
+    `petals-lightning chat` and `generate`, and docs/options.md follow from these fields.
     """
 
-    connect_timeout: float = 6.0
-    request_timeout: float = 300.0
-    min_request_timeout: float = 15.0
-    deadline_factor: float = 20.0
-    hedge_factor: float | None = 4.0
-    audit_rate: float = 0.0
-    trusted_servers: tuple[str, ...] = ()
-    server_to_server: bool = True
-    heartbeat_period: float = 1.0
-    heartbeat_timeout: float = 6.0
-    max_retries: int = 8
-    recovery_timeout: float = 60.0
-    ban_period: float = 1.0
-    refresh_period: float = 30.0
-    allowed_servers: tuple[str, ...] | None = None
-    blocked_servers: tuple[str, ...] = ()
-    swarm_token: str | None = field(default=None, repr=False)  # it must reach no log
-    wire_dtype: str = "auto"
-    min_microbatch_tokens: int = 64
-    max_microbatch_tokens: int = 8192
+    connect_timeout: float = option(6.0, "Seconds to reach the swarm, and to open a stream to a server.", ABOVE_0)
+    request_timeout: float = option(
+        300.0,
+        "Seconds that a server may work on one request while it answers heartbeats, at most. Time in its queue does "
+        "not count.",
+        ABOVE_0,
+    )
+    min_request_timeout: float = option(
+        15.0,
+        "The same, at least. In between, the limit is deadline_factor times what such requests have taken.",
+        ABOVE_0,
+    )
+    deadline_factor: float = option(20.0, "See min_request_timeout.", ABOVE_0)
+    hedge_factor: float | None = option(
+        4.0,
+        "A request that takes this many times its expected time is sent to another server too, and the first answer is "
+        "taken. None (or inf) never does so.",
+        Rule(lambda value: value > 1, "it must be above 1, or None for never"),
+    )
+    audit_rate: float = option(
+        0.0, "Share of requests, from 0 to 1, that are computed again on another server and compared.", SHARE
+    )
+    trusted_servers: tuple[str, ...] = option(
+        (),
+        "Peer ids that are believed where two servers disagree. They are asked first to compute again, and are not "
+        "audited themselves. Without any, only what this machine computes is believed.",
+        metavar="PEER_ID",
+    )
+    server_to_server: bool = option(
+        True,
+        "Servers forward activations and gradients directly to the next server; if False, every hop returns to the "
+        "client. Has no effect with audit_rate, which needs what enters every server.",
+    )
+    heartbeat_period: float = option(
+        1.0, "Seconds of silence after which a server that owes an answer is asked whether it is alive.", ABOVE_0
+    )
+    heartbeat_timeout: float = option(6.0, "Seconds of silence after which a server counts as hung.", ABOVE_0)
+    max_retries: int = option(
+        8,
+        "How often one server may fail at a part of a step before the step fails. Several servers may fail more often "
+        "in all, within recovery_timeout seconds.",
+        FROM_0,
+    )
+    recovery_timeout: float = option(
+        60.0, "Seconds to wait for a block after every server that holds it has failed.", ABOVE_0
+    )
+    ban_period: float = option(
+        1.0, "Seconds for which a failed server is not used. Doubles with every further failure.", ABOVE_0
+    )
+    refresh_period: float = option(30.0, "Seconds between two looks at the swarm's records.", ABOVE_0)
+    allowed_servers: tuple[str, ...] | None = option(
+        None, "Peer ids of the only servers that may be used. None allows all.", metavar="PEER_ID", default_words="all"
+    )
+    blocked_servers: tuple[str, ...] = option(
+        (), "Peer ids of servers that are never used.", metavar="PEER_ID", default_words="none"
+    )
+    token_file: str | None = option(
+        None,
+        "File of the secret of a private swarm, whose servers were started with --token-file. Servers that do not know "
+        "it are not used.",
+        metavar="FILE",
+    )
+    swarm_token: str | None = option(None, "The secret itself, where there is no token_file.", secret=True)
+    identity_path: str | None = option(
+        None,
+        "File of this client's private key, made if missing. The peer id follows from it, by which servers with "
+        "--allow-peers know the client.",
+        metavar="FILE",
+    )
+    wire_dtype: str = option(
+        "auto",
+        "Data type of activations and gradients on the wire: float32, bfloat16, float16, int8_blockwise, or auto, "
+        "which is 16 bits where a server computes in 16 bits. int8_blockwise halves that again at some loss of "
+        "precision, and is auto for servers that cannot read it.",
+    )
+    min_microbatch_tokens: int = option(
+        64,
+        "Batches are not cut into parts smaller than this to fill a chain of servers. A large value keeps them whole. "
+        "Where batches are cut moves the last bits of sums.",
+        ABOVE_0,
+    )
+    max_microbatch_tokens: int = option(8192, "Batches are not sent in parts larger than this.", ABOVE_0)
 
     def __post_init__(self) -> None:
-        for name in (
-            "connect_timeout",
-            "request_timeout",
-            "min_request_timeout",
-            "deadline_factor",
-            "heartbeat_period",
-            "heartbeat_timeout",
-            "recovery_timeout",
-            "ban_period",
-            "refresh_period",
-            "min_microbatch_tokens",
-            "max_microbatch_tokens",
-        ):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}: it must be above 0")
-        if self.max_retries < 0:
-            raise ConfigurationError(f"max_retries is {self.max_retries}: it must be 0 or more")
-        if self.hedge_factor is not None and not self.hedge_factor > 1:
-            raise ConfigurationError(f"hedge_factor is {self.hedge_factor!r}: it must be above 1, or None for never")
-        if not 0 <= self.audit_rate <= 1:
-            raise ConfigurationError(f"audit_rate is {self.audit_rate!r}: it is a share, from 0 to 1")
+        check_options(self)
+        if self.hedge_factor == math.inf:
+            object.__setattr__(self, "hedge_factor", None)
+        if self.token_file is not None:
+            object.__setattr__(self, "swarm_token", read_token(self.token_file))
         if self.swarm_token is not None:
             check_token(self.swarm_token)
-        if self.wire_dtype != "auto" and self.wire_dtype not in WIRE_DTYPES:
-            raise ConfigurationError(f"wire_dtype is {self.wire_dtype!r}: choose auto or one of {sorted(WIRE_DTYPES)}")
+        if self.wire_dtype != "auto":
+            from petals_lightning.protocol.checks import WIRE_DTYPES  # imports torch, which no option needs
+
+            if self.wire_dtype not in WIRE_DTYPES:
+                raise ConfigurationError(
+                    f"wire_dtype is {self.wire_dtype!r}: choose auto or one of {sorted(WIRE_DTYPES)}"
+                )

@@ -1,7 +1,7 @@
-"""One stream to one server: many requests at once, and the failure detector.
+"""One stream to one server, with many concurrent requests and a failure detector.
 
-When the stream ends, everything in flight on it fails at once. A server that owes an answer is pinged: one that
-computes, or has a long queue, still answers and says where our requests stand; one that hangs does not.
+When the stream ends, everything in flight on it fails at once. A server that owes an answer is pinged. A server that is
+busy, or has a long queue, still answers with our requests' places in its queue; a hung one does not.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
-from petals_lightning.client.deadlines import ServiceClock
-from petals_lightning.client.room import Room
+from petals_lightning.client.flow_control import RequestWindow
 from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.errors import PeerFailure, ProtocolError
 from petals_lightning.protocol.auth import is_proof, new_nonce, prove
 from petals_lightning.protocol.checks import printable
@@ -28,13 +28,13 @@ from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import STREAM_METHOD, ErrorCode, Message, Method
 from petals_lightning.swarm.streams import open_stream
 
-_MAX_MESSAGE_BYTES = 4 << 30  # of all answers under way together; each one's limit is what was asked for
-_PROMPTS_KEPT = 8  # as many sets of prompts as a server keeps for one stream
+_MAX_MESSAGE_BYTES = 4 << 30  # of all answers in flight together; each answer's limit follows from its request
+_PROMPTS_KEPT = 8  # sets of prompts, as many as a server keeps for one stream
 
 
 @dataclass
 class _Call:
-    """A request that waits for its answer.
+    """A request that awaits its answer.
 
     Attributes:
         clock: runs while the server works on it, up to `deadline` seconds.
@@ -42,19 +42,19 @@ class _Call:
     """
 
     answer: asyncio.Future[Message]
-    clock: ServiceClock
+    clock: ServiceTimer
     deadline: float
     max_bytes: int
 
 
 class PeerConnection:
-    """Made by `open`; all methods belong to the node's loop.
+    """Our stream to one server; made by `open`. All methods belong to the node's loop.
 
     Args:
         peer: the server's base58 id.
         reader, writer: the stream.
         config, stats: of the client.
-        on_failure: told once if the server hangs or the stream ends; also when nobody waits for an answer.
+        on_failure: called once if the server hangs or the stream ends, even when no request is in flight.
     """
 
     cuts_steps = False
@@ -82,11 +82,16 @@ class PeerConnection:
         self._writer = MessageWriter(writer)
         self._ids, self._last_id = itertools.count(1), 0
         self._pending: dict[int, _Call] = {}
-        self._room = Room(max_requests=1, max_bytes=0)  # until the server has said what it grants
-        self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Future[None]]] = OrderedDict()
+        self._window = RequestWindow(max_requests=1, max_bytes=0)  # until the server has stated its limits
+        self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Task[None]]] = OrderedDict()
         self._failure: PeerFailure | None = None
-        self._pinged_at: float | None = None  # when the oldest ping was sent that has brought no sign of life yet
+        self._pinged_at: float | None = None  # when the oldest unanswered ping was sent
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> Self:
+        """Starts to read answers and to monitor the server."""
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        return self
 
     @classmethod
     async def open(
@@ -97,16 +102,17 @@ class PeerConnection:
         stats: TransferStats,
         on_failure: Callable[[PeerFailure], None] = lambda failure: None,
     ) -> PeerConnection:
-        """Opens a stream, proves to know the swarm's token if there is one, and asks the server what it holds.
+        """Opens a stream, proves knowledge of the swarm's token if there is one, and asks the server what it holds.
 
         Raises:
-            PeerFailure: the server cannot be reached in `connect_timeout` seconds, does not know our stream method, or
-                does not let this peer in.
+            PeerFailure: the server cannot be reached in `connect_timeout` seconds, lacks our stream method, or refuses
+                this peer.
         """
         connection = None
         try:
             async with asyncio.timeout(config.connect_timeout):
-                connection = cls(peer, *await open_stream(p2p, peer, STREAM_METHOD), config, stats, on_failure)
+                streams = await open_stream(p2p, peer, STREAM_METHOD)
+                connection = cls(peer, *streams, config, stats, on_failure).start()
                 if config.swarm_token is not None:
                     await connection._authenticate(config.swarm_token, p2p.peer_id.to_base58())
                 began = time.perf_counter()
@@ -122,14 +128,14 @@ class PeerConnection:
         return connection
 
     def _take_grants(self) -> None:
-        """Keeps to the limits in `info`, with a margin: the server counts a request until its answer is written."""
+        """Applies the limits in `info`, with a margin: the server counts a request until its answer is written."""
         names = "max_open_requests", "max_message_bytes", "max_batch_tokens"
         requests, num_bytes, tokens = (self.info.get(name) or 0 for name in names)
         if not all(type(grant) is int and grant > 0 for grant in (requests, num_bytes, tokens)):
             raise PeerFailure(
-                self.peer, f"grants nonsense: {requests!r} requests, {num_bytes!r} bytes, {tokens!r} tokens"
+                self.peer, f"states impossible limits: {requests!r} requests, {num_bytes!r} bytes, {tokens!r} tokens"
             )
-        self._room = Room(max(1, requests // 2), num_bytes // 2)
+        self._window = RequestWindow(max(1, requests // 2), num_bytes // 2)
 
     @property
     def is_open(self) -> bool:
@@ -137,7 +143,7 @@ class PeerConnection:
 
     @property
     def silence(self) -> float:
-        """Seconds for which a ping has been without answer; 0 while the server shows that it lives."""
+        """Seconds since the oldest unanswered ping; 0 if none is unanswered."""
         if self._pinged_at is None or self._reader.heard_at > self._pinged_at:
             return 0.0
         return time.monotonic() - self._pinged_at
@@ -147,33 +153,28 @@ class PeerConnection:
         message: Message,
         call_id: int | None = None,
         *,
-        sent: asyncio.Future[None] | None = None,
         deadline: float | None = None,
-        clock: ServiceClock | None = None,
+        clock: ServiceTimer | None = None,
     ) -> Message:
-        """As `ServerConnection.call`; the stream carries it under `call_id`."""
+        """As `ServerConnection.call`; the stream sends it under `call_id`."""
         call_id = call_id if call_id is not None else self.next_id()
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        call = _Call(answer, clock or ServiceClock(), deadline or self._config.request_timeout, message.answer_bytes)
-        call.clock.hold()
+        call = _Call(answer, clock or ServiceTimer(), deadline or self._config.request_timeout, message.answer_bytes)
+        call.clock.pause()
         try:
-            async with self._room.enter(message.num_bytes):
+            async with self._window.enter(message.num_bytes):
                 if self._failure is not None:
                     raise self._failure
                 self._pending[call_id] = call
                 call.clock.restart()
                 self._stats.bytes_sent += await self._writer.send(call_id, message)
                 call.clock.restart()
-                if sent is not None and not sent.done():
-                    sent.set_result(None)
                 reply = await answer
         except ConnectionError as e:
             self._fail(PeerFailure(self.peer, f"the stream broke ({e})"))
             assert self._failure is not None
             raise self._failure from None
         finally:
-            if sent is not None and not sent.done():
-                sent.cancel()
             self._forget(call_id, answer)
         self._stats.requests += message.method in (Method.FORWARD, Method.BACKWARD)
         if reply.method is Method.ERROR:
@@ -181,22 +182,22 @@ class PeerConnection:
         return reply
 
     async def expect(
-        self, call_id: int, *, max_bytes: int, deadline: float | None = None, clock: ServiceClock | None = None
+        self, call_id: int, *, max_bytes: int, deadline: float | None = None, clock: ServiceTimer | None = None
     ) -> Message:
-        """Waits for the answer to a request that another server hands over to this one. Raises as `call`.
+        """Waits for the answer to a request that another server hands over to this server. Raises as `call`.
 
         Args:
             call_id: from `next_id`.
             max_bytes: the most memory that the answer may take.
-            deadline, clock: as in `call`; the clock stands until the caller knows that the request is there.
+            deadline, clock: as in `call`. The clock is paused until the caller knows that the request has arrived.
         """
         if self._failure is not None:
             raise self._failure
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         call = self._pending[call_id] = _Call(
-            answer, clock or ServiceClock(), deadline or self._config.request_timeout, max_bytes
+            answer, clock or ServiceTimer(), deadline or self._config.request_timeout, max_bytes
         )
-        call.clock.hold()
+        call.clock.pause()
         try:
             reply = await answer
         finally:
@@ -206,64 +207,44 @@ class PeerConnection:
         return reply
 
     def next_id(self) -> int:
-        """A fresh call id, for callers that refer to the call later."""
+        """A new call id, for callers that refer to the call later."""
         self._last_id = next(self._ids)
         return self._last_id
 
-    async def prompts_key(self, version: int, start: int, end: int) -> tuple[int, asyncio.Future[None] | None]:
-        """The key under which this stream's server has deep prompts [start, end) of a version.
+    async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
+        """As `ServerConnection.register_prompts`: each set is sent once, even if several callers wait for it."""
+        identity = (version, start, len(deep))
+        if identity not in self._prompts:
+            key = self.next_id()
+            sending = asyncio.create_task(self._send_prompts(key, deep))
+            sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # callers may be cancelled
+            self._prompts[identity] = key, sending
+            while len(self._prompts) > _PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+        key, sending = self._prompts[identity]
+        await asyncio.shield(sending)
+        return key
 
-        Returns:
-            The key, and for the first caller a future: it sends the prompts along and resolves the future when they
-            are on their way. Others wait for that here, so that the server never sees a key before its prompts.
-        """
-        wanted = (version, start, end)
-        while wanted in self._prompts:
-            key, sent = self._prompts[wanted]
-            await asyncio.wait([sent])
-            if not sent.cancelled():
-                return key, None
-            if self._prompts.get(wanted) == (key, sent):  # or another waiter has begun to send them anew
-                del self._prompts[wanted]
-        sent = asyncio.get_running_loop().create_future()
-        key = self.next_id()
-        self._prompts[wanted] = key, sent
-        while len(self._prompts) > _PROMPTS_KEPT:
-            self._prompts.popitem(last=False)
-        return key, sent
-
-    async def give_prompts(self, key: int, deep: torch.Tensor, sent: asyncio.Future[None]) -> None:
-        """Registers deep prompts by themselves, for requests that do not come from here.
-
-        Args:
-            key, sent: from `prompts_key`.
-
-        Raises:
-            PeerFailure: the stream has failed.
-        """
+    async def _send_prompts(self, key: int, deep: torch.Tensor) -> None:
         try:
             if self._failure is not None:
                 raise self._failure
             message = Message(Method.PROMPTS, {"key": key}, {"deep": deep})
             self._stats.bytes_sent += await self._writer.send(self.next_id(), message)
-            sent.set_result(None)
         except ConnectionError as e:
             self._fail(PeerFailure(self.peer, f"the stream broke ({e})"))
             assert self._failure is not None
             raise self._failure from None
-        finally:
-            if not sent.done():
-                sent.cancel()
 
     def forget_prompts(self) -> None:
-        """The server has dropped registered prompts: they are sent again when next needed."""
+        """Notes that the server has dropped registered prompts: they are sent again when next needed."""
         self._prompts.clear()
 
     def tell(self, message: Message, call_id: int = 0) -> None:
-        """Sends what needs no answer; does nothing on a lost stream."""
+        """Sends a message that needs no answer. Does nothing if the stream is lost."""
         if self._failure is None:
             task = asyncio.create_task(self._writer.send(call_id, message))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a lost stream shows elsewhere
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # `_read` notices a lost stream
 
     def close(self) -> None:
         self._on_failure = lambda failure: None
@@ -273,11 +254,11 @@ class PeerConnection:
         if self._pending.pop(call_id, None) is not None and (not answer.done() or answer.cancelled()):
             self.tell(Message(Method.CANCEL), call_id)
         if answer.done() and not answer.cancelled():
-            answer.exception()  # marked as retrieved: the caller has received it
+            answer.exception()  # mark the exception as retrieved; the caller has received it
 
     def _error(self, reply: Message) -> PeerFailure:
-        code, words = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), 500)
-        return PeerFailure(self.peer, words, code)
+        code, text = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), 500)
+        return PeerFailure(self.peer, text, code)
 
     async def _read(self) -> None:
         try:
@@ -290,7 +271,7 @@ class PeerConnection:
             self._fail(e)
 
     async def _read_one(self) -> bool:
-        """Takes a message, which must not live on here while the next one is waited for; False at the stream's end."""
+        """Reads one message, and keeps no reference to it while the next is awaited. False at the stream's end."""
         if (item := await self._reader.next()) is None:
             return False
         call_id, message, num_bytes = item
@@ -321,7 +302,7 @@ class PeerConnection:
             raise ProtocolError(f"an answer to call {call_id}, which was never made")
 
     def _note_standings(self, calls: Any) -> None:
-        """A request that waits in the server's queue is not being worked on: the time for that does not run."""
+        """Pauses the clocks of requests that wait in the server's queue."""
         if not isinstance(calls, list):
             return
         for entry in calls:
@@ -330,7 +311,7 @@ class PeerConnection:
                     self._pending[call_id].clock.queue(ahead)
 
     async def _watch(self) -> None:
-        """Pings while an answer is owed; finds a hung server, and requests that are over their deadline."""
+        """Pings while an answer is owed. Detects a hung server, and requests past their deadline."""
         period, limit = self._config.heartbeat_period, self._config.heartbeat_timeout
         pinged = time.monotonic()
         while True:
@@ -343,16 +324,16 @@ class PeerConnection:
                 self._fail(PeerFailure(self.peer, f"a ping was not answered for {now - self._pinged_at:.0f} s"))
                 return
             for call in self._pending.values():
-                words = call.clock.overdue(call.deadline, self._config.request_timeout)
-                if words is not None and not call.answer.done():
-                    call.answer.set_exception(PeerFailure(self.peer, words))
+                reason = call.clock.overdue(call.deadline, self._config.request_timeout)
+                if reason is not None and not call.answer.done():
+                    call.answer.set_exception(PeerFailure(self.peer, reason))
             if now - pinged >= period and (self._pinged_at is not None or self._pending):
                 pinged = now
                 self._pinged_at = self._pinged_at or now
                 self.tell(Message(Method.PING))
 
     async def _authenticate(self, token: str, own_id: str) -> None:
-        """Both sides prove that they know the swarm's token. Raises PeerFailure."""
+        """Each side proves to the other that it knows the swarm's token. Raises PeerFailure."""
         nonce = new_nonce()
         challenge = (await self.call(Message(Method.AUTH, {"nonce": nonce}))).fields.get("nonce")
         if not isinstance(challenge, bytes):
@@ -373,8 +354,6 @@ class PeerConnection:
             if not call.answer.done():
                 call.answer.set_exception(failure)
         self._pending.clear()
-        for _, sent in self._prompts.values():
-            sent.cancel()
         current = asyncio.current_task()
         for task in self._tasks:
             if task is not current:

@@ -1,61 +1,53 @@
-"""A request that is far beyond its time is tried on a second server too; the first answer wins."""
+"""Hedged requests: a request that takes too long is also tried on other servers, and the first answer wins."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
-from petals_lightning.client.deadlines import ServiceClock
 from petals_lightning.errors import PeerFailure
 
 T = TypeVar("T")
-
-
-class Timed(Protocol):
-    """What is run: `clock` tells how late its server is."""
-
-    clock: ServiceClock
-
-
-L = TypeVar("L", bound=Timed)
+Run = Callable[[], Coroutine[Any, Any, T]]
 
 
 async def race(
-    first: L,
-    run: Callable[[L], Awaitable[T]],
+    first: Run[T],
+    second: Callable[[], Run[T] | None],
     *,
     after: float | None,
-    second: Callable[[], L | None],
+    late: Callable[[], float],
     on_failure: Callable[[PeerFailure], None],
-) -> tuple[L, T]:
-    """Runs `first`; if its server is `after` seconds late with it, also what `second` gives, if anything.
+) -> tuple[T, bool]:
+    """Runs `first`. If it is late, also runs what `second` returns, if anything.
 
     Args:
-        after: None never runs a second one.
-        on_failure: told of the failure of one while the other still runs.
+        after: seconds of lateness after which `second` is called; None: never.
+        late: returns how late the servers of `first` are, in seconds.
+        on_failure: called with the failure of one run while the other continues.
 
     Returns:
-        The one that answered first, and its answer; the other is cancelled.
+        The first answer, and whether it came from `first`; The other run is cancelled.
 
     Raises:
-        PeerFailure: of the last one left. Other exceptions of either at once.
+        PeerFailure: of the run that was left. Any other exception of either run is raised at once.
     """
-    only = asyncio.ensure_future(run(first))
-    running = {only: first}
+    only = asyncio.create_task(first())
+    running = {only}
     try:
         if after is not None:
-            while not only.done() and (left := after - first.clock.late) > 0:
+            while not only.done() and (left := after - late()) > 0:
                 await asyncio.wait([only], timeout=max(left, 0.05))
             if not only.done() and (other := second()) is not None:
-                running[asyncio.ensure_future(run(other))] = other
+                running.add(asyncio.create_task(other()))
         while True:
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                answered = running.pop(task)
+                running.remove(task)
                 failure = task.exception()
                 if failure is None:
-                    return answered, task.result()
+                    return task.result(), task is only
                 if not running or not isinstance(failure, PeerFailure):
                     raise failure
                 on_failure(failure)

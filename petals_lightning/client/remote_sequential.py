@@ -1,6 +1,6 @@
 """Blocks that live in a swarm, as a module.
 
-Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N rows that are read.
+Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N positions that are read.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import nn
 from petals_lightning.client.audit import Judge
 from petals_lightning.client.autograd import RemoteBlocks, RemoteRunner
 from petals_lightning.client.block_pass import BlockPass
-from petals_lightning.client.chain import BlockChain
 from petals_lightning.client.config import ClientConfig
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
+from petals_lightning.client.pipeline import Pipeline
+from petals_lightning.client.positions import gather_positions, scatter_positions
+from petals_lightning.client.router import Router
 from petals_lightning.client.routing import RouteSpan
-from petals_lightning.client.rows import put_rows, take_rows
+from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.client.view import SwarmView
 from petals_lightning.errors import SwarmConnectionError, UnsupportedInputError
 from petals_lightning.swarm import SwarmNode
 
@@ -33,19 +34,20 @@ class _Swarm:
     """What all slices of one RemoteSequential share."""
 
     node: SwarmNode
-    view: SwarmView
+    servers: ServerPool
+    router: Router
     runner: RemoteRunner
     stats: TransferStats
     owns_node: bool
     rotary_switch: int | None
 
     def __post_init__(self) -> None:
-        # The runner is held by whatever may still need the swarm: modules, their copies, graphs that wait for backward.
-        self._finalizer = weakref.finalize(self.runner, _close_unused, self.node, self.view, self.owns_node)
+        # Modules, their copies, and graphs that wait for backward refer to the runner as long as they need the swarm.
+        self._finalizer = weakref.finalize(self.runner, _close_unused, self.node, self.servers, self.owns_node)
         self._finalizer.atexit = False
 
     def check_open(self) -> None:
-        """Raises SwarmConnectionError if it is closed."""
+        """Raises SwarmConnectionError if the swarm is closed."""
         if not self._finalizer.alive:
             raise SwarmConnectionError(
                 "this model's connection to its swarm is closed: load it again by from_pretrained or, if a Trainer "
@@ -54,10 +56,10 @@ class _Swarm:
 
     def close(self) -> None:
         if self._finalizer.detach() is not None:
-            _close(self.node, self.view, self.owns_node)
+            _close(self.node, self.servers, self.owns_node)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Swarm:
-        """A copied model (weight averaging, say) goes through the same connections."""
+        """A copied model (for weight averaging, say) uses the same connections."""
         return self
 
     def __reduce__(self) -> NoReturn:
@@ -67,29 +69,38 @@ class _Swarm:
         )
 
 
-def _close(node: SwarmNode, view: SwarmView, owns_node: bool) -> None:
-    if node.is_running:  # a caller's own may have been closed before
-        node.run(view.close())
+def _close(node: SwarmNode, servers: ServerPool, owns_node: bool) -> None:
+    if node.is_running:  # the caller may have closed its own node already
+        node.run(servers.close())
     if owns_node:
         node.close()
 
 
-def _close_unused(node: SwarmNode, view: SwarmView, owns_node: bool) -> None:
-    """For the garbage collector, which may run in any thread, also that of the loop: so nothing waits here."""
+def _close_unused(node: SwarmNode, servers: ServerPool, owns_node: bool) -> None:
+    """Closes for the garbage collector, which may run in any thread, even the loop's: so it must not wait."""
     if node.is_running:
-        threading.Thread(target=_close, args=(node, view, owns_node), name="close swarm").start()
+        threading.Thread(target=_close, args=(node, servers, owns_node), name="close swarm").start()
+
+
+async def _start(servers: ServerPool, router: Router) -> None:
+    await servers.start()
+    try:
+        await router.connect()
+    except BaseException:
+        await servers.close()
+        raise
 
 
 class RemoteSequential(nn.Module):
     """Blocks [start, end) of a model on servers of a swarm; made by `connect`.
 
-    `layers(hidden_states)` with [B, S, H] gives [B, S, H], with gradients. `layers[a:b]` is a sub-sequence, `layers[i]`
-    one block. Iterating yields a single step that runs them all: decoders loop over their layers, and the swarm is
-    one layer to them.
+    `layers(hidden_states)` maps [B, S, H] to [B, S, H], with gradients. `layers[a:b]` is a sub-sequence, `layers[i]`
+    one block. Iterating yields one module that runs all blocks: decoders loop over their layers, and to them the swarm
+    is a single layer.
 
     Attributes:
-        returns_tuple: put outputs into tuples, for a decoder that expects this of its blocks; attention weights, which
-            some take out of them too, are None.
+        returns_tuple: return outputs in tuples, for decoders that expect this of their blocks. Attention weights, which
+            some decoders read from these tuples, are None.
     """
 
     def __init__(self, swarm: _Swarm, start: int, end: int):
@@ -116,19 +127,19 @@ class RemoteSequential(nn.Module):
 
         Args:
             node: this process's peer, started.
-            dht_prefix, num_blocks, hidden_size, fingerprint: the model; servers of another are not used.
+            dht_prefix, num_blocks, hidden_size, fingerprint: identify the model. Servers of other models are not used.
             config: timeouts, filters, wire dtype.
-            owns_node: close the node with the blocks.
-            rotary_switch: positions beyond which the model turns all of them by other rotary factors, if it does.
-            sliding_window: how far back its attention reaches, padding counted; None: to the first position.
-            judge: computes here what servers disagree about; None: only trusted servers decide.
+            owns_node: close the node together with the blocks.
+            rotary_switch: positions beyond which the model uses other rotary factors for all positions, if it does.
+            sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
+            judge: computes blocks on this machine when servers disagree; None: only trusted servers decide.
 
         Raises:
-            NoServersError: some block is held by nobody who may be used.
-            IncompatibleServerError: those who hold it serve another model.
+            NoServersError: no usable server holds some block.
+            IncompatibleServerError: all servers that hold some block serve another model.
         """
         config, stats = config or ClientConfig(), TransferStats()
-        view = SwarmView(
+        servers = ServerPool(
             node,
             dht_prefix=dht_prefix,
             num_blocks=num_blocks,
@@ -138,9 +149,10 @@ class RemoteSequential(nn.Module):
             config=config,
             stats=stats,
         )
-        node.run(view.start())
-        runner = RemoteRunner(node, BlockChain(view, stats, judge))
-        return cls(_Swarm(node, view, runner, stats, owns_node, rotary_switch), 0, num_blocks)
+        router = Router(servers)
+        node.run(_start(servers, router))
+        runner = RemoteRunner(node, Pipeline(servers, router, stats, judge))
+        return cls(_Swarm(node, servers, router, runner, stats, owns_node, rotary_switch), 0, num_blocks)
 
     @property
     def stats(self) -> TransferStats:
@@ -148,12 +160,12 @@ class RemoteSequential(nn.Module):
         return self._swarm.stats
 
     def route(self, tokens: int = 1024) -> list[RouteSpan]:
-        """The servers that a request of `tokens` tokens would go through now."""
+        """The servers through which a request of `tokens` tokens would go now."""
         self._swarm.check_open()
-        return self._swarm.node.run(self._swarm.view.route(self.start, self.end, tokens=tokens))
+        return self._swarm.node.run(self._swarm.router.route(self.start, self.end, tokens=tokens))
 
     def close(self) -> None:
-        """Ends the streams (and this process's peer, if it was made for these blocks)."""
+        """Ends the streams (and this process's peer, if it was created for these blocks)."""
         self._swarm.close()
 
     @torch.compiler.disable
@@ -161,8 +173,8 @@ class RemoteSequential(nn.Module):
         """Runs the blocks.
 
         Args:
-            hidden_states: [B, S, H]. Of what decoders pass besides only a `BlockPass` is used; masks and rotary
-                embeddings are made on servers.
+            hidden_states: [B, S, H]. Of the decoder's other arguments only a `BlockPass` is used; servers compute masks
+                and rotary embeddings themselves.
 
         Returns:
             [B, S, H]; with `returns_tuple`, inside a tuple.
@@ -178,29 +190,29 @@ class RemoteSequential(nn.Module):
             if not call.identity:
                 output, _ = self.run(hidden_states, prefix=call.prefix, deep=call.deep, rows=call.rows)
             else:
-                output = hidden_states if call.rows is None else take_rows(hidden_states, call.rows)
+                output = hidden_states if call.rows is None else gather_positions(hidden_states, call.rows)
             if call.rows is not None:
-                output = put_rows(output, call.rows, *hidden_states.shape[:2])
+                output = scatter_positions(output, call.rows, *hidden_states.shape[:2])
         return (output, None) if self.returns_tuple else output
 
     def inference_session(
         self, *, max_length: int, prefix: torch.Tensor | None = None, deep: torch.Tensor | None = None
     ) -> InferenceSession:
-        """A session in which `step(hidden_states)` runs one or more positions behind those that came before.
+        """A session in which `step(hidden_states)` runs one or more positions after all previous ones.
 
         Args:
-            max_length: positions to reserve room for on servers, the prefix not counted.
-            prefix: [P, H] in front of every sample.
+            max_length: positions for which servers reserve memory, without the prefix.
+            prefix: [P, H] before every sample.
             deep: [L, P, H] added to the prefix before each of these blocks.
 
         Raises:
-            UnsupportedInputError: shapes do not fit. (Servers are asked with the first step.)
+            UnsupportedInputError: shapes do not match. (Servers are asked at the first step.)
         """
         swarm = self._swarm
         swarm.check_open()
         return InferenceSession(
-            swarm.node, swarm.view, swarm.stats, self.start, self.end, max_length=max_length, prefix=prefix, deep=deep,
-            rotary_switch=swarm.rotary_switch,
+            swarm.node, swarm.servers, swarm.router, swarm.stats, self.start, self.end,
+            max_length=max_length, prefix=prefix, deep=deep, rotary_switch=swarm.rotary_switch,
         )  # fmt: skip
 
     def run(
@@ -216,32 +228,30 @@ class RemoteSequential(nn.Module):
 
         Args:
             hidden_states: [B, S, H] that enter block `start`.
-            prefix: [P, H] in front of every sample.
+            prefix: [P, H] before every sample.
             deep: [L, P, H] added to the prefix before each of these blocks.
-            rows: [N] indices into B·S whose outputs are wanted.
+            rows: [N] indices into B·S of the positions to return.
             want_prefix: return the prefix's output too.
 
         Returns:
             [B, S, H] or, with rows, [N, H]; and the prefix's [P, H] if wanted.
 
         Raises:
-            UnsupportedInputError: shapes do not fit.
+            UnsupportedInputError: shapes do not match.
             SwarmError: see `forward`.
         """
         if hidden_states.ndim != 3 or not hidden_states.is_floating_point():
             raise UnsupportedInputError(f"hidden_states must be floating [B, S, H], got {tuple(hidden_states.shape)}")
         if deep is not None and (prefix is None or deep.shape != (len(self), *prefix.shape)):
             raise UnsupportedInputError(
-                f"deep prompts {tuple(deep.shape)} do not fit {len(self)} blocks and the prefix"
+                f"deep prompts {tuple(deep.shape)} do not match {len(self)} blocks and the prefix"
             )
         if hidden_states.shape[0] == 0 or hidden_states.shape[1] == 0:
             return hidden_states, prefix if want_prefix else None
         if rows is not None and not len(rows):
             raise UnsupportedInputError("rows is empty: nothing of the output would be read")
         batch, tokens, _ = hidden_states.shape
-        size = self._swarm.view.microbatch_size(
-            self.route(), batch, tokens, len(prefix) if prefix is not None else 0, deep=deep is not None
-        )
+        size = self._swarm.router.microbatch_size(self.route(), batch, tokens, len(prefix) if prefix is not None else 0)
         out, prefix_out = RemoteBlocks.apply(
             self._swarm.runner, self.start, self.end, size, want_prefix, hidden_states, prefix, deep, rows
         )
@@ -272,5 +282,5 @@ class RemoteSequential(nn.Module):
         yield self
 
     def extra_repr(self) -> str:
-        view = self._swarm.view
-        return f"blocks {self.start}:{self.end} of {view.dht_prefix!r} ({view.num_blocks} blocks, in a swarm)"
+        servers = self._swarm.servers
+        return f"blocks {self.start}:{self.end} of {servers.dht_prefix!r} ({servers.num_blocks} blocks, in a swarm)"

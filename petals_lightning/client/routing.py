@@ -1,8 +1,8 @@
-"""Choosing a chain of servers. Pure: takes what is known of servers, gives a route.
+"""Choosing a chain of servers. Pure functions from what is known of the servers to a route.
 
-The shortest path over block boundaries: being on server s after block b costs the cheaper of having been on s before
-it, or of arriving there from anywhere, plus the block's time on s. Blocks are numbered, so the graph has no cycles and
-Dijkstra's search is one sweep over them, for all servers at once.
+The shortest path over block boundaries: to be on server s after block b costs the cheaper of having been on s before
+it, or of arriving there from anywhere, plus the block's time on s. Blocks are numbered, so the graph has no cycles, and
+one sweep over the blocks replaces Dijkstra's search, for all servers at once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ServerSpan:
-    """A server and what using it costs.
+    """A server and the cost of using it.
 
     Attributes:
         peer: base58 peer id.
         start, end: blocks held.
-        hop_seconds: time to get a request of this size there and its answer back.
-        block_seconds: time of one block for a request of this size. Both are finite.
+        hop_seconds: time to send a request of this size and get its answer back.
+        block_seconds: time of one block for a request of this size. Both times are finite.
     """
 
     peer: str
@@ -43,15 +43,15 @@ class RouteSpan:
 
 
 def plan_route(servers: Sequence[ServerSpan], start: int, end: int) -> list[RouteSpan] | None:
-    """The fastest chain through blocks [start, end), or None if some block is held by nobody."""
+    """The fastest chain through blocks [start, end), or None if no server holds some block."""
     first, last = (np.array([getattr(s, name) for s in servers]) for name in ("start", "end"))
     hop, block_time = (np.array([getattr(s, name) for s in servers]) for name in ("hop_seconds", "block_seconds"))
-    # Costs are linear between the ends of spans, so no change of servers elsewhere is better than one there.
+    # Between ends of spans costs are linear, so no change of servers is cheaper than one at such an end.
     cuts = sorted({start, end, *(cut for cut in (*first.tolist(), *last.tolist()) if start < cut < end)})
-    # Of each server, at the current cut: the cost of being there, and since which block.
+    # For each server, at the current cut: the cost of being there, and the block at which it was entered.
     on, since = np.full(len(servers), np.inf), np.full(len(servers), start)
     best = 0.0
-    ways: dict[int, tuple[int, int]] = {}  # to each cut: the server that leads there for the least, and since when
+    ways: dict[int, tuple[int, int]] = {}  # for each cut: the cheapest server to it, and where that is entered
     for cut, following in itertools.pairwise(cuts):
         held = (first <= cut) & (last > cut)
         if not held.any():
@@ -73,7 +73,7 @@ def plan_route(servers: Sequence[ServerSpan], start: int, end: int) -> list[Rout
 
 
 def route_seconds(servers: Sequence[ServerSpan], route: Sequence[RouteSpan]) -> float | None:
-    """What a route costs with these servers, or None if one of them is missing or holds other blocks now."""
+    """The cost of a route with these servers, or None if one is missing or no longer holds its blocks."""
     by_peer = {server.peer: server for server in servers}
     total = 0.0
     for leg in route:
@@ -93,7 +93,7 @@ def uncovered(servers: Sequence[ServerSpan], start: int, end: int) -> list[int]:
 
 
 def format_blocks(blocks: Sequence[int]) -> str:
-    """Block numbers as ranges for people: `[0, 1, 2, 5]` is `0:3, 5`."""
+    """Formats block numbers as ranges: `[0, 1, 2, 5]` is `0:3, 5`."""
     ranges: list[list[int]] = []
     for block in blocks:
         if ranges and ranges[-1][1] == block:

@@ -1,22 +1,24 @@
-"""What the client asks of a connection to a server, whatever the server speaks."""
+"""The client's interface to a server, whichever protocol the server speaks."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Protocol
 
-from petals_lightning.client.deadlines import ServiceClock
+import torch
+
+from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.protocol.messages import Message
 
 
 class ServerConnection(Protocol):
-    """Answers our messages (forward, backward, step); all methods belong to the node's loop.
+    """Sends our messages (forward, backward, step) to one server. All methods belong to the node's loop.
 
     Attributes:
         peer: the server's base58 id.
-        info: what it says of itself; `hidden_size` and `max_batch_tokens` (B·(P + S) of one request) at least.
+        info: the server's own description, with at least `hidden_size` and `max_batch_tokens` (B·(P + S) of one
+            request).
         round_trip: seconds of a call that computes nothing.
-        cuts_steps: it takes steps of a session of any length; else of `max_batch_tokens`.
+        cuts_steps: the server takes session steps of any length; otherwise of up to `max_batch_tokens`.
     """
 
     peer: str
@@ -29,44 +31,50 @@ class ServerConnection(Protocol):
 
     @property
     def silence(self) -> float:
-        """Seconds for which a ping has been without answer; 0 while the server shows that it lives."""
+        """Seconds since the oldest unanswered ping; 0 if none is unanswered."""
 
     async def call(
         self,
         message: Message,
         call_id: int | None = None,
         *,
-        sent: asyncio.Future[None] | None = None,
         deadline: float | None = None,
-        clock: ServiceClock | None = None,
+        clock: ServiceTimer | None = None,
     ) -> Message:
         """Sends a request and waits for its reply.
 
         Args:
             message: the request.
-            call_id: from `next_id`, if the caller refers to the call later.
-            sent: resolved when the request is on its way.
-            deadline: seconds for which the server may work on it; None takes `request_timeout`.
-            clock: where to count them, for a caller that looks at it too.
+            call_id: from `next_id`, for callers that refer to the call later.
+            deadline: seconds for which the server may work on the request; None takes `request_timeout`.
+            clock: counts these seconds, for callers that read them too.
 
         Raises:
             PeerFailure: the connection or the server failed, or the server refuses.
         """
 
     def next_id(self) -> int:
-        """A fresh call id, for callers that refer to the call later."""
+        """A new call id, for callers that refer to the call later."""
 
-    async def prompts_key(self, version: int, start: int, end: int) -> tuple[int, asyncio.Future[None] | None]:
-        """The key under which the server has deep prompts [start, end) of a version.
+    async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
+        """Sends deep prompts to the server before the requests that refer to them.
+
+        Args:
+            version: changes when the values of the prompts do.
+            start: the first block of the prompts.
+            deep: [n, P, H], for n blocks.
 
         Returns:
-            The key, and a future if the prompts must be sent along; it resolves when they are on their way.
+            The key by which requests on this connection refer to the prompts.
+
+        Raises:
+            PeerFailure: the connection has failed.
         """
 
     def forget_prompts(self) -> None:
-        """The server has dropped registered prompts: they are sent again when next needed."""
+        """Notes that the server has dropped registered prompts: they are sent again when next needed."""
 
     def tell(self, message: Message, call_id: int = 0) -> None:
-        """Sends what needs no answer; does nothing on a lost connection."""
+        """Sends a message that needs no answer. Does nothing if the connection is lost."""
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""One server's part of an inference session, as its client knows it: data only.
+"""One server's part of an inference session, from the client's side: data only.
 
 Shapes: B batch, P virtual tokens, H hidden size.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_lightning.client.history import InputHistory
+from petals_lightning.client.input_history import InputHistory
 from petals_lightning.client.server_connection import ServerConnection
 from petals_lightning.protocol.messages import Message, Method
 
@@ -20,10 +20,10 @@ class SessionLeg:
 
     Attributes:
         history: inputs of all positions.
-        prefix: [P, H] that enters the leg, if there are prompts; None until the leg before has run.
-        number: of the session on the server, None while it has none there.
-        held: positions that the server has.
-        reordering: of the batch, of which the server has not been told; None: none.
+        prefix: [P, H] that enters the leg, if there are prompts; None until the previous leg has run.
+        number: of the session on the server; None while the server has no session.
+        held: number of positions that the server holds.
+        reordering: of the batch, not yet sent to the server; None: none.
     """
 
     start: int
@@ -37,7 +37,7 @@ class SessionLeg:
     reordering: torch.Tensor | None = None
 
     def rewind(self, position: int) -> None:
-        """Forgets positions from `position` on; the server does so with the next step."""
+        """Drops positions from `position` on; the server does so at the next step."""
         self.history.crop(position)
         self.held = min(self.held, position)
 
@@ -46,12 +46,12 @@ class SessionLeg:
         self.reordering = hypo_ids if self.reordering is None else self.reordering[hypo_ids]
 
     def settle(self) -> None:
-        """Takes only those inputs for known that have come; the server before computes the others again."""
+        """Drops the inputs that have not arrived; the previous server computes them again."""
         self.history.drop_missing()
         self.held = min(self.held, self.history.length)
 
     def leave(self) -> None:
-        """Gives up what the server has: the next step starts from the inputs kept here."""
+        """Abandons the server's session: the next step starts from the inputs kept here."""
         if self.number is not None and self.connection is not None:
             self.connection.tell(Message(Method.END_SESSION, {"session": self.number}))
         self.number, self.held, self.reordering = None, 0, None

@@ -1,4 +1,4 @@
-"""What a client has moved and suffered so far."""
+"""Counters of a client's traffic and failures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class TransferStats:
     """Counters of what went over the wire.
 
     Attributes:
-        bytes_sent, bytes_received: on all streams, headers included.
+        bytes_sent, bytes_received: on all streams, including headers.
         retries: parts of steps that were sent again after a failure.
-        requests: forward and backward requests sent from here and answered.
-        hedges: requests that were late and were answered by a second server first.
+        requests: forward and backward requests that were sent from here and answered.
+        hedges: late requests that a second server answered first.
         audits: requests that were computed again elsewhere and compared.
-        handovers: requests that servers handed over to each other, from the first to the last.
+        handovers: requests that servers handed over to each other, along the whole segment.
     """
 
     bytes_sent: int = 0

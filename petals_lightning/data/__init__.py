@@ -1,10 +1,10 @@
-"""Labelled texts, dialogues and plain texts from anywhere, as batches that waste little on padding."""
+"""Labelled texts, dialogues and plain texts from many sources, as batches with little padding."""
 
 from petals_lightning.data.base import TextDataModule
 from petals_lightning.data.dialogues import DialogueDataModule
 from petals_lightning.data.plain_text import PlainTextDataModule
 from petals_lightning.data.text_classification import TextClassificationDataModule
-from petals_lightning.data.tokenizers import load_tokenizer
+from petals_lightning.data.tokenizer import load_tokenizer
 
 __all__ = [
     "DialogueDataModule",

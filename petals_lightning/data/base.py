@@ -1,4 +1,4 @@
-"""What all DataModules share: where their texts come from, and batches of similar length."""
+"""The base of all DataModules: the source of texts, and batches of similar length."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from petals_lightning.data.loader import LengthGroupedSampler, ResumableDataLoader
 from petals_lightning.data.opening import TextFormat
 from petals_lightning.data.sources import BUNDLED, LocatedSplits, load_splits
-from petals_lightning.data.tokenizers import load_tokenizer
+from petals_lightning.data.tokenizer import load_tokenizer
 from petals_lightning.errors import ConfigurationError, DataError
 from petals_lightning.sample import REVIEWS_DIR
 
 log = logging.getLogger(__name__)
+
+_EVAL_BATCHES = 4  # training batches in an evaluation batch, which needs no memory for a backward
 
 Splits = dict[str, datasets.Dataset]
 
@@ -41,11 +43,12 @@ class Samples(Protocol):
 
 
 class TextDataModule(pl.LightningDataModule):
-    """Batches of texts; subclasses say how rows become samples (`encoded`) and samples a batch (`collate`).
+    """Batches of texts. Subclasses turn rows into samples (`encoded`) and samples into a batch (`collate`).
 
-    S is the longest sample of a batch; padding is on the right. Training batches group samples of similar length, in
-    another order each epoch, fixed by the seed; a resumed run continues in the middle of an epoch. A validation part
-    that is missing is cut from the training part. Nothing is written to disk except what `datasets` caches of the hub.
+    S is the length of a batch's longest sample; padding is on the right. Training batches group samples of similar
+    length, in an order that changes every epoch and is fixed by the seed. A resumed run continues in the middle of an
+    epoch. A missing validation part is split from the training part. Nothing is written to disk except `datasets`'
+    cache of the hub.
 
     Args:
         tokenizer: the model's hub id or folder.
@@ -53,25 +56,30 @@ class TextDataModule(pl.LightningDataModule):
             txt, parquet or arrow, also compressed (.gz, …);
             a folder may be the clone of a hub dataset, or of `save_to_disk`.
         name: the configuration of a hub dataset, e.g. `sst2` of `nyu-mll/glue`.
-        train_split, validation_split, test_split: names of splits or files (without suffix) where they are unusual.
-        encoding: of text files; None is UTF-8, or what a byte order mark tells.
-        delimiter: between the cells of csv and tsv files; None finds it.
-        validation_fraction: share of the training part that becomes validation where there is none.
-        max_length: tokens a sample at most.
-        batch_size: samples a training batch.
-        eval_batch_size: samples a validation, test or prediction batch; None takes `batch_size`.
-        seed: fixes the order of training batches and the cut of a missing validation part.
+        train_split, validation_split, test_split: names of splits or files (without suffix) if they are unusual.
+        encoding: of text files; None: by the byte order mark, or UTF-8.
+        delimiter: between the cells of csv and tsv files; None detects it.
+        validation_fraction: share of the training part that becomes a missing validation part.
+        max_length: maximum tokens per sample.
+        batch_size: samples per training batch.
+        eval_batch_size: samples per validation, test or prediction batch; None means 4 × `batch_size`. A swarm
+            processes one batch at a time, split into micro-batches, so a larger batch keeps it busier.
+        seed: fixes the order of training batches and the split of a missing validation part.
         tokenizer_revision: the model's revision on the hub.
         token: for private models on the hub; None uses the login of this machine.
 
     Raises:
         ConfigurationError: a value out of range; the message names the argument.
-        DataError (in `setup`): nothing is there, or it is not what the module reads.
+        DataError (in `setup`): there are no data, or they have the wrong form.
         CheckpointError (in `setup`): the model has no usable tokenizer.
     """
 
     bundled: Path = REVIEWS_DIR
-    """The folder that the source `bundled` stands for."""
+    """The folder of the source `bundled`."""
+    bundled_texts = "reviews"
+    """A description of that folder's data, for people."""
+    real_data = "data.source=PATH"
+    """Settings of a run that use real texts instead."""
 
     def __init__(
         self,
@@ -106,14 +114,14 @@ class TextDataModule(pl.LightningDataModule):
         self.split_names = {split: given for split, given in named.items() if given is not None}
         self.validation_fraction, self.seed = validation_fraction, seed
         self.max_length, self.batch_size = max_length, batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = eval_batch_size or _EVAL_BATCHES * batch_size
         self._splits: dict[str, Any] = {}
         self._pad_token_id = 0
         self._collate: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads, checks and tokenizes everything, once."""
-        # In-memory token ids need no worker processes, and those would be forked from a process full of threads.
+        """Reads, checks and tokenizes all data, once."""
+        # In-memory token ids need no workers, which would be forked from a process with many threads.
         warnings.filterwarnings("ignore", ".*does not have many workers")
         if self._splits:
             return
@@ -126,37 +134,37 @@ class TextDataModule(pl.LightningDataModule):
         self._splits = dict(self.encoded(raw, tokenizer))
 
     def encoded(self, raw: LocatedSplits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """`Samples` of each split, `validation` among them."""
+        """`Samples` of each split, including `validation`."""
         raise NotImplementedError
 
     def collate(self, pad_token_id: int) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
-        """What makes a batch of samples."""
+        """A function that makes a batch of samples."""
         raise NotImplementedError
 
     @property
     def has_labelled_test(self) -> bool:
-        """Whether there is a test part that tells how good a model is."""
+        """Whether there is a test part with labels."""
         return "test" in self._splits
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Samples of each split."""
+        """The number of samples of each split."""
         return {split: len(samples) for split, samples in self._splits.items()}
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample of all splits."""
+        """The number of tokens of the longest sample of all splits."""
         return max((max(samples.lengths, default=0) for samples in self._splits.values()), default=0)
 
     @property
     def largest_token(self) -> int:
-        """The largest token id of all splits, the padding's among them."""
+        """The largest token id of all splits, including the padding's."""
         found = [samples.largest_token for samples in self._splits.values() if len(samples)]
         return max([*found, self._pad_token_id])
 
     @property
     def description(self) -> str:
-        """What the samples are, for people."""
+        """A description of the samples, for people."""
         raise NotImplementedError
 
     def train_dataloader(self) -> ResumableDataLoader:
@@ -173,19 +181,19 @@ class TextDataModule(pl.LightningDataModule):
         return self._by_length(self._splits["validation"])
 
     def test_dataloader(self) -> DataLoader:
-        """The test part; where it has no labels, or there is none, validation stands in for it."""
+        """The test part; without one, or without labels, the validation part."""
         if not self.has_labelled_test:
             log.warning("%s has no labelled test part: testing on validation", self.source)
             return self.val_dataloader()
         return self._by_length(self._splits["test"])
 
     def with_validation(self, raw: Splits) -> Splits:
-        """The splits with `validation` cut from the rows of `train` if it was missing."""
+        """The splits; a missing `validation` is split from the rows of `train`."""
         if "validation" in raw:
             return raw
         if len(raw["train"]) < 2:
             raise DataError(f"{self.source} has one row and no validation part: give more rows, or a validation file")
-        # Row numbers are cut, not rows: `datasets` would write the cut into the folder that a split is mapped from.
+        # Row numbers are split, not rows: `datasets` would write files into the folder from which a split is mapped.
         numbers = datasets.Dataset.from_dict({"row": range(len(raw["train"]))})
         cut = numbers.train_test_split(self.validation_fraction, seed=self.seed)
         log.info("%s has no validation part: %d rows of train", self.source, len(cut["test"]))
@@ -193,7 +201,7 @@ class TextDataModule(pl.LightningDataModule):
         return {**raw, "train": train, "validation": validation}
 
     def _by_length(self, samples: Any) -> DataLoader:
-        # Longest first: a batch that is too large for memory fails at once. Metrics do not depend on the order.
+        # Longest first: a batch that is too large for memory fails at once. The order does not change metrics.
         order = sorted(range(len(samples)), key=samples.lengths.__getitem__, reverse=True)
         return DataLoader(
             samples,

@@ -1,4 +1,4 @@
-"""Which column is the text and which the label."""
+"""Finds the column of texts and the column of labels."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", 
 
 _LETTER = re.compile(r"[^\W\d_]")
 _ROWS_LOOKED_AT = 1000
-_WORDS_OF_A_NAME = 3  # a longer name of a column is a text
+_WORDS_OF_A_NAME = 3  # a column name of more words is a text
 _NAMES_LISTED = 20
 
 
 def find_text_column(
     dataset: datasets.Dataset, named: str | None = None, *, setting: str = "text_column", where: str = "the data"
 ) -> str:
-    """The column called `named`; else the first of `TEXT_COLUMNS` there is; else the only column of words.
+    """The column called `named`; or the first existing one of `TEXT_COLUMNS`, or the only column of words.
 
-    For messages: `setting` is what names the column in the configuration, `where` what the data are.
+    `setting` (the name of the option for this column) and `where` (the data) appear in messages.
 
     Raises:
-        DataError: there is none, or it holds something other than strings.
+        DataError: there is no such column, or it holds other values than strings.
     """
     strings = [name for name in dataset.column_names if _is_string(dataset.features[name])]
     if named is not None:
@@ -40,7 +40,7 @@ def find_text_column(
         if len(wordy) != 1:
             raise DataError(
                 f"no text column in {where}: the columns are {_listing(dataset)}; name it with {setting}=… "
-                f"(found by itself: {', '.join(TEXT_COLUMNS)})"
+                f"(found automatically: {', '.join(TEXT_COLUMNS)})"
             )
         (named,) = wordy
     if named not in strings:
@@ -50,10 +50,10 @@ def find_text_column(
 
 
 def find_label_column(dataset: datasets.Dataset, named: str | None = None, *, where: str = "the data") -> str:
-    """The column called `named`, or else the first of `LABEL_COLUMNS` there is.
+    """The column called `named`, or the first existing one of `LABEL_COLUMNS`.
 
     Raises:
-        DataError: there is none; the message lists the columns that there are.
+        DataError: there is no such column; the message lists the columns.
     """
     if named is not None:
         _require(dataset, named, "label_column", where)
@@ -62,7 +62,7 @@ def find_label_column(dataset: datasets.Dataset, named: str | None = None, *, wh
     if found is None:
         raise DataError(
             f"no label column in {where}: the columns are {_listing(dataset)}; name it with label_column=… "
-            f"(found by itself: {', '.join(LABEL_COLUMNS)})"
+            f"(found automatically: {', '.join(LABEL_COLUMNS)})"
         )
     return found
 
@@ -82,7 +82,7 @@ def _is_string(feature: Any) -> bool:
 
 
 def _has_words(values: Sequence[str | None]) -> bool:
-    """Whether strings are more than numbers, dates and truth values, which csv files hold as strings too."""
+    """Whether strings are not only numbers, dates and truth values, which csv files hold as strings too."""
     return any(value and _LETTER.search(value) and value.lower() not in ("true", "false") for value in values)
 
 
@@ -90,5 +90,5 @@ def _listing(dataset: datasets.Dataset) -> str:
     names = [repr(name) for name in dataset.column_names]
     listed = ", ".join(names[:_NAMES_LISTED]) + (f", … ({len(names)} in all)" if len(names) > _NAMES_LISTED else "")
     if any(name.isdigit() or len(name.split()) > _WORDS_OF_A_NAME for name in dataset.column_names):
-        listed += " (if that is the first row, the file has no header: give it one, such as text,label)"
+        listed += " (if that is the first row, the file has no header: add one, such as text,label)"
     return listed

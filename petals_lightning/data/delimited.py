@@ -1,4 +1,4 @@
-"""Files of cells between delimiters. Every cell is the string that is written: none is taken for a number or a date."""
+"""Files of cells between delimiters. A cell is always a string; none is converted to a number or a date."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from petals_lightning.data.tables import BATCH_ROWS
 
 _DELIMITERS = ",;\t|"
 _HEAD_LENGTH = 1 << 16
-"""Characters in which the delimiter is looked for."""
+"""Characters that may be the delimiter."""
 
 
 def read_csv(path: Path, form: TextFormat) -> pa.Table:
@@ -30,7 +30,7 @@ def read_csv(path: Path, form: TextFormat) -> pa.Table:
 
 
 def read_tsv(path: Path, form: TextFormat) -> pa.Table:
-    """As `read_csv`, but quotes belong to the text, as in GLUE, unless the file is well-formed with them (pandas)."""
+    """As `read_csv`, but quotes are part of the text, as in GLUE, unless the file is well-formed CSV (pandas)."""
     delimiter = form.delimiter or _find_delimiter(path, form, "\t")
     try:
         plain = _table(path, form, delimiter=delimiter, quoting=csv.QUOTE_NONE)
@@ -45,12 +45,12 @@ def read_tsv(path: Path, form: TextFormat) -> pa.Table:
         quoted = _table(path, form, delimiter=delimiter, strict=True)
     except Malformed:
         return plain
-    # Where each line is a whole row, quotes that join lines are there by chance.
+    # If each line is a whole row, quotes that would join lines are there by chance.
     return quoted if quoted.num_rows == plain.num_rows else plain
 
 
 def _find_delimiter(path: Path, form: TextFormat, usual: str) -> str:
-    """The one that cuts the first rows into as many cells as the header: the usual one, or else another."""
+    """The delimiter that splits the first rows into as many cells as the header: the usual one, or another."""
     with open_text(path, form, newline="") as text:
         head = text.read(_HEAD_LENGTH)
     ragged = None
@@ -83,11 +83,11 @@ def _table(path: Path, form: TextFormat, **dialect: Any) -> pa.Table:
 
 
 def _records(text: IO[str], **dialect: Any) -> Iterator[tuple[int, list[str]]]:
-    """Each row's cells, after the number of the line in which it starts. Blank lines are left out.
+    """The number of the line in which each row starts, and the row's cells. Blank lines are skipped.
 
-    A row of several lines must be well-formed: a stray quote would join many rows in silence.
+    A row of several lines must be well-formed: a stray quote would silently join many rows.
     """
-    csv.field_size_limit(2**31 - 1)  # of the whole process; 131,072 characters by itself
+    csv.field_size_limit(2**31 - 1)  # for the whole process; the default is 131,072 characters
     lines: list[str] = []
 
     def noted() -> Iterator[str]:

@@ -1,10 +1,10 @@
-r"""Dialogues as token ids, the same in training and in chat, and which of the tokens the assistant says.
+r"""Dialogues as token ids, equal in training and in chat, and which of the tokens are the assistant's.
 
-All token ids are those of `apply_chat_template` for a whole dialogue. None are put together from pieces, because
-templates may write earlier turns in another way once later ones follow, and tokenizers may treat the start of a text in
-another way than its middle. See `DialogueFormat.answers` for how the assistant's tokens are found.
+All token ids are those of `apply_chat_template` for a whole dialogue. They are never joined from pieces, because
+templates may render earlier turns differently once later ones follow, and tokenizers may split the start of a text
+differently from its middle. See `DialogueFormat.answers` for how the assistant's tokens are found.
 
-A tokenizer without a chat template uses this one, where a line break stands for a missing <eos>:
+A tokenizer without a chat template uses this one, with a line break in place of a missing <eos>:
 
     <bos>SYSTEM TEXT\\nUser: …\\nAssistant: …<eos>User: …\\nAssistant: …<eos>
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from petals_lightning.data.tokenizers import IGNORED
+from petals_lightning.data.collate import IGNORED
 from petals_lightning.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -38,12 +38,12 @@ _SIMPLE_TEMPLATE = """{{ bos_token }}
 
 
 class Message(TypedDict):
-    """One turn, as in OpenAI's format; the template sees all of it."""
+    """One turn, as in OpenAI's format; the template gets all its fields."""
 
     role: str
     content: str
     weight: NotRequired[int]
-    """0 for a turn of the assistant that is not to be learnt."""
+    """0: do not train on this turn of the assistant."""
     name: NotRequired[str]
     tool_calls: NotRequired[list[Any]]
     tool_call_id: NotRequired[str]
@@ -51,7 +51,7 @@ class Message(TypedDict):
 
 
 class Answer(NamedTuple):
-    """The tokens of a dialogue up to a turn of the assistant, which says those from `start` to `end`."""
+    """The tokens of a dialogue up to the end of a turn of the assistant, whose own are those from `start` to `end`."""
 
     ids: list[int]
     start: int
@@ -66,9 +66,9 @@ class DialogueFormat:
     """Turns dialogues into token ids.
 
     Args:
-        tokenizer: the model's.
-        use_chat_template: False takes the simple form even if the tokenizer has a template.
-        merge_system: put the system's text in front of the first user turn, for templates without a system turn.
+        tokenizer: of the model.
+        use_chat_template: False uses the simple form even if the tokenizer has a template.
+        merge_system: put the system's text before the first user turn, for templates without a system turn.
     """
 
     def __init__(
@@ -79,24 +79,24 @@ class DialogueFormat:
         self.has_template = use_chat_template and tokenizer.chat_template is not None
 
     def with_tools(self, tools: list[Any]) -> DialogueFormat:
-        """The same for a dialogue in which the assistant may call these tools, which the template describes to it."""
+        """The same format for dialogues with these tools, which the template describes to the assistant."""
         form = copy(self)
         form._tools = tools
         return form
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """Tokens that end a turn of the assistant: the tokenizer's eos, and what the template writes behind a turn.
+        """Tokens that end a turn of the assistant: the tokenizer's eos, and the template's text after a turn.
 
         Raises:
-            DataError: the template refuses a dialogue of one question and one answer, or leaves out what is said.
+            DataError: the template refuses a dialogue of one question and one answer, or omits the messages' contents.
         """
         question = Message(role="user", content="a")
         one, other = (self._render([question, Message(role="assistant", content=said)]) for said in "bc")
         if one == other:
             raise DataError(
-                "the chat template leaves out what is said (is it for lists of content parts only?); "
-                "use_chat_template=False (chat: --no-chat-template) takes the simple form"
+                "the chat template omits the messages' contents (is it for lists of content parts only?); "
+                "use_chat_template=False (chat: --no-chat-template) uses the simple form"
             )
         tail = self._tokenize(one[len(one) - _count_equal(one[::-1], other[::-1]) :])
         added = self._tokenizer.added_tokens_decoder
@@ -104,10 +104,10 @@ class DialogueFormat:
         return list(dict.fromkeys(end for end in ends if end is not None)) or tail[-1:]
 
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Token ids of a dialogue, and as many labels: the ids themselves where the assistant speaks, else IGNORED.
+        """Token ids of a dialogue, and as many labels: the ids themselves in the assistant's turns, else IGNORED.
 
-        Turns that the template writes in another way now than when the assistant said them have no labels; they are
-        samples of their own, see `samples`.
+        Turns that the template now renders differently from when the assistant gave them have no labels. They become
+        separate samples, see `samples`.
 
         Raises:
             DataError: as `answers`.
@@ -116,22 +116,22 @@ class DialogueFormat:
         return _labelled(ids, [answer for answer in self.answers(messages) if answer.is_within(ids)])
 
     def answers(self, messages: Sequence[Message], first: int = 0) -> Iterator[Answer]:
-        """The turns of the assistant among `messages[first:]`, each with what stands in front of it, as in a chat.
+        """The turns of the assistant among `messages[first:]`, each with the tokens before it, as in a chat.
 
-        The assistant says what follows the prompt of the turn, up to the first token that ends a turn. Where the
-        template does not begin the turn with its prompt, the answer is what depends on its content: behind the same
-        text (DeepSeek-R1's prompt goes on with <think>), or behind the prompt, if the template writes earlier turns in
-        another way once the answer is there (Mistral drops the system's text).
+        A turn's tokens are those that follow its prompt, up to the first token that ends a turn. If the template does
+        not begin the turn with its prompt, the answer is the part that depends on its content. That part follows the
+        same text (DeepSeek-R1's prompt goes on with <think>), or the prompt, if the template renders earlier turns
+        differently once the answer is there (Mistral drops the system's text).
 
         Raises:
-            DataError: the template refuses the dialogue, or writes it so that the answer's tokens cannot be told.
+            DataError: the template refuses the dialogue, or the answer's tokens cannot be found in its output.
         """
         for index, message in enumerate(messages):
             if index >= first and message["role"] == "assistant" and message.get("weight") != 0:
                 yield self._answer(messages[:index], message)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to where the assistant is to speak next.
+        """Token ids up to the start of the assistant's next turn.
 
         Raises:
             DataError: the template refuses the dialogue.
@@ -139,7 +139,7 @@ class DialogueFormat:
         return self._tokenize(self._render(messages, add_generation_prompt=True))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """What the assistant has said."""
+        """The text of the assistant's tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def _answer(self, before: Sequence[Message], message: Message) -> Answer:
@@ -152,15 +152,15 @@ class DialogueFormat:
             start = self._count_tokens(ids, text, begin)
         else:
             begin = self._find_prompt(text[:begin], prompt, before[-1]["content"], message["content"])
-            said = ids[self._count_tokens(ids, text, begin) :]
+            answer_ids = ids[self._count_tokens(ids, text, begin) :]
             ids = self._tokenize(prompt)
             start = len(ids)
-            ids += said
+            ids += answer_ids
         end = next((at + 1 for at in range(start, len(ids)) if ids[at] in self.end_ids), len(ids))
         return Answer(ids, start, end)
 
     def _find_content(self, text: str, before: Sequence[Message], content: str) -> int:
-        """Where the content of the last turn begins in a text: where the text of another content differs."""
+        """The position in a text at which the last turn's content begins: where another content changes the text."""
         another = Message(role="assistant", content="c" if content.lstrip().startswith("b") else "b")
         other = self._render([*before, another])
         begin = _count_equal(text, other)
@@ -170,7 +170,7 @@ class DialogueFormat:
         return begin
 
     def _find_prompt(self, text: str, prompt: str, question: str, content: str) -> int:
-        """Where the last turn's prompt ends in the text in front of its content, which shares the prompt's end only."""
+        """The end of the last turn's prompt in the text before its content, which shares only the prompt's end."""
         shared = bisect_left(range(len(prompt)), True, key=lambda size: prompt[len(prompt) - size - 1 :] not in text)
         end = prompt[len(prompt) - shared :]
         if question.strip()[-8:] not in end:
@@ -178,7 +178,7 @@ class DialogueFormat:
         return text.rindex(end) + shared
 
     def _count_tokens(self, ids: list[int], text: str, begin: int) -> int:
-        """Tokens in front of a character; one that reaches across counts to what is behind."""
+        """The number of tokens before a character. A token across it counts as after it."""
         before = self._tokenize(text[:begin])
         if ids[: len(before)] == before:
             return len(before)
@@ -189,8 +189,8 @@ class DialogueFormat:
 
     def _cannot_tell(self, content: str) -> DataError:
         return DataError(
-            f"the chat template writes the dialogue so that the tokens of the answer {content!r:.60} cannot be told; "
-            "use_chat_template=False takes the simple form"
+            f"the chat template renders the dialogue so that the tokens of the answer {content!r:.60} cannot be found; "
+            "use_chat_template=False uses the simple form"
         )
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
@@ -208,7 +208,7 @@ class DialogueFormat:
         return str(text)
 
     def _tokenize(self, text: str) -> list[int]:
-        """As `apply_chat_template` does it; longer than the model takes is no reason to warn, since it is cut later."""
+        """Tokenizes as `apply_chat_template`. Too long texts cause no warning, since they are cut later."""
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _advice(self, messages: Sequence[Message]) -> str:
@@ -217,20 +217,18 @@ class DialogueFormat:
             try:
                 merging.prompt(messages)
             except DataError:
-                pass  # for another reason, too
+                pass  # refused for another reason too
             else:
-                return (
-                    "; merge_system=True (chat: --merge-system) puts the system's text in front of the first user turn"
-                )
+                return "; merge_system=True (chat: --merge-system) puts the system's text before the first user turn"
         if not self.has_template:
             return ""
-        return "; change it, or take the simple form with use_chat_template=False (chat: --no-chat-template)"
+        return "; change it, or use the simple form with use_chat_template=False (chat: --no-chat-template)"
 
 
 def samples(answers: Sequence[Answer]) -> list[tuple[list[int], list[int]]]:
-    """Token ids and labels from which all answers of a dialogue are learnt, each as it was said.
+    """Samples (token ids and labels) that train on all answers of a dialogue, each as it was first rendered.
 
-    One sample is enough as long as the template leaves earlier turns as they were; where it does not, another begins.
+    One sample lasts as long as the template leaves earlier turns unchanged; otherwise a new one begins.
     """
     groups: list[list[Answer]] = []
     for answer in answers:
@@ -256,6 +254,6 @@ def _merged(messages: Sequence[Message]) -> list[Message]:
 
 
 def _count_equal(one: str, other: str) -> int:
-    """Characters with which both begin."""
+    """The length of the common start of both."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Where dialogues come from, and the DataModule that makes batches of them.
+"""Sources of dialogues, and the DataModule that makes batches of them.
 
 Shapes: B batch, S tokens.
 """
@@ -13,17 +13,18 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.base import Splits, TextDataModule
+from petals_lightning.data.collate import IGNORED, LabelledTokens, PadLabelled
 from petals_lightning.data.dialogue_format import ROLES, Answer, DialogueFormat, Message, samples
-from petals_lightning.data.tokenizers import IGNORED, LabelledTokens, PadLabelled
+from petals_lightning.data.sources import BUNDLED
 from petals_lightning.errors import ConfigurationError, DataError
 from petals_lightning.sample import DIALOGUES_DIR
 
-_ROW = "row in its file"  # the column of row numbers, which stay known when a part is cut off for validation
+_ROW = "row in its file"  # the column of row numbers, which stay known when a validation part is split off
 
 _TURNS = ("messages", "conversations", "conversation", "turns")
 
 COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "system", "tools")
-"""Columns of `read_dialogue` that may be called otherwise."""
+"""Columns of `read_dialogue` that may have other names."""
 
 _ROLE_NAMES = {
     "human": "user",
@@ -34,13 +35,13 @@ _ROLE_NAMES = {
     "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
-    "developer": "system",  # OpenAI's newer name for it; templates know the older one
+    "developer": "system",  # OpenAI's newer name; templates know the older one
     "function": "tool",
     "function_response": "tool",
     "ipython": "tool",
     "observation": "tool",
 }
-"""What other formats call `ROLES`."""
+"""Names of `ROLES` in other formats."""
 
 
 def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
@@ -49,17 +50,17 @@ def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
     It may have any of these forms:
 
     - `messages`, `conversations`, `conversation` or `turns`: a list of turns. A turn is an object with `role` and
-      `content`, as OpenAI's, or with `from` and `value`, as ShareGPT's; or a text, where the user begins and the
-      speakers alternate. Content is a text or a list of text parts.
+      `content`, as in OpenAI's format, or with `from` and `value`, as in ShareGPT's; or a text, where the user begins
+      and the speakers alternate. Content is a text or a list of text parts.
     - `prompt` and `completion` (or `response`): a question and its answer; texts, or lists of turns.
-    - `instruction`, `output` and perhaps `input`: Alpaca's; the input stands below the instruction.
-    - `utterances`: PersonaChat's, whose last entry has the `history` and, as the last of its `candidates`, the true
-      reply; a `personality` of the assistant stands in front.
+    - `instruction`, `output` and optionally `input`: Alpaca's form; the input follows the instruction.
+    - `utterances`: PersonaChat's form. The last entry has the `history` and, as the last of its `candidates`, the true
+      reply; a `personality` of the assistant comes first.
 
-    Of several lists of turns the first one that is not empty counts. A text in `system` stands in front of any form.
+    Of several lists of turns, the first that is not empty is used. A text in `system` comes first in any form.
 
     Raises:
-        DataError: it is none of these; the message says where.
+        DataError: the row has none of these forms; the message names the row.
     """
     system = row.get("system")
     lists = [row[name] for name in _TURNS if isinstance(row.get(name), list)]
@@ -84,14 +85,14 @@ def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
 
 
 def _side(given: Any, role: str, where: str) -> list[Message]:
-    """A question or an answer that is a text, or messages."""
+    """Messages of a question or an answer, which is a text or a list of messages."""
     if isinstance(given, list):
         return _turns(given, where)
     return [Message(role=role, content=_text(given, where))]
 
 
 def _turns(turns: list[Any], where: str) -> list[Message]:
-    """Messages of objects, or of texts, which are the user's and the assistant's by turns."""
+    """Messages from objects, or from texts that are alternately the user's and the assistant's."""
     return [
         _message(turn, where)
         if isinstance(turn, dict)
@@ -102,8 +103,8 @@ def _turns(turns: list[Any], where: str) -> list[Message]:
 
 def _message(given: dict[str, Any], where: str) -> Message:
     turn = {name: value for name, value in given.items() if value is not None}
-    said = str(turn.pop("role", turn.pop("from", ""))).strip().lower()
-    role = _ROLE_NAMES.get(said, said)
+    speaker = str(turn.pop("role", turn.pop("from", ""))).strip().lower()
+    role = _ROLE_NAMES.get(speaker, speaker)
     if role not in ROLES:
         names = ", ".join((*ROLES, *_ROLE_NAMES))
         raise DataError(f"{where} has the message {given!r:.100}: it needs role and content; roles are {names}")
@@ -112,7 +113,7 @@ def _message(given: dict[str, Any], where: str) -> Message:
 
 
 def _text(content: Any, where: str) -> str:
-    """A text, or the text parts of a list put together."""
+    """A text, or the joined text parts of a list."""
     texts = []
     for part in content if isinstance(content, list) else [content]:
         text = part.get("text") if isinstance(part, dict) else part
@@ -123,18 +124,18 @@ def _text(content: Any, where: str) -> str:
 
 
 def _tools(given: Any, where: str) -> list[Any]:
-    """Descriptions of tools, which may be written as JSON."""
+    """Descriptions of tools, which may be a JSON string."""
     try:
         tools = json.loads(given) if isinstance(given, str) and given.strip() else given
     except json.JSONDecodeError as error:
-        raise DataError(f"{where} has tools that are no JSON: {error}") from error
+        raise DataError(f"{where} has tools that are not JSON: {error}") from error
     if not isinstance(tools or [], list):
         raise DataError(f"{where} has {tools!r:.60} for tools: give a list of their descriptions")
     return tools or []
 
 
 def _written(value: Any) -> Any:
-    """A value without the empty fields that its objects got from the objects of other rows."""
+    """A value without the empty fields that its objects inherited from other rows' objects."""
     match value:
         case dict():
             return {key: _written(item) for key, item in value.items() if item is not None}
@@ -143,11 +144,11 @@ def _written(value: Any) -> Any:
     return value
 
 
-def windows(messages: list[Message], form: DialogueFormat, max_length: int) -> list[tuple[list[int], list[int]]]:
-    """Cuts a dialogue into samples (token ids, labels) of up to `max_length` tokens, as few as possible.
+def split_dialogue(messages: list[Message], form: DialogueFormat, max_length: int) -> list[tuple[list[int], list[int]]]:
+    """Splits a dialogue into as few samples (token ids, labels) of up to `max_length` tokens as possible.
 
-    Cuts are in front of a turn of the user; what the system says stands in front of every sample. A single exchange
-    that is longer is cut off at the end. Samples without anything that the assistant says are left out.
+    Splits are made before a turn of the user, and every sample begins with the system's text. A single longer exchange
+    is cut off at the end. Samples without tokens of the assistant are left out.
 
     Raises:
         DataError: as `DialogueFormat.answers`.
@@ -173,31 +174,32 @@ def windows(messages: list[Message], form: DialogueFormat, max_length: int) -> l
 
 
 class DialogueDataModule(TextDataModule):
-    """Batches `{"input_ids", "attention_mask", "labels"}`, each [B, S]; labels are -100 but where the assistant speaks.
+    """Batches `{"input_ids", "attention_mask", "labels"}`, each [B, S]; labels are -100 outside of answers.
 
-    Token ids are those of `DialogueFormat`. A dialogue becomes several samples where it has more than `max_length`
-    tokens, or where the template writes an answer in another way once the next question follows.
+    Token ids are those of `DialogueFormat`. A dialogue becomes several samples if it has more than `max_length` tokens,
+    or if the template renders an answer differently once the next question follows.
 
     Args:
         tokenizer: the model's hub id or folder.
         source: `bundled`, or dialogues from elsewhere; see `TextDataModule`, and `read_dialogue` for the forms.
-        limit: dialogues a split at most, the first ones; None takes all.
-        columns: the data's names of `COLUMNS` that are called otherwise, e.g.
-            `{"prompt": "question", "completion": "reply"}`; no others are looked at then.
-        use_chat_template: False takes the simple form even if the tokenizer has a chat template.
-        merge_system: put the system's text in front of the first user turn, for templates without a system turn.
-        options: as of `TextDataModule`.
+        limit: maximum dialogues per split, the first ones; None uses all.
+        columns: the data's names of `COLUMNS`, if they are different, e.g.
+            `{"prompt": "question", "completion": "reply"}`; then no other columns are read.
+        use_chat_template: False uses the simple form even if the tokenizer has a chat template.
+        merge_system: put the system's text before the first user turn, for templates without a system turn.
+        options: as for `TextDataModule`.
 
     Raises (besides what `TextDataModule` raises, in `setup`):
-        DataError: a row is no dialogue, the template refuses it, or the assistant never speaks.
+        DataError: a row is not a dialogue, the template refuses it, or there are no turns of the assistant.
     """
 
     bundled = DIALOGUES_DIR
+    bundled_texts = "dialogues"
 
     def __init__(
         self,
         tokenizer: str,
-        source: str = "bundled",
+        source: str = BUNDLED,
         *,
         limit: int | None = None,
         columns: Mapping[str, str | None] | None = None,
@@ -245,7 +247,7 @@ class DialogueDataModule(TextDataModule):
         found = []
         for row in rows:
             where = f"row {row.pop(_ROW)} of {split} of {self.source}"
-            # Columns of JSON hold what was written; in others, objects have the keys of all rows.
+            # JSON columns keep objects unchanged; in other columns, objects have the keys of all rows.
             row = {name: value if name in exact else _written(value) for name, value in row.items()}
             if self.columns:
                 row = {ours: row[theirs] for ours, theirs in self.columns.items()}
@@ -253,13 +255,13 @@ class DialogueDataModule(TextDataModule):
             tools = _tools(row.get("tools"), where)
             messages = read_dialogue(row, where)
             try:
-                found += windows(messages, form.with_tools(tools) if tools else form, self.max_length)
+                found += split_dialogue(messages, form.with_tools(tools) if tools else form, self.max_length)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
         if not found:
             raise DataError(
-                f"{split} of {self.source}: the assistant says nothing in {len(rows)} dialogues, or nothing that is "
-                f"learnt within max_length={self.max_length} tokens (the second speaker is the assistant where "
-                "roles are not given)"
+                f"{split} of {self.source}: the assistant has no turns in {len(rows)} dialogues, or none to train on "
+                f"within max_length={self.max_length} tokens (the second speaker is the assistant if there are no "
+                "roles)"
             )
         return LabelledTokens(found)

@@ -1,7 +1,7 @@
-"""Which files can be read: the suffix tells the reader.
+"""Readers of data files, chosen by suffix.
 
-What is read is in memory as an Arrow table, about as large as the text. Arrow's and pandas' own readers of CSV and JSON
-are not used: they take texts for numbers, dates or missing values, and cannot tell the line of an error.
+Data are read into memory as an Arrow table, about as large as the text. Arrow's and pandas' own readers of CSV and JSON
+are not used: they convert texts to numbers, dates or missing values, and do not report the line of an error.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _read_arrow(path: Path, form: TextFormat) -> pa.Table:
 
 
 def _read_text(path: Path, form: TextFormat) -> pa.Table:
-    """One text, line breaks and all."""
+    """The file as one text, including line breaks."""
     with open_text(path, form) as text:
         return pa.table({"text": [text.read()]})
 
@@ -67,7 +67,7 @@ SUFFIXES = tuple(_READERS)
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether there is a reader for files of this name."""
+    """Whether a file of this name can be read."""
     return suffixes(path)[0] in _READERS
 
 
@@ -77,12 +77,12 @@ def is_text(path: Path) -> bool:
 
 
 def stem_of(path: Path) -> str:
-    """A data file's name without the suffixes of its format and its compression; any other name as it is."""
+    """A data file's name without the suffixes of its format and its compression; any other name unchanged."""
     return path.name[: -len("".join(suffixes(path)))] if is_data_file(path) else path.name
 
 
 def read_file(path: Path, form: TextFormat | None = None) -> datasets.Dataset:
-    """Reads one file into memory; its suffix tells the format. All columns of csv and tsv files are strings.
+    """Reads one file into memory; its suffix determines the format. All columns of csv and tsv files are strings.
 
     Raises:
         DataError: the suffix is unknown, the file does not parse, or it has no rows.
@@ -91,13 +91,13 @@ def read_file(path: Path, form: TextFormat | None = None) -> datasets.Dataset:
 
 
 def read_files(paths: Sequence[Path], form: TextFormat | None = None) -> tuple[datasets.Dataset, list[int]]:
-    """Reads the parts of one split, and says how many rows each has."""
+    """Reads the parts of one split. Returns its rows, and the number of rows of each part."""
     tables = [_read_table(path, form or TextFormat()) for path in paths]
     return datasets.Dataset(joined(tables)), [table.num_rows for table in tables]
 
 
 def read_lists(path: Path, form: TextFormat | None = None) -> dict[str, datasets.Dataset]:
-    """The lists of rows that a .json file holds by name, as one for each split; empty where there are not several.
+    """The named lists of rows in a .json file with one list per split; empty if there are not several.
 
     Raises:
         DataError: the file does not parse.
@@ -114,7 +114,7 @@ def _read_table(path: Path, form: TextFormat) -> pa.Table:
     suffix = suffixes(path)[0]
     if suffix not in _READERS:
         raise DataError(
-            f"{path}: unknown format; use one of {', '.join(SUFFIXES)}, as it is or packed as {', '.join(COMPRESSIONS)}"
+            f"{path}: unknown format; use one of {', '.join(SUFFIXES)}, or packed as {', '.join(COMPRESSIONS)}"
         )
     with _naming(path, form):
         table = _READERS[suffix](path, form)
@@ -128,7 +128,7 @@ def _read_table(path: Path, form: TextFormat) -> pa.Table:
 
 @contextmanager
 def _naming(path: Path, form: TextFormat) -> Iterator[None]:
-    """Around a reader, so that its errors are DataErrors that name the file."""
+    """Context for a reader: turns its errors into DataErrors that name the file."""
     suffix = suffixes(path)[0]
     try:
         yield

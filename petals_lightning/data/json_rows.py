@@ -1,4 +1,4 @@
-"""The rows of JSON files, in whatever form they were written."""
+"""The rows of JSON files in their various forms."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TURN_KEYS = {"role", "from", "candidates"}
 
 
 def read_json_lines(path: Path, form: TextFormat) -> pa.Table:
-    """Objects one a line or one after another, each a row; or an array of them.
+    """Reads objects, one per line or one after another, each a row; or an array of objects.
 
     Raises:
-        Malformed: it is not JSON, or not objects.
+        Malformed: the file is not JSON, or its values are not objects.
     """
     with open_text(path, form) as text:
         return table_of(_values(text))
@@ -40,7 +40,7 @@ def read_json(path: Path, form: TextFormat) -> pa.Table:
 
 
 def read_json_lists(path: Path, form: TextFormat) -> dict[str, pa.Table]:
-    """The lists of rows that the single object of a file holds, by name; empty where there are not several of them."""
+    """The named lists of rows in a file's single object; empty if there are not several."""
     with open_text(path, form) as text:
         first = list(islice(_values(text), 2))
     if len(first) != 1 or not isinstance(first[0], dict):
@@ -50,7 +50,7 @@ def read_json_lists(path: Path, form: TextFormat) -> dict[str, pa.Table]:
 
 
 def _values(text: IO[str]) -> Iterator[Any]:
-    """The values of a file: one a line, which needs little memory, or else one after another, or those of an array."""
+    """The values of a file: one per line, which needs little memory, or one after another, or an array's."""
     number, line = next(((number, line) for number, line in enumerate(text, 1) if line.strip()), (1, ""))
     try:
         first = json.loads(line)
@@ -87,7 +87,7 @@ def _broken(error: json.JSONDecodeError, first_line: int) -> Malformed:
 
 
 def _rows_within(value: dict[str, Any]) -> Iterable[Any]:
-    """The rows that a file's only object holds, or that object if it is a row itself."""
+    """The rows in a file's only object, or the object itself if it is a row."""
     match value:
         case {"columns": list(names), "data": [list(), *_] as rows}:  # pandas' orient="split"
             return [dict(zip(names, cells, strict=True)) for cells in rows]
@@ -95,7 +95,7 @@ def _rows_within(value: dict[str, Any]) -> Iterable[Any]:
     if "data" in lists or len(lists) == 1:
         return lists.get("data") or next(iter(lists.values()))
     if lists:
-        raise Malformed(f"it holds several lists ({', '.join(lists)}): put each into a file of its own")
+        raise Malformed(f"it holds several lists ({', '.join(lists)}): put each into its own file")
     columns = list(value.values())
     if len(value) > 1 and all(isinstance(column, dict) and column for column in columns):
         if not all(key.isdigit() for key in columns[0]):  # rows by their ids; pandas' orient="index"

@@ -1,4 +1,4 @@
-"""From what a label column holds to classes 0 … num_labels-1."""
+"""Maps the values of a label column to classes 0 … num_labels-1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from petals_lightning.errors import DataError
 _WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})(\.0*)?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d*)?", re.ASCII)
 _NO_NUMBER = {"na", "n/a", "nan", "null", "none"}
-"""What stands in files for a number that is missing. Among names these are names."""
+"""Texts that mark a missing number in files. Among names, they are names."""
 _TRUTH = {"false": "0", "true": "1"}
 _MISSING, _HIDDEN = "", "-1"
 
@@ -25,18 +25,18 @@ _MISSING, _HIDDEN = "", "-1"
 class LabelEncoder:
     """Maps a column's values to classes 0 … num_labels-1.
 
-    Class names of a hub dataset are kept. Whole numbers are taken as they are, also where a file holds them as strings;
-    false and true are 0 and 1, unless there are other names. Other strings are numbered in sorted order of the training
-    labels, so that the same data give the same classes on every machine; blanks around them do not count. Rows with an
-    empty label, or with -1 as in GLUE's test parts, have no class.
+    Class names of a hub dataset are kept. Whole numbers are used as they are, even if a file has them as strings.
+    False and true are 0 and 1, unless there are other names. Other strings are numbered in sorted order of the training
+    labels, so that equal data give equal classes on every machine; blanks around them are ignored. Rows with an empty
+    label, or with -1 as in GLUE's test parts, have no class.
 
     Args:
         train: the rows that define the classes.
         column: their label column.
-        num_labels: how many classes there are; None counts them.
-        label_map: labels that are read as others, e.g. `{-1: 0}` or `{"Pos": "pos"}`; as None: as no label.
-        drop_unlabelled: whether rows without a class are allowed, and are to be left out.
-        where: a row of a split, in words.
+        num_labels: number of classes; None counts them.
+        label_map: labels to replace, e.g. `{-1: 0}` or `{"Pos": "pos"}`; None means no label.
+        drop_unlabelled: whether rows without a class are allowed; they are left out.
+        where: describes a row of a split for messages.
 
     Raises:
         DataError: labels are missing, fractional or negative, names differ in case only, or exceed `num_labels`.
@@ -94,10 +94,10 @@ class LabelEncoder:
         self._codes = {name: code for code, name in enumerate(self.names)}
 
     def encode(self, dataset: datasets.Dataset, split: str) -> list[int | None]:
-        """The class of every row; None where it has none and that is allowed.
+        """The class of every row; None for rows without one, if allowed.
 
         Raises:
-            DataError: a row's label is missing or no class; the message names the first such row.
+            DataError: a row's label is missing or not a class; the message names the first such row.
         """
         texts = self._texts(dataset, split)
         codes = {text: self._code(text, split, row) for text, row in _first_rows(texts).items()}
@@ -105,18 +105,18 @@ class LabelEncoder:
 
     @property
     def never_mapped(self) -> list[str]:
-        """Labels that `label_map` names and that no row so far has."""
+        """Labels in `label_map` that no row so far has."""
         return [label for label in self._map if label not in self._mapped]
 
     def is_unlabelled(self, dataset: datasets.Dataset) -> bool:
-        """Whether a split carries no labels: no such column, or no class in any row."""
+        """Whether a split has no labels: no such column, or no class in any row."""
         if self.column not in dataset.column_names:
             return True
         labels = {self._label(text) for text in set(self._texts(dataset, "it"))}
         return all(label not in self._codes and self._is_no_label(label) for label in labels)
 
     def _texts(self, dataset: datasets.Dataset, split: str) -> list[str]:
-        """Every row's value as a string; empty where there is none."""
+        """Every row's value as a string; empty if there is none."""
         feature = dataset.features[self.column]
         names = dict(enumerate(feature.names)) if isinstance(feature, datasets.ClassLabel) else {}
         texts = []
@@ -131,7 +131,7 @@ class LabelEncoder:
         return texts
 
     def _label(self, text: str) -> str:
-        """What a value means: numbers in one form, names without blanks around them, and mapped."""
+        """The label of a value: numbers in one form, names without surrounding blanks, then mapped by `label_map`."""
         stripped = text.strip()
         plain = str(int(float(stripped))) if _WHOLE.fullmatch(stripped) else stripped
         number = _TRUTH.get(plain.lower(), plain)
@@ -193,13 +193,13 @@ class LabelEncoder:
                 f"{fix}, or relabel the data"
             )
         raise DataError(
-            f"label {text!r} of {split} ({where}) is none of train's: the classes are {_shortened(self.names)}; "
-            "labels can be read as others with label_map"
+            f"label {text!r} of {split} ({where}) is not one of train's: the classes are {_shortened(self.names)}; "
+            "label_map can replace labels"
         )
 
 
 def _written(value: Any) -> str:
-    """A value as a string, whole numbers without a point; empty where there is none."""
+    """A value as a string, whole numbers without a decimal point; empty if there is none."""
     match value:
         case str():
             return value
@@ -215,7 +215,7 @@ def _written(value: Any) -> str:
 
 
 def _first_rows(texts: Sequence[str]) -> dict[str, int]:
-    """Each value's first row, in order of rows."""
+    """Each value's first row, in the order of rows."""
     rows: dict[str, int] = {}
     for row, text in enumerate(texts):
         rows.setdefault(text, row)

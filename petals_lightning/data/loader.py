@@ -1,4 +1,4 @@
-"""Batches of similar length, in an order that a seed fixes and a resumed run continues."""
+"""Batches of similar length, in an order that is fixed by a seed and continued by a resumed run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Orders samples so that each batch holds samples of similar length, anew in each epoch.
+    """Orders samples so that each batch has samples of similar length; each epoch has another order.
 
-    The samples are shuffled, cut into pools of `pool_batches` batches, sorted within each pool, and the batches
+    The samples are shuffled, split into pools of `pool_batches` batches, sorted within each pool, and the batches
     shuffled again. A short last batch stays last.
 
     Args:
         lengths: tokens of each sample.
-        batch_size: samples a batch.
-        seed: with the epoch, fixes the order.
-        pool_batches: batches a pool. More: less padding, but less chance in which samples meet.
+        batch_size: samples per batch.
+        seed: fixes the order, together with the epoch.
+        pool_batches: batches per pool. A larger number means less padding, but less random batches.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, pool_batches: int = 50):
@@ -28,14 +28,14 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before an epoch's first batch."""
+        """Sets the epoch; Lightning calls this before its first batch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        # A generator: the epoch is read when the first sample is asked for, which is after `set_epoch`.
+        # A generator: the epoch is read when the first sample is requested, which is after `set_epoch`.
         yield from self._order()
 
     def _order(self) -> list[int]:
@@ -54,31 +54,31 @@ class LengthGroupedSampler(Sampler[int]):
 class ResumableDataLoader(DataLoader):
     """A training DataLoader that Lightning can continue in the middle of an epoch.
 
-    It asks the Trainer where to start, whose progress is in every checkpoint. A count of its own would be wrong: a
-    batch that it has handed out may not have been trained on when training is interrupted. (And Lightning 2.6 would not
-    give it back: `estimated_stepping_batches` sets loaders up before their states are there.)
+    It asks the Trainer where to start, whose progress is in every checkpoint. Its own count would be wrong: when
+    training is interrupted, the last batch that it returned may not have been trained on. (And Lightning 2.6 would not
+    restore the count: `estimated_stepping_batches` sets loaders up before their states are there.)
 
-    Lightning makes it anew with a sampler that does not shuffle where `Trainer(overfit_batches=…)` asks for that, hence
-    the attribute and arguments as a DataLoader has them.
+    With `Trainer(overfit_batches=…)`, Lightning builds it again with a sampler that does not shuffle. Hence the
+    attribute and the arguments are those of a DataLoader.
 
     Args:
         dataset: a map-style dataset.
-        batches_done: how many batches of the current epoch have been trained on.
-        options: as of `DataLoader`.
+        batches_done: returns the number of batches of the current epoch that have been trained on.
+        options: as for `DataLoader`.
     """
 
     def __init__(self, dataset: Dataset, *, batches_done: Callable[[], int], **options: Any):
-        # A generator of its own, so that iterating draws nothing from the global one and resumed runs stay equal.
+        # Its own generator, so that iterating does not advance the global one and resumed runs stay equal.
         super().__init__(dataset, **{"generator": torch.Generator(), **options})
         self.batches_done = batches_done
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator: this runs when the first batch is asked for. After a finished epoch the next starts at its start.
+        # A generator: this runs when the first batch is requested. After a finished epoch, the next starts at 0.
         yield from islice(super().__iter__(), self.batches_done() % len(self), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty; that it is there tells Lightning that this loader can be resumed."""
+        """Returns nothing; the method's existence tells Lightning that this loader can be resumed."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: see the class."""
+        """Does nothing, see the class."""

@@ -1,4 +1,4 @@
-"""Data files as bytes and as text: how they are packed, and how they are encoded."""
+"""Data files as bytes and as text: compression and encoding."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Malformed(ValueError):
 
 
 UNREADABLE = (Malformed, pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
-"""What reading a broken file raises, but for `UnicodeError`."""
+"""Errors of reading a broken file, except `UnicodeError`."""
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How text files are written, where it is not found out.
+    """The format of text files, as far as it is not detected.
 
     Args:
-        encoding: of files that are not seen to be UTF-16 or UTF-32; None is UTF-8.
-        delimiter: between the cells of csv and tsv files, or its name in `_DELIMITERS`; None finds it.
+        encoding: of files that are not detected as UTF-16 or UTF-32; None is UTF-8.
+        delimiter: between the cells of csv and tsv files, or its name in `_DELIMITERS`; None detects it.
 
     Raises:
         ConfigurationError: there is no such encoding, or the delimiter is not one character.
@@ -68,31 +68,31 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """A file's bytes, unpacked.
+    """A file's bytes, decompressed.
 
     Raises:
-        Malformed: git-lfs has not fetched the file, or an archive holds several.
+        Malformed: git-lfs has not fetched the file, or an archive contains several files.
         OSError, …: see `UNREADABLE`.
     """
     opener = _OPENERS[suffixes(path)[1]]
     with opener(path) as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise Malformed("only git-lfs's pointer to the data is here; fetch them with `git lfs pull`")
+            raise Malformed("only git-lfs's pointer to the data is here; fetch the data with `git lfs pull`")
     return opener(path)
 
 
 def open_text(path: Path, form: TextFormat, newline: str | None = None) -> IO[str]:
-    """A file's text, without a byte order mark; `newline` as of Python's `open`."""
+    """A file's text, without a byte order mark; `newline` as for Python's `open`."""
     return io.TextIOWrapper(open_bytes(path), encoding=_encoding(path, form), newline=newline)  # type: ignore[type-var]
 
 
 def why_undecodable(path: Path, form: TextFormat) -> str:
-    """Which byte of a file is not of its encoding, and what to do about it."""
+    """The first byte of a file that its encoding does not allow, and what to do about it."""
     encoding = _encoding(path, form)
     with open_bytes(path) as file:
         data = file.read()
     if encoding == "utf-8" and b"\0" in data:
-        return "it holds zero bytes, which no text does: its name tells a format that it is not in"
+        return "it contains zero bytes, which no text does: it is not in the format of its name"
     place = "it"
     try:
         data.decode(encoding)
@@ -100,14 +100,14 @@ def why_undecodable(path: Path, form: TextFormat) -> str:
         before = data[: error.start].decode(encoding, errors="replace")
         line = 1 + before.replace("\r\n", "\n").replace("\r", "\n").count("\n")
         place = f"byte 0x{data[error.start]:02x} in line {line}"
-    except UnicodeError:  # UTF-16 without its mark
+    except UnicodeError:  # UTF-16 without a byte order mark
         pass
     name = encoding.removesuffix("-sig").upper()
-    return f"{place} is not {name}; set encoding=… to what it is written in (latin-1, cp1252, utf-16-le, …)"
+    return f"{place} is not {name}; set encoding=… to the file's encoding (latin-1, cp1252, utf-16-le, …)"
 
 
 def _encoding(path: Path, form: TextFormat) -> str:
-    """That of the byte order mark or of the zero bytes of UTF-16 and UTF-32; else the one given; else UTF-8."""
+    """The encoding by the byte order mark or by the zero bytes of UTF-16 and UTF-32; else the given one; else UTF-8."""
     with open_bytes(path) as file:
         found = json.detect_encoding(file.read(4))
     return found if found != "utf-8" else form.encoding or found
@@ -117,7 +117,7 @@ def _open_archive(path: Path) -> IO[bytes]:
     archive = zipfile.ZipFile(path)
     names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
     if len(names) != 1:
-        raise Malformed(f"the archive holds {len(names)} files, not one: unpack it")
+        raise Malformed(f"the archive contains {len(names)} files, not one: unpack it")
     return archive.open(names[0])
 
 

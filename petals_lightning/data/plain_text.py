@@ -1,4 +1,4 @@
-"""The DataModule for plain texts: language modelling on every token.
+"""The DataModule for plain texts: language modelling on all tokens.
 
 Shapes: B batch, S tokens.
 """
@@ -11,32 +11,35 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.base import Splits, TextDataModule
+from petals_lightning.data.collate import LabelledTokens, PadLabelled
 from petals_lightning.data.columns import find_text_column
-from petals_lightning.data.tokenizers import LabelledTokens, PadLabelled
+from petals_lightning.data.sources import BUNDLED
 from petals_lightning.errors import DataError
 
 
 class PlainTextDataModule(TextDataModule):
     """Batches `{"input_ids", "attention_mask", "labels"}`, each [B, S]; every token is a label.
 
-    The texts of a split are joined to one stream of tokens, each ended by the tokenizer's eos, and the stream is cut
-    into windows of `max_length` tokens. A .txt file is one text. Where there is no validation part, the last
-    windows of the training part are it.
+    The texts of a split are joined to one stream of tokens, with the tokenizer's eos after each text, and the stream is
+    split into windows of `max_length` tokens. A .txt file is one text. If there is no validation part, it consists of
+    the last windows of the training part.
 
     Args:
         tokenizer: the model's hub id or folder.
         source: `bundled`, or texts from elsewhere; see `TextDataModule`.
         text_column: None finds it by name.
-        options: as of `TextDataModule`.
+        options: as for `TextDataModule`.
 
     Raises (besides what `TextDataModule` raises, in `setup`):
         DataError: there is no text column, or there are too few tokens.
     """
 
+    real_data = "data=text data.source=PATH"
+
     def __init__(
         self,
         tokenizer: str,
-        source: str = "bundled",
+        source: str = BUNDLED,
         *,
         text_column: str | None = None,
         max_length: int = 256,
@@ -49,7 +52,7 @@ class PlainTextDataModule(TextDataModule):
     def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, LabelledTokens]:
         column = find_text_column(raw["train"], self.text_column, where=f"train of {self.source}")
         cut = {
-            split: windows(
+            split: chunk_tokens(
                 rows[find_text_column(rows, column, where=f"{split} of {self.source}")][:], tokenizer, self.max_length
             )
             for split, rows in raw.items()
@@ -61,7 +64,7 @@ class PlainTextDataModule(TextDataModule):
             if not samples:
                 raise DataError(
                     f"{split} of {self.source} has too few tokens for windows of max_length={self.max_length}: "
-                    "take a smaller one, or more text"
+                    "use a smaller one, or more text"
                 )
         return {split: LabelledTokens([(ids, ids) for ids in samples]) for split, samples in cut.items()}
 
@@ -73,16 +76,16 @@ class PlainTextDataModule(TextDataModule):
         return f"windows of {self.max_length} tokens"
 
 
-def windows(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-    """Token ids of all texts, each with the tokenizer's special tokens and eos behind it, in pieces of `max_length`.
+def chunk_tokens(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+    """Token ids of all texts, each with the tokenizer's special tokens and a final eos, in windows of `max_length`.
 
-    The last piece is shorter, and is left out where it has nothing to predict. Rows without a text are left out.
+    The last window may be shorter, and is left out if it has nothing to predict. Rows without a text are left out.
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream: list[int] = []
     for text in texts:
         if text:
-            ids = tokenizer(text, verbose=False)["input_ids"]  # longer than the model takes is meant
+            ids = tokenizer(text, verbose=False)["input_ids"]  # a text may be longer than the model's limit
             stream += ids + (end if ids[-1:] != end else [])
     pieces = [stream[at : at + max_length] for at in range(0, len(stream), max_length)]
     return [piece for piece in pieces if len(piece) > 1]

@@ -1,4 +1,4 @@
-"""Where texts come from: the bundled sample, a dataset of the Hugging Face hub, a local file or folder."""
+"""Sources of texts: the bundled sample, a dataset of the Hugging Face hub, a local file or folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-"""The names by which each split is known, the preferred one first."""
+"""The possible names of each split, the preferred one first."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
@@ -35,7 +35,7 @@ _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 
 
 class LocatedSplits(dict[str, datasets.Dataset]):
-    """The splits of a source by name, and where their rows were found."""
+    """The splits of a source by name, and the files of their rows."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -48,7 +48,7 @@ class LocatedSplits(dict[str, datasets.Dataset]):
         self._files[split] = list(zip(paths, counts, strict=True))
 
     def where(self, split: str, row: int) -> str:
-        """A row of a split in words: its file, and its number in it, from 0."""
+        """Describes a row of a split for messages: its file, and its number in the file, from 0."""
         for path, count in self._files.get(split, []):
             if row < count:
                 return f"row {row} of {path}"
@@ -64,19 +64,19 @@ def load_splits(
     bundled: Path = REVIEWS_DIR,
     form: TextFormat | None = None,
 ) -> LocatedSplits:
-    """Reads a source's splits under the keys `train`, `validation` and `test`; those that it lacks are left out.
+    """Reads a source's splits under the keys `train`, `validation` and `test`; missing ones are left out.
 
     Args:
-        source: `bundled`, a file (see `files.SUFFIXES`, also compressed; one of .json may hold each split as a list of
-            its name), a folder of such files named after their split, or of .txt files of any name, which are all
-            train; the clone of a dataset on the hub, a folder of `save_to_disk`, or the id of a dataset on the hub.
+        source: `bundled`; a file (see `files.SUFFIXES`, also compressed; a .json file may hold one list per split,
+            under its name); a folder of such files named after their split, or of .txt files of any name, which are all
+            train; the clone of a hub dataset; a folder of `save_to_disk`; or the id of a hub dataset.
         name: the configuration of a hub dataset or of its clone, e.g. `sst2` of `nyu-mll/glue`.
-        split_names: what a split is called where it has an unusual name, e.g. `{"validation": "validation_matched"}`.
-        bundled: the folder that `bundled` stands for.
-        form: how text files are written.
+        split_names: names of splits, if they are unusual, e.g. `{"validation": "validation_matched"}`.
+        bundled: the folder of the source `bundled`.
+        form: the format of text files.
 
     Raises:
-        DataError: nothing is there, it cannot be read, or it has no train split.
+        DataError: there are no data, they cannot be read, or they have no train split.
     """
     split_names = split_names or {}
     path = bundled if source == BUNDLED else Path(source).expanduser()
@@ -101,7 +101,7 @@ def _load_folder(folder: Path, name: str | None, split_names: dict[str, str], fo
         return _load_saved(folder, split_names)
     files = sorted(file for file in folder.iterdir() if file.is_file() and is_data_file(file))
     split_names = {split: stem_of(Path(given)) for split, given in split_names.items()}
-    # Shards are numbered; `train_phrases.jsonl` beside `train.jsonl` is another set, not a part of it.
+    # Shards are numbered; `train_phrases.jsonl` beside `train.jsonl` is a different set, not a part of it.
     parts: dict[str, list[Path]] = {}
     for file in files:
         parts.setdefault(_SHARD.sub("", stem_of(file)).lower(), []).append(file)
@@ -123,7 +123,7 @@ def _load_folder(folder: Path, name: str | None, split_names: dict[str, str], fo
 
 
 def _is_clone(folder: Path) -> bool:
-    """Whether files lie as in a dataset of the hub: the README tells where, or they are in folders."""
+    """Whether a folder has the layout of a hub dataset: its README names the files, or they are in folders."""
     readme = folder / "README.md"
     if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
         return True
@@ -131,10 +131,10 @@ def _is_clone(folder: Path) -> bool:
 
 
 def _load_clone(folder: Path, name: str | None, split_names: dict[str, str], form: TextFormat | None) -> LocatedSplits:
-    """A hub dataset on this disk: `datasets` tells which files make its splits."""
+    """Loads a hub dataset from this disk: `datasets` finds the files of its splits."""
     try:
         builder = datasets.load_dataset_builder(str(folder), name)
-    except Exception as error:  # a README can hold anything
+    except Exception as error:  # a README may contain anything
         raise DataError(
             f"source={folder}{_named(name)}: cannot be read as the clone of a hub dataset ({_reason(error)}); "
             "set name=… to one of its configurations, or give one of its files"
@@ -150,7 +150,7 @@ def _load_clone(folder: Path, name: str | None, split_names: dict[str, str], for
 
 
 def _load_saved(folder: Path, split_names: dict[str, str]) -> LocatedSplits:
-    """What `save_to_disk` has written; it stays on the disk, mapped to memory."""
+    """Loads a dataset written by `save_to_disk`; it stays on disk, mapped to memory."""
     try:
         saved = datasets.load_from_disk(str(folder))
     except (*_LOADING_FAILS, pa.ArrowException) as error:
@@ -179,12 +179,12 @@ def _of_dict(available: dict[str, datasets.Dataset], source: str, split_names: d
 
 
 def _chosen(available: Iterable[str], split_names: dict[str, str]) -> dict[str, str]:
-    """What each split that there is goes by."""
+    """The name of each existing split."""
     by_lower = {name.lower(): name for name in available}
     chosen = {}
     for split, usual in SPLIT_NAMES.items():
-        wanted = (split_names[split],) if split in split_names else usual
-        found = next((by_lower[name.lower()] for name in wanted if name.lower() in by_lower), None)
+        names = (split_names[split],) if split in split_names else usual
+        found = next((by_lower[name.lower()] for name in names if name.lower() in by_lower), None)
         if found is not None:
             chosen[split] = found
     return chosen

@@ -1,4 +1,4 @@
-"""Rows as Arrow tables, also where the types of a column differ from row to row or from file to file."""
+"""Rows as Arrow tables, even if the types of a column differ between rows or files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pyarrow as pa
 from petals_lightning.data.opening import Malformed
 
 BATCH_ROWS = 10_000
-"""Rows that are Python objects at once."""
+"""Rows that are Python objects at the same time."""
 
 
 def table_of(rows: Iterable[Any]) -> pa.Table:
-    """The table of rows {column: value}; what a row lacks is null.
+    """The table of rows {column: value}; missing values are null.
 
     Raises:
-        Malformed: a row is not a dict, or holds half of a surrogate pair.
+        Malformed: a row is not a dict, or contains half of a surrogate pair.
     """
     rows, tables, done = iter(rows), [], 0
     while batch := list(islice(rows, BATCH_ROWS)):
@@ -34,7 +34,7 @@ def table_of(rows: Iterable[Any]) -> pa.Table:
 
 
 def joined(tables: list[pa.Table]) -> pa.Table:
-    """The rows of all tables. Types of a column that differ become the wider one, or else strings, or else JSON."""
+    """The rows of all tables. Different types of a column become the wider type, or else strings, or else JSON."""
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException:
@@ -52,11 +52,11 @@ def _with_common_types(table: pa.Table, tables: list[pa.Table]) -> pa.Table:
                 values = table[name].to_pylist()
                 simple = not any(pa.types.is_nested(type_) or type_ == pa.json_() for type_ in types)
                 table = table.set_column(number, name, _as_strings(values) if simple else _as_json(values))
-    return table.replace_schema_metadata(None)  # it may tell the old types
+    return table.replace_schema_metadata(None)  # it may describe the old types
 
 
 def _array(values: list[Any], column: str, first_row: int) -> pa.Array:
-    # Arrow would give all objects of a column the same keys: calls of tools would get arguments that nobody wrote.
+    # Arrow would give all objects of a column the same keys: calls of tools would get additional arguments.
     if any(isinstance(value, (dict, list)) for value in values):
         return _as_json(values)
     try:
@@ -73,13 +73,13 @@ def _as_strings(values: list[Any]) -> pa.Array:
 
 
 def _written(value: Any) -> str | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas writes nothing
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas' missing value
         return None
     return str(value)
 
 
 def _as_json(values: list[Any]) -> pa.Array:
-    """Values of any kind: `datasets` gives them back as they were (its feature `Json`)."""
+    """Values of any type, which `datasets` returns unchanged (its feature `Json`)."""
     return pa.ExtensionArray.from_storage(pa.json_(), pa.array([json.dumps(value) for value in values], pa.string()))
 
 

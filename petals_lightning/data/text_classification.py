@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from petals_lightning.data.base import TextDataModule
+from petals_lightning.data.collate import EncodedTexts, PadRight
 from petals_lightning.data.columns import find_label_column, find_text_column
 from petals_lightning.data.labels import LabelEncoder
-from petals_lightning.data.sources import LocatedSplits
-from petals_lightning.data.tokenizers import EncodedTexts, PadRight
+from petals_lightning.data.sources import BUNDLED, LocatedSplits
 from petals_lightning.errors import ConfigurationError, DataError
 
 log = logging.getLogger(__name__)
@@ -33,14 +33,15 @@ class TextClassificationDataModule(TextDataModule):
         text_pair_column: the second text of a sample, for tasks on pairs.
         label_column: None finds it by name.
         num_labels: classes; None counts them in the training part.
-        label_map: labels that are read as others, e.g. `{-1: 0}` or `{"Pos": "pos"}`; as None: as no label.
+        label_map: labels to replace, e.g. `{-1: 0}` or `{"Pos": "pos"}`; None means no label.
         drop_unlabelled: leave out rows whose label is empty or -1, instead of refusing them.
-        options: as of `TextDataModule`; texts of more than `max_length` tokens are cut off.
+        options: as for `TextDataModule`; texts are cut off after `max_length` tokens.
 
     Raises (besides what `TextDataModule` raises, in `setup`):
         DataError: there is no label column, or a row has no text, or no label within `num_labels`.
     """
 
+    real_data = "data=sst2"
     num_labels: int
     """Number of classes; known after `setup`."""
     class_names: tuple[str, ...]
@@ -49,7 +50,7 @@ class TextClassificationDataModule(TextDataModule):
     def __init__(
         self,
         tokenizer: str,
-        source: str = "bundled",
+        source: str = BUNDLED,
         *,
         text_column: str | None = None,
         text_pair_column: str | None = None,
@@ -100,7 +101,7 @@ class TextClassificationDataModule(TextDataModule):
     def _checked(
         self, raw: LocatedSplits, split: str, texts: dict[str, str], encoder: LabelEncoder | None
     ) -> datasets.Dataset:
-        """The rows of a split with their texts, under the names of settings, and their classes where it is labelled."""
+        """The rows of a split: texts under the names of the settings, and classes if the split is labelled."""
         rows, where = raw[split], f"{split} of {self.source}"
         for setting, column in texts.items():
             find_text_column(rows, column, setting=setting, where=where)
@@ -135,7 +136,7 @@ class TextClassificationDataModule(TextDataModule):
         return f"{self.num_labels} classes"
 
     def predict_dataloader(self) -> DataLoader:
-        """The test part, or else validation, in the order of the file."""
+        """The test part, or else the validation part, in the order of the file."""
         samples = self._splits.get("test") or self._splits["validation"]
         return DataLoader(
             samples, batch_size=self.eval_batch_size, collate_fn=self._collate, generator=torch.Generator()

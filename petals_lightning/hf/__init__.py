@@ -1,15 +1,14 @@
 """Hugging Face decoders without code per family: cut a model's own class around its blocks, read only what is kept."""
 
-from petals_lightning.hf.attention import sliding_window
 from petals_lightning.hf.checkpoint import Checkpoint
+from petals_lightning.hf.context_limits import RotaryLimit, rotary_limit, sliding_window
 from petals_lightning.hf.loading import load_pruned
-from petals_lightning.hf.rotary import RotaryLimit, rotary_limit
-from petals_lightning.hf.skeleton import BlockLayout, Part, find_blocks
+from petals_lightning.hf.pruning import BlockLayout, ModelSlice, find_blocks
 
 __all__ = [
     "BlockLayout",
     "Checkpoint",
-    "Part",
+    "ModelSlice",
     "RotaryLimit",
     "find_blocks",
     "load_pruned",

@@ -1,6 +1,6 @@
-"""A model's checkpoint, local or on the hub: its config, the names of its tensors, and lazy access to each.
+"""A model's checkpoint, local or on the hub: its config, the names of its tensors, and lazy access to each of them.
 
-Only the shards that hold wanted tensors are fetched, and of those only the wanted byte ranges are read.
+Only the shards with wanted tensors are fetched, and only the wanted byte ranges are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 
 class Checkpoint:
-    """A checkpoint in Hugging Face's layout; safetensors preferred, `.bin` read through a memory map.
+    """A checkpoint in Hugging Face's layout. Prefers safetensors; reads `.bin` files through a memory map.
 
     Args:
         name_or_path: folder or hub id.
@@ -56,7 +56,7 @@ class Checkpoint:
         }
 
     def on_disk(self) -> Checkpoint:
-        """The same checkpoint, of which nothing is fetched: what is not on this machine is missing."""
+        """The same checkpoint without downloads: files that are not on this machine are missing."""
         same = copy.copy(self)
         same._hub = {**self._hub, "local_files_only": True}
         return same
@@ -87,19 +87,19 @@ class Checkpoint:
             ) from e
         for part in (config, config.get_text_config()):
             if (quantization := getattr(part, "quantization_config", None)) is not None:
-                kind = quantization.get("quant_method", "of a kind that it does not name")
+                kind = quantization.get("quant_method", "of an unknown method")
                 raise UnsupportedModelError(
                     f"model {self.name_or_path!r} is quantised ({kind}): quantised checkpoints are not served; give "
-                    "the checkpoint that it was made from"
+                    "the checkpoint from which it was made"
                 )
         return config
 
     @cached_property
     def decoder_config(self) -> PreTrainedConfig:
-        """The config of the text decoder: of the model itself, or of the text part of a multimodal wrapper.
+        """The config of the text decoder: the model's own, or that of the text part of a multimodal wrapper.
 
         Raises:
-            UnsupportedModelError: it is an encoder-decoder, whose decoder reads an encoder's output in every block.
+            UnsupportedModelError: the model is an encoder-decoder, whose blocks read an encoder's output.
         """
         config = self.config
         if getattr(config, "is_encoder_decoder", False):
@@ -110,19 +110,19 @@ class Checkpoint:
         text = config.get_text_config()
         if text is not config:
             text = copy.deepcopy(text)
-            # Whether the head is the embedding is said by the wrapper, in whose class transformers ties them.
+            # The wrapper's config determines whether head and embedding are tied, since transformers ties them there.
             text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
             text.dtype = text.dtype or config.dtype
         return text
 
     @property
     def is_wrapper(self) -> bool:
-        """Whether it is of a multimodal model that holds the text decoder beside other parts."""
+        """Whether the checkpoint is of a multimodal model, which contains the text decoder and other parts."""
         return self.decoder_config is not self.config
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
-        """The model's defaults for `generate`, or None if it comes without any."""
+        """The model's defaults for `generate`, or None if it has none."""
         path = self._find("generation_config.json")
         return GenerationConfig.from_pretrained(path.parent) if path is not None else None
 
@@ -150,11 +150,11 @@ class Checkpoint:
     def tensors(
         self, names: Iterable[str], stack: ExitStack, on_shard: Callable[[str, int, int], None] | None = None
     ) -> dict[str, Any]:
-        """Lazy tensors by name: reading happens when transformers materialises them.
+        """Lazy tensors by name: they are read when transformers materialises them.
 
         Args:
             names: tensors of this checkpoint.
-            stack: closes the files when the caller is done with them.
+            stack: closes the files when the caller has finished with them.
             on_shard: called with (file name, number of this file, number of files) before each file is fetched.
         """
         by_file: dict[str, list[str]] = {}
@@ -176,7 +176,7 @@ class Checkpoint:
         return lazy
 
     def check_shards(self) -> None:
-        """Fetches what is not here yet.
+        """Fetches all files of the weights that are not on this machine.
 
         Raises:
             CheckpointError: a file of the weights is missing or damaged; the message names it.
@@ -189,9 +189,9 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short digest of config and tensor names, which tells different models (not finetunes) apart.
+        """Short digest of config and tensor names, which distinguishes models, but not a model and its finetunes.
 
-        Taken from config.json as it is written: what a version of transformers adds to it must not matter.
+        Made from config.json as it is in the file, because versions of transformers add other fields.
         """
         written, _ = type(self.config).get_config_dict(
             self.name_or_path, **{k: v for k, v in self._hub.items() if v is not None}
@@ -233,7 +233,7 @@ class Checkpoint:
             raise CheckpointError(f"cannot fetch {file_name} of model {self.name_or_path!r}: {first_line(e)}") from e
 
 
-# What a user or a fine-tuning run may change without another result of the blocks.
+# Config fields that a user or a fine-tuning run may change without a change of the blocks' results.
 _CONFIG_KEYS_THAT_DO_NOT_MATTER = {
     "_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "num_labels", "problem_type",
     "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "dtype", "torch_dtype", "return_dict",
@@ -242,17 +242,17 @@ _CONFIG_KEYS_THAT_DO_NOT_MATTER = {
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    # The format before torch 1.6 is no zip archive and cannot be memory-mapped.
+    # The format before torch 1.6 is not a zip archive and cannot be memory-mapped.
     return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
 
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Around a family's own code, whatever that raises.
+    """Context for a family's own code: turns its errors into refusals.
 
     Raises:
-        UnsupportedModelError: `what`, and the first line of the error in there. Files that cannot be read and memory
-            that is lacking are no fault of the family.
+        UnsupportedModelError: `what`, and the first line of the error. Unreadable files and lack of memory are not
+            the family's fault, and their errors pass unchanged.
     """
     try:
         yield
@@ -265,5 +265,5 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line without a full stop."""
+    """The first line of an error's message, without a full stop."""
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -1,7 +1,7 @@
-"""All that this package knows of transformers' inner names; no other module may use one (tests/hf/test_boundary.py).
+"""All uses of transformers' inner names; no other module may use one (tests/hf/test_boundary.py).
 
-transformers renames such things every few weeks. So signatures are looked at, not version numbers, and every model is
-tried when it is loaded (`models/self_check.py`, `server/trials.py`). docs/dependencies.md says which versions were run.
+transformers renames them every few weeks. So signatures are inspected, not version numbers, and every model is tested
+when it is loaded (`models/self_check.py`, `server/blocks/self_checks.py`). docs/dependencies.md lists tested versions.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def versions() -> str:
-    """What a refusal names, so that a user can report it."""
+    """The library versions, for refusals that a user may report."""
     return f"transformers {transformers.__version__}"
 
 
 def cache_name(model: nn.Module) -> str:
-    """The keyword under which a model takes keys and values.
+    """The keyword of a model's argument for keys and values.
 
     It is `cache` since 5.24, `past_key_values` before (`cache_params` in Mamba).
 
     Raises:
-        UnsupportedModelError: it takes neither.
+        UnsupportedModelError: the model has none of these arguments.
     """
     parameters = inspect.signature(model.forward).parameters
     for name in _CACHE_NAMES:
@@ -59,19 +59,19 @@ def cache_name(model: nn.Module) -> str:
 
 
 def pop_cache(kwargs: dict[str, Any]) -> Any:
-    """Removes the cache from the arguments of a model, whichever name the caller used; None if there is none.
+    """Removes the cache from the arguments of a model, whichever name the caller used. None if there is none.
 
-    Both names must go: from 5.24 on the new one wins where both arrive, even if it is None.
+    Both names are removed: from 5.24 on, the new one wins if both are given, even if it is None.
     """
     found = [kwargs.pop(name) for name in _CACHE_NAMES if name in kwargs]
     return next((cache for cache in found if cache is not None), None)
 
 
 def set_cache(output: Any, cache: Cache | None) -> None:
-    """Puts `cache` into a model's output, where the family has a field for it: `cache` or `past_key_values`, as above.
+    """Puts `cache` into a model's output, if the family has a field for it: `cache` or `past_key_values`, as above.
 
-    The fields are looked at as a dataclass has them: from 5.24 on `past_key_values` is a deprecated property. A
-    `ModelOutput` keeps an item whose attribute becomes None, so that is removed too.
+    The dataclass's fields are inspected, because from 5.24 on `past_key_values` is a deprecated property. `ModelOutput`
+    keeps an item whose attribute becomes None, so the item is removed too.
     """
     for name in _CACHE_NAMES:
         if name in getattr(output, "__dataclass_fields__", ()):
@@ -82,7 +82,7 @@ def set_cache(output: Any, cache: Cache | None) -> None:
 
 
 def positions_of_logits(kwargs: dict[str, Any]) -> int:
-    """How many of the last positions a causal model computes logits for, from its arguments; 0 for all.
+    """From a causal model's arguments: for how many of the last positions it computes logits; 0 for all.
 
     `logits_to_keep` since 4.50; a tensor of positions counts as all.
     """
@@ -91,76 +91,76 @@ def positions_of_logits(kwargs: dict[str, Any]) -> int:
 
 
 class Cache(TheirCache):
-    """Base of our caches.
+    """Base class of our caches.
 
-    Decoders with linear attention ask `has_previous_state` of it, in 5.10 outside of their blocks too. In transformers'
-    own that is an error where no layer is of that kind.
+    Decoders with linear attention call `has_previous_state`; those of 5.10 do so outside of their blocks too.
+    transformers' own method raises an error if no layer is of that kind.
     """
 
     def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether a recurrent state is kept: never, here."""
+        """Whether a recurrent state is kept: never in our caches."""
         return False
 
 
 class CacheLayer(CacheLayerMixin):
-    """Base of our layers of caches.
+    """Base class of our cache layers.
 
-    Its longest length is asked for as `get_max_length` since 5.13, as `get_max_cache_shape` before; each was abstract.
+    Its maximum length is `get_max_length` since 5.13, and `get_max_cache_shape` before; both are abstract methods.
     """
 
     is_sliding = False
     is_croppable = True  # since 5.17: whether assisted generation may go back
 
     def get_max_length(self) -> int:
-        """Positions that fit; -1 for any number."""
+        """The maximum number of positions; -1: unlimited."""
         return -1
 
     def get_max_cache_shape(self) -> int:
         return self.get_max_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the attention mask and the position of the first: all positions are seen."""
+        """Columns of the attention mask, and the position of the first: all positions are visible."""
         return self.get_seq_length() + query_length, 0
 
     def crop(self, length: int) -> None:
-        """Drops the last positions: `-length` of them; up to 5.13 `generate` gave what remains, a positive number."""
-        length = int(length)  # assisted generation of 5.15, among others, gives a tensor
+        """Drops the last `-length` positions. Up to 5.13 `generate` passed the positive number that remains."""
+        length = int(length)  # assisted generation of 5.15, among others, passes a tensor
         remaining = self.get_seq_length() + length if length <= 0 else min(length, self.get_seq_length())
         self.keep_first(max(remaining, 0))
 
     def keep_first(self, length: int) -> None:
-        """Drops all positions behind the first `length`."""
+        """Drops all positions after the first `length`."""
         raise NotImplementedError
 
 
 class CacheFromOutside:
-    """Mixed in front of a family's class: `generate` takes its cache from `make_cache`.
+    """Mixin before a family's class: `generate` takes its cache from `make_cache`.
 
-    `_prepare_cache_for_generation(generation_config, model_kwargs, …)` is where transformers makes it, once the length
-    is known; it has been private and so called since 4.42.
+    transformers creates the cache in `_prepare_cache_for_generation(generation_config, model_kwargs, …)`, once the
+    length is known. This private name has been the same since 4.42.
     """
 
     def make_cache(self, generation_config: GenerationConfig, max_length: int) -> Cache:
-        """The cache for a `generate` with these settings, which may come to so many positions."""
+        """The cache for a `generate` with these settings and up to `max_length` positions."""
         raise NotImplementedError
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         name = cache_name(self)  # type: ignore[arg-type]
-        if model_kwargs.get(name) is not None or generation_config.use_cache is False:  # a user's own
+        if model_kwargs.get(name) is not None or generation_config.use_cache is False:  # the user's own
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
             return
         theirs = super()._prepare_cache_for_generation  # type: ignore[misc]
         given = inspect.signature(theirs).bind(generation_config, model_kwargs, *args, **kwargs).arguments
-        # One more than they ask for: the last token is not read. Embeddings that were given are counted here only.
+        # One more than they request: the last token is never read. Only here are given embeddings counted.
         model_kwargs[name] = self.make_cache(generation_config, given["max_cache_length"] + 1)
 
 
 def class_for(auto_class: Any, config_class: type) -> type[PreTrainedModel] | None:
     """The class that `auto_class` (`AutoModel`, …) picks for a config's class; None if the family has none.
 
-    `_model_mapping`, whose values may be several classes, since 4.6.
+    `_model_mapping`, whose values may be tuples of classes, exists since 4.6.
     """
     try:
         found = auto_class._model_mapping[config_class]
@@ -170,12 +170,12 @@ def class_for(auto_class: Any, config_class: type) -> type[PreTrainedModel] | No
 
 
 def renamed_keys(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """For names of tensors in a checkpoint of `model`, the paths that loading gives them in it, or nearly so.
+    """For names of tensors in a checkpoint of `model`, the approximate paths to which loading maps them.
 
-    Old checkpoints and those of multimodal wrappers have other names than the classes. What merges tensors (experts of
-    a mixture) is left out: it changes only the end of a name.
+    Old checkpoints and those of multimodal wrappers have other names than the classes. Conversions that merge tensors
+    (a mixture's experts) are left out: they change only the end of a name.
 
-    `get_model_conversion_mapping` and `rename_source_key`, which `from_pretrained` itself uses, since 5.0.
+    `get_model_conversion_mapping` and `rename_source_key`, which `from_pretrained` itself uses, exist since 5.0.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -184,9 +184,9 @@ def renamed_keys(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]
 
 
 def share_conversions(wrapper: PreTrainedModel, text: PreTrainedModel) -> None:
-    """Lets the text part of a wrapper be loaded by itself: transformers may know only the wrapper's merging of experts.
+    """Lets a wrapper's text part be loaded by itself: its merging of experts may be registered for the wrapper only.
 
-    `register_checkpoint_conversion_mapping` since 5.0.
+    `register_checkpoint_conversion_mapping` exists since 5.0.
     """
     if extract_weight_conversions_for_model(text) is None:
         shared = get_model_conversion_mapping(wrapper, add_legacy=False)
@@ -195,15 +195,15 @@ def share_conversions(wrapper: PreTrainedModel, text: PreTrainedModel) -> None:
 
 
 def find_file(name_or_path: str, file_name: str, **hub: Any) -> Path | None:
-    """A file of a local folder or of a hub repository, downloaded if need be; None if there is none.
+    """A file of a local folder or of a hub repository, downloaded if needed; None if there is none.
 
-    `cached_file(…, _raise_exceptions_for_missing_entries=False)` since 4.41.
+    `cached_file(…, _raise_exceptions_for_missing_entries=False)` exists since 4.41.
 
     Args:
-        hub: `revision`, `token`, `cache_dir`; None is left out.
+        hub: `revision`, `token`, `cache_dir`; those that are None are not passed on.
 
     Raises:
-        OSError: it cannot be fetched.
+        OSError: the file cannot be fetched.
     """
     given = {name: value for name, value in hub.items() if value is not None}
     path = cached_file(name_or_path, file_name, _raise_exceptions_for_missing_entries=False, **given)
@@ -212,7 +212,7 @@ def find_file(name_or_path: str, file_name: str, **hub: Any) -> Path | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' loading report and bar off the screen: what is missing is checked here, in our own words."""
+    """Hides transformers' loading report and progress bar: this package checks for missing tensors itself."""
     verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""The text decoder of a checkpoint: its class, and the names that the checkpoint has for its tensors.
+"""The text decoder of a checkpoint: its class, and the checkpoint's names of its tensors.
 
-A multimodal wrapper (Gemma 3, Qwen2-VL, LLaVA, …) holds a text decoder beside its towers. Only that is loaded, as the
-class that the text part has by itself; its tensors are found by building the wrapper's own class without weights.
+A multimodal wrapper (Gemma 3, Qwen2-VL, LLaVA, …) contains a text decoder and towers. Only the decoder is loaded, as
+its own class. Its tensors are found by building the wrapper's class without weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def model_class(auto_class: Any, checkpoint: Checkpoint) -> type[PreTrainedModel
     """The class that `auto_class` (`AutoModel`, …) would pick for the checkpoint's text decoder.
 
     Raises:
-        UnsupportedModelError: the family has no such class, or its wrapper computes logits in a way of its own.
+        UnsupportedModelError: the family has no such class, or its wrapper computes logits differently.
     """
     config = checkpoint.decoder_config
     found = class_for(auto_class, type(config))
@@ -61,7 +61,7 @@ def model_class(auto_class: Any, checkpoint: Checkpoint) -> type[PreTrainedModel
 def names_in_decoder(cls: type[PreTrainedModel], checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
     """For the checkpoint's tensors, their paths in `model`, an instance of `cls`; a wrapper's towers are left out.
 
-    The paths may lack the prefix of the base model, or have one that the model has not.
+    The paths may lack the base model's prefix, or have one that the model lacks.
     """
     config, names = checkpoint.decoder_config, checkpoint.shard_of
     if not checkpoint.is_wrapper:
@@ -84,10 +84,10 @@ def names_in_decoder(cls: type[PreTrainedModel], checkpoint: Checkpoint, model: 
 
 
 def wrapper_of(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The multimodal model that a checkpoint is of, without weights.
+    """The multimodal model of a checkpoint, without weights.
 
     Raises:
-        UnsupportedModelError: transformers has no class for it, or cannot make it.
+        UnsupportedModelError: transformers has no class for the model, or cannot build it.
     """
     config = copy.deepcopy(checkpoint.config)
     for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModel):
@@ -95,15 +95,15 @@ def wrapper_of(checkpoint: Checkpoint) -> PreTrainedModel:
             break
     else:
         raise UnsupportedModelError(f"model type {config.model_type!r} of {checkpoint.name_or_path!r} has no class")
-    with refusing(f"{cls.__name__} cannot be made"), torch.device("meta"), quiet_transformers():
+    with refusing(f"{cls.__name__} cannot be built"), torch.device("meta"), quiet_transformers():
         return cls(config)
 
 
 def text_decoder_in(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel]:
-    """Path and module of the decoder without a head that `config` describes, in a wrapper or a model with a head.
+    """Path and module of the decoder without a head that `config` describes, inside a wrapper or a model with a head.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: there is no such decoder.
     """
     parts = [
         (path, module)
@@ -114,7 +114,7 @@ def text_decoder_in(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[s
     for path, module in parts:
         if base is not None and isinstance(module, base):
             return path, module
-    for path, module in parts:  # a family that AutoModel does not know
+    for path, module in parts:  # a family unknown to AutoModel
         inner: Any = module.base_model
         return (path, module) if inner is module else (f"{path}.{module.base_model_prefix}".strip("."), inner)
     raise UnsupportedModelError(f"{type(model).__name__} has no text decoder of {type(config).__name__}")
@@ -128,14 +128,14 @@ def _head_path(model: PreTrainedModel) -> str | None:
 def _causal_class(
     wrapper: PreTrainedModel, config: PreTrainedConfig, found: list[type[PreTrainedModel]], base: type[PreTrainedModel]
 ) -> type[PreTrainedModel]:
-    """The class that computes logits as `wrapper` does: the text part's own (`found`) or one with a plain linear head.
+    """The class that computes logits as `wrapper` does: the text part's own (`found`), or one with a plain linear head.
 
-    They differ where a wrapper leaves out what the text part's own class does, such as Cohere's scaling of the logits.
+    They differ if a wrapper omits what the text part's own class does, such as Cohere's scaling of the logits.
     """
     if "." in str(_head_path(wrapper)) and found:  # the wrapper holds the text part with its head
         return found[0]
     expected = _trial_logits(wrapper)
-    if expected is None and found:  # it takes no texts
+    if expected is None and found:  # the wrapper takes no texts
         return found[0]
     for cls in (*found, _plain_causal(base)):
         with torch.device("meta"), quiet_transformers():
@@ -150,7 +150,7 @@ def _causal_class(
 
 
 def _trial_logits(model: PreTrainedModel) -> torch.Tensor | None:
-    """Logits [1, S, V] that a model without weights makes of given hidden states; None if its code does not run so."""
+    """Logits [1, S, V] of a model without weights for given hidden states; None if its code does not run that way."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().hidden_size
     hidden, path = torch.randn(1, 3, size, generator=generator), _head_path(model)
@@ -162,12 +162,12 @@ def _trial_logits(model: PreTrainedModel) -> torch.Tensor | None:
     try:
         with torch.no_grad():
             return model.eval()(input_ids=torch.ones(1, 3, dtype=torch.long)).logits
-    except Exception:  # whatever the family's own code raises
+    except Exception:  # the family's own code may raise anything
         return None
 
 
 class _Given(nn.Module):
-    """Stands for a base model."""
+    """A stand-in for a base model."""
 
     def __init__(self, hidden: torch.Tensor):
         super().__init__()
@@ -178,7 +178,7 @@ class _Given(nn.Module):
 
 
 class _Output:
-    """Of a base model: hidden states and nothing else."""
+    """The output of a base model: hidden states and nothing else."""
 
     def __init__(self, hidden: torch.Tensor):
         self.last_hidden_state = hidden
@@ -191,7 +191,7 @@ class _Output:
 
 
 def _plain_causal(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A text decoder with a linear head, put together from transformers' own parts."""
+    """A text decoder with a linear head, composed of transformers' own parts."""
     family = next(cls for cls in base.__mro__[1:] if issubclass(cls, PreTrainedModel))
 
     def init(self: Any, config: Any) -> None:
@@ -215,7 +215,7 @@ def _plain_causal(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _classifier(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A text decoder with the classification head that most families have, of transformers' own parts."""
+    """A text decoder with the usual classification head, composed of transformers' own parts."""
     family = next(cls for cls in base.__mro__[1:] if issubclass(cls, PreTrainedModel))
 
     def init(self: Any, config: Any) -> None:

@@ -16,18 +16,18 @@ from petals_lightning.errors import CheckpointError, ConfigurationError, Unsuppo
 from petals_lightning.hf.checkpoint import Checkpoint, refusing
 from petals_lightning.hf.compat import quiet_transformers, renamed_keys
 from petals_lightning.hf.decoder import names_in_decoder
-from petals_lightning.hf.skeleton import BlockLayout, Part, num_blocks, prune
+from petals_lightning.hf.pruning import BlockLayout, ModelSlice, num_blocks, prune
 
 logger = logging.getLogger(__name__)
 
 
 class LoadedPart(NamedTuple):
-    """A part of a checkpoint.
+    """A loaded part of a checkpoint.
 
     Attributes:
-        model: in eval mode, frozen.
+        model: in eval mode and frozen.
         layout: where its blocks are.
-        fresh: names of its parameters that the checkpoint does not have, or of another shape, for the caller to draw.
+        fresh: names of parameters that the checkpoint lacks or has in another shape, which the caller draws.
     """
 
     model: PreTrainedModel
@@ -38,7 +38,7 @@ class LoadedPart(NamedTuple):
 def load_pruned(
     cls: type[PreTrainedModel],
     checkpoint: Checkpoint,
-    part: Part,
+    part: ModelSlice,
     *,
     dtype: torch.dtype | str = "auto",
     config_overrides: dict[str, Any] | None = None,
@@ -50,15 +50,15 @@ def load_pruned(
 
     Args:
         cls: the family's own class.
-        part: blocks and ends to keep.
-        dtype: of the weights; "auto" takes the checkpoint's.
+        part: the blocks and ends to keep.
+        dtype: of the weights; "auto" is the checkpoint's dtype.
         config_overrides: attributes to set on the config, e.g. `num_labels`.
-        mixin: put in front of `cls` in the subclass.
-        may_miss: tells for a missing parameter whether the caller draws it (a fresh classification head).
+        mixin: a base class placed before `cls` in the subclass.
+        may_miss: whether the caller draws a missing parameter (a fresh classification head), by its name.
         on_shard: progress, see `Checkpoint.tensors`.
 
     Raises:
-        ConfigurationError: padding has no embedding.
+        ConfigurationError: the padding token has no embedding.
         CheckpointError: tensors of the part are missing or have other shapes than the config says.
     """
     config = copy.deepcopy(checkpoint.decoder_config)
@@ -75,11 +75,11 @@ def load_pruned(
         layouts.append(prune(self, part))
 
     bases = (mixin, cls) if mixin is not None else (cls,)
-    # The name and module stay the family's own: transformers derives behaviour from them.
+    # Keep the family's own name and module: transformers derives behaviour from them.
     pruned: Any = type(cls.__name__, bases, {"__init__": init, "__module__": cls.__module__})
 
     with refusing(f"{cls.__name__} cannot be cut into blocks"), torch.device("meta"):
-        outline = cls(copy.deepcopy(config))  # only its names are needed, to choose what to read
+        outline = cls(copy.deepcopy(config))  # only its names are needed, to choose the tensors to read
         outline_layout = prune(outline, part)
     renamed = _names_to_read(cls, checkpoint, outline, outline_layout, part)
     with ExitStack() as stack:
@@ -91,7 +91,7 @@ def load_pruned(
                 state_dict={renamed[name]: tensor for name, tensor in lazy.items()},
                 dtype=_resolve_dtype(dtype, checkpoint, lazy),
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `fresh_parameters` tells of them
+                ignore_mismatched_sizes=True,  # `fresh_parameters` reports them
             )
     fresh = fresh_parameters(cls, checkpoint, info, may_miss)
     model.requires_grad_(False)
@@ -99,7 +99,7 @@ def load_pruned(
 
 
 def check_pad_token(config: PreTrainedConfig) -> None:
-    """Raises ConfigurationError if padding has no embedding."""
+    """Raises ConfigurationError if the padding token has no embedding."""
     text = config.get_text_config()
     pad = getattr(text, "pad_token_id", None)
     if pad is not None and pad >= text.vocab_size:
@@ -112,10 +112,10 @@ def check_pad_token(config: PreTrainedConfig) -> None:
 def fresh_parameters(
     cls: type[PreTrainedModel], checkpoint: Checkpoint, info: dict[str, Any], may_miss: Callable[[str], bool]
 ) -> frozenset[str]:
-    """Names of the parameters that transformers' loading `info` says were not in the checkpoint as they should be.
+    """Names of the parameters that the checkpoint lacks or has in another shape, by transformers' loading `info`.
 
     Raises:
-        CheckpointError: the caller does not draw them (`may_miss`).
+        CheckpointError: there are some that the caller does not draw (`may_miss`).
     """
     missing, misshapen = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
     for kind, keys in (("missing", missing), ("of another shape", misshapen)):
@@ -143,31 +143,31 @@ def _resolve_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint, lazy: dict[
 
 
 def _names_to_read(
-    cls: type[PreTrainedModel], checkpoint: Checkpoint, model: PreTrainedModel, layout: BlockLayout, part: Part
+    cls: type[PreTrainedModel], checkpoint: Checkpoint, model: PreTrainedModel, layout: BlockLayout, part: ModelSlice
 ) -> dict[str, str]:
-    """Maps the checkpoint's names of the tensors of `part` to names under which transformers puts them into `model`.
+    """Maps the checkpoint's names of the tensors of `part` to names from which transformers loads them into `model`.
 
-    Checkpoints carry a base model's tensors with or without the prefix (`transformer.h.0…` or `h.0…`), and old ones
-    under other names; transformers resolves that by itself, so only block numbers change here.
+    Checkpoints have a base model's tensors with or without the prefix (`transformer.h.0…` or `h.0…`), and old ones
+    under other names. transformers resolves that itself, so only block numbers change here.
 
     Args:
-        model: instance of `cls` from which `part` has been cut, without weights.
+        model: instance of `cls` reduced to `part`, without weights.
     """
     prefix = cls.base_model_prefix
     inner = layout.list_path.removeprefix(f"{prefix}.")
     block = re.compile(rf"^((?:{re.escape(prefix)}\.)?{re.escape(inner)}\.)(\d+)(\..*)$")
-    kept = model.state_dict()  # a server's decoder may have values of its own besides blocks
+    kept = model.state_dict()  # a server's decoder may have state outside of its blocks
     wanted, moved = {}, {}
     for name, path in names_in_decoder(cls, checkpoint, model).items():
         if (match := block.match(path)) is None:
-            if part.ends or path in kept:
+            if part.with_embeddings_and_head or path in kept:
                 wanted[name] = path
         elif part.start <= (number := int(match[2])) < part.end:
             moved[name] = number - part.start, match[3]
             wanted[name] = f"{match[1]}{number - part.start}{match[3]}"
     if checkpoint.is_wrapper:
         return wanted
-    # transformers renames these itself: each keeps the checkpoint's name, but for the number of its block.
+    # transformers renames these itself: they keep the checkpoint's names, except for the block number.
     candidates = {name: _lowered(name, part.start) if name in moved and part.start else [name] for name in wanted}
     paths = renamed_keys(model, [candidate for found in candidates.values() for candidate in found])
     for name, found in candidates.items():
@@ -180,6 +180,6 @@ def _names_to_read(
 
 
 def _lowered(name: str, by: int) -> list[str]:
-    """`name` with one of its numbers lowered, for each number that can be."""
+    """`name` with one of its numbers lowered by `by`, for each number that allows it."""
     numbers = [match for match in re.finditer(r"(?<![^.])\d+(?![^.])", name) if int(match[0]) >= by]
     return [f"{name[: match.start()]}{int(match[0]) - by}{name[match.end() :]}" for match in numbers]

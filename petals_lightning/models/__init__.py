@@ -1,4 +1,4 @@
-"""AutoDistributed*: Hugging Face models whose blocks live in a swarm; prompts; the same models run locally."""
+"""AutoDistributed* (Hugging Face models whose blocks are in a swarm), prompts, and the same models run locally."""
 
 from petals_lightning.models.auto import (
     AutoDistributedConfig,

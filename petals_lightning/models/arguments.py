@@ -1,4 +1,4 @@
-"""Keyword arguments of `from_pretrained`. Unknown ones are refused: a misspelt `initial_peers` must not mean none."""
+"""Keyword arguments of `from_pretrained`. Unknown ones are refused: a misspelt `initial_peers` must not be ignored."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from petals_lightning.errors import ConfigurationError
 
 _NOT_HERE = {
     "trust_remote_code": "code that comes with a checkpoint is never run, here or on servers",
-    "device_map": "what is held here is loaded on the CPU; move it by model.to(device)",
-    "attn_implementation": "attention runs on the servers, each of which chooses its own",
+    "device_map": "the local part of the model is loaded on the CPU; move it by model.to(device)",
+    "attn_implementation": "attention runs on the servers, each of which chooses its own implementation",
     "quantization_config": "blocks are on the servers; only embeddings, norm and head are held here",
     "load_in_8bit": "blocks are on the servers; only embeddings, norm and head are held here",
     "load_in_4bit": "blocks are on the servers; only embeddings, norm and head are held here",
@@ -24,19 +24,19 @@ _NOT_HERE = {
 """Arguments of Hugging Face's `from_pretrained` that have no meaning here, and why."""
 
 _OF_EVERY_MODEL = {"num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id"}
-"""Values that any config may have: some families' lack the tokens that they do not use (CodeGen)."""
+"""Values that any config may have: some families' configs lack the tokens that they do not use (CodeGen)."""
 
 
 def config_overrides(config: PreTrainedConfig, given: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
-    """Those of the `given` keywords that set values of a model's config.
+    """The keywords of `given` that set values of a model's config.
 
     Args:
-        config: the model's.
+        config: the model's config.
         given: keywords that `from_pretrained` does not name itself.
-        arguments: names that it does, to suggest one.
+        arguments: the names of its own arguments, for suggestions.
 
     Raises:
-        ConfigurationError: a keyword is none that can be set.
+        ConfigurationError: a keyword cannot be set.
     """
     own = {name for name in dir(config) if not name.startswith("_") and not callable(getattr(type(config), name, None))}
     settable = own | _OF_EVERY_MODEL
@@ -49,7 +49,7 @@ def config_overrides(config: PreTrainedConfig, given: Mapping[str, Any], argumen
             near = difflib.get_close_matches(name, {*arguments, *settable}, n=1)
             advice = f"; did you mean {near[0]}?" if near else ""
             raise ConfigurationError(
-                f"from_pretrained has no argument {name!r}, nor has {type(config).__name__} such a value{advice}"
+                f"from_pretrained has no argument {name!r}, and {type(config).__name__} has no such value{advice}"
             )
         else:
             overrides[name] = value

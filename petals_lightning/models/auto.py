@@ -1,4 +1,4 @@
-"""`AutoDistributed*`: Hugging Face models that hold embeddings, norms and head, and find their blocks in a swarm."""
+"""`AutoDistributed*`: Hugging Face models with embeddings, norms and head here, and their blocks in a swarm."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from transformers import (
 )
 
 from petals_lightning.client import ClientConfig, RemoteSequential
-from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.errors import ConfigurationError, UnsupportedInputError
-from petals_lightning.hf import Checkpoint, Part, load_pruned, rotary_limit, sliding_window
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.hf.skeleton import num_blocks
+from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
@@ -41,9 +40,10 @@ from petals_lightning.models.prompt_files import (
     tuning_of,
 )
 from petals_lightning.models.prompts import TuningMode
+from petals_lightning.models.reading import reading
 from petals_lightning.models.self_check import check_ends
-from petals_lightning.models.thread_hooks import of_this_thread
-from petals_lightning.models.trainable import FrozenBody, attach_trainable, has_head_of_its_own, parameters_to_draw
+from petals_lightning.models.trainable import FrozenBackbone, attach_trainable, has_head_of_its_own, parameters_to_draw
+from petals_lightning.options import make, options_of
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
 from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DistributedModel(FrozenBody):
-    """Mixed into the family's own class, whose blocks are remote."""
+class DistributedModel(FrozenBackbone):
+    """Mixin for the family's own class, for a model with remote blocks."""
 
     bridge: DecoderBridge
     checkpoint: Checkpoint
@@ -67,19 +67,19 @@ class DistributedModel(FrozenBody):
             own, replaced = getattr(cls, name, None), getattr(family, name, None)
             if own is not None and replaced is not None and own is not replaced:
                 setattr(cls, name, _with_signature_of(replaced, own))
-        if family is not None:  # torch.compile leaves it as it is: there is nothing to gain around remote blocks
+        if family is not None:  # torch.compile skips it: around remote blocks there is nothing to gain
             cls.forward = torch.compiler.disable(cls.forward)  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Leaves the swarm: ends the streams to servers, and this process's peer if it was made for this model."""
+        """Leaves the swarm: ends the streams to servers, and this process's peer if it was created for this model."""
         self.bridge.layers.close()
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Saves what was trained, kilobytes; `from_pretrained(save_directory)` loads the base model with it.
+        """Saves what was trained (kilobytes); `from_pretrained(save_directory)` loads the base model with it.
 
         Args:
-            save_directory: made if missing.
-            options: of Hugging Face's method; what they say of large weights has no meaning here.
+            save_directory: created if missing.
+            options: of Hugging Face's method; those for large weights have no effect here.
 
         Raises:
             ConfigurationError: nothing was trained.
@@ -97,7 +97,7 @@ class DistributedModel(FrozenBody):
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A model with weights of its own that goes through the same connections (weight averaging makes such)."""
+        """A model with its own weights and the same connections, as weight averaging makes."""
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
@@ -114,32 +114,15 @@ class DistributedCausalLM(RemoteGeneration, DistributedModel):
 
 
 class DistributedClassifier(DistributedModel):
-    """Reads one position a sample: the last real token, by Hugging Face's rule."""
+    """Fetches one position per sample: the last real token, by Hugging Face's rule."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(self.forward).bind_partial(*args, **kwargs).arguments
         rows, length = self._last_tokens(
             given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
         )
-
-        def take(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (take_rows(args[0], rows),)
-
-        def put(head: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return put_rows(output, rows, len(rows), length)
-
-        hooks = [
-            self.score.register_forward_pre_hook(of_this_thread(take)),  # type: ignore
-            self.score.register_forward_hook(of_this_thread(put)),  # type: ignore
-        ]
-        self.bridge.rows = rows
-        try:
-            output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.bridge.rows = None
-            for hook in hooks:
-                hook.remove()
-        return output
+        with reading(self, self.score, rows, shape=(len(rows), length)):  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _last_tokens(
         self,
@@ -150,8 +133,8 @@ class DistributedClassifier(DistributedModel):
         """Indices [B] into B·S of the rightmost token that is not padding, and S.
 
         Raises:
-            UnsupportedInputError: it is padding by the mask, which Hugging Face reads though it is not `pad_token_id`;
-                or there is no `pad_token_id` to find it by in a batch.
+            UnsupportedInputError: the mask declares that token padding, though it is not `pad_token_id`, by which
+                Hugging Face finds it; or a batch has no `pad_token_id`.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
@@ -160,7 +143,7 @@ class DistributedClassifier(DistributedModel):
         pad = self.config.get_text_config().pad_token_id  # type: ignore[attr-defined]
         if pad is None and batch > 1:
             raise UnsupportedInputError(
-                f"{batch} samples at once, and the config has no pad_token_id to tell where each ends: set it, e.g. "
+                f"{batch} samples at once, and the config has no pad_token_id that marks where each ends: set it, e.g. "
                 "from_pretrained(…, pad_token_id=tokenizer.pad_token_id)"
             )
         if input_ids is None or pad is None:
@@ -179,7 +162,7 @@ class DistributedClassifier(DistributedModel):
 
 
 class AutoDistributedConfig:
-    """`from_pretrained` gives the model's own config, with `dht_prefix` added."""
+    """`from_pretrained` returns the model's own config, with `dht_prefix` added."""
 
     @staticmethod
     def from_pretrained(
@@ -217,59 +200,32 @@ class _AutoDistributed:
         cache_dir: str | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
-        connect_timeout: float = ClientConfig.connect_timeout,
-        request_timeout: float = ClientConfig.request_timeout,
-        max_retries: int = ClientConfig.max_retries,
-        recovery_timeout: float = ClientConfig.recovery_timeout,
-        audit_rate: float = ClientConfig.audit_rate,
-        trusted_servers: Sequence[str] | None = None,
-        server_to_server: bool = ClientConfig.server_to_server,
-        wire_dtype: str = ClientConfig.wire_dtype,
-        min_microbatch_tokens: int = ClientConfig.min_microbatch_tokens,
-        swarm_token: str | None = None,
-        identity_path: str | None = None,
-        allowed_servers: Sequence[str] | None = None,
-        blocked_servers: Sequence[str] | None = None,
         client_config: ClientConfig | None = None,
-        **config_values: Any,
+        **options: Any,
     ) -> Any:
-        """Loads embeddings, norms and head, connects to servers of the blocks.
+        """Loads embeddings, norms and head, and connects to servers of the blocks.
 
         Args:
-            pretrained_model_name_or_path: folder or hub id, of a model or of what `save_pretrained` wrote of a tuned
-                one; only tensors outside of blocks are read.
-            initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT of it; or `node`: a started
-                SwarmNode, which stays the caller's to close. None of them is the public Petals network.
+            pretrained_model_name_or_path: folder or hub id of a model, or of a tuned model that `save_pretrained`
+                wrote. Only tensors outside of the blocks are read.
+            initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT in it; or `node`: a started
+                SwarmNode, which the caller closes. None of the three means the public Petals network.
             dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
             tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
-            prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
-            dtype (or torch_dtype): of what is held here; "auto", the default, takes the checkpoint's.
+            prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
+            dtype (or torch_dtype): of the part loaded here; "auto", the default, is the checkpoint's dtype.
             token, revision, cache_dir, local_files_only, subfolder: as in transformers.
-            connect_timeout: seconds to open a stream to a server.
-            request_timeout: seconds that a server may work on one request while it answers heartbeats.
-            max_retries: failures of one server that a part of a step survives.
-            recovery_timeout: seconds to wait for a block whose every holder has failed.
-            audit_rate: share of requests that are computed again on another server and compared.
-            trusted_servers: peer ids that are believed where two disagree; None: only what this machine computes is.
-            server_to_server: servers forward activations to the next server; False: every hop returns to the client.
-            wire_dtype: of activations and gradients on the wire: "auto" (16 bits where a server computes in 16 bits),
-                "float32", "bfloat16", "float16" or "int8_blockwise".
-            min_microbatch_tokens: batches are not cut finer than this to fill a chain of servers. Where they are cut
-                follows from measured times and moves the last bits of sums; a large value keeps them whole.
-            swarm_token: secret of a private swarm whose servers were started with --token-file.
-            identity_path: file of this client's private key, made if missing; its peer id follows from it, by which
-                servers with --allow-peers know it.
-            allowed_servers, blocked_servers: peer ids.
-            client_config: all of the above and more, instead of the single arguments.
-            config_values: set on the config, e.g. `num_labels`, `pad_token_id`.
+            client_config: how to find and treat servers.
+            options: fields of `ClientConfig` by name, e.g. `audit_rate=0.05`, which override those of `client_config`
+                (None keeps the default); and values to set on the model's config, e.g. `num_labels`, `pad_token_id`.
 
         Returns:
-            An instance of the family's own class, a `DistributedModel`: a context manager, to be closed by `close` or
-            when it is no longer used. Only prompts and a classification head require gradients.
+            An instance of the family's own class and of `DistributedModel`: a context manager. `close`, or the
+            garbage collector, ends its connections. Only prompts and a classification head require gradients.
 
         Raises:
-            ConfigurationError: two ways into a swarm given, an unknown argument, or a value out of range.
-            CheckpointError, UnsupportedModelError: the model cannot be read, or is no decoder.
+            ConfigurationError: more than one way into a swarm, an unknown argument, or a value out of range.
+            CheckpointError, UnsupportedModelError: the model cannot be read, or is not a decoder.
             SwarmConnectionError: no initial peer answers.
             NoServersError, IncompatibleServerError: blocks are missing, or another model is served under this name.
             AccessDeniedError: every server that holds some block refuses this peer.
@@ -281,35 +237,24 @@ class _AutoDistributed:
             tuning_mode, pre_seq_len, revision = card.tuning_mode, card.pre_seq_len, card.revision
             name, dht_prefix, subfolder = card.base_model, dht_prefix or card.dht_prefix, ""
             if card.id2label is not None:
-                config_values.setdefault("id2label", {int(number): label for number, label in card.id2label.items()})
+                options.setdefault("id2label", {int(number): label for number, label in card.id2label.items()})
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
-        config = client_config or ClientConfig(
-            connect_timeout=connect_timeout,
-            request_timeout=request_timeout,
-            max_retries=max_retries,
-            recovery_timeout=recovery_timeout,
-            audit_rate=audit_rate,
-            trusted_servers=tuple(trusted_servers or ()),
-            server_to_server=server_to_server,
-            wire_dtype=wire_dtype,
-            min_microbatch_tokens=min_microbatch_tokens,
-            swarm_token=swarm_token,
-            allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
-            blocked_servers=tuple(blocked_servers or ()),
-        )
+        of_client = {each.name for each in options_of(ClientConfig)}
+        given = {key: options.pop(key) for key in of_client & options.keys()}
+        client_config = make(ClientConfig, given, client_config)
         checkpoint = Checkpoint(name, token=token, revision=revision, subfolder=subfolder, **hub)
         overrides = config_overrides(
-            checkpoint.decoder_config, config_values, inspect.signature(cls.from_pretrained).parameters
+            checkpoint.decoder_config, options, {*inspect.signature(cls.from_pretrained).parameters, *of_client}
         )
         model_config = _config_with_prefix(checkpoint, dht_prefix)
         if prompts is not None:
             check_base_model(PromptCard.read(prompts, token=token), checkpoint, prompts)  # before anything is loaded
         family = model_class(cls.auto_class, checkpoint)
-        with torch.random.fork_rng(devices=[]):  # loading must not move the generator that start values come from
+        with torch.random.fork_rng(devices=[]):  # loading must not advance the generator that draws initial values
             model, layout, fresh = load_pruned(
                 family,
                 checkpoint,
-                Part(0, 0, ends=True),
+                ModelSlice(0, 0, with_embeddings_and_head=True),
                 dtype=dtype or torch_dtype or "auto",
                 config_overrides={**overrides, "dht_prefix": model_config.dht_prefix},
                 mixin=cls.mixin,
@@ -317,9 +262,7 @@ class _AutoDistributed:
             )
         if model.can_generate() and checkpoint.generation_config is not None:
             model.generation_config = checkpoint.generation_config
-        layers = _connect(
-            model, checkpoint, config, node=node, dht=dht, initial_peers=initial_peers, identity_path=identity_path
-        )
+        layers = _connect(model, checkpoint, client_config, node=node, dht=dht, initial_peers=initial_peers)
         try:
             attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh))
             _assemble(model, family, checkpoint, DecoderBridge(model, layout, layers))
@@ -354,7 +297,7 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
 
 
 def remote_blocks(model: torch.nn.Module) -> RemoteSequential | Any:
-    """The remote blocks of a model, or None if all of it is local."""
+    """The remote blocks of a model, or None if the model is local."""
     return next((module for module in model.modules() if isinstance(module, RemoteSequential)), None)
 
 
@@ -375,29 +318,28 @@ def _connect(
     node: SwarmNode | None,
     dht: hivemind.DHT | None,
     initial_peers: str | Sequence[str] | None,
-    identity_path: str | None,
 ) -> RemoteSequential:
     if sum(given is not None for given in (node, dht, initial_peers)) > 1 or initial_peers == []:
         raise ConfigurationError(
             "give one way into the swarm: initial_peers=[address that `petals-lightning serve` or `bootstrap` prints], "
             "or dht=hivemind.DHT(…), or node=SwarmNode(…), or none of them for the public Petals network"
         )
-    if node is not None and identity_path is not None:
+    if node is not None and config.identity_path is not None:
         raise ConfigurationError(
-            "identity_path: the node given has its identity already; give SwarmNode(identity_path=…)"
+            "identity_path: the given node already has its identity; give SwarmNode(identity_path=…)"
         )
     owns_node = node is None
-    gc.collect()  # models that are no longer used have streams, of which a server grants each client a few
+    gc.collect()  # models no longer in use may hold streams, and a server grants each client only a few
     if node is None and dht is None and initial_peers is None:
         initial_peers = PUBLIC_INITIAL_PEERS
         logger.warning("no initial_peers given, so this is %s (initial_peers=[…])", PUBLIC_NOTICE)
     if node is None:
-        # A peer of our own joins through the caller's DHT process: its daemon's handlers belong to that process.
+        # A new peer joins through the caller's DHT process, because its daemon's handlers belong to that process.
         peers = [str(maddr) for maddr in dht.get_visible_maddrs()] if dht is not None else initial_peers or ""
         node = SwarmNode(
             peers,
             host_maddrs=(),
-            identity_path=identity_path,
+            identity_path=config.identity_path,
             client_mode=True,
             connect_timeout=max(config.connect_timeout, 5.0),
         ).start()
@@ -411,7 +353,7 @@ def _connect(
             fingerprint=checkpoint.fingerprint,
             config=config,
             owns_node=owns_node,
-            rotary_switch=limit.positions if limit is not None and limit.has_one_form_beyond else None,
+            rotary_switch=limit.positions if limit is not None and limit.has_one_long_form else None,
             sliding_window=sliding_window(model.config),
             judge=LocalJudge(checkpoint),
         )
@@ -427,7 +369,7 @@ def _assemble(model: Any, family: type[PreTrainedModel], checkpoint: Checkpoint,
 
 
 def _with_signature_of(replaced: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    """`own`, which shows the parameters of the family's method that it replaces: transformers looks at them."""
+    """`own` with the signature of the family's method that it replaces, because transformers inspects it."""
 
     @functools.wraps(replaced)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Joins a pruned decoder with its remote blocks: what enters them, and how the prefix gets there.
+"""Joins a pruned decoder with its remote blocks: the blocks' inputs, and the way of the prefix.
 
-The family's own code embeds tokens, adds positions, normalises and classifies; only the prefix is special. It never
-appears in this process's batches: its embeddings take the decoder's own way to the first block once, with batch 1, and
-samples are told (through a cache that claims to hold the prefix) that P positions stand before them.
+The family's own code embeds tokens, adds positions, normalises and classifies. Only the prefix is special: it never
+appears in this process's batches. Its embeddings take the decoder's own path to the first block once, with batch 1, and
+a placeholder cache tells each sample that P positions precede it.
 
-Shapes: B batch, S tokens, P virtual tokens, E embedding width, H hidden size, N rows that are read.
+Shapes: B batch, S tokens, P virtual tokens, E embedding width, H hidden size, N positions that are read.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_lightning.client.block_pass import BlockPass
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
+from petals_lightning.client.positions import gather_positions, scatter_positions
 from petals_lightning.client.remote_sequential import RemoteSequential
-from petals_lightning.client.rows import put_rows, take_rows
 from petals_lightning.errors import UnsupportedInputError, UnsupportedModelError
 from petals_lightning.hf.compat import cache_name, pop_cache, positions_of_logits, set_cache, versions
-from petals_lightning.hf.skeleton import BlockLayout, norms_of
+from petals_lightning.hf.pruning import BlockLayout, norms_of
 from petals_lightning.models.prompts import Prompts
 from petals_lightning.models.remote_cache import RemoteCache
 
 
 class _Pass(threading.local):
-    """What the hooks know of the running pass: several threads may run the model at once."""
+    """State of the running pass; one per thread, because several threads may run the model at once."""
 
     rows: torch.Tensor | None = None
-    output: weakref.ref[torch.Tensor] | None = None  # of the blocks, [B, S, H], where rows are read
+    output: weakref.ref[torch.Tensor] | None = None  # of the blocks, [B, S, H], if only some positions are read
     keep: int = 0
     session: InferenceSession | None = None  # of a `generate` without a conversation
-    open_trial: Callable[[int], InferenceSession] | None = None  # a session of blocks that are left out
+    open_trial: Callable[[int], InferenceSession] | None = None  # opens a session that skips the blocks
 
 
 class DecoderBridge:
-    """Hooks on the owner of the blocks.
+    """Hooks on the owner of the blocks, which send its passes through the remote blocks.
 
     Args:
         model: the pruned model; its prompts, if any, are attached to the owner.
         layout: where the blocks were.
-        layers: the remote blocks to put there.
+        layers: the remote blocks that replace them.
 
     Attributes:
-        rows: [N] indices into B·S that the next pass of this thread reads, None for all.
+        rows: [N] indices into B·S that the next pass of this thread reads, or None for all.
         layers: the remote blocks.
-        cache_name: the keyword under which the model takes its cache.
-        max_positions: virtual tokens and tokens that it has positions for; None: any number.
+        cache_name: the keyword of the model's cache argument.
+        max_positions: virtual tokens and tokens for which the model has positions; None: any number.
     """
 
     def __init__(self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential):
@@ -66,7 +66,7 @@ class DecoderBridge:
         owner = layout.owner(model)
         self.layers, self._owner = layers, owner
         self._prompts: Prompts | None = getattr(owner, "prompts", None)
-        self._embeddings = model.get_input_embeddings  # asked each time: they may be resized
+        self._embeddings = model.get_input_embeddings  # a method, because embeddings may be resized
         self._pass = _Pass()
         self.max_positions = layout.max_positions
         self.cache_name = cache_name(model)
@@ -90,14 +90,14 @@ class DecoderBridge:
         self._pass.rows = rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderBridge:
-        """The hooks of a copied model; its passes are its own."""
+        """The hooks of a copied model, which has passes of its own."""
         copied = memo[id(self)] = object.__new__(DecoderBridge)
         memo[id(self._pass)] = _Pass()
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def open_session(self, max_length: int) -> InferenceSession:
-        """A session of the blocks behind the model's prompts, as they are now."""
+        """A session of the blocks, with the current values of the model's prompts."""
         if self._pass.open_trial is not None:
             return self._pass.open_trial(max_length)
         with torch.no_grad():
@@ -116,15 +116,15 @@ class DecoderBridge:
             session.close()
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # A model that computes the logits of the last positions only reads no other position.
+        # If the model computes logits of the last positions only, no other position is read.
         self._pass.keep = positions_of_logits(kwargs)
         if "use_cache" in inspect.signature(model.forward).parameters:
-            kwargs.setdefault("use_cache", False)  # some families (XGLM) take their config's otherwise: True
+            kwargs.setdefault("use_cache", False)  # some families (XGLM) take their config's value otherwise
         return args, kwargs
 
     @contextmanager
     def without_blocks(self, open_session: Callable[[int], InferenceSession]) -> Iterator[None]:
-        """This thread's passes leave out the blocks, and `open_session` opens its sessions: to try the ends alone."""
+        """Makes this thread's passes skip the blocks, and its sessions come from `open_session`: to test the ends."""
         self._pass.open_trial = open_session
         try:
             yield
@@ -148,7 +148,7 @@ class DecoderBridge:
 
     @torch.no_grad()
     def _expects_tuple(self) -> bool:
-        """Whether the decoder expects its blocks to return tuples: then a tensor loses its batch on the way."""
+        """Whether the decoder expects tuples from its blocks. It then takes element 0, so a tensor loses its batch."""
         weight = next(self._embeddings().parameters())
         embeds = weight.new_zeros(2, 3, weight.shape[1])
         try:
@@ -160,12 +160,12 @@ class DecoderBridge:
         return output.shape[:2] != embeds.shape[:2]
 
     def _before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if BlockPass.among(kwargs.values()) is not None:  # of `first_block_input`
+        if BlockPass.among(kwargs.values()) is not None:  # called by `first_block_input`
             return None
         if args:
             kwargs["input_ids"], *rest = args
             if rest:
-                raise UnsupportedInputError("give everything behind input_ids by name")
+                raise UnsupportedInputError("pass every argument after input_ids by name")
         cache = pop_cache(kwargs)
         self._check(kwargs, cache)
         embeds = kwargs.pop("inputs_embeds", None)
@@ -181,7 +181,7 @@ class DecoderBridge:
         is_trial, length = self._pass.open_trial is not None, self._prompts.pre_seq_len if self._prompts else 0
         prefix, deep = (None, None) if is_trial else self._prompts_at_first_block()
         call = BlockPass(length, prefix=prefix, deep=deep, rows=self.rows, identity=is_trial)
-        # Right padding needs no mask: no real token sees what stands behind it.
+        # Right padding needs no mask: no real token attends to later positions.
         return (), kwargs | {"attention_mask": None, self._owner_cache_name: call}
 
     def _session_step(
@@ -191,11 +191,11 @@ class DecoderBridge:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> tuple[BlockPass, dict[str, Any]]:
-        """The pass for a step in a session, and mask and positions for its decoder, which count the prefix in."""
+        """The pass for a session step, and the mask and positions for its decoder, which include the prefix."""
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
         counted, position = position_ids, cache.session.position
-        if attention_mask is not None and not self._takes_position_ids:  # such a family counts by the mask
+        if attention_mask is not None and not self._takes_position_ids:  # such a family derives positions from the mask
             counted = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, position:]
         length = self._prompts.pre_seq_len if self._prompts is not None else 0
         self._check_length(int(position_ids.max()) + 1 if position_ids is not None else position + tokens)
@@ -205,23 +205,23 @@ class DecoderBridge:
             attention_mask=attention_mask,
             position_ids=counted,
             keep=self._pass.keep,
-            given=cache,
+            caller_cache=cache,
         )
         if attention_mask is not None:
             attention_mask = nn.functional.pad(attention_mask, (length, 0), value=1)
-        told: dict[str, Any] = {"attention_mask": attention_mask}
-        return step, told | {"position_ids": position_ids + length} if position_ids is not None else told
+        arguments: dict[str, Any] = {"attention_mask": attention_mask}
+        return step, arguments | ({"position_ids": position_ids + length} if position_ids is not None else {})
 
     def _after(self, owner: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         call = BlockPass.among(kwargs.values())
         if call is None or call.entered is None:
             raise UnsupportedModelError(
-                f"{type(owner).__name__} of {versions()} does not hand the cache that it is given to its blocks: their "
+                f"{type(owner).__name__} of {versions()} does not pass its cache on to its blocks: their "
                 "positions would be wrong; use a version of transformers that this package was tested with"
             )
         if isinstance(output, tuple):
             return tuple(value for value in output if value is not call)
-        set_cache(output, call.given)
+        set_cache(output, call.caller_cache)
         return output
 
     def _after_layers(self, layers: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -230,14 +230,14 @@ class DecoderBridge:
             self._pass.output = weakref.ref(output[0] if isinstance(output, tuple) else output)
 
     def _normalise(self, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A norm of the owner; the one behind the blocks normalises the rows that are read only.
+        """A norm of the owner. The norm after the blocks normalises only the positions that are read.
 
-        All others are zeros there, and to normalise them cost more than the rest of this process's step.
+        All others are zeros there; normalising them took longer than the rest of this process's step.
         """
         rows, output = self.rows, self._pass.output
         if rows is None or output is None or hidden is not output():
             return forward(hidden, *args, **kwargs)
-        return put_rows(forward(take_rows(hidden, rows), *args, **kwargs), rows, *hidden.shape[:2])
+        return scatter_positions(forward(gather_positions(hidden, rows), *args, **kwargs), rows, *hidden.shape[:2])
 
     def _prompts_at_first_block(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The prefix's hidden states [P, H] before the first block and deep prompts [L, P, H], or None."""
@@ -261,8 +261,8 @@ class DecoderBridge:
             return
         if cache is not None or kwargs.get("use_cache"):
             raise UnsupportedInputError(
-                f"use_cache / {self.cache_name}: keys and values live on servers; call generate, or open an "
-                f"inference_session and give its `cache` as {self.cache_name}"
+                f"use_cache / {self.cache_name}: keys and values are kept on servers; call generate, or open an "
+                f"inference_session and pass its `cache` as {self.cache_name}"
             )
         mask, positions = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
         if positions is not None:
@@ -280,7 +280,7 @@ class DecoderBridge:
                 )
 
     def _check_tokens(self, input_ids: torch.Tensor) -> None:
-        """Token ids are checked here, since a GPU only says that some kernel failed, and spoils the process."""
+        """Checks token ids. A GPU would only report that some kernel failed, and the process could not go on."""
         known = next(self._embeddings().parameters()).shape[0]
         unknown = input_ids[(input_ids < 0) | (input_ids >= known)]
         if len(unknown):

@@ -2,8 +2,8 @@
 
 Shapes: B batch, T tokens of a conversation, S new tokens.
 
-A batch of conversations goes on together: where some samples end a turn earlier, padding stands behind their words and
-is masked out. Beams, and several return sequences of a sample, widen the batch while they are looked for.
+A batch of conversations continues together: where some samples end a turn earlier, padding follows and is masked out.
+Beams, and several return sequences of a sample, widen the batch during the search.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from transformers import GenerationConfig
 
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.hf.compat import CacheFromOutside, pop_cache
 from petals_lightning.models.bridge import DecoderBridge
@@ -24,13 +24,13 @@ from petals_lightning.models.remote_cache import RemoteCache
 
 
 class GenerationSession:
-    """A conversation, or a batch of them; `generate` calls inside its `with` go on where the last one ended.
+    """A conversation, or a batch of them. `generate` calls inside its `with` continue it.
 
     Attributes:
         tokens: [B, T] all tokens so far, given and generated; None before the first call.
-        attention_mask: [B, T] of them, 0 where they are padding.
-        beams, eos_tokens: of the running call: their number, and what ends a turn, or None.
-        cache: for those who call the model themselves: its `cache` (`past_key_values` before transformers 5.24).
+        attention_mask: [B, T], 0 where a token is padding.
+        beams, eos_tokens: of the running call: the number of beams, and the tokens that end a turn, or None.
+        cache: for callers that run the model themselves: its `cache` (`past_key_values` before transformers 5.24).
     """
 
     def __init__(self, bridge: DecoderBridge, session: InferenceSession):
@@ -40,23 +40,23 @@ class GenerationSession:
         self.attention_mask: torch.Tensor | None = None
         self.beams = 1
         self.eos_tokens: torch.Tensor | None = None
-        self._rows = 1  # of each sample in the running call's batch
+        self._rows = 1  # of each sample, in the running call's batch
 
     @property
     def max_length(self) -> int:
-        """Tokens that servers have reserved room for."""
+        """Tokens for which servers have reserved memory."""
         return self._session.max_length
 
     @property
     def peers(self) -> list[str]:
-        """Peer ids of the servers that the session is on, in the order of blocks."""
+        """Peer ids of the servers that run the session, in the order of blocks."""
         return self._session.peers
 
     @property
     def position(self) -> int:
-        """Tokens whose keys and values are on servers: all but the last one generated, which nothing has read yet.
+        """Tokens whose keys and values are on servers: all but the last generated one, which no step has read yet.
 
-        Set it, to anything up to the number of `tokens`, to go back: what stands behind it is forgotten.
+        Set it to go back, to any number up to that of `tokens`: later tokens are dropped.
         """
         return self._session.position
 
@@ -74,10 +74,10 @@ class GenerationSession:
     def continued(
         self, inputs: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tokens with new ones [B, S] behind them, and their mask; at least one of them is not on servers yet.
+        """All tokens followed by new ones [B, S], and their mask. At least one token is not on servers yet.
 
         Raises:
-            UnsupportedInputError: there is nothing to go on from, or new inputs are of another batch.
+            UnsupportedInputError: there is nothing to continue, or the new inputs have another batch size.
         """
         self.beams = self._rows = 1
         if inputs is None and self.tokens is None:
@@ -99,7 +99,7 @@ class GenerationSession:
         return tokens, mask
 
     def select(self, samples: Sequence[int]) -> None:
-        """The conversation goes on with these of its samples, by number, e.g. with one of several return sequences.
+        """Keeps only these samples of the conversation, by number, e.g. one of several return sequences.
 
         Raises:
             UnsupportedInputError: there is no such sample.
@@ -114,28 +114,28 @@ class GenerationSession:
         self.tokens, self.attention_mask = self.tokens[rows], self.attention_mask[rows]
 
     def widen(self, rows: int) -> None:
-        """Each sample stands `rows` times in the batch of the running call."""
+        """Repeats each sample `rows` times in the batch of the running call."""
         self._rows = rows
         if rows > 1 and self._session.position > 0:
             assert self.tokens is not None
             self._session.select(torch.arange(len(self.tokens)).repeat_interleave(rows))
 
     def narrow(self, rows: int, samples: int, position: int) -> None:
-        """Goes back to a position before which the rows of a sample are the same, and to `rows` of each of them."""
+        """Goes back to a position up to which a sample's rows are equal, and to `rows` rows per sample."""
         self._session.position = min(position, self._session.position)
         if self._session.position > 0 and rows != self._rows:
             self._session.select((torch.arange(samples) * self._rows).repeat_interleave(rows))
         self._rows = rows
 
     def keep(self, sequences: torch.Tensor, mask: torch.Tensor) -> None:
-        """Takes the result [B, T + S] of a call into the conversation, whose tokens before it had this mask [b, T]."""
+        """Adds the result [B, T + S] of a call to the conversation, whose earlier tokens had this mask [b, T]."""
         past, rows = mask.shape[1], len(sequences) // len(mask)
-        said = torch.ones_like(sequences[:, past:])
+        new_mask = torch.ones_like(sequences[:, past:])
         if self.eos_tokens is not None:
             ended = torch.isin(sequences[:, past:], self.eos_tokens.to(sequences.device)).cumsum(1)
-            said[:, 1:] = ended[:, :-1] == 0  # padding stands behind the first end
+            new_mask[:, 1:] = ended[:, :-1] == 0  # padding follows the first end
         self.tokens = sequences
-        self.attention_mask = torch.cat([mask.repeat_interleave(rows, 0), said.to(mask.dtype)], dim=1)
+        self.attention_mask = torch.cat([mask.repeat_interleave(rows, 0), new_mask.to(mask.dtype)], dim=1)
 
     def close(self) -> None:
         """Frees the servers' memory."""
@@ -155,7 +155,7 @@ class GenerationSession:
 
 
 _conversations: ContextVar[tuple[GenerationSession, ...]] = ContextVar("conversations", default=())
-"""Those whose `with` the running code is inside of, of all models."""
+"""The sessions of all models whose `with` encloses the running code."""
 
 
 def _conversation(bridge: DecoderBridge) -> GenerationSession | None:
@@ -163,31 +163,31 @@ def _conversation(bridge: DecoderBridge) -> GenerationSession | None:
 
 
 class RemoteGeneration(CacheFromOutside):
-    """Mixed into a family's class with a language-model head: `generate` and sessions."""
+    """Mixin for a family's class with a language-model head: `generate` and sessions."""
 
     bridge: DecoderBridge
 
     def inference_session(self, *, max_length: int) -> GenerationSession:
-        """A conversation of up to `max_length` tokens (prompts of a tuned model not counted), for a `with` statement.
+        """A conversation of up to `max_length` tokens (without a tuned model's prompts), for a `with` statement.
 
-        Servers reserve memory for all of it with the first step, or refuse (NoCacheRoomError); it is freed at the end
-        of the `with`. Consecutive `generate` calls take new tokens only, and return them and what was generated.
+        Servers reserve memory for all of it at the first step, or refuse (CacheFullError). The memory is freed at the
+        end of the `with`. Later `generate` calls take new tokens only, and return them with what was generated.
 
-        Each thread and each asyncio task has conversations of its own. A thread that is to go on with this one, as with
-        a streamer, is started inside the `with` by `Thread(target=contextvars.copy_context().run, args=[…])`.
+        Each thread and each asyncio task has its own conversations. To continue this one in another thread, as with a
+        streamer, start it inside the `with` by `Thread(target=contextvars.copy_context().run, args=[…])`.
         """
         return GenerationSession(self.bridge, self.bridge.open_session(max_length))
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Without a session around it, it opens one for its own length.
+        """As in transformers. Outside of a session, it opens one for its own length.
 
-        Inside `inference_session`, the conversation goes on: `inputs` [B, S] are the new tokens alone (padded on the
-        left, with an `attention_mask` of them), and the returned sequences begin with them. With
-        `num_return_sequences` n it goes on as B·n conversations; `session.select` keeps some of them.
+        Inside `inference_session`, the conversation continues: `inputs` [B, S] are the new tokens only (padded on the
+        left, with their `attention_mask`), and the returned sequences begin with them. With `num_return_sequences` n it
+        continues as B·n conversations; `session.select` keeps some of them.
 
         Raises:
-            UnsupportedInputError: what is asked for does not go together with a session.
+            UnsupportedInputError: an argument cannot be combined with a session.
             SwarmError: servers failed beyond what retries can mend.
         """
         session = _conversation(self.bridge)
@@ -197,7 +197,7 @@ class RemoteGeneration(CacheFromOutside):
             finally:
                 self.bridge.close_own_session()
         if kwargs.get("inputs_embeds") is not None or pop_cache(dict(kwargs)) is not None:
-            raise UnsupportedInputError("inside an inference session give input_ids, neither embeddings nor a cache")
+            raise UnsupportedInputError("inside an inference session give input_ids, not embeddings or a cache")
         inputs = kwargs.pop("input_ids", inputs)
         past = session.tokens.shape[1] if session.tokens is not None else 0
         before = session.position
@@ -205,10 +205,10 @@ class RemoteGeneration(CacheFromOutside):
         try:
             output = super().generate(tokens, *args, attention_mask=mask, **kwargs)  # type: ignore[misc]
         except BaseException:
-            session.narrow(1, len(tokens), before)  # forget tokens that nobody was told of
+            session.narrow(1, len(tokens), before)  # drop tokens that were never returned
             raise
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        if session.beams > 1:  # what was found last is not what servers hold last
+        if session.beams > 1:  # the best beam is not what servers hold last
             session.narrow(len(sequences) // len(tokens), len(tokens), tokens.shape[1])
         session.keep(sequences, mask)
         if isinstance(output, torch.Tensor):
@@ -217,7 +217,7 @@ class RemoteGeneration(CacheFromOutside):
         return output
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the family's own. Where it drops the cache (Phi-3, whose rotary factors change), servers do so too."""
+        """As the family's method. Where that drops the cache (Phi-3, whose rotary factors change), servers do too."""
         name = self.bridge.cache_name
         cache = kwargs.get(name)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]

@@ -1,48 +1,48 @@
-"""What blocks give on this machine: decides where servers disagree."""
+"""Computes blocks on this machine, to decide where servers disagree."""
 
 from __future__ import annotations
 
 import torch
 from transformers import AutoModel
 
-from petals_lightning.client.legs import Leg
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.client.segments import Segment
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.server.span import BlockSpan, SpanInputs
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
 
 class LocalJudge:
-    """Computes a leg here, in float32: one block after another, so that one is in memory at a time.
+    """Computes a segment on this machine in float32, one block after another, so that one at a time is in memory.
 
     Args:
-        checkpoint: the model. Nothing is downloaded for this.
+        checkpoint: the model. It is never downloaded for this.
     """
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
 
     def __call__(
-        self, leg: Leg, deep: torch.Tensor | None, grads: tuple[torch.Tensor, torch.Tensor | None] | None
+        self, segment: Segment, deep: torch.Tensor | None, grads: tuple[torch.Tensor, torch.Tensor | None] | None
     ) -> dict[str, torch.Tensor]:
-        """What a server should answer.
+        """Computes what a server should answer.
 
         Args:
-            leg: blocks and what enters them.
-            deep: [n, P, H] prompts of its blocks, or None.
-            grads: of the outputs: hidden's, and [P, H] the prefix's or None. None asks for a forward.
+            segment: the blocks and their inputs.
+            deep: [n, P, H] prompts of the blocks, or None.
+            grads: gradients of the outputs: hidden's, and [P, H] the prefix's or None. None asks for a forward.
 
         Returns:
             hidden [B, S, H] or [N, H] and prefix [P, H] of a forward; or gradients of hidden, prefix and deep.
 
         Raises:
-            CheckpointError: the blocks are not on this machine.
-            UnsupportedModelError: their family does not run here.
+            CheckpointError: the blocks are not on this machine's disk.
+            UnsupportedModelError: their family cannot run here.
         """
-        hidden, prefix, steps = leg.hidden, leg.prefix, []
-        for block in range(leg.start, leg.end):
-            own = deep[block - leg.start : block - leg.start + 1] if deep is not None else None
-            is_last = block == leg.end - 1
-            steps.append(SpanInputs(block, block + 1, hidden, prefix, own, leg.rows if is_last else None))
+        hidden, prefix, steps = segment.hidden, segment.prefix, []
+        for block in range(segment.start, segment.end):
+            own = deep[block - segment.start : block - segment.start + 1] if deep is not None else None
+            is_last = block == segment.end - 1
+            steps.append(SpanInputs(block, block + 1, hidden, prefix, own, segment.rows if is_last else None))
             if not is_last or grads is None:
                 with torch.no_grad():
                     hidden, prefix = self._load(block).forward(steps[-1])
@@ -53,23 +53,23 @@ class LocalJudge:
         for step in reversed(steps):
             span = self._load(step.start)
             graph = span.forward_with_graph(step, input_grad=True)
-            found = span.backward(graph, grad.float(), grad_prefix.float() if grad_prefix is not None else None)
-            grad, grad_prefix = found["hidden"], found.get("prefix")
+            result = span.backward(graph, grad.float(), grad_prefix.float() if grad_prefix is not None else None)
+            grad, grad_prefix = result["hidden"], result.get("prefix")
             if deep is not None:
-                deep_grads.insert(0, found["deep"])
+                deep_grads.insert(0, result["deep"])
         return _given(hidden=grad, prefix=grad_prefix, deep=torch.cat(deep_grads) if deep_grads else None)
 
     def _load(self, block: int) -> BlockSpan:
         checkpoint = self._checkpoint.on_disk()
-        with torch.random.fork_rng(devices=[]):  # loading must not move the generator that training draws from
+        with torch.random.fork_rng(devices=[]):  # loading must not advance training's random generator
             model, layout, _ = load_pruned(
                 model_class(AutoModel, checkpoint),
                 checkpoint,
-                Part(block, block + 1, ends=False),
+                ModelSlice(block, block + 1, with_embeddings_and_head=False),
                 dtype=torch.float32,
             )
         span = BlockSpan(model, layout, block)
-        span.share_prefix = span.skips_unread = False  # the plain way, whatever the family allows
+        span.share_prefix = span.skips_unread = False  # no shortcuts, whatever the family allows
         return span
 
 

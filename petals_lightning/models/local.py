@@ -1,7 +1,7 @@
-"""The same models without a swarm: every block in this process, plain Hugging Face, the prefix concatenated.
+"""The same models without a swarm: all blocks in this process, plain Hugging Face, with the prefix concatenated.
 
-What distributed training is compared with, in tests, in benchmarks and by anybody who has a small model
-(`swarm=none`). Parameters have the same names and, for a seed, the same start as in the distributed classes.
+The reference for distributed training in tests and benchmarks, and for anyone with a small model (`swarm=none`).
+Parameters have the same names and, for a given seed, the same initial values as in the distributed classes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from petals_lightning.hf import Checkpoint, Part, find_blocks, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, find_blocks, load_pruned
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.loading import check_pad_token, fresh_parameters
-from petals_lightning.hf.skeleton import BlockLayout, num_blocks
+from petals_lightning.hf.pruning import BlockLayout, num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import Prompts, TuningMode
-from petals_lightning.models.trainable import FrozenBody, attach_trainable, has_head_of_its_own, parameters_to_draw
+from petals_lightning.models.trainable import FrozenBackbone, attach_trainable, has_head_of_its_own, parameters_to_draw
 
 
 class _LocalModel:
@@ -42,16 +42,16 @@ class _LocalModel:
         revision: str | None = None,
         **config_values: Any,
     ) -> Any:
-        """Loads the whole model, frozen but for prompts and head.
+        """Loads the whole model; everything but prompts and head is frozen.
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
             tuning_mode: None, "ptune" or "deep_ptune".
             pre_seq_len: P, the number of virtual tokens.
-            prompts: folder (`save_prompts`) or hub id of tuned prompts, which say mode and number themselves.
-            dtype: of the frozen weights; "auto" takes the checkpoint's.
+            prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
+            dtype: of the frozen weights; "auto" is the checkpoint's dtype.
             token, revision: as in transformers.
-            config_values: set on the config, e.g. `num_labels`.
+            config_values: values to set on the config, e.g. `num_labels`.
 
         Raises:
             ConfigurationError, CheckpointError, UnsupportedModelError: as the distributed classes.
@@ -68,32 +68,32 @@ class _LocalModel:
         with (
             torch.random.fork_rng(devices=[]),
             quiet_transformers(),
-        ):  # loading must not move the generator that start values come from
-            if checkpoint.is_wrapper:  # of which the text decoder is all that is wanted
+        ):  # loading must not advance the generator that draws initial values
+            if checkpoint.is_wrapper:  # only its text decoder is used
                 family = model_class(cls.auto_class, checkpoint)
                 whole = load_pruned(
                     family,
                     checkpoint,
-                    Part(0, num_blocks(config), ends=True),
+                    ModelSlice(0, num_blocks(config), with_embeddings_and_head=True),
                     dtype=dtype,
                     config_overrides=overrides,
                     may_miss=has_head_of_its_own(family),
                 )
                 model, fresh = cast(Any, whole.model), whole.fresh
             else:
-                checkpoint.check_shards()  # transformers' words about them are a traceback
+                checkpoint.check_shards()  # transformers would raise a bare traceback
                 model, info = cls.auto_class.from_pretrained(
                     checkpoint.name_or_path,
                     config=config,
                     dtype=dtype,
                     token=token,
                     output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # `fresh_parameters` tells of them
+                    ignore_mismatched_sizes=True,  # `fresh_parameters` reports them
                     **({"revision": revision} if revision else {}),
                 )
                 family = type(model)
                 fresh = fresh_parameters(family, checkpoint, info, has_head_of_its_own(family))
-        model.__class__ = type(family.__name__, (FrozenBody, family), {"__module__": family.__module__})
+        model.__class__ = type(family.__name__, (FrozenBackbone, family), {"__module__": family.__module__})
         layout = find_blocks(model)
         attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh))
         if tuning_mode is not None:
@@ -117,7 +117,7 @@ class LocalModelForSequenceClassification(_LocalModel):
 
 
 def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
-    """Makes a model whose owner has `prompts` run them: concatenated in front of the input, added before each block."""
+    """Adds hooks that run the owner's `prompts`: before the input as a prefix, and added to it before each block."""
     owner = layout.owner(model)
     prompts: Prompts = owner.prompts
 

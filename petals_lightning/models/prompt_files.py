@@ -1,9 +1,9 @@
-"""Tuned weights that travel: a folder with their values and a card that says whose they are and how they were made.
+"""Saved tuned weights: a folder with their values, and a card that says which model they are for.
 
     prompts.safetensors   `input` [P, E], and with deep_ptune `deep` [L, P, H]
     prompts.json          the card, for programs
     README.md             the card, for people and the hub
-    model.safetensors     by `save_tuned` only: all that was trained, a classification head too, by parameter name
+    model.safetensors     by `save_tuned` only: everything that was trained, including a head, by parameter name
 
 Shapes: P virtual tokens, E embedding width, L blocks, H hidden size.
 """
@@ -29,21 +29,21 @@ from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
 from petals_lightning.models.trainable import prompts_of, trainable_state_dict
 
 WEIGHTS, CARD, README, TRAINED = "prompts.safetensors", "prompts.json", "README.md", "model.safetensors"
-THIS_FOLDER = "THIS_FOLDER"  # in the README, until it has a home on the hub
+THIS_FOLDER = "THIS_FOLDER"  # in the README, until it has a repository on the hub
 
 
 @dataclass(frozen=True)
 class PromptCard:
-    """What is known of saved prompts.
+    """The description of saved prompts.
 
     Attributes:
-        base_model, revision: hub id or folder of the model that they were trained for.
-        fingerprint: digest of that model's config and tensor names; prompts are for no other.
-        tuning_mode, pre_seq_len: "ptune" or "deep_ptune", and P; None where a head alone was tuned.
-        dht_prefix: the name of that model's blocks in the swarm; None: it follows from `base_model`.
-        id2label: names of the classes of a head by number, as in Hugging Face's configs; None without a head.
-        metrics: what they reached, by name, e.g. {"val/perplexity": 21.3}.
-        command: the command that made them.
+        base_model, revision: hub id or folder of the model for which they were trained.
+        fingerprint: digest of that model's config and tensor names; prompts fit no other model.
+        tuning_mode, pre_seq_len: "ptune" or "deep_ptune", and P; None if only a head was tuned.
+        dht_prefix: the name of that model's blocks in the swarm; None: derived from `base_model`.
+        id2label: names of a head's classes by number, as in Hugging Face's configs; None without a head.
+        metrics: metrics reached, by name, e.g. {"val/perplexity": 21.3}.
+        command: the command that trained them.
         version: of this package.
     """
 
@@ -63,7 +63,7 @@ class PromptCard:
         """The card of a folder, or of a repository on the hub.
 
         Raises:
-            CheckpointError: there is none, or it is not one that this version can read.
+            CheckpointError: there is no card, or this version cannot read it.
         """
         path = _find(source, CARD, token)
         try:
@@ -71,19 +71,19 @@ class PromptCard:
             card = cls(**{name: known[name] for name in cls.__dataclass_fields__ if name in known})
             check_tuning(card.tuning_mode, card.pre_seq_len)
         except (ValueError, TypeError) as e:
-            raise CheckpointError(f"{path} is no card of prompts ({e}): it must be written by save_prompts") from e
+            raise CheckpointError(f"{path} is not a card of prompts ({e}): it must be written by save_prompts") from e
         return card
 
 
 def save_prompts(
     model: nn.Module, folder: str | Path, *, metrics: Mapping[str, float] | None = None, command: str | None = None
 ) -> PromptCard:
-    """Writes a tuned model's prompts and their card into `folder`, which is made if missing.
+    """Writes a tuned model's prompts and their card into `folder`, which is created if missing.
 
     Args:
         model: local or distributed, loaded with `tuning_mode`.
-        metrics: what the prompts reached, for the card.
-        command: what made them, for the card.
+        metrics: metrics of the prompts, for the card.
+        command: the command that trained them, for the card.
 
     Raises:
         ConfigurationError: the model has no prompts.
@@ -96,12 +96,12 @@ def save_prompts(
 
 
 def save_tuned(model: nn.Module, folder: str | Path) -> PromptCard:
-    """Writes all that was trained of a model, prompts and head, and its card, into `folder`, which is made if missing.
+    """Writes a model's trained weights (prompts and head) and their card into `folder`, created if missing.
 
-    `from_pretrained(folder)` loads the base model with it; `prompts=folder` takes the prompts alone.
+    `from_pretrained(folder)` loads the base model with them; `prompts=folder` takes the prompts only.
 
     Raises:
-        ConfigurationError: nothing of the model is trained.
+        ConfigurationError: the model has no trained weights.
     """
     trained, prompts = trainable_state_dict(model), prompts_of(model)
     if not trained:
@@ -117,30 +117,30 @@ def save_tuned(model: nn.Module, folder: str | Path) -> PromptCard:
 
 
 def load_tuned(model: nn.Module, folder: str | Path, *, token: str | bool | None = None) -> None:
-    """Loads what `save_tuned` wrote, from a folder or the hub, into its base model, loaded as its card says.
+    """Loads what `save_tuned` wrote, from a folder or the hub, into its base model with the card's settings.
 
     Raises:
-        CheckpointError: it was made for another model, or with other settings.
+        CheckpointError: the weights are for another model, or other settings.
     """
     card, path = PromptCard.read(folder, token=token), _find(folder, TRAINED, token)
     check_base_model(card, _checkpoint(model), folder)
-    found, expected = load_file(path), trainable_state_dict(model)
-    if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in expected.items()}:
-        wrong = sorted(set(found) ^ set(expected)) or sorted(expected)
+    saved, expected = load_file(path), trainable_state_dict(model)
+    if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in expected.items()}:
+        wrong = sorted(set(saved) ^ set(expected)) or sorted(expected)
         raise CheckpointError(
             f"{path} does not hold what this model trains: {', '.join(wrong[:5])} differ; load it by the class and "
             "with the settings that it was saved from"
         )
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(saved, strict=False)
 
 
 def find_card(source: str | Path, **hub: Any) -> PromptCard | None:
-    """The card of what `save_tuned` wrote, where `source` is such a folder or hub repository and no model's."""
+    """The card of a folder or hub repository that `save_tuned` wrote; None if `source` is a plain model."""
     try:
         has_config = (find_file(str(source), "config.json", **hub)) is not None
         card = None if has_config else find_file(str(source), TRAINED, **hub) and find_file(str(source), CARD, **hub)
     except (OSError, ValueError):
-        return None  # whatever it is, loading says so
+        return None  # loading reports what is wrong
     return PromptCard.read(source, token=hub.get("token")) if card else None
 
 
@@ -149,7 +149,7 @@ def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _class_names(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
-    """Of a head, which is trained beside prompts."""
+    """The names of a head's classes, if a head was trained."""
     if all(".prompts." in f".{name}" for name in trained):
         return None
     id2label: dict[int, str] = model.config.id2label  # type: ignore[union-attr, assignment]
@@ -182,8 +182,8 @@ def load_prompts(model: nn.Module, source: str | Path, *, token: str | bool | No
         token: for private repositories on the hub; None uses the login of this machine.
 
     Raises:
-        CheckpointError: nothing is there, or it was made for another model.
-        ConfigurationError: the model's prompts are of another mode or length.
+        CheckpointError: there are no prompts, or they are for another model.
+        ConfigurationError: the model's prompts have another mode or length.
     """
     prompts, checkpoint, card = _prompts(model, source), _checkpoint(model), PromptCard.read(source, token=token)
     check_base_model(card, checkpoint, source)
@@ -207,7 +207,7 @@ def tuning_of(
     *,
     token: str | bool | None = None,
 ) -> tuple[TuningMode | None, int | None]:
-    """Mode and P to load a model with: those of saved prompts, if any, which given ones must not contradict.
+    """Mode and P to load a model with: those of saved prompts, if any. Given values must not contradict them.
 
     Raises:
         ConfigurationError: unknown mode, `pre_seq_len` below 1, or a contradiction.
@@ -219,12 +219,12 @@ def tuning_of(
     card = PromptCard.read(source, token=token)
     if card.tuning_mode is None:
         raise ConfigurationError(
-            f"{str(source)!r} holds a classification head and no prompts: give it in the place of the model's name"
+            f"{str(source)!r} holds a classification head and no prompts: pass it instead of the model's name"
         )
     if tuning_mode not in (None, card.tuning_mode) or pre_seq_len not in (None, card.pre_seq_len):
         raise ConfigurationError(
             f"prompts {str(source)!r} are {card.tuning_mode} with pre_seq_len={card.pre_seq_len}, but "
-            f"tuning_mode={tuning_mode}, pre_seq_len={pre_seq_len} was asked for: leave both off"
+            f"tuning_mode={tuning_mode}, pre_seq_len={pre_seq_len} were given: leave both off"
         )
     return card.tuning_mode, card.pre_seq_len
 
@@ -242,14 +242,14 @@ def export_peft(model: nn.Module, folder: str | Path) -> None:
     """Writes ptune prompts as an adapter that PEFT loads: `PeftModel.from_pretrained(local_model, folder)`.
 
     Raises:
-        ConfigurationError: the model has no prompts, is no causal language model, or was tuned with deep_ptune, for
-            which PEFT has no format (its prefix tuning replaces keys and values, it adds nothing to hidden states).
+        ConfigurationError: the model has no prompts, is not a causal language model, or was tuned with deep_ptune, for
+            which PEFT has no format (its prefix tuning replaces keys and values, and adds nothing to hidden states).
     """
     prompts, checkpoint = _prompts(model), _checkpoint(model)
     if prompts.tuning_mode != "ptune":
         raise ConfigurationError(f"tuning_mode is {prompts.tuning_mode!r}: PEFT has a format for ptune prompts only")
     if not getattr(model, "can_generate", lambda: False)():
-        raise ConfigurationError(f"{type(model).__name__} is no causal language model: PEFT export is for those only")
+        raise ConfigurationError(f"{type(model).__name__} is not a causal language model: PEFT has no format for it")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text_config = checkpoint.config.get_text_config()
@@ -307,7 +307,7 @@ def _find(source: str | Path, name: str, token: str | bool | None) -> Path:
 
 def _readme(card: PromptCard, checkpoint: Checkpoint) -> str:
     metadata: dict[str, Any] = {"library_name": "petals-lightning", "tags": ["prompt-tuning"]}
-    if not checkpoint.is_local:  # the hub refuses cards whose base model is none of its repositories
+    if not checkpoint.is_local:  # the hub refuses cards whose base model is not on the hub
         metadata["base_model"] = card.base_model
     rows = [f"| {name} | {value:g} |" for name, value in card.metrics.items()]
     table = ["", "| metric | value |", "|---|---|", *rows] if rows else []

@@ -1,4 +1,4 @@
-"""Saved prompts to the Hugging Face hub, from where `prompts="org/name"` loads them."""
+"""Uploads saved prompts to the Hugging Face hub, from where `prompts="org/name"` loads them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import HFValidationError, get_token
 
 from petals_lightning.errors import CheckpointError, ConfigurationError, HubError
+from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.models.prompt_files import CARD, README, THIS_FOLDER, WEIGHTS, PromptCard
 
 
 def push_prompts_to_hub(
     folder: str | Path, repo_id: str, *, token: str | None = None, private: bool | None = None
 ) -> str:
-    """Uploads prompts that `save_prompts` wrote to the hub's model repository `repo_id`, which is made if missing.
+    """Uploads prompts that `save_prompts` wrote to the hub's model repository `repo_id`, created if missing.
 
     Args:
-        folder: theirs.
+        folder: that `save_prompts` wrote.
         repo_id: "org/name".
         token: with the right to write; None takes HF_TOKEN or the login of this machine.
-        private: whether a repository that is made is private; None: as the organisation's default says.
+        private: whether a new repository is private; None: the organisation's default.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        CheckpointError: the folder holds no prompts.
-        ConfigurationError: `repo_id` is none, or there is no token.
+        CheckpointError: the folder has no prompts.
+        ConfigurationError: `repo_id` is not valid, or there is no token.
         HubError: the hub cannot be reached, or refuses.
     """
     api = HfApi(token=token)
@@ -47,17 +48,17 @@ def push_prompts_to_hub(
         except HFValidationError as e:
             raise ConfigurationError(f"repo_id={repo_id!r}: it must be ORG/NAME ({e})") from e
         except LocalTokenNotFoundError as e:
-            raise ConfigurationError(f"the hub wants a token that may write: {e}") from e
+            raise ConfigurationError(f"the hub requires a token with write access: {e}") from e
         except (HTTPError, OSError) as e:
             raise HubError(
-                f"{folder} was not pushed to {repo_id!r}: {_first_line(e)}. Check the network, that the token may "
+                f"{folder} was not pushed to {repo_id!r}: {first_line(e)}. Check the network, that the token may "
                 "write, and that the organisation is yours"
             ) from e
     return str(commit.commit_url)
 
 
 def stage(folder: str | Path, repo_id: str, target: Path) -> None:
-    """Copies what is uploaded, and nothing else that may lie in `folder`, to `target`; the card names the repository.
+    """Copies the files to upload, and no others of `folder`, to `target`. The card then names the repository.
 
     Raises:
         CheckpointError: a part is missing, or the card cannot be read.
@@ -69,7 +70,3 @@ def stage(folder: str | Path, repo_id: str, target: Path) -> None:
         shutil.copy(Path(folder) / name, target / name)
     readme = target / README
     readme.write_text(readme.read_text(encoding="utf-8").replace(THIS_FOLDER, repo_id), encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,11 +1,11 @@
-"""The parameters that train in front of and inside frozen blocks: ptune and deep_ptune prompts.
+"""Parameters that are trained before and inside frozen blocks: ptune and deep_ptune prompts.
 
 Shapes: P virtual tokens (`pre_seq_len`), L blocks, H hidden size.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -13,15 +13,15 @@ from torch import nn
 from petals_lightning.errors import ConfigurationError
 
 TuningMode = Literal["ptune", "deep_ptune"]
-TUNING_MODES = ("ptune", "deep_ptune")
+TUNING_MODES: tuple[TuningMode, ...] = get_args(TuningMode)
 
 
 class Prompts(nn.Module):
-    """Virtual tokens in front of the input, and with `deep_ptune` a vector per block, added to their hidden states.
+    """Virtual tokens before the input and, with `deep_ptune`, vectors for every block, added to their hidden states.
 
     Attributes:
-        input: [P, E] float32, in the place of token embeddings (E, their width, is H in nearly all families).
-        deep: [L, P, H] float32 added before block i to the hidden states of the prefix, or None with `ptune`.
+        input: [P, E] float32, in place of token embeddings (their width E is H in nearly all families).
+        deep: [L, P, H] float32, added to the prefix's hidden states before block i; None with `ptune`.
 
     Args:
         tuning_mode: "ptune" or "deep_ptune".
@@ -45,7 +45,7 @@ class Prompts(nn.Module):
         self.deep = nn.Parameter(deep) if tuning_mode == "deep_ptune" else None
 
     def reset_parameters(self, embedding_std: float) -> None:
-        """Draws `input` from N(0, embedding_std²), as long as real tokens are; `deep` starts at zero, as ptune."""
+        """Draws `input` from N(0, embedding_std²), as long as real tokens. `deep` starts at zero, as ptune."""
         with torch.no_grad():
             self.input.normal_(0.0, embedding_std)
             if self.deep is not None:
@@ -56,7 +56,7 @@ class Prompts(nn.Module):
 
 
 def check_tuning(tuning_mode: str | None, pre_seq_len: int | None) -> None:
-    """Raises ConfigurationError unless the mode is known (or None) and P fits it."""
+    """Raises ConfigurationError unless the mode is known (or None) and P is valid for it."""
     if tuning_mode is None:
         return
     if tuning_mode not in TUNING_MODES:

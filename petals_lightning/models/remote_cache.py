@@ -1,17 +1,17 @@
-"""What transformers sees of keys and values that live on servers: a cache of one layer that knows its length only."""
+"""The cache that transformers sees of keys and values on servers: one layer, which knows only its length."""
 
 from __future__ import annotations
 
 import torch
 
 from petals_lightning.client.block_pass import LengthLayer
-from petals_lightning.client.inference import InferenceSession
+from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.hf.compat import Cache
 
 
 class RemoteLayer(LengthLayer):
-    """Speaks for a session: going back and reordering reach its servers with the next step."""
+    """Represents a session. Going back and reordering reach its servers with the next step."""
 
     def __init__(self, session: InferenceSession):
         super().__init__()
@@ -36,7 +36,9 @@ class RemoteLayer(LengthLayer):
         raise UnsupportedInputError(f"a session's batch cannot be repeated {repeats} times: repeat the inputs instead")
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise UnsupportedInputError("samples cannot leave a session's batch: leave them out of the inputs instead")
+        raise UnsupportedInputError(
+            "samples cannot be removed from a session's batch: remove them from the inputs instead"
+        )
 
 
 class RemoteCache(Cache):

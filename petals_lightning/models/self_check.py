@@ -1,7 +1,8 @@
-"""A model's own ends, tried when it is loaded: what this package takes for granted of its family must hold.
+"""Tests a model's own ends at load: what this package assumes of its family must hold.
 
-Blocks are left out, so that their output is their input, and two ways to the same result are compared: milliseconds for
-a small model, a second for a large vocabulary. What differs is refused, since the numbers of a run would be wrong.
+The blocks are skipped, so that their output is their input, and two ways to the same result are compared. This takes
+milliseconds for a small model, a second for a large vocabulary. A model that differs is refused, since its numbers
+would be wrong.
 
 Shapes: B batch, S tokens, E embedding width, H hidden size, V vocabulary.
 """
@@ -15,15 +16,15 @@ from transformers import PreTrainedModel
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.compat import quiet_transformers, versions
-from petals_lightning.hf.skeleton import vocabulary_size
+from petals_lightning.hf.pruning import vocabulary_size
 from petals_lightning.models.bridge import DecoderBridge
-from petals_lightning.models.token_logits import token_logits
+from petals_lightning.models.reading import token_logits
 
 _TOKENS = 5
 
 
 class _IdentitySession:
-    """An `InferenceSession` of blocks that are left out."""
+    """An `InferenceSession` that skips the blocks."""
 
     def __init__(self, max_length: int):
         self.max_length, self.position = max_length, 0
@@ -38,13 +39,13 @@ class _IdentitySession:
 
 @torch.no_grad()
 def check_ends(model: Any, bridge: DecoderBridge, family: type[PreTrainedModel]) -> None:
-    """Tries embeddings, positions and head of a distributed model.
+    """Tests embeddings, positions and head of a distributed model.
 
     Args:
-        family: the model's own class, without what is mixed into it here.
+        family: the model's own class, without our mixins.
 
     Raises:
-        UnsupportedModelError: what they give here is not what the family's own code gives.
+        UnsupportedModelError: they give another result here than in the family's own code.
     """
     try:
         _check_positions(model, bridge)
@@ -62,7 +63,7 @@ def check_ends(model: Any, bridge: DecoderBridge, family: type[PreTrainedModel])
 
 
 def _check_positions(model: PreTrainedModel, bridge: DecoderBridge) -> None:
-    """Samples that follow others, as those that follow a prefix do, have the positions that they have in one piece."""
+    """Tokens that follow other tokens, as after a prefix, must have the same positions as in one sequence."""
     table: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(1, _TOKENS, table.shape[1], generator=generator).to(table)
@@ -82,7 +83,7 @@ def _check_positions(model: PreTrainedModel, bridge: DecoderBridge) -> None:
 
 
 def _check_logits(model: Any) -> None:
-    """Logits of chosen positions are those of all."""
+    """Logits of chosen positions must equal those of a full pass."""
     tokens = _tokens(model, 2)
     logits = model(input_ids=tokens).logits
     rows = torch.tensor([1, 2 * _TOKENS - 1], device=tokens.device)
@@ -90,21 +91,21 @@ def _check_logits(model: Any) -> None:
 
 
 def _check_generate(model: Any) -> None:
-    """Each step of `generate` has the logits of a model that is given all tokens at once."""
+    """Each step of `generate` must have the logits of a pass over all tokens at once."""
     tokens, new = _tokens(model, 1), 2
-    found = model.generate(
+    generated = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new, do_sample=False,
         num_beams=1, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    whole = model(input_ids=found.sequences[:, :-1]).logits[:, -new:]
-    _compare(model, "what generate computes", torch.stack(found.logits, dim=1), whole.float())
+    whole = model(input_ids=generated.sequences[:, :-1]).logits[:, -new:]
+    _compare(model, "what generate computes", torch.stack(generated.logits, dim=1), whole.float())
 
 
 def _check_classifier(model: Any, family: type[PreTrainedModel]) -> None:
-    """The head reads the position that is fetched, and no other."""
+    """The head must read the fetched position, and no other."""
     if not hasattr(model, "score"):
         raise UnsupportedModelError(
-            f"{family.__name__} ({model.config.model_type}) classifies by a head of its own, not by a `score` of the "
+            f"{family.__name__} ({model.config.model_type}) classifies with a head of its own, not by a `score` of the "
             "last token: use a family that does, or tune it as a language model"
         )
     pad = model.config.get_text_config().pad_token_id
@@ -121,10 +122,10 @@ def _tokens(model: PreTrainedModel, batch: int) -> torch.Tensor:
     return torch.randint(0, vocabulary_size(model), (batch, _TOKENS), generator=generator).to(model.device)
 
 
-def _compare(model: PreTrainedModel, what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+def _compare(model: PreTrainedModel, what: str, result: torch.Tensor, expected: torch.Tensor) -> None:
     tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
-    same_shape = found.shape == expected.shape
-    error = (found - expected).float().norm() / expected.float().norm().clamp_min(1e-12) if same_shape else torch.inf
+    same_shape = result.shape == expected.shape
+    error = (result - expected).float().norm() / expected.float().norm().clamp_min(1e-12) if same_shape else torch.inf
     if not error < tolerance:
         raise UnsupportedModelError(_refusal(model, f"{what} would be wrong here (off by {float(error):.0%})"))
 

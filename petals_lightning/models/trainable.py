@@ -1,4 +1,4 @@
-"""What trains in a frozen model: attached prompts and the head, their start values, and their checkpoints."""
+"""The trainable parts of a frozen model: attached prompts and the head, their initial values, and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.hf.checkpoint import Checkpoint
-from petals_lightning.hf.skeleton import BlockLayout, num_blocks
+from petals_lightning.hf.pruning import BlockLayout, num_blocks
 from petals_lightning.models.prompts import Prompts, TuningMode
 
 logger = logging.getLogger(__name__)
 
 
-class FrozenBody:
-    """Mixed into a family's class: `train()` leaves the frozen parts in eval mode.
+class FrozenBackbone:
+    """Mixin for a family's class: `train()` leaves the frozen parts in eval mode.
 
-    Their dropout would make servers' and local results differ, and gradients noisy for nothing.
+    Their dropout would make servers' and local results differ, and would only add noise to gradients.
     """
 
     def train(self, mode: bool = True) -> Any:
@@ -42,7 +42,7 @@ def attach_trainable(
     first, so that one seed gives one start for local and distributed models alike.
 
     Args:
-        drawn: names of the head's parameters that are to be drawn; the others go on from the checkpoint.
+        drawn: names of the head's parameters to draw; the others keep the checkpoint's values.
     """
     model.requires_grad_(False)
     owner = layout.owner(model)
@@ -73,9 +73,9 @@ def attach_trainable(
 
 
 def has_head_of_its_own(family: type[PreTrainedModel]) -> Callable[[str], bool]:
-    """Tells by its name whether a parameter of a family's task model is of a head that may be drawn.
+    """A test by name whether a parameter of a family's task model belongs to a head that may be drawn.
 
-    The head of a language model may not: it would make random text.
+    A language model's head may not be drawn: it would generate random text.
     """
     if family.can_generate():
         return lambda name: False
@@ -83,25 +83,25 @@ def has_head_of_its_own(family: type[PreTrainedModel]) -> Callable[[str], bool]:
 
 
 def parameters_to_draw(model: PreTrainedModel, checkpoint: Checkpoint, fresh: frozenset[str]) -> frozenset[str]:
-    """Names of the parameters of a head that are drawn: of all that are fresh, and of a head for other classes.
+    """Names of the head's parameters to draw: all that are fresh, and all of a head for other classes.
 
-    A head of the checkpoint is kept if its classes are those of the model, by number and, if both have names, by name;
-    where it is not, the log says so.
+    A head of the checkpoint is kept if its classes equal the model's, by number and, if both have names, by name. The
+    log reports a head that is not kept.
 
     Args:
-        fresh: what loading did not find in the checkpoint, see `LoadedPart`.
+        fresh: parameters that the checkpoint lacks, see `LoadedPart`.
     """
     head = {f"{path}.{name}" for path, module in _heads(model) for name, _ in module.named_parameters()}
     if not any(name in checkpoint.shard_of for name in head):
         return fresh
-    saved, wanted = _class_names(checkpoint.config), _class_names(model.config)
-    is_for_them = saved == wanted or (len(saved) == len(wanted) and (_are_numbers(saved) or _are_numbers(wanted)))
+    saved, expected = _class_names(checkpoint.config), _class_names(model.config)
+    is_for_them = saved == expected or (len(saved) == len(expected) and (_are_numbers(saved) or _are_numbers(expected)))
     if is_for_them and not fresh & head:
         logger.info("the classification head of %s is trained on", checkpoint.name_or_path)
         return fresh
     logger.warning(
         "the classification head of %s is for the classes %s, this one for %s: a new one is drawn",
-        checkpoint.name_or_path, ", ".join(saved.values()), ", ".join(wanted.values()),
+        checkpoint.name_or_path, ", ".join(saved.values()), ", ".join(expected.values()),
     )  # fmt: skip
     return fresh | head
 
@@ -111,7 +111,7 @@ def _class_names(config: PreTrainedConfig) -> dict[int, str]:
 
 
 def _are_numbers(names: Mapping[int, str]) -> bool:
-    """Whether classes have no names of their own."""
+    """Whether the classes are only numbered, without names."""
     return all(name in (f"LABEL_{number}", str(number)) for number, name in names.items())
 
 
@@ -121,12 +121,12 @@ def prompts_of(model: nn.Module) -> Any:
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name and value of every parameter that trains: kilobytes, whatever the model's size."""
+    """Names and values of all trainable parameters: kilobytes, whatever the model's size."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _heads(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """The classification head: what a task model has beside its base model, unless that is the language-model head."""
+    """The classification head: the task model's modules outside of its base model, except a language-model head."""
     if model.base_model is model or model.can_generate():
         return []
     return [

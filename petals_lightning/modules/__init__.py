@@ -1,4 +1,4 @@
-"""Lightning modules: one a task."""
+"""Lightning modules, one per task."""
 
 from petals_lightning.modules.causal_lm import CausalLMModule
 from petals_lightning.modules.sequence_classification import SequenceClassificationModule

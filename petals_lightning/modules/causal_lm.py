@@ -1,4 +1,4 @@
-"""Tuning a language model: prompts that make a frozen one speak as the assistant of dialogues, or write as texts do.
+"""Tuning a language model: prompts make a frozen model answer as in dialogues, or continue texts.
 
 Shapes: B batch, S tokens, N labelled tokens, V vocabulary.
 """
@@ -11,29 +11,30 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from petals_lightning.data.tokenizers import IGNORED
+from petals_lightning.data.collate import IGNORED
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.models.token_logits import token_logits
+from petals_lightning.models.reading import token_logits
 from petals_lightning.modules.tuning import TuningModule
 
 
 class CausalLMModule(TuningModule):
-    """Trains prompts on the next token, where labels say so; everything else is frozen.
+    """Trains prompts to predict the next token at labelled positions; everything else is frozen.
 
-    Batches: `input_ids`, `attention_mask` and `labels` [B, S], padded on the right; labels are the token ids, or -100
-    where a token is not to be learnt. Only hidden states that a label is predicted from cross the wire. Logs
-    `train/loss`, `train/lr`, and `val/loss`, `val/perplexity`, `test/loss`, `test/perplexity` over all labelled tokens.
+    Batches: `input_ids`, `attention_mask` and `labels` [B, S], padded on the right. Labels are token ids, or -100 for
+    tokens without a loss. Only hidden states that predict a label are sent over the wire. Logs `train/loss`,
+    `train/lr`, and `val/loss`, `val/perplexity`, `test/loss`, `test/perplexity` over all labelled tokens.
 
     Args:
         model_name: hub id or folder of a causal language model.
-        tuning_mode: `ptune` or `deep_ptune`; there is no head to train alone.
-        options: as of `TuningModule`.
+        tuning_mode: `ptune` or `deep_ptune`; there is no head to train without prompts.
+        options: as for `TuningModule`.
 
     Raises:
         ConfigurationError: a value out of range; the message names the argument.
     """
 
     monitor, monitor_mode = "val/perplexity", "min"
+    saves_prompts = True
 
     def __init__(self, model_name: str, *, tuning_mode: str | None = "deep_ptune", **options: Any):
         if tuning_mode is None:
@@ -48,9 +49,18 @@ class CausalLMModule(TuningModule):
         return AutoDistributedModelForCausalLM, LocalModelForCausalLM
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        """Mean cross-entropy of the labelled tokens of a batch, and their number N."""
+        """Mean cross-entropy of the labelled tokens of a batch, and their number N.
+
+        Raises:
+            ConfigurationError: labels are not token ids.
+        """
+        if labels.shape != input_ids.shape:
+            raise ConfigurationError(
+                f"labels have shape {list(labels.shape)}, input_ids {list(input_ids.shape)}: {type(self).__name__} "
+                "trains on tokens; use its data (DialogueDataModule, PlainTextDataModule), or a task for labels"
+            )
         following = labels[:, 1:]
-        sample, position = (following != IGNORED).nonzero(as_tuple=True)  # each is predicted from the one before
+        sample, position = (following != IGNORED).nonzero(as_tuple=True)  # each is predicted at the position before
         rows = sample * input_ids.shape[1] + position
         logits = token_logits(self.model, input_ids, rows, attention_mask)  # [N, V]
         return torch.nn.functional.cross_entropy(logits.float(), following[sample, position]), len(rows)
@@ -60,12 +70,12 @@ class CausalLMModule(TuningModule):
         self.log_training(loss, len(batch["labels"]))
         return loss
 
-    # Reset when a pass begins: in the inference mode at the end of one, its states would be of no use to other modes.
+    # Reset at the start of a pass: at its end, inference mode would make states that other modes cannot use.
     def on_validation_epoch_start(self) -> None:
         self.val_loss.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.val_loss.update(*self.evaluated(batch))
+        self.val_loss.update(*self(**batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_perplexity("val", self.val_loss)
@@ -74,12 +84,12 @@ class CausalLMModule(TuningModule):
         self.test_loss.reset()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.test_loss.update(*self.evaluated(batch))
+        self.test_loss.update(*self(**batch))
 
     def on_test_epoch_end(self) -> None:
         self._log_perplexity("test", self.test_loss)
 
     def _log_perplexity(self, part: str, losses: MeanMetric) -> None:
-        loss = losses.compute()  # of all tokens, whatever batch they were in
+        loss = losses.compute()  # over all tokens, whatever their batch
         self.log(f"{part}/loss", loss, prog_bar=True)
         self.log(f"{part}/perplexity", loss.exp(), prog_bar=True)

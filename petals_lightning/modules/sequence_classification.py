@@ -1,4 +1,4 @@
-"""Classifying texts with prompts and a head over a frozen language model."""
+"""Text classification by prompts and a head on a frozen language model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class SequenceClassificationModule(TuningModule):
         model_name: hub id or folder of a causal language model.
         num_labels: number of classes.
         class_names: their names, for reports; None: 0, 1, …
-        options: as of `TuningModule`.
+        options: as for `TuningModule`.
 
     Raises:
         ConfigurationError: a value out of range; the message names the argument.
     """
 
     monitor, monitor_mode = "val/accuracy", "max"
+    from_data = ("num_labels", "class_names")
 
     def __init__(self, model_name: str, *, num_labels: int = 2, class_names: list[str] | None = None, **options: Any):
         super().__init__(model_name, **options)
@@ -48,16 +49,12 @@ class SequenceClassificationModule(TuningModule):
         return AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
 
     def model_arguments(self) -> dict[str, Any]:
-        # `pad_token_id` is among them: Hugging Face classifies at the last token that is not this one.
+        # With `pad_token_id`: Hugging Face classifies at the last token that is not this one.
         return super().model_arguments() | {"num_labels": self.hparams["num_labels"]}
 
     def forward(self, **batch: Tensor) -> Any:
         """The model's output: `logits` [B, num_labels] and, given `labels` [B], `loss` (mean cross-entropy)."""
         return self.model(**batch)
-
-    def evaluate(self, batch: dict[str, Tensor], *, predicting: bool = False) -> Any:
-        """As `forward`; a prediction looks at no labels."""
-        return self(**{name: value for name, value in batch.items() if not (predicting and name == "labels")})
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -67,14 +64,14 @@ class SequenceClassificationModule(TuningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        output = self.evaluated(batch)
+        output = self(**batch)
         self.val_accuracy(output.logits, batch["labels"])
         # Weighted by the samples of each batch, so that a short last batch does not count as much as a full one.
         self.log("val/loss", output.loss, prog_bar=True, batch_size=len(batch["labels"]))
         self.log("val/accuracy", self.val_accuracy, prog_bar=True, batch_size=len(batch["labels"]))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        output = self.evaluated(batch)
+        output = self(**batch)
         self.test_accuracy(output.logits, batch["labels"])
         self.log("test/loss", output.loss, batch_size=len(batch["labels"]))
         self.log("test/accuracy", self.test_accuracy, batch_size=len(batch["labels"]))
@@ -103,5 +100,6 @@ class SequenceClassificationModule(TuningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """`probabilities` [B, num_labels] and the most probable `labels` [B]."""
-        probabilities = self.evaluated(batch, predicting=True).logits.float().softmax(-1)
+        unlabelled = {name: value for name, value in batch.items() if name != "labels"}  # they may be missing or wrong
+        probabilities = self(**unlabelled).logits.float().softmax(-1)
         return {"probabilities": probabilities, "labels": probabilities.argmax(-1)}

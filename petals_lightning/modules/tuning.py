@@ -1,4 +1,4 @@
-"""What all tuning modules share: the model in its swarm, the optimizer, checkpoints of trained weights only."""
+"""The base of all tuning modules: the model in its swarm, the optimizer, checkpoints of trained weights only."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
-from petals_lightning.hf.skeleton import vocabulary_size
+from petals_lightning.hf.pruning import vocabulary_size
 from petals_lightning.models import trainable_state_dict
+from petals_lightning.models.prompts import TUNING_MODES
 from petals_lightning.strategies import (
-    BEGUN,
     RemoteBlockStrategy,
     ServedModel,
     load_trained_weights,
@@ -29,24 +29,23 @@ from petals_lightning.strategies import (
 
 log = logging.getLogger(__name__)
 
-TUNING_MODES = (None, "ptune", "deep_ptune")
-
 
 class TuningModule(pl.LightningModule):
-    """Trains prompts (and a head) of a frozen model. Subclasses give the task: their steps, and their model's class.
+    """Trains prompts (and a head) of a frozen model. Subclasses define the task: its steps and the model's class.
 
-    Under `RemoteBlockStrategy` the blocks are in its swarm; under any other the whole model is in this process. It is
-    loaded when a Trainer runs the module: `load_from_checkpoint` reads the checkpoint's trained weights and no model.
+    Under `RemoteBlockStrategy` the blocks are in its swarm; under any other strategy the whole model is in this
+    process.
+    The model is loaded when a Trainer runs the module: `load_from_checkpoint` reads trained weights, and no model.
 
     Args:
         model_name: hub id or folder of a causal language model.
-        tuning_mode: None (a head alone), `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as
-            many more for every block).
-        pre_seq_len: virtual tokens, P.
+        tuning_mode: None (only a head), `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as many
+            more for every block).
+        pre_seq_len: number of virtual tokens, P.
         lr: AdamW's peak learning rate.
-        weight_decay: AdamW's.
-        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0. (Where the
-            number of steps is not known before training, as with `max_epochs=-1`, the rate stays `lr`.)
+        weight_decay: AdamW's weight decay.
+        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0. (If the
+            number of steps is not known before training, as with `max_epochs=-1`, the rate is always `lr`.)
         dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
         revision: the model's revision on the hub.
         dht_prefix: the name of the model's blocks in the swarm; None derives it from `model_name`.
@@ -58,9 +57,13 @@ class TuningModule(pl.LightningModule):
 
     model: PreTrainedModel
     monitor: str
-    """The metric that tells the best checkpoint."""
+    """The metric that selects the best checkpoint."""
     monitor_mode: str
-    """"max" or "min": which way the metric is better."""
+    """"max" or "min": whether a higher or a lower metric is better."""
+    from_data: tuple[str, ...] = ()
+    """Arguments that a run takes from attributes of the same names of its DataModule."""
+    saves_prompts = False
+    """Whether a run saves its best prompts in a folder, for `chat` and for sharing."""
 
     def __init__(
         self,
@@ -77,8 +80,8 @@ class TuningModule(pl.LightningModule):
         token: str | None = None,
     ):
         super().__init__()
-        if tuning_mode not in TUNING_MODES:
-            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, ptune or deep_ptune")
+        if tuning_mode is not None and tuning_mode not in TUNING_MODES:
+            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, {' or '.join(TUNING_MODES)}")
         if tuning_mode is not None and pre_seq_len < 1:
             raise ConfigurationError(
                 f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
@@ -93,18 +96,18 @@ class TuningModule(pl.LightningModule):
         self.save_hyperparameters(ignore=["token"])  # with a subclass's own arguments
         self.served_model = ServedModel(model_name, dtype, revision, dht_prefix)
         self._token = token
-        self._session: int | None = None
-        self._loaded: dict[str, Tensor] | None = None  # trained weights that wait for their model
+        self._connection_id: int | None = None
+        self._loaded: dict[str, Tensor] | None = None  # trained weights, kept until the model is loaded
         self._rng_state: Tensor | None = None
         self._plan: tuple[float, int | None] | None = None  # learning rate and steps of our schedule
         self.register_load_state_dict_post_hook(_frozen_weights_are_not_missing)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Self:
-        """As Lightning's, but tensors and plain values alone are read, unless it is told `weights_only=False`.
+        """As Lightning's, but reads only tensors and plain values, unless `weights_only=False` is given.
 
         Raises:
-            CheckpointError: the file holds more than that.
+            CheckpointError: the file contains other objects.
         """
         with no_code_from(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **options})
@@ -112,10 +115,10 @@ class TuningModule(pl.LightningModule):
     # --- the model -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Builds the model, or connects it anew when the Trainer has joined the swarm again.
+        """Builds the model, or connects it again after the Trainer has joined the swarm again.
 
-        Without a Trainer, as in `load_from_checkpoint`, there is nothing to be done yet: whether the whole model is
-        wanted here or its ends alone is the Trainer's to say.
+        Without a Trainer, as in `load_from_checkpoint`, nothing is loaded: the Trainer determines whether the whole
+        model or only its ends are needed.
 
         Raises:
             ConfigurationError: the Trainer runs in several processes.
@@ -125,23 +128,23 @@ class TuningModule(pl.LightningModule):
         strategy, processes = self.trainer.strategy, self.trainer.world_size
         if processes > 1:
             raise ConfigurationError(
-                f"devices={processes}: the client runs on 1 device; set devices=1 (what spreads a model over several "
-                "is a swarm)"
+                f"devices={processes}: the client runs on 1 device; set devices=1 (a swarm "
+                "spreads a model over several)"
             )
-        session = strategy.session if isinstance(strategy, RemoteBlockStrategy) else 0
-        if self._session == session:
+        connection_id = strategy.connection_id if isinstance(strategy, RemoteBlockStrategy) else 0
+        if self._connection_id == connection_id:
             return
-        kept = self._loaded if self._session is None else trainable_state_dict(self)
+        kept = self._loaded if self._connection_id is None else trainable_state_dict(self)
         self.model = self._load(strategy)
         if kept is not None:
             load_trained_weights(self, kept)
-        self._session, self._loaded = session, None
+        self._connection_id, self._loaded = connection_id, None
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
             self._check_sizes(data)
 
     def _check_sizes(self, data: TextDataModule) -> None:
-        """Finds before the first step what would fail at some later one.
+        """Checks before the first step for failures of later steps.
 
         Raises:
             ConfigurationError: the model has no embedding for a token, or too few positions for a sample.
@@ -193,21 +196,10 @@ class TuningModule(pl.LightningModule):
         return local.from_pretrained(name, **arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        # StochasticWeightAveraging copies the module before Lightning asks for the model, and would average nothing.
+        # StochasticWeightAveraging copies the module before Lightning loads the model, and would average nothing.
         if self._trainer is not None:
             self.configure_model()
         return super().__getstate__()
-
-    # --- evaluation ------------------------------------------------------------------------------------------------
-
-    def evaluate(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
-        """The forward of an evaluation batch. May be called from several threads at once."""
-        return self(**batch)
-
-    def evaluated(self, batch: dict[str, Any], *, predicting: bool = False) -> Any:
-        """What `evaluate` gives, for steps: the strategy may have begun it before the batch's turn came."""
-        begun = batch.pop(BEGUN, None)
-        return begun.result() if begun is not None else self.evaluate(batch, predicting=predicting)
 
     # --- training and its checkpoints --------------------------------------------------------------------------------
 
@@ -232,7 +224,7 @@ class TuningModule(pl.LightningModule):
         """Logs `train/loss` and `train/lr`, the rate of the first optimizer."""
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
         rate = self.trainer.optimizers[0].param_groups[0].get("lr")
-        if rate is not None:  # as with Lightning's stand-in for no optimizer
+        if rate is not None:  # None with Lightning's mock optimizer
             self.log("train/lr", rate)
 
     def on_fit_start(self) -> None:
@@ -243,7 +235,7 @@ class TuningModule(pl.LightningModule):
             )
         # The frozen model is in eval mode on purpose: neither servers nor client apply dropout to it.
         warnings.filterwarnings("ignore", r".*module\(s\) in eval mode at the start of training")
-        # GradScaler leaves out the first optimizer steps while it looks for its scale; the schedule goes on.
+        # GradScaler skips the first optimizer steps while it searches for its scale; the schedule continues.
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
 
     def on_train_start(self) -> None:
@@ -253,7 +245,7 @@ class TuningModule(pl.LightningModule):
         self._follow_finders()
 
     def _follow_finders(self) -> None:
-        """LearningRateFinder and BatchSizeFinder find another rate or number of steps after the schedule was made."""
+        """Updates the schedule if LearningRateFinder or BatchSizeFinder changed the rate or the number of steps."""
         plan = lr, steps = self.hparams["lr"], planned_steps(self.trainer)
         schedule = self.lr_schedulers()
         if self._plan in (None, plan) or steps is None or not isinstance(schedule, LambdaLR):
@@ -270,15 +262,15 @@ class TuningModule(pl.LightningModule):
         self._rng_state = checkpoint.get("torch_rng_state")
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Trained weights only, under every strategy, also inside other modules (averages of weights)."""
-        found, own = {} if destination is None else destination, self._loaded
+        """Trained weights only, under every strategy, even inside other modules (averages of weights)."""
+        state, own = {} if destination is None else destination, self._loaded
         own = trainable_state_dict(self) if own is None else own
-        found.update({prefix + name: weight for name, weight in own.items()})
-        return found
+        state.update({prefix + name: weight for name, weight in own.items()})
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Takes trained weights only; see `load_trained_weights`. They wait for the model if there is none yet."""
-        if self._session is None:
+        """Loads trained weights; see `load_trained_weights`. They are kept until the model is loaded."""
+        if self._connection_id is None:
             self._loaded = dict(state_dict)
         else:
             load_trained_weights(self, state_dict)
@@ -291,6 +283,6 @@ def _warm_up_and_decay(step: int, *, warmup: int, steps: int) -> float:
 
 
 def _frozen_weights_are_not_missing(module: torch.nn.Module, keys: Any) -> None:
-    """Lets a module that holds this one load what its `state_dict` has given."""
+    """Lets an enclosing module load what its `state_dict` returned."""
     trained = tuple(trainable_state_dict(module))
     keys.missing_keys[:] = [key for key in keys.missing_keys if key.endswith(trained)]

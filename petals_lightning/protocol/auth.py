@@ -1,8 +1,8 @@
 """Proof that a peer knows a swarm's shared token, without sending it.
 
-Each side answers a challenge: an HMAC of the token over both nonces and both peer ids. libp2p authenticates the ids,
-so a proof is worth nothing to a peer in the middle, nor on another stream. The client proves itself first; a server
-answers with its own proof only then, so strangers get nothing from it to guess at.
+Each side answers a challenge with an HMAC, keyed by the token, over both nonces and both peer ids. libp2p authenticates
+the ids, so a proof is useless to a peer in the middle and on another stream. The client proves itself first. The server
+sends its own proof only after that, so strangers get nothing to guess the token from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIN_TOKEN_CHARACTERS = 16
 
 
 def new_nonce() -> bytes:
-    """A fresh random number for a challenge, NONCE_BYTES long."""
+    """A new random challenge of NONCE_BYTES."""
     return secrets.token_bytes(NONCE_BYTES)
 
 
@@ -33,24 +33,24 @@ def prove(token: str, role: str, *, client: str, server: str, client_nonce: byte
 
     Args:
         token: the swarm's secret.
-        role: "client" or "server": who proves; a proof cannot be sent back as the other side's.
+        role: "client" or "server", the side that proves. So a proof cannot be sent back as the other side's.
         client, server: base58 peer ids.
-        client_nonce, server_nonce: NONCE_BYTES each, fresh for this stream.
+        client_nonce, server_nonce: NONCE_BYTES each, new for this stream.
     """
     parts = [b"petals_lightning.auth.v1", role.encode(), client.encode(), server.encode(), client_nonce, server_nonce]
     return hmac.digest(token.encode(), b"".join(len(part).to_bytes(4, "big") + part for part in parts), "sha256")
 
 
 def is_proof(given: object, expected: bytes) -> bool:
-    """Compares in constant time; anything but bytes is no proof."""
+    """Compares in constant time; False for anything but bytes."""
     return isinstance(given, bytes) and hmac.compare_digest(given, expected)
 
 
 def check_token(token: str) -> str:
-    """Returns the token.
+    """Returns the token if it is long enough.
 
     Raises:
-        ConfigurationError: it is short enough to be guessed from a proof.
+        ConfigurationError: it is so short that it could be guessed from a proof.
     """
     if len(token) < MIN_TOKEN_CHARACTERS:
         raise ConfigurationError(
@@ -61,10 +61,10 @@ def check_token(token: str) -> str:
 
 
 def read_token(path: str | Path) -> str:
-    """The token in a file, without white space around it; warns where others on this machine may read it.
+    """Reads the token in a file, without surrounding white space. Warns if other users may read the file.
 
     Raises:
-        ConfigurationError: the file cannot be read, or holds no token.
+        ConfigurationError: the file cannot be read, or holds no valid token.
     """
     try:
         token = Path(path).read_text(encoding="utf-8").strip()

@@ -1,7 +1,8 @@
-"""Checks that all requests share: a field or a tensor has the type that the protocol gives it."""
+"""Checks that all requests share: a field or a tensor has the type that the protocol requires."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ WIRE_DTYPES = {"float32", "float16", "bfloat16", INT8_BLOCKWISE}
 
 
 def typed(fields: dict[str, Any], name: str, kind: Any) -> Any:
-    """Field `name`; raises ProtocolError unless it is of `kind` (a bool counts as nothing but a bool)."""
+    """Returns field `name`. Raises ProtocolError unless it is of `kind` (a bool is not an int)."""
     value = fields.get(name)
     is_stray_bool = isinstance(value, bool) and kind is not bool
     if not isinstance(value, kind) or is_stray_bool:
@@ -22,33 +23,43 @@ def typed(fields: dict[str, Any], name: str, kind: Any) -> Any:
 
 
 def printable(text: str, limit: int) -> str:
-    """Words of a stranger, safe to show: one line of at most `limit` characters, none of which controls a terminal."""
+    """A stranger's text made safe to show: one line of at most `limit` characters, without control characters."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:limit]).split())
 
 
 def span_and_dtype(fields: dict[str, Any]) -> tuple[int, int, str]:
-    """Fields `start`, `end` and `wire_dtype`; raises ProtocolError if they name no span or no wire dtype."""
+    """Returns fields `start`, `end` and `wire_dtype`. Raises ProtocolError if the span or the dtype is invalid."""
     start, end = typed(fields, "start", int), typed(fields, "end", int)
     wire_dtype = typed(fields, "wire_dtype", str)
     if not 0 <= start < end:
-        raise ProtocolError(f"blocks {start}:{end} are no span")
+        raise ProtocolError(f"blocks {start}:{end} are not a span")
     if wire_dtype not in WIRE_DTYPES:
-        raise ProtocolError(f"wire_dtype {wire_dtype!r:.40} is none of {sorted(WIRE_DTYPES)}")
+        raise ProtocolError(f"wire_dtype {wire_dtype!r:.40} is not one of {sorted(WIRE_DTYPES)}")
     return start, end, wire_dtype
 
 
 def floating(tensors: dict[str, torch.Tensor], name: str, dims: int) -> torch.Tensor | None:
-    """Tensor `name` or None; raises ProtocolError if it is not floating or has not `dims` dimensions."""
+    """Returns tensor `name` or None. Raises ProtocolError unless it is floating and has `dims` dimensions."""
     tensor = tensors.get(name)
     if tensor is not None and (not tensor.is_floating_point() or tensor.ndim != dims):
         raise ProtocolError(f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}")
     return tensor
 
 
+def hidden(tensors: dict[str, torch.Tensor], known: Collection[str]) -> torch.Tensor:
+    """Returns tensor `hidden` [B, S, H]. Raises ProtocolError if it is missing, or for tensors that are not known."""
+    if unknown := set(tensors) - set(known):
+        raise ProtocolError(f"unknown tensors {sorted(unknown)!r:.100}")
+    tensor = floating(tensors, "hidden", 3)
+    if tensor is None:
+        raise ProtocolError("the tensor `hidden` is missing")
+    return tensor
+
+
 def prompts(
     tensors: dict[str, torch.Tensor], hidden: torch.Tensor, num_blocks: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Tensors `prefix` [P, H] and `deep` [num_blocks, P, H], or None; raises ProtocolError if they do not fit."""
+    """Returns `prefix` [P, H] and `deep` [num_blocks, P, H], or None. Raises ProtocolError if they do not fit."""
     prefix, deep = floating(tensors, "prefix", 2), floating(tensors, "deep", 3)
     if deep is not None and prefix is None:
         raise ProtocolError("deep prompts need a prefix")

@@ -1,4 +1,4 @@
-"""Puts messages together from a stream's frames, within stated limits."""
+"""Reads and writes messages as frames of a stream, within limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from petals_lightning.protocol.messages import (
     parse_header,
 )
 from petals_lightning.protocol.tensors import packed_size, unpack_tensors
-from petals_lightning.protocol.uploads import WINDOW, Pace, PatientReader, stalled
+from petals_lightning.protocol.uploads import WINDOW, TimedReader, UploadProgress, stall_message
 
 Reserve = Callable[[int, int, Method, dict[str, Any]], str | None]
 Release = Callable[[int, Method, dict[str, Any]], None]
@@ -32,8 +32,8 @@ class _Partial:
     description: list[Any]
     size: int
     memory: int
-    pace: Pace
-    body: bytearray | None = field(default_factory=bytearray)  # None: there was no room, and the bytes are let pass
+    progress: UploadProgress
+    body: bytearray | None = field(default_factory=bytearray)  # None: no memory was granted; the bytes are dropped
     refusal: str = ""
     charged: int = 0
     received: int = 0
@@ -41,17 +41,18 @@ class _Partial:
 
 
 class MessageReader:
-    """Reads messages that may come interleaved. Memory is taken for what has come, not for what is announced.
+    """Reads messages, whose frames may be interleaved. Takes memory for arrived bytes, not for announced ones.
 
     Args:
         reader: the stream.
-        max_message_bytes: the most memory that one message may announce, and all that are under way together.
-        max_open: how many messages may be under way at once.
-        limit: by call id, the most memory that its message may announce; None sets no other limit.
-        reserve: asked, with bytes, call id, method and fields, before more memory is taken for a message: what its
-            bytes that have come become when they are unpacked. If it says why not, the message comes `dropped`, with
-            these words and without its tensors. Who gives the bytes back is the caller's affair, but for those of
-            messages that never became complete, which go to `release`.
+        max_message_bytes: limit of the memory that one message may announce, and all incomplete ones together.
+        max_open: limit of incomplete messages.
+        limit: by call id, a lower limit of the memory that a message may announce, or None.
+        reserve: called with bytes, call id, method and fields before memory is taken for arrived bytes; the bytes
+            include what unpacking will take. If it returns a reason, the message is delivered as `dropped` with that
+            reason and no tensors. The caller releases reserved bytes, except those of incomplete messages, for which
+            `release` is called.
+        release: called with bytes, method and fields of a message that will never be complete.
     """
 
     def __init__(
@@ -64,18 +65,18 @@ class MessageReader:
         reserve: Reserve = lambda num_bytes, call_id, method, fields: None,
         release: Release = lambda num_bytes, method, fields: None,
     ):
-        self._reader = PatientReader(reader)
+        self._reader = TimedReader(reader)
         self._max_bytes, self._max_open = max_message_bytes, max_open
         self._limit, self._reserve, self._release = limit, reserve, release
         self._partial: dict[int, _Partial] = {}
         self.heard_at = time.monotonic()
-        """When the last frame came, of whatever message."""
+        """When the last frame of any message arrived."""
 
     async def next(self) -> tuple[int, Message, int] | None:
-        """The next complete message: its call id, itself, its bytes on the wire. None at the end of the stream.
+        """The next complete message, as (call id, message, bytes on the wire); None at the end of the stream.
 
         Raises:
-            ProtocolError: the bytes break the format or a limit, or stand still; the stream cannot be read on.
+            ProtocolError: the bytes break the format or a limit, or have stalled. The stream cannot be read further.
         """
         while True:
             try:
@@ -85,28 +86,28 @@ class MessageReader:
             self.heard_at = time.monotonic()
             if (complete := self._accept(kind, call_id, header, chunk)) is not None:
                 return call_id, *complete
-            self._check_pace()
+            self._check_progress()
 
     async def _frame(self) -> tuple[int, int, bytes, memoryview]:
-        """Kind, call id, header and chunk of the next frame."""
-        prefix = await self._reader.exactly(FRAME_PREFIX.size, self._check_pace if self._partial else None)
+        """The next frame: kind, call id, header and chunk."""
+        prefix = await self._reader.exactly(FRAME_PREFIX.size, self._check_progress if self._partial else None)
         kind, call_id, header_length, chunk_length = FRAME_PREFIX.unpack(prefix)
         if header_length > MAX_HEADER_BYTES or chunk_length > CHUNK_BYTES:
             raise ProtocolError(f"a frame of {header_length} + {chunk_length} bytes is over the limit")
         began = self._reader.waited
 
         def check() -> None:
-            self._check_pace()
+            self._check_progress()
             if self._reader.waited >= began + WINDOW:
-                raise ProtocolError(stalled(f"a frame of call {call_id}"))
+                raise ProtocolError(stall_message(f"a frame of call {call_id}"))
 
         data = await self._reader.exactly(header_length + chunk_length, check)
         return kind, call_id, data[:header_length], memoryview(data)[header_length:]
 
-    def _check_pace(self) -> None:
+    def _check_progress(self) -> None:
         for call_id, partial in self._partial.items():
-            if partial.pace.is_stalled(self._reader.waited, partial.received):
-                raise ProtocolError(stalled(f"the message of call {call_id}"))
+            if partial.progress.is_stalled(self._reader.waited, partial.received):
+                raise ProtocolError(stall_message(f"the message of call {call_id}"))
 
     def _accept(self, kind: int, call_id: int, header: bytes, chunk: memoryview) -> tuple[Message, int] | None:
         if kind == FrameKind.HEAD:
@@ -140,25 +141,25 @@ class MessageReader:
         if call_id in self._partial:
             if method is not Method.CANCEL:
                 raise ProtocolError(f"two messages under call id {call_id}")
-            self._free(self._partial.pop(call_id))  # its sender gave up in the middle
+            self._free(self._partial.pop(call_id))  # its sender cancelled it in the middle
         size, memory = packed_size(description)
         under_way = sum(partial.memory for partial in self._partial.values() if partial.body is not None)
         if len(self._partial) >= self._max_open or under_way + memory > self._max_bytes:
             raise ProtocolError(f"a message of {memory} bytes is over this peer's limit of {self._max_bytes} bytes")
         if (limit := self._limit(call_id)) is not None and memory > limit:
             raise ProtocolError(f"call {call_id} announces {memory} bytes, {limit} are the most that were asked for")
-        partial = _Partial(method, fields, description, size, memory, Pace(self._reader.waited))
+        partial = _Partial(method, fields, description, size, memory, UploadProgress(self._reader.waited))
         self._partial[call_id] = partial
         return partial
 
     def abandon(self) -> None:
-        """Forgets messages that are under way: the stream has ended."""
+        """Drops incomplete messages. Call it when the stream has ended."""
         while self._partial:
             self._free(self._partial.popitem()[1])
 
     def _free(self, partial: _Partial) -> None:
         partial.body = None
-        if partial.charged:  # else whoever reserves has not even seen the fields
+        if partial.charged:  # else `reserve` was never called for it
             self._release(partial.charged, partial.method, partial.fields)
             partial.charged = 0
 
@@ -166,18 +167,18 @@ class MessageReader:
 class MessageWriter:
     """Writes messages from many tasks on one stream.
 
-    Those of several frames go one after another, so that on a slow link the first one is there, and can be worked on,
-    while the others are under way. Those of a single frame take turns with their frames and never wait for all of them.
+    Messages of several frames are sent one after another, so that on a slow link the receiver can start on the first
+    one while the others are still being sent. Messages of one frame are sent between those frames.
     """
 
     def __init__(self, writer: asyncio.StreamWriter):
         self._writer = writer
         self._turn, self._long = asyncio.Lock(), asyncio.Lock()
         self.wrote_at = time.monotonic()
-        """When the stream last took a frame of tensors: one that takes them moves, however slowly."""
+        """When the stream last took a frame of tensors. A stream that takes frames is alive, however slow."""
 
     async def send(self, call_id: int, message: Message) -> int:
-        """Returns the bytes written; raises ConnectionError if the stream is gone."""
+        """Sends a message and returns the bytes written. Raises ConnectionError if the stream has ended."""
         if message.num_bytes <= CHUNK_BYTES:
             return await self._send(call_id, message)
         async with self._long:
@@ -186,7 +187,7 @@ class MessageWriter:
     async def _send(self, call_id: int, message: Message) -> int:
         num_bytes = 0
         for frame in message.frames(call_id):
-            async with self._turn:  # asyncio's locks are first come, first served
+            async with self._turn:  # asyncio's locks are fair: first come, first served
                 if self._writer.is_closing():
                     raise ConnectionResetError("the stream is closed")
                 self._writer.writelines(frame)

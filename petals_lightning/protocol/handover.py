@@ -1,11 +1,11 @@
-"""Handover: a server sends what it computed straight on to the next one, by a route that the client names.
+"""Handover: a server sends its output directly to the next server, along a route that the client chose.
 
-A request may carry a `route`: a list of hops, one for each server behind. Its server runs its own part, answers the
-client without what goes on, and sends the next server a `handover`: the request that the client would have sent, with
-the rest of the route. There it counts as if it had come on the client's own stream, and is answered on that.
+A request may carry a `route`: a list of hops, one for each later server. A server runs its own blocks, answers the
+client without the tensors that go on, and sends the next server a `handover`: the request that the client would have
+sent, with the rest of the route. There it counts as a request on the client's own stream, and is answered on it.
 
-The client proves to the next server that it wants this: with each hop goes a permit, made with a key that only the
-client and the next server know, for one call by one peer. It is good once.
+Each hop carries a permit, which proves to the next server that the client wants this. It is made with a key that only
+the client and the next server know, for one call by one peer, and can be used once.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 
 STREAM_KEY_BYTES = 32
 MAX_HOPS = 256
-_MAX_USED = 4096  # call ids that one stream remembers
+_MAX_USED = 4096  # call ids that are stored per stream
 _METHODS = {Method.FORWARD, Method.BACKWARD, Method.STEP}
-# What the next server needs besides outputs: `rows` are the last server's, the others are the same for all.
+# Tensors that later servers need besides outputs: `rows` is for the last server, the others for all.
 _CARRIED = {"rows", "hypo_ids", "attention_mask", "position_ids"}
 
 
 def new_stream_key() -> bytes:
-    """A secret for one client's stream, with which the client makes permits."""
+    """A secret for one client's stream; the client makes permits with it."""
     return secrets.token_bytes(STREAM_KEY_BYTES)
 
 
 def make_permit(stream_key: bytes, bearer: str, call: int) -> bytes:
-    """Lets the peer `bearer` hand over the request under the id `call`, to the server that made the key."""
+    """Permits the peer `bearer` to hand over the request with id `call` to the server that made the key."""
     return hmac.digest(
         stream_key, b"petals_lightning.handover.v1" + call.to_bytes(8, "big") + bearer.encode(), "sha256"
     )
@@ -51,9 +51,9 @@ class Hop:
     Attributes:
         peer: its base58 id.
         stream: the number of the client's stream there.
-        call: the id under which it answers the client.
-        permit: for who comes before it.
-        fields: of the request for it.
+        call: id of the request; the server answers the client under it.
+        permit: for the server before it.
+        fields: of its request.
     """
 
     peer: str
@@ -67,7 +67,7 @@ class Hop:
 
     @classmethod
     def from_value(cls, value: Any) -> Hop:
-        """Raises ProtocolError if a part is missing or has the wrong type."""
+        """Reads a hop. Raises ProtocolError if a part is missing or has the wrong type."""
         if not isinstance(value, dict):
             raise ProtocolError(f"a hop of a route is {value!r:.60}")
         hop = cls(
@@ -77,12 +77,12 @@ class Hop:
         if not 0 < hop.call < 1 << 64:
             raise ProtocolError(f"a hop's call id is {hop.call}")
         if hop.fields.get("wire_dtype") not in WIRE_DTYPES:
-            raise ProtocolError(f"wire_dtype {hop.fields.get('wire_dtype')!r:.40} is none of {sorted(WIRE_DTYPES)}")
+            raise ProtocolError(f"wire_dtype {hop.fields.get('wire_dtype')!r:.40} is not one of {sorted(WIRE_DTYPES)}")
         return hop
 
 
 def read_route(fields: dict[str, Any]) -> list[Hop]:
-    """The servers behind the one that got a request; empty where there are none.
+    """The hops after the server that got a request; empty if it is the last one.
 
     Raises:
         ProtocolError: the route is malformed.
@@ -94,18 +94,18 @@ def read_route(fields: dict[str, Any]) -> list[Hop]:
 
 
 def carried_tensors(request: Message) -> dict[str, torch.Tensor]:
-    """What of a request is for the servers behind too."""
+    """The tensors of a request that later servers need too."""
     return {name: tensor for name, tensor in request.tensors.items() if name in _CARRIED}
 
 
 def split_reply(
     method: Method, reply: Message, carried: dict[str, torch.Tensor], route: list[Hop]
 ) -> tuple[Message, Message]:
-    """What a server sends the next one, and what it answers the client.
+    """Splits an answer into the handover for the next server and the answer for the client.
 
     Args:
         method: of the request.
-        reply: as the client would have got it without a route.
+        reply: the answer that the client would get without a route.
         carried: from `carried_tensors`.
         route: at least one hop.
 
@@ -116,7 +116,7 @@ def split_reply(
     home = dict(reply.tensors)
     if "hidden" not in home:
         raise ProtocolError("a route needs input_grad on every server but the first one")
-    if method is Method.STEP:  # its output goes home too: it is the history from which a lost server is rebuilt
+    if method is Method.STEP:  # the client needs the output too, to rebuild a session after a server is lost
         onward = {"hidden": home["hidden"]}
     else:
         names = ("grad", "grad_prefix") if method is Method.BACKWARD else ("hidden", "prefix")
@@ -136,7 +136,7 @@ def split_reply(
 
 @dataclass(frozen=True)
 class Envelope:
-    """The fields of a `handover`: which request it is, on which of the server's streams, under which call id."""
+    """The fields of a `handover`: the request, the client's stream on the receiving server, and the call id."""
 
     stream: int
     call: int
@@ -146,7 +146,7 @@ class Envelope:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Envelope:
-        """Raises ProtocolError if one is missing or has the wrong type, or the method cannot be handed over."""
+        """Reads the fields. Raises ProtocolError if one is missing or has the wrong type, or for another method."""
         method = typed(fields, "method", str)
         if method not in _METHODS:
             raise ProtocolError(f"{method!r:.40} cannot be handed over")
@@ -159,29 +159,29 @@ class Envelope:
         return envelope
 
     def is_permitted(self, stream_key: bytes, bearer: str) -> bool:
-        """Whether the client that knows the key lets the peer `bearer` hand this over."""
+        """Whether the client that knows the key permits the peer `bearer` to hand this over."""
         return hmac.compare_digest(self.permit, make_permit(stream_key, bearer, self.call))
 
     def open(self, message: Message) -> Message:
-        """The request inside."""
+        """The request inside the handover `message`."""
         return replace(message, method=self.method, fields=self.fields)
 
 
 class UsedCalls:
-    """Call ids of one stream under which nothing may be handed over any more.
+    """Call ids of one stream that can no longer be handed over.
 
-    A bearer that could use its permit again would put a graph of other activations in place of the one that the client
-    will go back through. A client's ids rise, so if too many are remembered the lowest is dropped, and all up to it
-    count as used.
+    A peer that could use its permit again would replace the graph that the client's backward needs by one of other
+    activations. A client's ids increase. So if too many are stored, the lowest is dropped, and all up to it count as
+    used.
     """
 
     def __init__(self) -> None:
         self._ids: set[int] = set()
-        self._lowest: list[int] = []  # a heap of the same
+        self._lowest: list[int] = []  # a heap of the same ids
         self._floor = 0
 
     def add(self, call: int) -> bool:
-        """Whether the id was not used before."""
+        """Marks an id as used. Returns whether it was unused."""
         if call <= self._floor or call in self._ids:
             return False
         self._ids.add(call)

@@ -1,7 +1,7 @@
-"""What a server says of itself in the DHT: `(state, throughput, extra)` under each block it holds.
+"""A server's record in the DHT: `(state, throughput, extra)` under each block that it holds.
 
-The tuple and the names inside `extra` are Petals'; the keys under `lightning` are ours, and readers of either side
-ignore what they do not know.
+The tuple and the names in `extra` are Petals'. The keys under `lightning` are ours. Readers on both sides ignore keys
+that they do not know.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from petals_lightning.protocol.checks import printable
 STREAM_VERSION = 1
 MAX_WORD_LENGTH = 64
 MAX_NAME_LENGTH = 200  # of a model or a repository
-MAX_BLOCKS = 512  # of a model that a stranger lists; the largest have 126 blocks today
-_MIN_SPEED = 1e-3  # tokens a second; times computed from less could be infinite
+MAX_BLOCKS = 512  # of a model in the public list; the largest models have 126 blocks today
+_MIN_SPEED = 1e-3  # tokens a second; slower speeds could give infinite times
 
 
 class ServerState(IntEnum):
@@ -33,15 +33,15 @@ class ServerRecord:
     """One server's announcement.
 
     Attributes:
-        start, end: the span of blocks held, `end` exclusive; None in records that do not say it.
-        public_name, version, torch_dtype, fingerprint: those read are safe to show (`printable`) and of at most
-            `MAX_WORD_LENGTH` characters; None if not said. The fingerprint is a short digest of the served weights.
-        throughput: requests a second, as Petals counts them; used to place and to compare servers.
+        start, end: the span of blocks held, `end` exclusive; None if not given.
+        public_name, version, torch_dtype, fingerprint: texts; in a record that was read, `printable` ones of at most
+            `MAX_WORD_LENGTH` characters. None if not given. The fingerprint is a short digest of the served weights.
+        throughput: requests a second, as Petals counts them; used to place and compare servers.
         tokens_per_second: forward speed of one block, in tokens a second (Petals: `forward_rps`); None if not measured.
         stream_version: version of our stream method, None on servers that offer only Petals' methods.
-        hidden_size: H of the served model; None if the server does not say.
-        cache_tokens_left: positions of one block that keys and values can still be kept of; None if not said.
-        num_blocks, repository: of the served model, which may be a private one; None if not said.
+        hidden_size: H of the served model; None if not given.
+        cache_tokens_left: positions of one block whose keys and values still fit into the cache; None if not given.
+        num_blocks, repository: of the served model; None if not given, or if the model is private.
     """
 
     state: ServerState
@@ -60,7 +60,7 @@ class ServerRecord:
     repository: str | None = None
 
     def without_claims(self) -> ServerRecord:
-        """As if a Petals server said it: without what only a signed record can say."""
+        """A copy like a Petals server's record, without the fields that only a signed record can have."""
         return replace(self, stream_version=None, hidden_size=None, fingerprint=None, num_blocks=None, repository=None)
 
     def to_value(self) -> tuple[int, float, dict[str, Any]]:
@@ -88,10 +88,10 @@ class ServerRecord:
 
     @classmethod
     def from_value(cls, value: Any) -> ServerRecord:
-        """Reads a DHT value; every key of `extra` is optional and is dropped if it has the wrong type.
+        """Reads a DHT value. Every key of `extra` is optional, and is dropped if it has the wrong type.
 
         Raises:
-            ProtocolError: the value is not a tuple of a known state, a finite throughput and (maybe) a dict.
+            ProtocolError: the value is not a tuple of a known state, a finite throughput and maybe a dict.
         """
         try:
             if not isinstance(value, (tuple, list)):

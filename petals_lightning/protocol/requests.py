@@ -1,6 +1,6 @@
-"""Forward and backward requests: their fields and tensors, and the checks on those that need no knowledge of a model.
+"""Forward and backward requests: their fields and tensors, and the checks that need no knowledge of a model.
 
-Shapes: B batch, S tokens, P virtual tokens, H hidden size, n = end - start blocks, N rows that are read.
+Shapes: see the legend in `petals_lightning.protocol`; n = end - start is the number of blocks.
 """
 
 from __future__ import annotations
@@ -17,17 +17,28 @@ from petals_lightning.protocol.messages import Message, Method
 from petals_lightning.protocol.tensors import DTYPES, INT8_BLOCKWISE
 
 _ANSWER_VALUE_BYTES = 8
-"""Of memory that a value of an answer takes at most: 8 bits, its share of a scale, and the float32 that it becomes."""
+"""Memory limit of one value of an answer: 8 bits, its share of a scale, and the float32 that it becomes."""
 
 
 def answer_bytes(*tensors: torch.Tensor | None) -> int:
-    """The most memory that an answer may take which is as large as these tensors."""
+    """Memory limit of an answer with as many values as these tensors."""
     return _ANSWER_VALUE_BYTES * sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
 def grads_bytes(hidden: torch.Tensor, prefix: torch.Tensor | None, num_blocks: int) -> int:
-    """The most memory that gradients of a forward's inputs may take: hidden [B, S, H], prefix [P, H], deep prompts."""
+    """Memory limit of the gradients of a forward's inputs: hidden [B, S, H], prefix [P, H] and deep prompts."""
     return answer_bytes(hidden, *[prefix] * (1 + num_blocks))
+
+
+def inputs_message(method: Method, request: Any) -> Message:
+    """A forward or a step as a message: its `_FIELDS` and `_TENSORS`."""
+    return Message(
+        method,
+        {name: getattr(request, name) for name in request._FIELDS},
+        {name: tensor for name in request._TENSORS if (tensor := getattr(request, name)) is not None},
+        int8_blockwise=request.wire_dtype == INT8_BLOCKWISE,
+        answer_bytes=answer_bytes(request.hidden, request.prefix),
+    )
 
 
 @dataclass
@@ -37,15 +48,15 @@ class ForwardRequest:
     Attributes:
         hidden: [B, S, H].
         prefix: [P, H], or None without prompts.
-        deep: [n, P, H], or None: there are none, or they were sent before under `prompts_key`.
-        rows: [N] int32 indices into the B·S positions whose outputs are wanted, None for all.
-        prompts_key: names `deep` on this stream: with `deep` it is kept under the key, without it is looked up.
-        keep: keep the autograd graph under this call's id.
-        input_grad: the backward will want the gradient of `hidden`.
-        want_prefix: return the prefix's hidden states (somebody runs blocks behind `end`).
-        wire_dtype: of the tensors that come back; int8_blockwise also of `hidden`.
+        deep: [n, P, H], or None if there are none or they are registered under `prompts_key`.
+        rows: [N] int32 indices into the B·S positions whose outputs to return; None returns all.
+        prompts_key: names deep prompts on this stream: with `deep` the request registers them, without it uses them.
+        keep: whether to keep the autograd graph, under this call's id.
+        input_grad: whether the backward needs the gradient of `hidden`.
+        want_prefix: whether to return the prefix's hidden states, for a server with later blocks.
+        wire_dtype: of the tensors in the reply; int8_blockwise also of `hidden`.
 
-    Reply: `hidden` [B, S, H] or [N, H]; `prefix` [P, H] if wanted; fields `kept`, and `compute` and `queue` in seconds.
+    Reply: `hidden` [B, S, H] or [N, H]; `prefix` [P, H] if requested; fields `kept`, `compute` and `queue` (seconds).
     """
 
     start: int
@@ -64,30 +75,18 @@ class ForwardRequest:
     _TENSORS = ("hidden", "prefix", "deep", "rows")
 
     def to_message(self) -> Message:
-        fields = {name: getattr(self, name) for name in self._FIELDS}
-        tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
-        return Message(
-            Method.FORWARD,
-            fields,
-            tensors,
-            int8_blockwise=self.wire_dtype == INT8_BLOCKWISE,
-            answer_bytes=answer_bytes(self.hidden, self.prefix),
-        )
+        return inputs_message(Method.FORWARD, self)
 
     @property
     def grads_bytes(self) -> int:
-        """The most memory that the answer to its backward may take."""
+        """Memory limit of the answer to its backward."""
         return grads_bytes(self.hidden, self.prefix, self.end - self.start)
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ForwardRequest:
-        """Raises ProtocolError if a field is missing or has the wrong type, or shapes contradict each other."""
+        """Reads a request. Raises ProtocolError if a field is missing or has the wrong type, or shapes do not fit."""
         start, end, wire_dtype = checks.span_and_dtype(fields)
-        if unknown := set(tensors) - set(cls._TENSORS):
-            raise ProtocolError(f"unknown tensors {sorted(unknown)!r:.100}")
-        hidden = checks.floating(tensors, "hidden", 3)
-        if hidden is None:
-            raise ProtocolError("the tensor `hidden` is missing")
+        hidden = checks.hidden(tensors, cls._TENSORS)
         prefix, deep = checks.prompts(tensors, hidden, end - start)
         prompts_key = typed(fields, "prompts_key", (int, type(None)))
         if prompts_key is not None and prefix is None:
@@ -112,15 +111,15 @@ class BackwardRequest:
     """Gradients of a forward.
 
     Attributes:
-        grad: like the forward's `hidden` reply.
-        grad_prefix: [P, H], or None if nothing behind the span read the prefix.
-        graph: id of the forward call (same stream) whose graph is kept; None: run `forward` again first.
+        grad: in the shape of `hidden` in the forward's reply.
+        grad_prefix: [P, H], or None if no later block read the prefix.
+        graph: id of the forward call on this stream whose graph is kept; None: run `forward` again first.
         forward: the request to run again, if `graph` is None.
-        wire_dtype: of the gradients that come back; int8_blockwise also of those that go.
-        answer_bytes: from `grads_bytes`, for a client that asks by `graph`; not sent.
+        wire_dtype: of the gradients in the reply; int8_blockwise also of those in the request.
+        answer_bytes: from `grads_bytes`, if the request names a `graph`; not sent.
 
-    Reply: those of `hidden`, `prefix` and `deep` that the forward had (`hidden` only with `input_grad`); prompts'
-    gradients are summed over the batch.
+    Reply: gradients of `prefix` and `deep` if the forward had them, and of `hidden` if it had `input_grad`. Those of
+    prompts are summed over the batch.
     """
 
     grad: torch.Tensor
@@ -149,12 +148,12 @@ class BackwardRequest:
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> BackwardRequest:
-        """Raises ProtocolError as `ForwardRequest.from_message`."""
+        """Reads a request. Raises ProtocolError as `ForwardRequest.from_message`."""
         tensors = dict(tensors)
         graph = typed(fields, "graph", (int, type(None)))
         wire_dtype = typed(fields, "wire_dtype", str)
         if wire_dtype not in WIRE_DTYPES:
-            raise ProtocolError(f"wire_dtype {wire_dtype!r:.40} is none of {sorted(WIRE_DTYPES)}")
+            raise ProtocolError(f"wire_dtype {wire_dtype!r:.40} is not one of {sorted(WIRE_DTYPES)}")
         grad, grad_prefix = tensors.pop("grad", None), checks.floating(tensors, "grad_prefix", 2)
         tensors.pop("grad_prefix", None)
         if grad is None or not grad.is_floating_point():
@@ -168,17 +167,17 @@ class BackwardRequest:
 
 
 def to_wire(tensor: torch.Tensor, wire_dtype: str, *, prompts: bool = False) -> torch.Tensor:
-    """The tensor as a message takes it: on the CPU, in `message_dtype`."""
+    """Converts a tensor for a message: to the CPU, in `message_dtype`."""
     return tensor.detach().to(device="cpu", dtype=message_dtype(wire_dtype, prompts=prompts))
 
 
 def message_dtype(wire_dtype: str, *, prompts: bool = False) -> torch.dtype:
-    """Of tensors in messages, on both ends.
+    """The dtype of tensors in messages, on both ends.
 
     Args:
         wire_dtype: of the request.
-        prompts: of hidden states of the prefix, and deep prompts. They are not quantised: their error is the same for
-            all samples, so it does not average out.
+        prompts: whether the tensors are the prefix's hidden states or deep prompts. These are not quantised: their
+            error is the same for all samples, so it does not average out.
     """
     if wire_dtype == INT8_BLOCKWISE:
         return torch.bfloat16 if prompts else torch.float32

@@ -1,8 +1,8 @@
-"""A server's record with its signature, as our servers store it once for each model.
+"""A server's signed record, which our servers store once for each model.
 
-Petals' records stand under each block's key, where anybody may store one under anybody's id. What our servers say of
-themselves stands under one key of the model besides, signed with the key that the server's peer id follows from. In a
-private swarm it also carries a code that only those can make who know the swarm's token.
+Petals' records are stored under each block's key, where any peer can store one under any id. Our servers also store a
+record under one key of the model, signed with the private key that their peer id follows from. In a private swarm it
+also carries a code that can only be made with the swarm's token.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from petals_lightning.protocol.records import ServerRecord
 from petals_lightning.protocol.uids import UID_DELIMITER
 
 SUBKEY_PREFIX = "signed:"
-"""Stands before the server's id in a subkey. Peers of ours keep no such record whose signature is wrong."""
+"""Precedes the server's id in a subkey. Our peers store no such record with an invalid signature."""
 
-_PURPOSE = b"petals_lightning.server_record.v1\0"  # so that no other signature of the same key can stand for one
+_PURPOSE = b"petals_lightning.server_record.v1\0"  # separates these signatures from others of the same key
 
 
 LISTED_KEY = "_petals_lightning.models"
-"""The DHT key of the same records of all models that are not private."""
+"""The DHT key of these records for all models that are not private."""
 
 
 def signed_key(dht_prefix: str) -> str:
@@ -37,11 +37,11 @@ def signed_key(dht_prefix: str) -> str:
 
 @dataclass(frozen=True)
 class SignedRecord:
-    """A record whose signature is right.
+    """A record with a valid signature.
 
     Attributes:
-        dht_prefix: the model that it is about.
-        expires: DHT time at which it ends; it must be stored until then, not longer.
+        dht_prefix: of the model.
+        expires: DHT time at which it expires; it must be stored with this expiration.
     """
 
     record: ServerRecord
@@ -61,10 +61,10 @@ class SignedRecord:
 
     @classmethod
     def open(cls, value: Any, peer: str) -> Self:
-        """Reads a value that was found under `peer`.
+        """Reads a value that was stored under `peer`.
 
         Raises:
-            ProtocolError: it is malformed, or not signed by that peer.
+            ProtocolError: the value is malformed, or not signed by that peer.
         """
         try:
             payload, public_key, signature, code = value
@@ -90,5 +90,5 @@ def _code(token: str, peer: str, payload: bytes) -> bytes:
 
 @functools.lru_cache(maxsize=8)
 def _stretched(token: str) -> bytes:
-    """A key that is slow to compute: strangers can read the codes, and try tokens at home."""
+    """Derives a key slowly: strangers can read the codes and try to guess the token offline."""
     return hashlib.scrypt(token.encode(), salt=_PURPOSE, n=1 << 14, r=8, p=1, dklen=32)

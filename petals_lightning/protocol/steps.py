@@ -1,6 +1,7 @@
-"""A step of an inference session: new positions behind those that the server keeps keys and values of.
+"""A step of an inference session: new positions after those whose keys and values the server keeps.
 
-Shapes: B batch, n new positions, T positions before and with them, P virtual tokens, H hidden size, L blocks.
+Shapes: see the legend in `petals_lightning.protocol`; n is the number of new positions, T of all positions up to and
+including them, L of the blocks.
 """
 
 from __future__ import annotations
@@ -14,31 +15,31 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol import checks
 from petals_lightning.protocol.checks import typed
 from petals_lightning.protocol.messages import Message, Method
-from petals_lightning.protocol.requests import answer_bytes
-from petals_lightning.protocol.tensors import INT8_BLOCKWISE
+from petals_lightning.protocol.requests import inputs_message
 
 
 @dataclass
 class StepRequest:
     """Run blocks [start, end) on new positions of a session.
 
-    Positions are counted without the prefix, which stands in front of them, whatever is rolled back.
+    Positions do not count the prefix, which always precedes them, even when a session goes back.
 
     Attributes:
         session: number of the session on its stream, chosen by the client.
         hidden: [B, n, H].
-        position: how many positions stand before these; the server drops what it keeps behind them.
-        max_length: opens the session, in place of one of that number: room for so many positions. None continues it.
-        keep: how many of the last outputs to return; 0 for all n.
-        prefix: [P, H], where the session is opened with prompts.
+        position: number of positions before these; the server drops later ones that it holds.
+        max_length: opens the session with memory for so many positions, and replaces one of the same number; None
+            continues the session.
+        keep: how many of the last outputs to return; 0 returns all n.
+        prefix: [P, H] if the step opens a session with prompts, else None.
         deep: [L, P, H] prompts added before each block, or None.
-        hypo_ids: [B] int64: sample i goes on from what sample hypo_ids[i] was (beam search); None: as they are.
-        attention_mask: [B, T] bool where some position is padding, else None.
-        position_ids: [B, n] int64 where they do not simply count on from `position`, else None.
-        want_prefix: return the prefix's hidden states, on opening.
-        wire_dtype: of the tensors that come back; int8_blockwise also of `hidden`.
+        hypo_ids: [B] int64: sample i continues from sample hypo_ids[i] (beam search); None: the order is unchanged.
+        attention_mask: [B, T] bool, or None if there is no padding.
+        position_ids: [B, n] int64, or None if they count from `position`.
+        want_prefix: whether a step that opens a session returns the prefix's hidden states.
+        wire_dtype: of the tensors in the reply; int8_blockwise also of `hidden`.
 
-    Reply: `hidden` [B, keep or n, H]; `prefix` [P, H] if wanted; fields `compute` and `queue` in seconds.
+    Reply: `hidden` [B, keep or n, H]; `prefix` [P, H] if requested; fields `compute` and `queue` in seconds.
     """
 
     session: int
@@ -60,25 +61,13 @@ class StepRequest:
     _TENSORS = ("hidden", "prefix", "deep", "hypo_ids", "attention_mask", "position_ids")
 
     def to_message(self) -> Message:
-        fields = {name: getattr(self, name) for name in self._FIELDS}
-        tensors = {name: t for name in self._TENSORS if (t := getattr(self, name)) is not None}
-        return Message(
-            Method.STEP,
-            fields,
-            tensors,
-            int8_blockwise=self.wire_dtype == INT8_BLOCKWISE,
-            answer_bytes=answer_bytes(self.hidden, self.prefix),
-        )
+        return inputs_message(Method.STEP, self)
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> StepRequest:
-        """Raises ProtocolError if a field is missing or has the wrong type, or shapes contradict each other."""
+        """Reads a step. Raises ProtocolError if a field is missing or has the wrong type, or shapes do not fit."""
         start, end, wire_dtype = checks.span_and_dtype(fields)
-        if unknown := set(tensors) - set(cls._TENSORS):
-            raise ProtocolError(f"unknown tensors {sorted(unknown)!r:.100}")
-        hidden = checks.floating(tensors, "hidden", 3)
-        if hidden is None:
-            raise ProtocolError("the tensor `hidden` is missing")
+        hidden = checks.hidden(tensors, cls._TENSORS)
         batch, tokens, _ = hidden.shape
         prefix, deep = checks.prompts(tensors, hidden, end - start)
         position, keep = typed(fields, "position", int), typed(fields, "keep", int)

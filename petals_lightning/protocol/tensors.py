@@ -1,4 +1,4 @@
-"""Tensors as bytes: a small description in the message's header, raw little-endian data in its body."""
+"""Tensors as bytes: a small description in the message's header, and raw little-endian data in its body."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INT8_BLOCKWISE = "int8_blockwise"
-"""Tensors in 8 bits (see `quantization`) that are float32 on both ends."""
+"""The wire form of float32 tensors that are sent in 8 bits (see `quantization`)."""
 _WIRE_FORMS = {*DTYPES, INT8_BLOCKWISE}
 MAX_DIMS = 5
 
@@ -32,14 +32,14 @@ MAX_DIMS = 5
 def pack_tensors(
     tensors: Mapping[str, torch.Tensor], *, int8_blockwise: bool = False
 ) -> tuple[list[list[Any]], list[memoryview]]:
-    """Describes tensors and gives their bytes, without a copy where they are contiguous and on the CPU.
+    """Describes tensors and returns their bytes. Contiguous tensors on the CPU are not copied.
 
     Args:
-        int8_blockwise: quantise those that are float32 (and have a dimension).
+        int8_blockwise: quantise float32 tensors that have at least one dimension.
 
     Returns:
-        The description for the header, one `[name, dtype, shape]` per tensor, and the memoryviews of their bytes. The
-        views share memory with the tensors: they must not change until the message is sent.
+        The description for the header, one `[name, dtype, shape]` per tensor, and memoryviews of their bytes. The views
+        share memory with the tensors, which must not change until the message is sent.
     """
     description, buffers = describe_tensors(tensors, int8_blockwise=int8_blockwise), []
     for (_, form, _), tensor in zip(description, tensors.values(), strict=True):
@@ -50,7 +50,7 @@ def pack_tensors(
 
 
 def describe_tensors(tensors: Mapping[str, torch.Tensor], *, int8_blockwise: bool = False) -> list[list[Any]]:
-    """The description alone, as `pack_tensors` gives it."""
+    """Only the description of `pack_tensors`."""
 
     def form(tensor: torch.Tensor) -> str:
         is_quantised = int8_blockwise and tensor.dtype == torch.float32 and tensor.ndim > 0
@@ -60,7 +60,7 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor], *, int8_blockwise: boo
 
 
 def packed_size(description: Any) -> tuple[int, int]:
-    """The bytes of body that a description announces, and of memory that reading it takes; reads nothing of the body.
+    """The bytes that a description announces: of the body, and of memory to unpack it. Needs no body.
 
     Raises:
         ProtocolError: the description is malformed, names a tensor twice or uses an unknown dtype.
@@ -77,7 +77,7 @@ def packed_size(description: Any) -> tuple[int, int]:
         if (
             len(shape) > MAX_DIMS
             or not all(type(n) is int and n >= 0 for n in shape)
-            or math.prod(max(n, 1) for n in shape) > 2**40  # strides overflow even where another dimension is 0
+            or math.prod(max(n, 1) for n in shape) > 2**40  # strides overflow even if another dimension is 0
         ):
             raise ProtocolError(f"impossible shape of tensor {name!r:.40}: {shape!r:.100}")
         if dtype == INT8_BLOCKWISE:
@@ -91,12 +91,12 @@ def packed_size(description: Any) -> tuple[int, int]:
 
 
 def unpack_tensors(description: list[list[Any]], body: bytearray) -> dict[str, torch.Tensor]:
-    """The tensors of a message; they share memory with `body`, but for quantised ones, which become float32.
+    """The tensors of a message. They share memory with `body`, except quantised ones, which become float32.
 
     `packed_size` must have accepted `description`.
 
     Raises:
-        ProtocolError: `body` has another length than the description announces.
+        ProtocolError: `body` does not have the length that the description announces.
     """
     if (announced := packed_size(description)[0]) != len(body):
         raise ProtocolError(f"a body of {len(body)} bytes came with tensors of {announced} bytes")
@@ -114,7 +114,7 @@ def unpack_tensors(description: list[list[Any]], body: bytearray) -> dict[str, t
 
 
 def is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Whether both are absent, or of one dtype, shape and content."""
+    """Whether both are None, or equal in dtype, shape and values."""
     if one is None or other is None:
         return one is other
     return one is other or (one.dtype == other.dtype and torch.equal(one, other))

@@ -1,4 +1,4 @@
-"""Names of blocks in the DHT, in the form that Petals gave them."""
+"""Names of blocks in the DHT, in Petals' format."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MODELS_KEY = "_petals.models"
 
 
 def check_dht_prefix(prefix: str) -> str:
-    """Returns `prefix` if it may stand in a block uid.
+    """Returns `prefix` if it may be used in a block uid.
 
     Raises:
-        ConfigurationError: the prefix is empty or holds a dot or white space, which separate uids.
+        ConfigurationError: the prefix is empty, or has a dot or white space, which separate parts of uids.
     """
     if not prefix or UID_DELIMITER in prefix or any(c.isspace() for c in prefix):
         raise ConfigurationError(
@@ -32,11 +32,11 @@ def block_uid(prefix: str, block: int) -> str:
 def derive_dht_prefix(name_or_path: str, model_type: str, *, is_local: bool) -> str:
     """The prefix under which a hub repository's blocks are announced, as Petals derives it.
 
-    Llama: `name` with `.` → `-`, plus `-hf`; Mixtral: `org/name`; BLOOM: `org/name-petals`; Falcon and every family
+    Llama: `name` with `-` for `.`, plus `-hf`; Mixtral: `org/name`; BLOOM: `org/name-petals`; Falcon and all families
     that Petals does not know: `name`.
 
     Raises:
-        ConfigurationError: a local folder has no name that other machines could know.
+        ConfigurationError: the model is a local folder, whose name other machines do not know.
     """
     if is_local:
         raise ConfigurationError(
@@ -56,7 +56,7 @@ def derive_dht_prefix(name_or_path: str, model_type: str, *, is_local: bool) -> 
 
 
 def chain_uid(prefix: str, start: int, end: int) -> str:
-    """Blocks [start, end) of a model in one name, as Petals' methods take it, e.g. `m.0 m.1 m.2`."""
+    """One name for blocks [start, end) of a model, as Petals' methods take it, e.g. `m.0 m.1 m.2`."""
     return CHAIN_DELIMITER.join(block_uid(prefix, block) for block in range(start, end))
 
 
@@ -64,7 +64,7 @@ def parse_chain(uid: str) -> tuple[str, int, int]:
     """Prefix, start and end of a chain of blocks.
 
     Raises:
-        ProtocolError: it is not such a chain: the blocks are of one model and follow one another.
+        ProtocolError: the blocks are not of one model, or do not follow one another.
     """
     if len(uid) > MAX_CHAIN_CHARACTERS:
         raise ProtocolError(f"a chain of {len(uid)} characters, the limit is {MAX_CHAIN_CHARACTERS}")
@@ -72,7 +72,7 @@ def parse_chain(uid: str) -> tuple[str, int, int]:
     for part in uid.split(CHAIN_DELIMITER):
         name, _, number = part.partition(UID_DELIMITER)
         if name != prefix or not (number.isascii() and number.isdigit() and len(number) <= 6):
-            raise ProtocolError(f"{part!r:.100} is no block of {prefix!r:.100}; one is called PREFIX.NUMBER")
+            raise ProtocolError(f"{part!r:.100} is not a block of {prefix!r:.100}; one is called PREFIX.NUMBER")
         blocks.append(int(number))
     start, end = blocks[0], blocks[0] + len(blocks)
     if not prefix or blocks != list(range(start, end)):

@@ -1,4 +1,4 @@
-"""Waits for what a peer uploads for as long as it moves: what stands still would hold its memory for ever."""
+"""Detects stalled uploads, which would otherwise hold their memory forever."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import time
 from collections.abc import Callable
 
 WINDOW, LEAST_BYTES = 30.0, 240 << 10
-"""Seconds of waiting that must bring so many bytes (8 KiB/s). Less than a frame: what is too slow is one frame late."""
+"""Seconds of waiting in which at least so many bytes must arrive (8 KiB/s). They are fewer than a frame has."""
 _TICK = 1.0  # seconds
 
 
-class PatientReader:
-    """Reads a stream, and counts the seconds for which it had to wait: only those are the sender's affair."""
+class TimedReader:
+    """Reads a stream and counts the seconds spent waiting. Only these count against the sender."""
 
     def __init__(self, reader: asyncio.StreamReader):
         self._reader = reader
         self.waited = 0.0
-        """Seconds, of reads that had a `check`."""
+        """Seconds spent waiting in reads with a `check`."""
 
     async def exactly(self, count: int, check: Callable[[], None] | None = None) -> bytes:
-        """So many bytes. `check` is called every second of waiting, and may raise; without it there is no hurry.
+        """Reads `count` bytes. Calls `check` after every second of waiting; it may raise. Without it, waits forever.
 
         Raises:
             asyncio.IncompleteReadError, ConnectionError: the stream ended first.
@@ -34,23 +34,23 @@ class PatientReader:
                     return await self._reader.readexactly(count)
             except TimeoutError:
                 pass
-            finally:  # no more than a tick at once: a process that was stopped has not waited
+            finally:  # at most a tick: a process that was stopped did not wait
                 self.waited += min(time.monotonic() - began, _TICK)
             check()
 
 
-class Pace:
-    """Whether one upload moves.
+class UploadProgress:
+    """Checks that one upload makes progress.
 
     Args:
-        waited, received: the reader's counts when it began.
+        waited, received: the reader's counts when the upload began.
     """
 
     def __init__(self, waited: float, received: int = 0):
         self._since, self._had = waited, received
 
     def is_stalled(self, waited: float, received: int) -> bool:
-        """Whether the last window brought too little."""
+        """Whether too few bytes arrived in the last window."""
         if waited - self._since < WINDOW:
             return False
         is_stalled = received - self._had < LEAST_BYTES
@@ -58,6 +58,6 @@ class Pace:
         return is_stalled
 
 
-def stalled(what: str) -> str:
-    """What the sender is told."""
-    return f"{what} stands still: less than {LEAST_BYTES >> 10} KiB came in {WINDOW:.0f} s"
+def stall_message(what: str) -> str:
+    """The error message for the sender."""
+    return f"{what} has stalled: less than {LEAST_BYTES >> 10} KiB came in {WINDOW:.0f} s"

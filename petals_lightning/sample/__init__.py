@@ -1,21 +1,17 @@
 """The bundled sample: a small causal LM, labelled reviews in SST-2's form, and dialogues, for first runs and tests.
 
-All are synthetic: see :mod:`~petals_lightning.sample.grammar`. To make them anew::
-
-    python -m petals_lightning.sample.make_reviews
-    python -m petals_lightning.sample.make_dialogues
-    python -m petals_lightning.sample.pretrain
+All are synthetic. `tools/sample` of the repository makes them.
 """
 
 from pathlib import Path
 
 MODEL_DIR: Path = Path(__file__).parent / "model"
-"""A sharded Llama checkpoint with its tokenizer, for ``from_pretrained``."""
+"""A sharded Llama checkpoint with its tokenizer, for `from_pretrained`."""
 
 REVIEWS_DIR: Path = Path(__file__).parent / "reviews"
-"""``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` with the fields ``sentence`` and ``label``."""
+"""`train.jsonl`, `validation.jsonl` and `test.jsonl` with the fields `sentence` and `label`."""
 
 DIALOGUES_DIR: Path = Path(__file__).parent / "dialogues"
-"""``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` with the field ``turns``, the user's first."""
+"""`train.jsonl`, `validation.jsonl` and `test.jsonl` with the field `turns`, the user's first."""
 
 __all__ = ["DIALOGUES_DIR", "MODEL_DIR", "REVIEWS_DIR"]

@@ -1,53 +1,35 @@
-"""A server of blocks: loads its span, joins the swarm, announces itself, serves, and leaves in order."""
+"""The settings of a server of blocks, and how it is started."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
-from hivemind.p2p import P2PDaemonError
-from hivemind.p2p.p2p_daemon_bindings.control import StreamHandler
-from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
-from transformers import AutoModel
 
 from petals_lightning import __version__
-from petals_lightning.errors import ConfigurationError, SwarmConnectionError, is_out_of_memory
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.errors import ConfigurationError, is_out_of_memory
+from petals_lightning.hf import Checkpoint
 from petals_lightning.hf.checkpoint import first_line
-from petals_lightning.hf.decoder import model_class
-from petals_lightning.hf.skeleton import num_blocks
-from petals_lightning.protocol.checks import WIRE_DTYPES
-from petals_lightning.protocol.messages import STREAM_METHOD
+from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.cpu_decoding import order_weights_for_decoding
-from petals_lightning.server.graphs import measure_graph_cost
-from petals_lightning.server.inference import measure_cache_bytes
-from petals_lightning.server.joint_steps import verify_joint_steps
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.links import Links
-from petals_lightning.server.petals import PetalsMethods
-from petals_lightning.server.placement import thinnest_span
-from petals_lightning.server.session import Session
-from petals_lightning.server.span import BlockSpan, SpanInputs
-from petals_lightning.server.trials import check_family, verify_sessions, verify_shared_prefix, verify_skipping
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.announcer import Announcer
+from petals_lightning.server.blocks.graphs import measure_graph_cost
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.config import ServerConfig
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.loading import forward_seconds, load_span, server_info
+from petals_lightning.server.peer_links import PeerLinks
+from petals_lightning.server.resources import ServerResources
+from petals_lightning.server.running_server import RunningServer
+from petals_lightning.server.sessions.session_cache import measure_cache_bytes
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
 
-logger = logging.getLogger(__name__)
-
-_DAEMON_ERRORS = (OSError, EOFError, P2PDaemonError, ControlFailure)  # TimeoutError is an OSError
+_STOP_TIMEOUT = 5.0  # seconds for the compute thread to end, if starting fails
 
 
 class Server:
@@ -56,21 +38,13 @@ class Server:
     Args:
         checkpoint: the model.
         node: this process's peer; started and closed by the server.
-        block_indices: (start, end) to hold, or None to choose `num_blocks` where the swarm is thinnest.
-        num_blocks: how many to hold if `block_indices` is None; None takes all.
-        dht_prefix: name of the model in the DHT; None derives it from the hub id.
-        device, dtype: where and how blocks run; "auto" dtype is the checkpoint's.
-        public_name: shown to users of the swarm.
-        throughput: requests a second to announce; None measures it.
-        update_period: seconds between announcements; records live twice as long.
-        limits: budgets.
-        rules: who may use it; everybody by default.
-        petals_only: offer Petals' methods and not our own stream method, as a Petals server does.
-        share_prefix: run a prefix once for the batch, where the family allows it; False shows what that saves.
+        config: what it holds, offers and grants; the defaults if None.
+        rules: who may use it, instead of the files that `config` names.
         on_shard: progress of loading.
 
     Raises:
-        ConfigurationError: peers would not take the records that follow from `update_period`.
+        ConfigurationError: peers would not take the records that follow from `update_period`, or a file of `config`
+            cannot be read.
     """
 
     def __init__(
@@ -78,42 +52,21 @@ class Server:
         checkpoint: Checkpoint,
         node: SwarmNode,
         *,
-        block_indices: tuple[int, int] | None = None,
-        num_blocks: int | None = None,
-        dht_prefix: str | None = None,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "auto",
-        public_name: str | None = None,
-        throughput: float | None = None,
-        update_period: float = 60.0,
-        limits: ServerLimits | None = None,
+        config: ServerConfig | None = None,
         rules: AccessRules | None = None,
-        petals_only: bool = False,
-        share_prefix: bool = True,
         on_shard: Callable[[str, int, int], None] | None = None,
     ):
         self._checkpoint, self.node = checkpoint, node
-        self._block_indices, self._num_blocks = block_indices, num_blocks
-        self._dht_prefix = check_dht_prefix(dht_prefix) if dht_prefix is not None else None
-        self._device, self._dtype = torch.device(device), dtype
-        self._public_name, self._throughput = public_name, throughput
-        if 2 * update_period > MAX_LIFETIME:
+        self._config = config = config or ServerConfig()
+        self._rules = rules or AccessRules.of_files(config.allow_peers, config.token_file)
+        self._dht_prefix = check_dht_prefix(config.dht_prefix) if config.dht_prefix is not None else None
+        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if 2 * config.update_period > MAX_LIFETIME:
             raise ConfigurationError(
-                f"update_period={update_period:g}: peers take no record that lasts for more than {MAX_LIFETIME:.0f} s, "
-                f"and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
+                f"update_period={config.update_period:g}: peers take no record that lasts for more than "
+                f"{MAX_LIFETIME:.0f} s, and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
             )
-        self._update_period, self._limits, self._on_shard = update_period, limits or ServerLimits(), on_shard
-        self._rules, self._petals_only, self._share_prefix = rules or AccessRules(), petals_only, share_prefix
-        self._compute: ComputeThread | None = None
-        self._announcer: Any = None
-        self._backend: Backend | None = None
-        self._record: ServerRecord | None = None
-        self._sessions: set[asyncio.Task[Any]] = set()
-
-    @property
-    def span(self) -> BlockSpan:
-        assert self._backend is not None, "the server has not been started"
-        return self._backend.span
+        self._on_shard = on_shard
 
     @property
     def dht_prefix(self) -> str:
@@ -123,81 +76,68 @@ class Server:
             )
         return self._dht_prefix
 
-    def start(self, on_joined: Callable[[], None] = lambda: None) -> None:
+    def start(self, on_joined: Callable[[], None] = lambda: None) -> RunningServer:
         """Joins the swarm, loads the span and announces itself; returns when clients can find it.
 
         Args:
-            on_joined: called once others can reach this peer, before blocks are loaded.
+            on_joined: called once other peers can reach this one, before blocks are loaded.
 
         Raises:
             ConfigurationError: the model, the span or an address is wrong.
             SwarmConnectionError: the swarm cannot be joined, or takes no record.
         """
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
         prefix, count = self.dht_prefix, num_blocks(self._checkpoint.config)
-        if self._block_indices is not None:
-            self._check_span(*self._block_indices, count)
+        if self._config.block_indices is not None:
+            self._check_span(*self._config.block_indices, count)
         self.node.start()
-        try:
+        with ExitStack() as started:
+            started.callback(self.node.close)
             on_joined()
-            start, end = self._block_indices or self._choose_span(prefix, count)
-            logger.info("loading blocks %d:%d of %s", start, end, self._checkpoint.name_or_path)
-            try:
-                span = self._load(start, end)
-            except (MemoryError, OSError, RuntimeError) as e:
-                if not is_out_of_memory(e):
-                    raise
-                where = f"this machine's {self._device.type} ({first_line(e)})"
-                raise ConfigurationError(
-                    f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in memory of {where}. Hold "
-                    "fewer blocks with --num-blocks or --block-indices, or halve their size with --dtype bfloat16"
-                ) from e
-            self._compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None)
-            self._backend = Backend(
+            directory = SwarmDirectory(self.node, self._rules.token)
+            start, end = self._config.block_indices or self._choose_span(directory, prefix, count)
+            span = self._load(start, end)
+            compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start()
+            started.callback(compute.stop, _STOP_TIMEOUT)
+            resources = ServerResources(
                 span,
-                self._compute,
-                self._limits,
-                info={},
+                compute,
+                self._config,
+                info=server_info(span, self._checkpoint, self._config),
                 rules=self._rules,
                 peer_id=self.node.peer_id.to_base58(),
-                links=Links(self.node.p2p),
+                links=PeerLinks(self.node.p2p),
+                graph_cost=measure_graph_cost(span),
+                cache_bytes_per_token=measure_cache_bytes(span) if span.has_sessions else 0.0,
             )
-            self._backend.graph_cost = measure_graph_cost(span)
-            self._backend.cache_bytes_per_token = measure_cache_bytes(span) if span.has_sessions else 0.0
-            record = self._measure(span)
-            self._backend.info = {
-                "start": start,
-                "end": end,
-                "num_blocks": count,
-                "hidden_size": span.hidden_size,
-                "dtype": record.torch_dtype,
-                "wire_dtypes": sorted(WIRE_DTYPES),
-                "fingerprint": record.fingerprint,
-                "version": __version__,
-                "max_batch_tokens": self._limits.max_batch_tokens,
-                "max_message_bytes": self._limits.max_message_bytes,
-                "max_open_requests": self._limits.max_open_requests,
-                "request_seconds": self._request_seconds(span),
-            }
-            self.node.run(self._open(prefix, count, record))
-        except BaseException:
-            self.stop()
-            raise
+            record = self._record(span)
+            entry = ModelEntry(prefix, count, record.repository)
+            announcer = Announcer(directory, entry, record, resources, self._config.update_period)
+            server = RunningServer(self.node, resources, prefix, announcer, petals_only=self._config.petals_only)
+            self.node.run(server.open())
+            started.pop_all()
+        return server
 
-    def stop(self, timeout: float = 5.0) -> None:
-        """Announces that it leaves, finishes what is under way within `timeout` seconds, closes everything."""
-        deadline = time.monotonic() + timeout
+    def _load(self, start: int, end: int) -> BlockSpan:
         try:
-            if self._announcer is not None:
-                self.node.run(self._leave(timeout))
-        finally:
-            self._announcer = None
-            if self._compute is not None:
-                self._compute.stop(max(0.0, deadline - time.monotonic()))
-                self._compute = None
-            self.node.close()
-
-    def _directory(self) -> SwarmDirectory:
-        return SwarmDirectory(self.node, self._rules.token)
+            return load_span(
+                self._checkpoint,
+                start,
+                end,
+                device=self._device,
+                dtype=self._config.dtype,
+                share_prefix=self._config.share_prefix,
+                on_shard=self._on_shard,
+            )
+        except (MemoryError, OSError, RuntimeError) as e:
+            if not is_out_of_memory(e):
+                raise
+            raise ConfigurationError(
+                f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in the memory of this machine's "
+                f"{self._device.type} ({first_line(e)}). Hold fewer blocks with --num-blocks or --block-indices, or "
+                "halve their size with --dtype bfloat16"
+            ) from e
 
     def _check_span(self, start: int, end: int, count: int) -> None:
         if not 0 <= start < end <= count:
@@ -205,174 +145,44 @@ class Server:
                 f"blocks {start}:{end} do not exist: {self._checkpoint.name_or_path} has {count}, numbered 0:{count}"
             )
 
-    def _choose_span(self, prefix: str, count: int) -> tuple[int, int]:
-        wanted = count if self._num_blocks is None else self._num_blocks
-        if wanted < 1:
-            raise ConfigurationError(f"num_blocks is {wanted}: a server holds at least one block")
-        table = self.node.run(self._directory().servers(prefix, count))
-        held = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
-        return thinnest_span(held, wanted)
+    def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int) -> tuple[int, int]:
+        wanted = count if self._config.num_blocks is None else self._config.num_blocks
+        table = self.node.run(directory.servers(prefix, count))
+        throughput = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
+        return thinnest_span(throughput, wanted)
 
-    def _load(self, start: int, end: int) -> BlockSpan:
-        model, layout, _ = load_pruned(
-            model_class(AutoModel, self._checkpoint),
-            self._checkpoint,
-            Part(start, end, ends=False),
-            dtype=self._dtype,
-            on_shard=self._on_shard,
-        )
-        order_weights_for_decoding(model.to(self._device))  # type: ignore[arg-type]
-        span = BlockSpan(model, layout, start)
-        check_family(span)
-        span.share_prefix = self._share_prefix and verify_shared_prefix(span)
-        if self._share_prefix and not span.share_prefix:
-            logger.info("this family computes the prefix per sample: its attention is not of the ordinary kind")
-        span.skips_unread = span.share_prefix and verify_skipping(span)
-        if span.share_prefix and not span.skips_unread:
-            logger.info("this family runs its last block on all positions: it is not of the ordinary kind")
-        span.has_sessions = verify_sessions(span)
-        if not span.has_sessions:
-            logger.warning("this family keeps more than keys and values: it is served for training and evaluation only")
-        span.joins_steps = span.has_sessions and verify_joint_steps(span)
-        if span.has_sessions and not span.joins_steps:
-            logger.info("steps of several sessions are not batched: this family gave different results when they were")
-        return span
-
-    def _measure(self, span: BlockSpan) -> ServerRecord:
+    def _record(self, span: BlockSpan) -> ServerRecord:
         """The record to announce, with the speed of a small forward."""
-        hidden = torch.randn(4, 64, span.hidden_size, device=span.device, dtype=span.dtype)
-        seconds = _forward_seconds(span, SpanInputs(span.start, span.end, hidden))
-        tokens_per_second = hidden.shape[0] * hidden.shape[1] * (span.end - span.start) / seconds
+        batch, tokens = 4, 64
+        seconds = forward_seconds(span, batch, tokens)
         return ServerRecord(
             state=ServerState.ONLINE,
-            throughput=self._throughput if self._throughput is not None else 1 / seconds,
+            throughput=self._config.throughput if self._config.throughput is not None else 1 / seconds,
             start=span.start,
             end=span.end,
-            public_name=self._public_name,
+            public_name=self._config.public_name,
             version=__version__,
             torch_dtype=str(span.dtype).removeprefix("torch."),
-            tokens_per_second=tokens_per_second,
-            stream_version=None if self._petals_only else STREAM_VERSION,
+            tokens_per_second=batch * tokens * (span.end - span.start) / seconds,
+            stream_version=None if self._config.petals_only else STREAM_VERSION,
             hidden_size=span.hidden_size,
             fingerprint=self._checkpoint.fingerprint,
             num_blocks=num_blocks(self._checkpoint.config),
             repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
         )
 
-    def _request_seconds(self, span: BlockSpan) -> float:
-        """What a request takes however small it is: a prefix and a sample of one position."""
-        hidden = torch.randn(1, 1, span.hidden_size, device=span.device, dtype=span.dtype)
-        return _forward_seconds(span, SpanInputs(span.start, span.end, hidden, prefix=hidden[0]))
 
-    async def _open(self, prefix: str, count: int, record: ServerRecord) -> None:
-        assert self._backend is not None
-        petals = PetalsMethods(self._backend, prefix, self.node.p2p)
-        await petals.register()
-        streams: dict[str, StreamHandler] = {
-            name: partial(petals.serve_stream, method) for name, method in petals.streams.items()
-        }
-        if not self._petals_only:
-            streams[STREAM_METHOD] = self._serve_session
-        for name, serve in streams.items():
-            await self.node.p2p.add_binary_stream_handler(name, partial(self._handle_stream, serve))
-        if not await self._announce(prefix, count, record):
-            raise SwarmConnectionError(
-                f"the swarm took no record of {prefix!r}: check that this machine's clock is right and its peers answer"
-            )
-        self._record = record
-        self._announcer = asyncio.create_task(self._announce_forever(prefix, count, record))
+def thinnest_span(throughput: Sequence[float], length: int) -> tuple[int, int]:
+    """The span of `length` blocks with the least throughput, which limits the swarm most.
 
-    async def _announce(self, prefix: str, count: int, record: ServerRecord) -> bool:
-        directory, lifetime = self._directory(), max(2 * self._update_period, 3.0)
-        if record.state is ServerState.ONLINE:
-            await directory.announce_model(ModelEntry(prefix, count, record.repository), lifetime)
-        assert self._backend is not None
-        left = replace(record, cache_tokens_left=self._backend.cache_tokens_left)
-        return await directory.announce(prefix, left, lifetime)
+    Args:
+        throughput: for each block, the summed throughput of the servers that hold it.
+        length: number of blocks to host, capped at the model's.
 
-    async def _announce_forever(self, prefix: str, count: int, record: ServerRecord) -> None:
-        while True:
-            await asyncio.sleep(self._update_period)
-            assert self._backend is not None
-            self._backend.graphs.expire()
-            self._backend.caches.expire()
-            try:
-                # hivemind waits for ever for a daemon that has died
-                async with asyncio.timeout(max(self._update_period, 10.0)):
-                    stored = await self._announce(prefix, count, record)
-            except _DAEMON_ERRORS as e:  # or this task would end, and with it, unnoticed, the server's visibility
-                logger.debug("announcing failed", exc_info=e)
-                stored = False
-            if not stored:
-                logger.warning("the swarm did not take this announcement; trying again in %gs", self._update_period)
-
-    async def _leave(self, timeout: float) -> None:
-        assert self._backend is not None
-        assert self._record is not None
-        self._backend.leaving = True
-        self._announcer.cancel()
-        await asyncio.wait([self._announcer])
-        deadline = time.monotonic() + timeout
-        try:
-            count, offline = num_blocks(self._checkpoint.config), replace(self._record, state=ServerState.OFFLINE)
-            await asyncio.wait_for(self._announce(self.dht_prefix, count, offline), timeout / 2)
-        except _DAEMON_ERRORS:
-            logger.warning("no peer took the message that this server leaves; its record expires by itself")
-        while self._backend.under_way and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        for session in list(self._sessions):
-            session.cancel()
-        assert self._backend.links is not None
-        self._backend.links.close()
-
-    async def _serve_session(
-        self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        assert self._backend is not None
-        await Session(self._backend, info.peer_id.to_base58(), reader, writer).serve()
-
-    async def _handle_stream(
-        self,
-        serve: StreamHandler,
-        info: StreamInfo,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        assert self._backend is not None
-        task = asyncio.current_task()
-        assert task is not None
-        if len(self._sessions) >= self._limits.all_streams * 3 // 2:  # too many are being told that there is no room
-            writer.close()
-            return
-        self._sessions.add(task)
-        try:
-            await serve(info, reader, writer)
-        except asyncio.CancelledError:
-            if not self._backend.leaving:
-                raise
-        finally:
-            self._sessions.discard(task)
-
-
-@torch.no_grad()
-def _forward_seconds(span: BlockSpan, inputs: SpanInputs) -> float:
-    """The shortest of three runs: others may be using the machine."""
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        span.forward(inputs)[0].sum().item()  # waits for the GPU too
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
-def parse_block_indices(text: str) -> tuple[int, int]:
-    """`a:b` as (a, b).
-
-    Raises:
-        ConfigurationError: it is not of that form.
+    Returns:
+        (start, end) of the window whose sorted throughputs are smallest, weakest block first; of equals the leftmost.
     """
-    try:
-        start, end = (int(part) for part in text.split(":"))
-    except ValueError as e:
-        raise ConfigurationError(f"--block-indices {text!r}: give START:END, END exclusive, e.g. 0:16") from e
-    return start, end
+    length = min(length, len(throughput))
+    starts = range(len(throughput) - length + 1)
+    start = min(starts, key=lambda first: (sorted(throughput[first : first + length]), first))
+    return start, start + length

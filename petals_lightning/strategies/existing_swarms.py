@@ -1,4 +1,4 @@
-"""Swarms that are there already: one's own, or the public one."""
+"""Swarms that already run: a private one, or the public one."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
+from petals_lightning.strategies.swarm_provider import ServedModel, SwarmProvider
 from petals_lightning.swarm.node import split_maddrs
 from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
 
 log = logging.getLogger(__name__)
 
 
-class PrivateSwarm(SwarmSource):
+class PrivateSwarm(SwarmProvider):
     """A swarm of machines that you or your lab run.
 
     Args:
         initial_peers: multiaddresses of one or more of its peers (also as one text with commas or blanks between);
             servers print theirs when they start.
-        **options: see `SwarmSource`.
+        **options: of `SwarmProvider`, and of `ClientConfig`.
 
     Raises:
-        ConfigurationError: there are none, or one is no multiaddress.
+        ConfigurationError: the list is empty, or an entry is not a multiaddress.
     """
 
     def __init__(self, initial_peers: str | Sequence[str], **options: Any):
@@ -50,7 +50,7 @@ class PublicSwarm(PrivateSwarm):
 
     Args:
         initial_peers: None takes the network's own bootstrap peers.
-        **options: see `SwarmSource`.
+        **options: of `SwarmProvider`, and of `ClientConfig`.
     """
 
     def __init__(self, initial_peers: str | Sequence[str] | None = None, **options: Any):

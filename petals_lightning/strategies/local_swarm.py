@@ -1,9 +1,10 @@
-"""A real swarm of server processes on this machine, for the length of a run."""
+"""A real swarm of server processes on this machine, for one run."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,31 +15,33 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from petals_lightning.errors import CheckpointError, ConfigurationError
-from petals_lightning.strategies.server_process import ServerProcess
-from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
+from petals_lightning.options import command_line
+from petals_lightning.server.config import ServerConfig, parse_block_indices
+from petals_lightning.strategies.server_process import ServerProcess, launch
+from petals_lightning.strategies.swarm_provider import ServedModel, SwarmProvider
 from petals_lightning.swarm.guard import ProcessGuard
 
-# Servers that share this machine's cores gain nothing from working at once, and whole batches give the same bits in
-# every run.
+# Servers on the same cores gain nothing from running at the same time, and whole batches give the same bits in every
+# run.
 _NEVER_CUT = 1 << 30
 _STOP_TIMEOUT = 6.0  # seconds; servers promise to leave within 5
 
 
-class LocalSwarm(SwarmSource):
+class LocalSwarm(SwarmProvider):
     """Starts servers on loopback and stops them, whatever happens: an exception, Ctrl-C, or `kill -9` of this process.
 
     The servers are the same program as on other machines and the client talks to them in the same way.
 
     Args:
-        num_servers: servers to start; the blocks are split among them as evenly as they go.
-        block_ranges: what each server holds, e.g. `["0:1", "1:4"]`, instead of an even split.
-        threads_per_server: CPU threads of each server; None shares the cores out.
+        num_servers: servers to start; the blocks are split among them as evenly as possible.
+        block_ranges: blocks of each server, e.g. `["0:1", "1:4"]`, instead of an even split.
+        threads_per_server: CPU threads of each server; None divides the cores among them.
         device: where servers compute, e.g. `cpu` or `cuda:0`; None lets them choose.
         start_timeout: seconds for all servers to load their blocks and announce them.
-        **options: see `SwarmSource`.
+        **options: of `SwarmProvider`, and of `ClientConfig`. Batches are cut only if `min_microbatch_tokens` is given.
 
     Raises:
-        ConfigurationError: there is no server, or a range is none.
+        ConfigurationError: there is no server, or a range is malformed.
     """
 
     def __init__(
@@ -64,14 +67,14 @@ class LocalSwarm(SwarmSource):
         self._guard: ProcessGuard | None = None
 
     def _arguments(self, model: ServedModel) -> dict[str, Any]:
-        # One peer suffices to join, but any server may be killed while we are not yet connected.
+        # One peer suffices to join, but any server may be killed before we are connected.
         peers = [address for server in self._servers for address in server.addresses]
         return {"initial_peers": peers, "dht_prefix": model.dht_prefix}
 
     def _start(self, model: ServedModel, log_dir: Path) -> None:
         ranges = self.block_ranges or split_evenly(_count_blocks(model), self.num_servers)
         deadline = time.monotonic() + self.start_timeout
-        self._guard = ProcessGuard()
+        self._guard = ProcessGuard.start()
         try:
             with Console(stderr=True).status(f"starting {len(ranges)} servers on this machine …"):
                 first = self._launch(0, ranges[0], ["--new-swarm"], model, log_dir)
@@ -85,18 +88,20 @@ class LocalSwarm(SwarmSource):
             raise
 
     def _launch(self, number: int, blocks: str, swarm: list[str], model: ServedModel, log_dir: Path) -> ServerProcess:
-        arguments = [model.name_or_path, *swarm, "--block-indices", blocks]
-        arguments += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--dtype", model.dtype]
-        arguments += ["--public-name", f"local-{number}", "--verbose"]
-        if model.dht_prefix is not None:
-            arguments += ["--dht-prefix", model.dht_prefix]
-        threads = self.threads_per_server or max(1, (os.cpu_count() or 1) // self.num_servers)
-        arguments += ["--threads", str(threads)]
-        if self.device is not None:
-            arguments += ["--device", self.device]
+        config = ServerConfig(
+            block_indices=parse_block_indices(blocks),
+            dht_prefix=model.dht_prefix,
+            device=self.device,
+            dtype=model.dtype,
+            threads=self.threads_per_server or max(1, (os.cpu_count() or 1) // self.num_servers),
+            public_name=f"local-{number}",
+        )
+        arguments = ["serve", model.name_or_path, *swarm, *command_line(config)]
+        arguments += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--verbose"]
         if model.revision is not None:
             arguments += ["--revision", model.revision]
-        server = ServerProcess(arguments, log_dir / f"server_{number}.log", f"server {number} (blocks {blocks})")
+        title, log = f"server {number} (blocks {blocks})", log_dir / f"server_{number}.log"
+        server = ServerProcess(launch(arguments), title, log)
         assert self._guard is not None
         self._guard.protect(server.pid)
         self._servers.append(server)
@@ -105,9 +110,9 @@ class LocalSwarm(SwarmSource):
     def _stop(self) -> None:
         deadline = time.monotonic() + _STOP_TIMEOUT
         for server in self._servers:
-            server.interrupt()
+            server.signal(signal.SIGINT)
         for server in self._servers:
-            server.wait(deadline)
+            server.kill_after(deadline - time.monotonic())
         self._servers.clear()
         if self._guard is not None:
             self._guard.release()
@@ -115,7 +120,7 @@ class LocalSwarm(SwarmSource):
 
 
 def split_evenly(num_blocks: int, num_servers: int) -> list[str]:
-    """Ranges that cover `num_blocks` blocks, each server's as near to the same length as can be.
+    """Returns ranges of nearly equal length that cover `num_blocks` blocks, one for each server.
 
     Raises:
         ConfigurationError: there are more servers than blocks.

@@ -1,4 +1,4 @@
-"""How long a fit will be."""
+"""The number of optimizer steps of a fit, for learning rate schedules."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from petals_lightning.errors import ConfigurationError
 
 
 def planned_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of a whole fit, those before a resume included; None if only time or the data's end tells.
+    """Returns the optimizer steps of a whole fit, with those before a resume; None if it is not known in advance.
 
     Raises:
-        ConfigurationError: gradients of no batch at all are to be accumulated.
+        ConfigurationError: `accumulate_grad_batches` is below 1.
     """
     if trainer.accumulate_grad_batches < 1:
         raise ConfigurationError(

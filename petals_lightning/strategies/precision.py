@@ -13,7 +13,7 @@ PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 def precision_plugin(precision: str, device_type: str) -> Precision:
     """The plugin for `32-true`, `16-mixed` (autocast and GradScaler) or `bf16-mixed`.
 
-    `Trainer(precision="16-mixed")` silently becomes bf16 on a CPU; this keeps what was asked for.
+    `Trainer(precision="16-mixed")` silently becomes bf16 on a CPU; this keeps float16.
 
     Args:
         precision: one of `PRECISIONS`.

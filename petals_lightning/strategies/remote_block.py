@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities import move_data_to_device
-from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.plugins import CheckpointIO, Precision
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import trainable_state_dict
-from petals_lightning.strategies.batches_in_flight import BEGUN, BatchesInFlight
 from petals_lightning.strategies.local_swarm import LocalSwarm
-from petals_lightning.strategies.swarm_source import ServedModel, SwarmSource
+from petals_lightning.strategies.swarm_provider import ServedModel, SwarmProvider
 from petals_lightning.strategies.trained_weights import load_trained_weights, no_code_from
 
-_SESSIONS = count(1)  # of all strategies of this process: a module may go from one Trainer to another
+_CONNECTIONS = count(1)  # of all strategies of this process: a module may go from one Trainer to another
 
 
 class RemoteBlockStrategy(SingleDeviceStrategy):
@@ -44,7 +37,7 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
 
     def __init__(
         self,
-        swarm: SwarmSource | None = None,
+        swarm: SwarmProvider | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -52,10 +45,9 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self.swarm = swarm or LocalSwarm()
         self.parallel_devices: list[torch.device] = []  # Lightning fills it in from the Trainer's accelerator
-        self.session = 0
-        """The number of this strategy's newest session in a swarm: a model built in another one is disconnected."""
+        self.connection_id = 0
+        """Changes each time the swarm is joined. A model that was built under another one is disconnected."""
         self._client_arguments: dict[str, Any] | None = None
-        self._forwards: ThreadPoolExecutor | None = None
 
     @property
     def root_device(self) -> torch.device:
@@ -76,44 +68,13 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
             )
         super().setup_environment()
         self._client_arguments = self.swarm.acquire(self._served_model(), self._log_dir())
-        self.session = next(_SESSIONS)
-
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """Has the forwards of evaluation batches begun ahead of their turn, if the module lets it (`evaluate`).
-
-        Not those of a loader without a length: Lightning takes its first batch before callbacks that change weights for
-        an evaluation (averages) have done so.
-        """
-        module, size = self.lightning_module, self.swarm.batches_in_flight
-        assert module is not None
-        one_by_one = size == 1 or sized_len(dataloader) is None or _changes_batches(module)
-        if module.trainer.training or one_by_one or not hasattr(module, "evaluate"):
-            return super().process_dataloader(dataloader)
-        return BatchesInFlight(dataloader, self._begin, size, lambda: _batches_to_come(module.trainer))
-
-    def _begin(self, batch: dict[str, Any]) -> dict[str, Any]:
-        module: Any = self.lightning_module
-        predicting = module.trainer.predicting
-        as_inference = torch.is_inference_mode_enabled()
-
-        def forward() -> Any:
-            # Threads begin with gradients on, and without the Trainer's precision.
-            with torch.no_grad(), torch.inference_mode(as_inference), self.precision_plugin.forward_context():
-                moved = move_data_to_device(self.precision_plugin.convert_input(batch), self.root_device)
-                return module.evaluate(moved, predicting=predicting)
-
-        if self._forwards is None:
-            self._forwards = ThreadPoolExecutor(self.swarm.batches_in_flight, "evaluation")
-        return batch | {BEGUN: self._forwards.submit(forward)}
+        self.connection_id = next(_CONNECTIONS)
 
     def teardown(self) -> None:
         # Also runs when `setup_environment` failed, and after exceptions and Ctrl-C.
         from petals_lightning.client import RemoteSequential
 
         try:
-            if self._forwards is not None:  # those of a pass that has ended early
-                self._forwards.shutdown(cancel_futures=True)
-                self._forwards = None
             for part in self.lightning_module.modules() if self.lightning_module is not None else ():
                 if isinstance(part, RemoteSequential):
                     part.close()
@@ -148,25 +109,6 @@ class RemoteBlockStrategy(SingleDeviceStrategy):
     def _log_dir(self) -> Path:
         assert self.lightning_module is not None
         return Path(self.lightning_module.trainer.default_root_dir) / "servers"
-
-
-def _changes_batches(module: pl.LightningModule) -> bool:
-    """Whether the user does something to batches before they reach a step, which a forward begun before would miss."""
-    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    data = getattr(module.trainer, "datamodule", None)
-    return any(is_overridden(hook, owner) for hook in hooks for owner in (module, data) if owner is not None)
-
-
-def _batches_to_come(trainer: pl.Trainer) -> int | None:
-    """How many batches of each loader the running evaluation takes at most; None: all."""
-    if trainer.sanity_checking:
-        limits = trainer.num_sanity_val_batches
-    elif trainer.predicting:
-        limits = trainer.num_predict_batches
-    else:
-        limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-    most = max(limits)
-    return None if most == math.inf else int(most)
 
 
 StrategyRegistry.register(

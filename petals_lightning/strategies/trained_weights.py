@@ -1,4 +1,4 @@
-"""Loading what a checkpoint holds: the trained weights of a module and nothing else."""
+"""Loading of checkpoints, which hold the trained weights of a module and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_trained_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> No
 
 @contextmanager
 def no_code_from(path: object) -> Iterator[None]:
-    """Around the loading of a checkpoint with `weights_only=True`: says in words what torch refuses to run.
+    """Explains, around the loading of a checkpoint with `weights_only=True`, why torch refuses a file.
 
     Raises:
         CheckpointError: the file holds more than tensors and plain values.

@@ -1,4 +1,4 @@
-"""One peer a process: libp2p and the DHT on one background event loop; the records that peers keep there."""
+"""This process's peer: libp2p and the DHT on one background event loop, and the records in the DHT."""
 
 from petals_lightning.swarm.directory import SwarmDirectory
 from petals_lightning.swarm.node import SwarmNode

@@ -1,7 +1,7 @@
 """Starts libp2p's daemon (`p2pd`, shipped with hivemind) and connects hivemind's `P2P` to it.
 
-`hivemind.P2P.create` starts the daemon too, but in the terminal's process group: Ctrl-C would then end it before a
-server could say that it leaves. Here it gets a session of its own and a guard that ends it with us.
+`hivemind.P2P.create` starts the daemon too, but in the terminal's process group: Ctrl-C would end it before a server
+could announce that it leaves. Here it gets a session of its own, and a guard that ends it with this process.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import IO
 
 from hivemind.p2p import P2P
 from hivemind.utils.multiaddr import Multiaddr
@@ -27,7 +28,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.protocol.identity import Identity
 from petals_lightning.swarm.guard import ProcessGuard
-from petals_lightning.swarm.hivemind_repairs import acknowledge_end, repair_unary_calls
+from petals_lightning.swarm.hivemind_patches import patch_unary_calls, retrieve_exceptions
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +36,12 @@ _LONGEST_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes: the ker
 
 
 class P2PDaemon:
-    """One `p2pd` process and the `P2P` object that talks to it.
+    """The settings of a `p2pd` process; `start` starts it.
 
     Args:
         initial_peers: multiaddresses to connect to at start.
         host_maddrs: addresses to listen on; empty: do not listen.
-        announce_maddrs: addresses that others are told, where they differ.
+        announce_maddrs: addresses to announce to others, if they differ.
         identity_path: file of the private key, made if missing; None for a throw-away identity.
         dht_server: take part in libp2p's own DHT as a server (peers that listen do).
         start_timeout: seconds until the daemon must answer.
@@ -79,13 +80,8 @@ class P2PDaemon:
             options["announceAddrs"] = ",".join(announce_maddrs)
         self._arguments = [f"-{name}={value}" for name, value in options.items()]
         self._identity_path, self._start_timeout = identity_path, start_timeout
-        self._identity: Identity | None = None
-        self._last_lines: collections.deque[str] = collections.deque(maxlen=20)
-        self._process: subprocess.Popen[str] | None = None
-        self._guard: ProcessGuard | None = None
-        self._p2p: P2P | None = None
 
-    async def start(self) -> P2P:
+    async def start(self) -> RunningDaemon:
         """Starts the daemon.
 
         Raises:
@@ -98,96 +94,123 @@ class P2PDaemon:
                 f"TMPDIR={folder}: its {len(os.fsencode(folder))} characters are too long for the socket that is made "
                 f"there, whose path may have {_LONGEST_SOCKET_PATH} in all; set TMPDIR to a shorter folder, e.g. /tmp"
             )
-        self._guard = ProcessGuard()
-        if self._identity_path is None:
-            self._identity, path = Identity.new(), self._socket + ".id"
-            _write_key(path, self._identity.encoded)
-        else:
-            path = self._identity_path
-            self._identity = read_identity(path)
-        with as_file(files("hivemind.hivemind_cli") / "p2pd") as executable:
-            self._process = subprocess.Popen(
-                [str(executable), *self._arguments, f"-id={path}"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env={"GOLOG_LOG_LEVEL": "error", **os.environ},
-                start_new_session=True,
-            )
-        self._guard.protect(self._process.pid, self._socket, *([path] if self._identity_path is None else []))
-        threading.Thread(target=self._drain_output, name="p2pd-log", daemon=True).start()
+        async with AsyncExitStack() as started:
+            guard = ProcessGuard.start()
+            started.callback(guard.release)
+            if self._identity_path is None:
+                identity, path = Identity.new(), self._socket + ".id"
+                started.callback(_remove, path)
+                _write_key(path, identity.encoded)
+            else:
+                path = self._identity_path
+                identity = read_identity(path)
+            with as_file(files("hivemind.hivemind_cli") / "p2pd") as executable:
+                process = subprocess.Popen(
+                    [str(executable), *self._arguments, f"-id={path}"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    env={"GOLOG_LOG_LEVEL": "error", **os.environ},
+                    start_new_session=True,
+                )
+            started.callback(_remove, self._socket)
+            started.push_async_callback(_end, process)
+            guard.protect(process.pid, self._socket, *([path] if self._identity_path is None else []))
+            log = _Log()
+            threading.Thread(target=log.drain, args=(process.stdout,), name="p2pd-log", daemon=True).start()
+            p2p = await self._connect(process, log)
+            started.push_async_callback(_disconnect, p2p)
+            if self._identity_path is None:
+                _remove(path)  # the daemon has read it
+            patch_unary_calls(p2p._client.control)
+            guard.protect(process.pid, p2p._client_listen_maddr["unix"])
+            return RunningDaemon(p2p, identity, process, log, started.pop_all())
+
+    async def _connect(self, process: subprocess.Popen[str], log: _Log) -> P2P:
+        """Waits for the daemon's socket and connects to it."""
         deadline = asyncio.get_running_loop().time() + self._start_timeout
         while not os.path.exists(self._socket):
-            if self._process.poll() is not None:
-                raise SwarmConnectionError(self.last_words())
+            if process.poll() is not None:
+                raise SwarmConnectionError(log.last_line())
             if asyncio.get_running_loop().time() > deadline:
                 raise SwarmConnectionError(f"the libp2p daemon was not up after {self._start_timeout:.0f} s")
             await asyncio.sleep(0.01)
-        while self._p2p is None:
+        while True:
             try:
-                self._p2p = await P2P.replicate(Multiaddr(f"/unix{self._socket}"))
-            except ConnectionError:  # the socket's file exists a moment before it accepts
-                if self._process.poll() is not None or asyncio.get_running_loop().time() > deadline:
-                    raise SwarmConnectionError(self.last_words()) from None
+                return await P2P.replicate(Multiaddr(f"/unix{self._socket}"))
+            except ConnectionError:  # the socket's file exists a moment before it accepts connections
+                if process.poll() is not None or asyncio.get_running_loop().time() > deadline:
+                    raise SwarmConnectionError(log.last_line()) from None
                 await asyncio.sleep(0.01)
-        self._forget_key()
-        repair_unary_calls(self._p2p._client.control)
-        self._guard.protect(self._process.pid, self._p2p._client_listen_maddr["unix"])
-        return self._p2p
 
-    @property
-    def identity(self) -> Identity:
-        assert self._identity is not None, "the daemon has not been started"
-        return self._identity
+
+class RunningDaemon:
+    """A `p2pd` process and the `P2P` object that talks to it; `P2PDaemon.start` makes one.
+
+    Attributes:
+        p2p: connected to the process.
+        identity: the private key that the peer id follows from.
+        process: the daemon's.
+    """
+
+    def __init__(
+        self, p2p: P2P, identity: Identity, process: subprocess.Popen[str], log: _Log, started: AsyncExitStack
+    ):
+        self.p2p, self.identity, self.process = p2p, identity, process
+        self._log, self._started = log, started
 
     @property
     def is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self.process.poll() is None
+
+    def last_log_line(self) -> str:
+        """The last line that the daemon wrote."""
+        return self._log.last_line()
 
     async def stop(self) -> None:
-        if self._p2p is not None:
-            await self._p2p.shutdown()
-            acknowledge_end(self._p2p._client.control)
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                await asyncio.to_thread(self._process.wait, 5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        if self._guard is not None:
-            self._guard.release()
-        with suppress(FileNotFoundError):
-            os.remove(self._socket)
-        self._forget_key()
+        await self._started.aclose()
 
-    def _forget_key(self) -> None:
-        """Removes the file of a throw-away key, which the daemon has read."""
-        if self._identity_path is None:
-            with suppress(FileNotFoundError):
-                os.remove(self._socket + ".id")
 
-    def _drain_output(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
-            for line in lines:
-                self._last_lines.append(line.strip())
+class _Log:
+    """The last lines of a daemon's output."""
+
+    def __init__(self) -> None:
+        self._lines: collections.deque[str] = collections.deque(maxlen=20)
+
+    def drain(self, output: IO[str]) -> None:
+        """Reads the output to its end, so that the daemon never waits for a reader."""
+        with output:
+            for line in output:
+                self._lines.append(line.strip())
                 logger.debug("p2pd: %s", line.strip())
 
-    def last_words(self) -> str:
-        """The last line that the daemon wrote."""
-        said = next((line for line in reversed(self._last_lines) if line), "the libp2p daemon ended without a word")
-        return re.sub(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ", "", said)
+    def last_line(self) -> str:
+        """The last line without its time."""
+        line = next((line for line in reversed(self._lines) if line), "the libp2p daemon ended without a word")
+        return re.sub(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ", "", line)
+
+
+async def _disconnect(p2p: P2P) -> None:
+    await p2p.shutdown()
+    retrieve_exceptions(p2p._client.control)
+
+
+async def _end(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        await asyncio.to_thread(process.wait, 5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def read_identity(path: str) -> Identity:
-    """The key in an identity file, which is made if it is missing.
+    """Reads the key in an identity file; makes the file if it is missing.
 
     Raises:
-        SwarmConnectionError: it can be neither read nor written.
+        SwarmConnectionError: the file cannot be read or written.
         ConfigurationError: it holds no private key.
     """
     try:
@@ -208,3 +231,8 @@ def read_identity(path: str) -> Identity:
 def _write_key(path: str, key: bytes) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
         file.write(key)
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.remove(path)

@@ -1,13 +1,14 @@
-"""Ties children to the life of this process, even when it ends by `kill -9`.
+"""Ends child processes with this one, even when it ends by `kill -9`.
 
-libp2p's daemon and embedded servers outlive a parent that is killed. A guard is a tiny shell that holds the read end
-of a pipe: when the parent is gone, for whatever reason, the pipe closes and the guard kills what it was told of. (The
+libp2p's daemon and embedded servers outlive a parent that is killed. A guard is a small shell that holds the read end
+of a pipe. When the parent ends, for any reason, the pipe closes, and the guard kills the processes that it knows. (The
 alternative, PR_SET_PDEATHSIG, exists on Linux only and fires when the thread that started the child ends.)
 """
 
 from __future__ import annotations
 
 import subprocess
+from typing import IO
 
 _SCRIPT = """
 trap '' INT TERM HUP
@@ -25,30 +26,38 @@ done
 
 
 class ProcessGuard:
-    """Kills protected processes and removes protected files if this process dies before `release`."""
+    """Kills protected processes and removes protected files if this process dies before `release`.
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
+    `start` makes one.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], pipe: IO[bytes]):
+        self._process, self._pipe = process, pipe
+
+    @classmethod
+    def start(cls) -> ProcessGuard:
+        """Starts the shell."""
+        process = subprocess.Popen(
             ["/bin/sh", "-c", _SCRIPT],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert process.stdin is not None  # because of PIPE
+        return cls(process, process.stdin)
 
     def protect(self, pid: int, *files: str) -> None:
         """Adds a child, and files (sockets) that it leaves when killed."""
-        self._tell(f"pid {pid}", *(f"file {name}" for name in files))
+        self._send(f"pid {pid}", *(f"file {name}" for name in files))
 
     def release(self) -> None:
-        """Ends the guard without killing anything: the children have been stopped in order."""
+        """Ends the guard without killing anything. Call it after the children were stopped."""
         if self._process.poll() is None:
-            self._tell("done")
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            self._send("done")
+            self._pipe.close()
             self._process.wait()
 
-    def _tell(self, *lines: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write("".join(line + "\n" for line in lines).encode())
-        self._process.stdin.flush()
+    def _send(self, *lines: str) -> None:
+        self._pipe.write("".join(line + "\n" for line in lines).encode())
+        self._pipe.flush()

@@ -1,7 +1,7 @@
 """This process's peer: libp2p daemon and DHT node, driven by one asyncio loop in a background thread.
 
-hivemind's own `DHT` forks a process and talks to it through shared memory; its `DHTNode` and `P2P` run in-process as
-well as there, and that is all that is used here.
+hivemind's own `DHT` forks a process and talks to it through shared memory. Its `DHTNode` and `P2P` also run in this
+process, and only these are used here.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
-import os
 import re
-import threading
 import time
 from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import uvloop
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
@@ -26,12 +25,13 @@ from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.protocol.identity import Identity
-from petals_lightning.swarm.daemon import P2PDaemon
-from petals_lightning.swarm.hivemind_repairs import bound_nesting
+from petals_lightning.swarm.daemon import P2PDaemon, RunningDaemon
+from petals_lightning.swarm.hivemind_patches import bound_nesting
 from petals_lightning.swarm.identity_check import check_identity_is_free
-from petals_lightning.swarm.joining import Acquaintances, ClockError, meet
+from petals_lightning.swarm.joining import ClockError, KnownPeers, meet
+from petals_lightning.swarm.loop_thread import LoopThread
 from petals_lightning.swarm.public import is_public
-from petals_lightning.swarm.record_keeping import RecordRules, keep_records_carefully
+from petals_lightning.swarm.record_keeping import RecordRules, use_record_rules
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ class SwarmNode:
     """A peer of a swarm. `start` joins it, `close` leaves it; both may be called from any thread.
 
     Args:
-        initial_peers: multiaddresses of peers to join, also as one text with commas or blanks between; none starts a
-            new swarm.
+        initial_peers: multiaddresses of peers to join, as a list or as one text separated by commas or spaces; without
+            any, the node starts a new swarm.
         host_maddrs: addresses to listen on; empty for a peer that only calls others.
-        announce_maddrs: addresses that others are told, where they differ (NAT).
+        announce_maddrs: addresses to announce to others, if they differ (NAT).
         identity_path: file of the private key, made if missing; the peer id follows from it.
         client_mode: use the DHT without storing others' records.
         connect_timeout: seconds to start the daemon and to reach an initial peer.
@@ -75,40 +75,38 @@ class SwarmNode:
         )
         self._client_mode, self._connect_timeout = client_mode, connect_timeout
         self._checked_identity = identity_path if host_maddrs and self.initial_peers else None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._process = os.getpid()
-        self._p2p: P2P | None = None
-        self._dht: DHTNode | None = None
-        self._acquaintances: Acquaintances | None = None
-        self._meeting: asyncio.Task[None] | None = None
+        self._thread: LoopThread | None = None
+        self._membership: _Membership | None = None
+        self._is_closed = False
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        assert self._loop is not None, "the node has not been started"
-        return self._loop
+        return self._started.loop
 
     @property
     def p2p(self) -> P2P:
-        assert self._p2p is not None, "the node has not been started"
-        return self._p2p
+        return self._joined.daemon.p2p
 
     @property
     def dht(self) -> DHTNode:
-        assert self._dht is not None, "the node has not been started"
-        return self._dht
+        return self._joined.dht
+
+    @property
+    def daemon(self) -> RunningDaemon:
+        """This peer's libp2p daemon."""
+        return self._joined.daemon
 
     @property
     def is_alive(self) -> bool:
-        """Whether the daemon runs, without which nobody can reach this peer."""
-        return self._daemon.is_alive
+        """Whether the daemon runs; without it this peer cannot be reached."""
+        return self._membership is not None and self._membership.daemon.is_alive
 
     def check_alive(self) -> None:
         """Raises SwarmConnectionError if the daemon has ended."""
-        if not self._daemon.is_alive:
+        if not self.daemon.is_alive:
             raise SwarmConnectionError(
                 f"this process's libp2p daemon has ended, and with it all connections (last words: "
-                f"{self._daemon.last_words()}): start the run again (a training run goes on with resume=true)"
+                f"{self.daemon.last_log_line()}): start the run again (a training run goes on with resume=true)"
             )
 
     @property
@@ -118,7 +116,7 @@ class SwarmNode:
     @property
     def identity(self) -> Identity:
         """The private key that the peer id follows from."""
-        return self._daemon.identity
+        return self.daemon.identity
 
     def start(self) -> SwarmNode:
         """Joins the swarm.
@@ -126,15 +124,12 @@ class SwarmNode:
         Raises:
             SwarmConnectionError: the daemon does not start, no initial peer answers in `connect_timeout` seconds, or
                 their clocks and this machine's differ.
-            ConfigurationError: the identity file holds no key, or that of a peer that runs already (peers that only
-                call others are not looked for); or TMPDIR is too long for sockets.
+            ConfigurationError: the identity file holds no key, or that of a peer that is already running (peers that
+                only call others are not found); or TMPDIR is too long for sockets.
         """
-        started, self._process = threading.Event(), os.getpid()
-        self._thread = threading.Thread(target=self._run_loop, args=(started,), name="swarm", daemon=True)
-        self._thread.start()
-        started.wait()
+        self._thread, self._is_closed = LoopThread.start("swarm"), False
         try:
-            self.run(self._join())
+            self._membership = self.run(self._join())
         except BaseException:
             self.close()
             raise
@@ -142,8 +137,8 @@ class SwarmNode:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started in this process and not closed yet."""
-        return self._thread is not None and self._process == os.getpid()
+        """Whether it was started in this process and is not closed."""
+        return self._thread is not None and self._thread.is_of_this_process and not self._is_closed
 
     def __enter__(self) -> Self:
         return self
@@ -155,12 +150,7 @@ class SwarmNode:
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Runs a coroutine on the loop and waits for its result; cancels it if the wait is interrupted."""
-        future = self.submit(coroutine)
-        try:
-            return future.result(timeout)
-        except BaseException:
-            future.cancel()
-            raise
+        return self._started.run(coroutine, timeout)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Starts a coroutine on the loop.
@@ -168,68 +158,67 @@ class SwarmNode:
         Raises:
             SwarmConnectionError: this process is a fork of the one that joined the swarm.
         """
-        if self._process != os.getpid():
-            coroutine.close()
-            raise SwarmConnectionError(
-                "this process was forked from the one that joined the swarm, and has none of its threads: load the "
-                "model here, or start the process by 'spawn' (multiprocessing.get_context('spawn'))"
-            )
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        return self._started.submit(coroutine)
 
     def visible_maddrs(self) -> list[str]:
         """Multiaddresses, ending in `/p2p/<peer id>`, by which others can reach this peer."""
         return [str(maddr) for maddr in self.run(self.p2p.get_visible_maddrs(latest=True))]
 
+    async def meet_again(self) -> None:
+        """Calls peers that this one has lost: its initial peers, and those that it met later."""
+        await self._joined.known_peers.meet_again()
+
     def close(self) -> None:
-        """Leaves the swarm, ends the daemon and the thread. Does nothing if it was closed before."""
-        thread, self._thread = self._thread, None
-        if thread is None:
+        """Leaves the swarm, ends the daemon and the thread. Does nothing if the node is not running."""
+        if self._thread is None or self._is_closed:
             return
+        self._is_closed = True
         try:
-            self.run(self._leave(), timeout=10)
+            if self._membership is not None:
+                self.run(self._membership.leave(), timeout=10)
         except (OSError, P2PDaemonError, concurrent.futures.TimeoutError) as e:
             logger.warning("the swarm node did not leave in order: %s", str(e) or type(e).__name__)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        thread.join()
+        self._thread.stop()
 
-    def _run_loop(self, started: threading.Event) -> None:
-        self._loop = uvloop.new_event_loop()  # this thread's only: notebooks and callers keep their loops
-        asyncio.set_event_loop(self._loop)
-        self._loop.call_soon(started.set)
-        self._loop.run_forever()
-        left = asyncio.all_tasks(self._loop)
-        for task in left:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        self._loop.run_until_complete(asyncio.sleep(0))  # closed transports take one more turn
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
+    @property
+    def _started(self) -> LoopThread:
+        assert self._thread is not None, "the node has not been started"
+        return self._thread
 
-    async def _join(self) -> None:
+    @property
+    def _joined(self) -> _Membership:
+        assert self._membership is not None, "the node has not been started"
+        return self._membership
+
+    async def _join(self) -> _Membership:
         bound_nesting()
-        keep_records_carefully()
+        use_record_rules()
         began = time.monotonic()
         try:
             if self._checked_identity is not None:
                 await check_identity_is_free(self._checked_identity, self.initial_peers, self._connect_timeout)
-            self._p2p = await self._daemon.start()
-            async with asyncio.timeout(self._connect_timeout):
-                self._dht = await DHTNode.create(
-                    self._p2p,
-                    # hivemind draws an id; then one that is restarted stands in others' tables twice.
-                    node_id=DHTID.generate(source=self.identity.peer_id),
-                    client_mode=self._client_mode,
-                    record_validator=RecordRules(),
-                )
-                if self.initial_peers:
-                    await meet(self._dht, self.initial_peers)
-            self._acquaintances = Acquaintances(self._p2p, self._dht, self.initial_peers)
-            self._meeting = asyncio.create_task(self._keep_meeting())
+            async with AsyncExitStack() as started:
+                daemon = await self._daemon.start()
+                started.push_async_callback(daemon.stop)
+                async with asyncio.timeout(self._connect_timeout):
+                    dht = await DHTNode.create(
+                        daemon.p2p,
+                        # hivemind draws a random id; a restarted peer would then be in others' tables twice.
+                        node_id=DHTID.generate(source=daemon.identity.peer_id),
+                        client_mode=self._client_mode,
+                        record_validator=RecordRules(),
+                    )
+                    started.push_async_callback(_shut_down, dht)
+                    if self.initial_peers:
+                        await meet(dht, self.initial_peers)
+                known_peers = KnownPeers(daemon.p2p, dht, self.initial_peers)
+                meeting = asyncio.create_task(_keep_meeting(known_peers))
+                return _Membership(daemon, dht, known_peers, meeting, started.pop_all())
         except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:
             raise SwarmConnectionError(self._explain(e, time.monotonic() - began)) from e
 
     def _explain(self, error: BaseException, seconds: float) -> str:
-        """What went wrong, so many seconds after the start: the daemon may give up before `connect_timeout`."""
+        """The message for an error after so many seconds: the daemon may give up before `connect_timeout`."""
         detail = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
         if isinstance(error, ClockError):
             swarm = "the public Petals network" if is_public(self.initial_peers) else "the swarm"
@@ -254,31 +243,43 @@ class SwarmNode:
             )
         return f"cannot start a swarm node: {detail}"
 
-    async def meet_again(self) -> None:
-        """Looks for peers that this one has lost: its initial peers, and those that it met later."""
-        assert self._acquaintances is not None, "the node has not been started"
-        await self._acquaintances.meet_again()
 
-    async def _keep_meeting(self) -> None:
-        while True:
-            await asyncio.sleep(MEETING_PERIOD)
-            try:
-                await self.meet_again()
-            except (OSError, RuntimeError, P2PDaemonError) as e:
-                logger.info("peers that were lost could not be looked for: %s", e)
+@dataclass
+class _Membership:
+    """What a node has while it is in a swarm. For the node's loop.
 
-    async def _leave(self) -> None:
-        if self._meeting is not None:
-            self._meeting.cancel()
-        try:
-            if self._dht is not None:
-                await asyncio.wait_for(self._dht.shutdown(), 3)  # hangs if the daemon is dead
-        finally:
-            await self._daemon.stop()
+    Attributes:
+        meeting: looks for lost peers, again and again.
+        started: ends the DHT node and the daemon.
+    """
+
+    daemon: RunningDaemon
+    dht: DHTNode
+    known_peers: KnownPeers
+    meeting: asyncio.Task[None]
+    started: AsyncExitStack
+
+    async def leave(self) -> None:
+        self.meeting.cancel()
+        await self.started.aclose()
+
+
+async def _shut_down(dht: DHTNode) -> None:
+    try:
+        async with asyncio.timeout(3):  # it hangs if the daemon is dead
+            await dht.shutdown()
+    except (OSError, P2PDaemonError) as e:  # the daemon must be ended all the same
+        logger.warning("the swarm node did not leave in order: %s", str(e) or type(e).__name__)
+
+
+async def _keep_meeting(known_peers: KnownPeers) -> None:
+    while True:
+        await asyncio.sleep(MEETING_PERIOD)
+        await known_peers.meet_again()
 
 
 def split_maddrs(given: str | Iterable[object]) -> list[str]:
-    """Multiaddresses that are given one by one, or several as one text with commas or blanks between."""
+    """The multiaddresses in a list, or in a text that separates them by commas or spaces."""
     texts = [given] if isinstance(given, str) else map(str, given)
     return [maddr for text in texts for maddr in re.split(r"[\s,]+", text.strip())]
 
@@ -291,9 +292,9 @@ def check_peer_maddr(maddr: str) -> str:
     """
     try:
         Multiaddr(maddr)["p2p"]
-    except Exception as e:  # multiaddr documents no common base for its errors
+    except Exception as e:  # multiaddr documents no common base class for its errors
         raise ConfigurationError(
-            f"initial_peers: {maddr!r} is no peer's multiaddress; one looks like /ip4/10.0.0.1/tcp/31337/p2p/Qm… "
+            f"initial_peers: {maddr!r} is not a peer's multiaddress; one looks like /ip4/10.0.0.1/tcp/31337/p2p/Qm… "
             "and is printed by `petals-lightning serve` and `petals-lightning bootstrap`"
         ) from e
     return str(maddr)

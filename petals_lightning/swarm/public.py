@@ -1,4 +1,4 @@
-"""The public Petals network: how to join it, and what its users should know."""
+"""The public Petals network: its bootstrap peers and a notice for its users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PUBLIC_INITIAL_PEERS = (
     "/dns6/bootstrap2.petals.dev/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
     "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
 )
-"""Its bootstrap peers."""
+"""The network's bootstrap peers."""
 
 PUBLIC_NOTICE = (
     "the public Petals network: the hidden states of your texts go to machines of strangers, who could read them. "
@@ -21,5 +21,5 @@ PUBLIC_NOTICE = (
 
 
 def is_public(initial_peers: Sequence[str]) -> bool:
-    """Whether these are (some of) the public network's bootstrap peers."""
+    """Whether all of these peers are bootstrap peers of the public network; False if there are none."""
     return bool(initial_peers) and set(initial_peers) <= set(PUBLIC_INITIAL_PEERS)

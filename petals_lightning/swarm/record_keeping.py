@@ -1,8 +1,8 @@
-"""What this peer keeps of the DHT's records for others, and what it believes of those that others keep.
+"""Rules for DHT records: which ones this peer stores for others, and which ones it accepts from others.
 
-hivemind's `DHTProtocol` takes any record of anybody until its expiration, which anybody may set. The later expiration
-wins, a value without a subkey takes the place of all that have one, and one record that a validator refuses makes the
-answer of a peer worthless that holds a thousand others. Here the rules are narrower.
+hivemind's `DHTProtocol` stores any peer's record until its expiration, which that peer may choose. The later expiration
+wins, a value without a subkey replaces all that have one, and one record that a validator refuses invalidates a peer's
+whole answer, even if it holds a thousand others. The rules here are stricter.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, Timed
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.signed_records import LISTED_KEY, SUBKEY_PREFIX, SignedRecord, signed_key
 
-MAX_LIFETIME = 3600.0  # seconds that a record may have before it: servers announce themselves every minute
-MAX_RECORD_BYTES = 16 << 10  # of one record; servers' have some hundred
-MAX_KEY_BYTES = 1 << 19  # of the signed records under one key, and of the others; libp2p carries answers of 4 MiB
-MAX_PEER_BYTES = 8 << 20  # of the records of one peer about itself, and of those that it has brought of others
-MAX_BYTES = 64 << 20  # of the records of all peers about themselves, and of the others
-_CHECKED_KEPT = 4096  # right signatures that need not be checked again
+MAX_LIFETIME = 3600.0  # seconds; servers announce themselves every minute
+MAX_RECORD_BYTES = 16 << 10  # of one record; servers' records take a few hundred
+# Of the signed records under one key, and the same for the others; libp2p carries answers of 4 MiB.
+MAX_KEY_BYTES = 1 << 19
+MAX_PEER_BYTES = 8 << 20  # of one peer's records about itself, and the same for its records of others
+MAX_BYTES = 64 << 20  # of all peers' records about themselves, and the same for the others
+_CHECKED_KEPT = 4096  # valid signatures that need not be checked again
 
 
 class RecordRules(RecordValidatorBase):
-    """Which records are kept for others, and believed.
+    """Decides which records are stored for others, and accepted from others.
 
-    None lasts for more than an hour, none is large, none is without a subkey (such a one hides all others of its key);
-    one that says that it is signed must be. One that is no msgpack is read as None.
+    A record lasts for at most an hour, is small, and has a subkey (without one it would hide all others of its key). If
+    it claims to be signed, the signature must be valid. A record that is not msgpack is read as None.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ class RecordRules(RecordValidatorBase):
 def _loads(data: bytes) -> Any:
     try:
         return MSGPackSerializer.loads(data)
-    except Exception:  # msgpack documents no common base for what malformed input can raise
+    except Exception:  # msgpack documents no common base class for errors of malformed input
         return None
 
 
@@ -82,7 +83,7 @@ def _is_signed(record: DHTRecord, peer: str) -> bool:
 
 
 class DHTProtocol(HivemindProtocol):
-    """hivemind's, with bounded memory. Its methods' names on the wire begin with the class's name, so it keeps that."""
+    """hivemind's protocol with bounded memory. The class keeps its name, which is part of its methods' wire names."""
 
     storage: _Storage
 
@@ -93,7 +94,7 @@ class DHTProtocol(HivemindProtocol):
         return self
 
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
-        # Nothing is awaited between here and the last record's place in the storage.
+        # Nothing is awaited until the last record is stored, so `sender` is right for all of them.
         self.storage.sender = self.cache.sender = context.remote_id.to_base58()
         try:
             return await super().rpc_store(request, context)
@@ -101,7 +102,7 @@ class DHTProtocol(HivemindProtocol):
             self.storage.sender = self.cache.sender = None
 
     def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue) -> bool:
-        """Takes out the records that may not be kept, and takes the others."""
+        """Removes the records that may not be stored, and accepts the others."""
         with dictionary.freeze():
             refused = [
                 subkey
@@ -114,17 +115,17 @@ class DHTProtocol(HivemindProtocol):
 
 
 class _Account(NamedTuple):
-    """Who has stored records here; `is_own`: those about itself."""
+    """A peer that has stored records here; `is_own`: its records about itself."""
 
     sender: str
     is_own: bool
 
 
 class _Storage(DHTLocalStorage):
-    """A storage that takes no new record beyond its budgets; one that is there can always be renewed.
+    """A storage that takes no new record beyond its budgets. A stored record can always be renewed.
 
     Attributes:
-        sender: who stores now; None: this peer itself, which has no budget.
+        sender: the peer that is storing records now; None: this peer itself, which has no budget.
     """
 
     def __init__(self, maxsize: float | None = None):
@@ -139,18 +140,18 @@ class _Storage(DHTLocalStorage):
         records = held.value if held is not None and isinstance(held.value, DictionaryDHTValue) else None
         known = records.get(subkey) if records is not None else None
         if known is not None and known.expiration_time >= expiration_time:
-            # hivemind would forget the known one at the time of the other, and refuse one that has come before from
-            # another peer: its sender, which hears the last answer only, would take that for a failure.
+            # hivemind would drop the known record when the new one expires. It would also refuse a record that another
+            # peer has already brought: its sender, which gets only the last answer, would take that for a failure.
             return known == (value, expiration_time)
         if records is not None:
-            _forget_ghosts(records)
-        _forget_ghosts(self)
+            _shrink_heap(records)
+        _shrink_heap(self)
         if self.sender is None or known is not None:
             return super().store_subkey(key, subkey, value, expiration_time)
         size = _size(subkey, value)
         if records is not None and size + _bytes_like(subkey, records) > MAX_KEY_BYTES:
             return False
-        # Peers bring each other what they keep. That must not use up what a peer may store about itself.
+        # Peers copy records to each other. That must not use up the budget for a peer's records about itself.
         account = _Account(self.sender, subkey in (self.sender, SUBKEY_PREFIX + self.sender))
         if not self._has_room(account, size) and not self._has_room(account, size, count=True):
             return False
@@ -161,9 +162,9 @@ class _Storage(DHTLocalStorage):
         return True
 
     def _has_room(self, account: _Account, size: int, *, count: bool = False) -> bool:
-        """Whether this many bytes more are within the account's budget and that of all accounts of its kind.
+        """Whether more bytes are within the account's budget and that of all accounts of its kind.
 
-        The sums only grow as records come; `count` makes them what is still there, once a second at most.
+        The sums only grow as records come. `count` recounts what is still stored, at most once a second.
         """
         if count:
             if get_dht_time() < self._counted_at + 1:
@@ -182,8 +183,8 @@ class _Storage(DHTLocalStorage):
         self._counted_at = get_dht_time()
 
 
-def _forget_ghosts(storage: TimedStorage[Any, Any]) -> None:
-    """Each renewal leaves an entry in the heap until its time has come; one peer could leave millions."""
+def _shrink_heap(storage: TimedStorage[Any, Any]) -> None:
+    """Removes expired heap entries: each renewal leaves one until it expires, so one peer could leave millions."""
     if len(storage.expiration_heap) > 4 * len(storage.data) + 1024:
         storage.expiration_heap = sorted(storage.key_to_heap.values())  # a sorted list is a heap
 
@@ -193,7 +194,7 @@ def _claims_a_signature(subkey: Any) -> bool:
 
 
 def _bytes_like(subkey: Any, records: DictionaryDHTValue) -> int:
-    """Of the records that are signed, or of those that are not: the latter must not keep the former out."""
+    """Bytes of the records that are signed like this one, or not: unsigned ones must not crowd out signed ones."""
     is_signed = _claims_a_signature(subkey)
     return sum(len(item.value) for other, item in records.items() if _claims_a_signature(other) == is_signed)
 
@@ -202,6 +203,6 @@ def _size(subkey: Any, value: bytes) -> int:
     return len(value) + len(MSGPackSerializer.dumps(subkey)) + DHTID.HASH_NBYTES
 
 
-def keep_records_carefully() -> None:
+def use_record_rules() -> None:
     """Makes every `DHTNode` of this process use these rules and budgets."""
     hivemind.dht.node.DHTProtocol = DHTProtocol  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """Opens a raw stream to another peer.
 
-As `hivemind.P2P.call_binary_stream_handler`, which leaks its socket to the daemon whenever the other peer cannot be
-reached (1.1.12), so that a dead server would cost a file descriptor with every look at it.
+Replaces `hivemind.P2P.call_binary_stream_handler`, which leaks its socket to the daemon when the other peer cannot be
+reached (1.1.12): every try to reach a dead server would cost a file descriptor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hivemind.proto import p2pd_pb2
 
 
 async def open_stream(p2p: P2P, peer: str, method: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A bidirectional stream to `method` of a peer, given by its base58 id.
+    """Opens a bidirectional stream to `method` of a peer, given by its base58 id.
 
     Raises:
         ConnectionError: the peer cannot be reached or does not know the method.
@@ -32,7 +32,7 @@ async def open_stream(p2p: P2P, peer: str, method: str) -> tuple[asyncio.StreamR
     except BaseException as e:
         writer.close()
         if isinstance(e, (ControlFailure, OSError, EOFError)):
-            said = str(e).strip().splitlines()
-            raise ConnectionError(said[-1].strip(" *")[:200] if said else type(e).__name__) from e
+            lines = str(e).strip().splitlines()
+            raise ConnectionError(lines[-1].strip(" *")[:200] if lines else type(e).__name__) from e
         raise
     return reader, writer

@@ -1,1 +1,1 @@
-"""What train.py does: recipes, the schema of their settings, and the run itself. Nothing below imports this."""
+"""The parts of train.py: recipes, the schema of settings, and the run itself."""

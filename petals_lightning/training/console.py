@@ -1,4 +1,4 @@
-"""What a run says at its start and end."""
+"""What a run prints at its start and end."""
 
 from __future__ import annotations
 
@@ -11,25 +11,17 @@ from omegaconf import DictConfig
 from rich import get_console
 from rich.table import Table
 
-from petals_lightning.data import (
-    DialogueDataModule,
-    PlainTextDataModule,
-    TextClassificationDataModule,
-    TextDataModule,
-)
+from petals_lightning.data import TextDataModule
+from petals_lightning.data.sources import BUNDLED
+from petals_lightning.sample import MODEL_DIR
 
 _REAL_THING = "python train.py recipe={recipe} model=llama3_8b {data} swarm=private 'swarm.initial_peers=[{maddr}]'"
 _FILES = "summary.json", "learning_curve.png", "prompts", "checkpoints", "fit-profile.txt"
 _MADDR = "/ip4/HOST/tcp/PORT/p2p/ID"
-_SAMPLES: dict[type[TextDataModule], tuple[str, str]] = {  # what the sample is, and what to say for one's own
-    TextClassificationDataModule: ("reviews", "data=sst2"),
-    DialogueDataModule: ("dialogues", "data.source=PATH"),
-    PlainTextDataModule: ("reviews", "data=text data.source=PATH"),
-}
 
 
 def announce(cfg: DictConfig, recipe: str, data: TextDataModule) -> None:
-    """Says what is about to run, and plainly so if it is only the bundled sample."""
+    """Prints what is about to run, and says so if it is only the bundled sample."""
     console = get_console()
     sizes = ", ".join(f"{count:,} {split}" for split, count in data.sizes.items())
     console.rule(f"[bold]{recipe}[/bold]")
@@ -40,17 +32,16 @@ def announce(cfg: DictConfig, recipe: str, data: TextDataModule) -> None:
         markup=False,
     )
     if _is_sample(cfg):
-        kind, real_data = _SAMPLES[type(data)]
         console.print(
-            f"\n[bold yellow]This is the bundled sample:[/bold yellow] a toy language model and synthetic {kind},\n"
-            "to see that everything works. The real thing, with your own swarm:"
+            f"\n[bold yellow]This is the bundled sample:[/bold yellow] a toy language model and synthetic "
+            f"{data.bundled_texts},\nto see that everything works. The real thing, with your own swarm:"
         )
-        command = _REAL_THING.format(recipe=recipe, data=real_data, maddr=_MADDR)
+        command = _REAL_THING.format(recipe=recipe, data=data.real_data, maddr=_MADDR)
         console.print(f"    {command}\n", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_results(summary: dict[str, Any], folder: Path) -> None:
-    """A short table of what came out, and where the files are."""
+    """Prints a short table of the results, and where the files are."""
     table = Table(show_header=False, title="results", title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -70,7 +61,7 @@ def print_results(summary: dict[str, Any], folder: Path) -> None:
 
 
 def print_interrupted(checkpoint: Path) -> None:
-    """After Ctrl-C: what was saved and how to go on."""
+    """Prints, after Ctrl-C, what was saved and how to continue."""
     if checkpoint.is_file():
         print(f"interrupted; saved {checkpoint}. {_how_to_continue(checkpoint)}", file=sys.stderr)
     else:
@@ -78,7 +69,7 @@ def print_interrupted(checkpoint: Path) -> None:
 
 
 def print_failed(checkpoint: Path) -> None:
-    """When the swarm has failed in training: what was saved and how to go on. The error itself follows."""
+    """Prints, when the swarm has failed in training, what was saved and how to continue. The error itself follows."""
     if checkpoint.is_file():
         print(f"the swarm failed; saved {checkpoint}. {_how_to_continue(checkpoint)}", file=sys.stderr)
 
@@ -105,6 +96,4 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _is_sample(cfg: DictConfig) -> bool:
-    from petals_lightning.sample import MODEL_DIR
-
-    return cfg.data.source == "bundled" or Path(cfg.model.name) == MODEL_DIR
+    return cfg.data.source == BUNDLED or Path(cfg.model.name) == MODEL_DIR

@@ -18,7 +18,7 @@ class Recipe:
 
     name: str
     about: str
-    """What it does: the header's lines but the command."""
+    """Its purpose: the header's lines without the command."""
     command: str
     path: Path
 
@@ -48,7 +48,7 @@ def register_recipes(recipes: list[Recipe]) -> None:
 
 
 def print_recipes(recipes: list[Recipe]) -> None:
-    """Shows every recipe: its name and what it does, and below that the command to copy."""
+    """Prints every recipe: its name, its purpose, and the command to copy."""
     console = Console()
     console.print("[bold]recipes[/bold] (settings: conf/, measured results: recipes/README.md)\n")
     for recipe in recipes:

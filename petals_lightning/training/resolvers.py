@@ -1,4 +1,4 @@
-"""What conf/ can ask for with `${name:…}`."""
+"""The resolvers of conf/: `${name:…}`."""
 
 from __future__ import annotations
 

@@ -13,39 +13,40 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, RichModelSummary
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
-from petals_lightning.data import TextClassificationDataModule, TextDataModule
+from petals_lightning.data import TextDataModule
 from petals_lightning.errors import ConfigurationError, SwarmError
 from petals_lightning.library_messages import libraries_to_root_log
 from petals_lightning.models import save_prompts
-from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
+from petals_lightning.modules import TuningModule
 from petals_lightning.strategies import (
     RemoteBlockStrategy,
-    SwarmSource,
+    SwarmProvider,
     load_trained_weights,
     no_code_from,
     precision_plugin,
 )
 from petals_lightning.training.callbacks import build_callbacks
+from petals_lightning.training.cli_errors import INTERRUPTED
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
-from petals_lightning.training.errors import INTERRUPTED
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
 from petals_lightning.training.schema import refuse_unread
 from petals_lightning.training.settings import OF_DATA, OF_MODULES
+from petals_lightning.training.targets import find_target
 
 
 def run(cfg: DictConfig, recipe: str = "run") -> float | None:
-    """Trains, validates and tests as `cfg` (a `RunConfig`) says; leaves its files in `cfg.output_dir`.
+    """Trains, validates and tests according to `cfg` (a `RunConfig`). Writes its files to `cfg.output_dir`.
 
     Args:
         cfg: the settings.
-        recipe: the name that the run goes by.
+        recipe: the name of the run.
 
     Returns:
         The best validation score (accuracy, or perplexity of a language model) for sweepers; None if there is none.
@@ -57,15 +58,12 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     folder = Path(cfg.output_dir)
     checkpoint = checkpoint_to_continue(folder, cfg.resume, cfg.ckpt_path)
     pl.seed_everything(cfg.seed, verbose=False)
-    # In the order of their cost: what is wrong with settings and data shows before any server is started.
+    # Cheap checks first: wrong settings and data are reported before any server is started.
     refuse_unread(cfg)
     callbacks = build_callbacks(cfg.callbacks)
-    swarm: SwarmSource | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
+    swarm: SwarmProvider | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
     data = _build_data(cfg)
-    if isinstance(data, TextClassificationDataModule):
-        module = build_module(cfg, data.num_labels, list(data.class_names))
-    else:
-        module = build_module(cfg)
+    module = build_module(cfg, data)
     announce(cfg, recipe, data)
     logger = _build_logger(cfg, folder)
     facts = {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name}
@@ -73,7 +71,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     monitor = (module.monitor, module.monitor_mode)
     trainer = build_trainer(cfg, folder, swarm, logger, summary, monitor=monitor, callbacks=callbacks)
     try:
-        with swarm.held(module.served_model, folder / "servers") if swarm else nullcontext():
+        with swarm.keep_alive(module.served_model, folder / "servers") if swarm else nullcontext():
             _fit(trainer, module, data, checkpoint)
             if cfg.test and data.has_labelled_test and trainer.global_step:
                 best = _best(folder)
@@ -81,7 +79,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
                     trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
     finally:
         _finish(logger)
-    if isinstance(module, CausalLMModule) and trainer.global_step and not cfg.trainer.fast_dev_run:
+    if module.saves_prompts and trainer.global_step and not cfg.trainer.fast_dev_run:
         _save_best_prompts(module, folder, summary.summary)
     print_results(summary.summary, folder)
     return summary.summary.get(module.monitor)
@@ -101,21 +99,42 @@ def _build_data(cfg: DictConfig) -> TextDataModule:
     return data
 
 
-def build_module(
-    cfg: DictConfig, num_labels: int | None = None, class_names: list[str] | None = None
-) -> CausalLMModule | SequenceClassificationModule:
-    """The module of a run: a classifier for labelled data, else a language model. Reads nothing yet."""
-    settings: dict[str, Any] = {name: OmegaConf.select(cfg, key) for name, key in OF_MODULES.items()}
-    if get_class(cfg.data._target_) is not TextClassificationDataModule:
-        return CausalLMModule(**settings)
-    assert num_labels is not None
-    return SequenceClassificationModule(num_labels=num_labels, class_names=class_names, **settings)
+def build_module(cfg: DictConfig, data: Any) -> TuningModule:
+    """The module of a run's task. Reads nothing yet.
+
+    Args:
+        cfg: the settings.
+        data: has the attributes that the module's `from_data` names.
+
+    Raises:
+        ConfigurationError: a setting is wrong, or the data are made for another task.
+    """
+    unmade = find_target(
+        "task",
+        cfg.task,
+        TuningModule,
+        "not a petals_lightning.modules.TuningModule, such as petals_lightning.modules.CausalLMModule",
+        hint="task._target_=petals_lightning.modules.CausalLMModule; those of conf/task go by name: task=causal_lm",
+    )
+    name = unmade.func.__name__  # type: ignore[attr-defined]
+    facts = {}
+    for argument in unmade.func.from_data:  # type: ignore[attr-defined]
+        value = getattr(data, argument, None)
+        if value is None:
+            raise ConfigurationError(
+                f"task: {name} needs the {argument} of its data, and {type(data).__name__} has none; choose another "
+                "task (task=causal_lm) or data (data=sst2)"
+            )
+        facts[argument] = list(value) if isinstance(value, tuple) else value
+    settings = {argument: OmegaConf.select(cfg, key) for argument, key in OF_MODULES.items()}
+    module: TuningModule = unmade(**settings, **facts)
+    return module
 
 
 def build_trainer(
     cfg: DictConfig,
     folder: Path,
-    swarm: SwarmSource | None,
+    swarm: SwarmProvider | None,
     logger: Logger | None,
     summary: RunSummary | None,
     monitor: tuple[str, str] = ("val/accuracy", "max"),
@@ -168,7 +187,7 @@ def _profiler(name: str | None, folder: Path) -> Profiler | str | None:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose state is kept apart from that of the user's own with the same metric."""
+    """A ModelCheckpoint with a state key of its own, beside a user's ModelCheckpoint of the same metric."""
 
     def __init__(self, **options: Any):
         super().__init__(enable_version_counter=False, **options)
@@ -195,13 +214,13 @@ def _fit(
 
 
 def _best(folder: Path) -> Path | None:
-    """The best checkpoint; None where nothing was validated, so that the last weights are the best known."""
+    """Returns the best checkpoint, or None if nothing was validated: then the last weights are the best known."""
     path = folder / BEST_CHECKPOINT
     return path if path.is_file() else None
 
 
-def _save_best_prompts(module: CausalLMModule, folder: Path, summary: dict[str, Any]) -> None:
-    """Leaves the best prompts in `folder`/prompts, for chat and for others."""
+def _save_best_prompts(module: TuningModule, folder: Path, summary: dict[str, Any]) -> None:
+    """Saves the best prompts in `folder`/prompts, for chat and for sharing."""
     best = _best(folder)
     if best is not None:
         with no_code_from(best):
@@ -213,12 +232,12 @@ def _save_best_prompts(module: CausalLMModule, folder: Path, summary: dict[str, 
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:
-    """The target of a config node with its settings filled in; objects go in by calling it, since Hydra copies them."""
+    """Returns the target of a config node with its settings filled in. Call it with objects, which Hydra would copy."""
     return instantiate(node, _partial_=True, _convert_="all")
 
 
 def _device_type(accelerator: str) -> str:
-    """Where the client's tensors will be, which precision plugins need to know before the Trainer decides it."""
+    """Returns the type of the client's device, which precision plugins need before the Trainer has chosen it."""
     if accelerator == "cpu" or not torch.accelerator.is_available():
         return "cpu"
     device = torch.accelerator.current_accelerator()
@@ -240,7 +259,7 @@ def _finish(logger: Logger | None) -> None:
 def _quieten_libraries() -> None:
     libraries_to_root_log()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A run that continues in a new folder finds its best checkpoint anew there, which is what we want.
+    # A run that continues in a new folder keeps its best checkpoint there, on purpose.
     warnings.filterwarnings("ignore", "The dirpath has changed from")
     # Our folder holds one run and its older checkpoints on purpose.
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")

@@ -1,4 +1,4 @@
-"""The settings of a run: their names and types, so that Hydra refuses a misspelt key and names it.
+"""The settings of a run: their names and types. With them Hydra refuses a misspelt key and names it.
 
 Values are in conf/; a default here means "let the class decide". `MISSING` must come from a config file or the user.
 """
@@ -6,14 +6,18 @@ Values are in conf/; a default here means "let the class decide". `MISSING` must
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError
+from petals_lightning.options import options_of
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -32,35 +36,27 @@ class SwarmConfig:
     pass
 
 
+def with_options_of(config: type) -> Callable[[type[T]], type[T]]:
+    """Decorator, below `@dataclass`: adds a dataclass's options as settings. null leaves their default.
+
+    Where null is a value itself, the setting has the option's own default. Secrets are left out: settings are logged.
+    """
+
+    def extend(cls: type[T]) -> type[T]:
+        for each in options_of(config):
+            if not each.secret:
+                cls.__annotations__[each.name] = (list[str] if each.is_list else each.kind) | None
+                setattr(cls, each.name, each.default if each.takes_none else None)
+        return cls
+
+    return extend
+
+
 @dataclass
+@with_options_of(ClientConfig)
 class ConnectedSwarmConfig(SwarmConfig):
-    connect_timeout: float | None = None
-    """Seconds to reach the swarm or a server."""
-    request_timeout: float | None = None
-    """Seconds that a server may work on one request while it answers heartbeats; queueing does not count."""
-    max_retries: int | None = None
-    """Failures of one server that a part of a step survives."""
-    recovery_timeout: float | None = None
-    """Seconds to wait for a block whose every holder has failed, before the run ends with a checkpoint."""
-    allowed_servers: list[str] | None = None
-    """Peer ids to use; null: all."""
-    blocked_servers: list[str] | None = None
-    audit_rate: float | None = None
-    """Share of requests, 0 to 1, that are computed again on another server and compared."""
-    trusted_servers: list[str] | None = None
-    """Peer ids that are believed where two servers disagree; null: only what this machine computes is."""
-    server_to_server: bool | None = None
-    """Servers forward activations to the next server (the default); false: every hop returns to the client."""
-    wire_dtype: str | None = None
-    """Of activations and gradients on the wire: auto (the default: 16 bits where a server computes in 16 bits),
-    float32, bfloat16, float16 or int8_blockwise."""
-    min_microbatch_tokens: int | None = None
-    """Batches are not cut finer than this to fill a chain of servers; a large value keeps them whole."""
-    identity_path: str | None = None
-    """File of this client's private key, by which servers with --allow-peers know it; made if missing."""
-    token_file: str | None = None
-    """File of the secret that a private swarm's servers were given with --token-file."""
-    batches_in_flight: int = 4
+    """The options of `ClientConfig`, and those of every swarm."""
+
     """Evaluation batches that are on their way at once; each takes the memory of a forward here."""
 
 
@@ -69,7 +65,7 @@ class LocalSwarmConfig(ConnectedSwarmConfig):
     _target_: str = "petals_lightning.strategies.LocalSwarm"
     num_servers: int = MISSING
     block_ranges: list[str] | None = None
-    """What each server holds, e.g. ["0:1","1:4"], instead of an even split."""
+    """Blocks of each server, e.g. ["0:1","1:4"], instead of an even split."""
     threads_per_server: int | None = None
     device: str | None = None
     start_timeout: float = MISSING
@@ -92,7 +88,7 @@ class PublicSwarmConfig(ConnectedSwarmConfig):
 @dataclass
 class TuningConfig:
     mode: str | None = MISSING
-    """ptune, deep_ptune, or null for the head alone."""
+    """ptune, deep_ptune, or null to train only the head."""
     pre_seq_len: int = 16
     """Virtual tokens, P."""
 
@@ -111,7 +107,7 @@ class DataConfig:
     name: str | None = None
     """The configuration of a hub dataset."""
     encoding: str | None = None
-    """Of text files; null: UTF-8, or what a byte order mark tells."""
+    """Encoding of text files; null: UTF-8, or that of a byte order mark."""
     delimiter: str | None = None
     """Between the cells of csv and tsv files; null finds it. One character, or tab, comma, semicolon, pipe."""
     train_split: str | None = None
@@ -123,6 +119,7 @@ class DataConfig:
     batch_size: int = 32
     """Samples a batch."""
     eval_batch_size: int | None = None
+    """Samples a batch of validation, test and prediction; null: four times batch_size."""
 
 
 @dataclass
@@ -163,7 +160,7 @@ class DialogueDataConfig(DataConfig):
     use_chat_template: bool = True
     """False takes the simple form even if the tokenizer has a chat template."""
     merge_system: bool = False
-    """True puts the system's text in front of the first user turn, for templates without a system turn."""
+    """True puts the system text before the first user turn, for templates without a system turn."""
     batch_size: int = 16
 
 
@@ -227,7 +224,7 @@ ELSEWHERE = {
     "trainer.precision": "amp=fp32, fp16 or bf16",
     "trainer.default_root_dir": "hydra.run.dir=…",
 }
-"""Settings that people look for where they are not, and what sets them."""
+"""Settings that people look for in the wrong section, and the right ones."""
 
 
 @dataclass
@@ -262,6 +259,8 @@ class RunConfig:
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     amp: AmpConfig = field(default_factory=AmpConfig)
+    task: dict[str, Any] = field(default_factory=dict)
+    """A `TuningModule`, by `_target_`, and its own arguments."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -310,10 +309,10 @@ def register_schema() -> None:
 
 
 def refuse_unread(cfg: DictConfig, section: str = "") -> None:
-    """Refuses settings that were added with `+` and that nothing reads; Hydra refuses those without it.
+    """Refuses settings that were added with `+` and that nothing reads. Without `+` Hydra refuses them itself.
 
     Raises:
-        ConfigurationError: names the first one, and what it may have been meant to be.
+        ConfigurationError: names the first one, and the nearest setting that exists.
     """
     schema: Any = OmegaConf.get_type(cfg)
     known = [each.name for each in fields(schema)]
@@ -325,10 +324,10 @@ def refuse_unread(cfg: DictConfig, section: str = "") -> None:
 
 
 def unknown_setting(full_key: str, known: Iterable[str]) -> str:
-    """One line on a setting that there is not, and what it may have been meant to be.
+    """Returns one line about a setting that does not exist, and the nearest one that does.
 
     Args:
-        full_key: with the sections that it was sought in, e.g. `trainer.fast_run`.
+        full_key: the setting with its sections, e.g. `trainer.fast_run`.
         known: names of the settings of that section.
     """
     if full_key in ELSEWHERE:
@@ -343,7 +342,7 @@ def unknown_setting(full_key: str, known: Iterable[str]) -> str:
 
 
 def _settings_called(key: str, *, but: str) -> list[str]:
-    """Settings of all sections that have this name, without that which there is only where another option is chosen."""
+    """Returns the settings of all sections that have this name, except `but`."""
     sections = {each.name: each.default_factory for each in fields(RunConfig) if isinstance(each.default_factory, type)}
     options = {
         (section, each.name)

@@ -1,4 +1,4 @@
-"""Which setting of a run becomes which argument of a class, and errors in words of settings."""
+"""Maps settings of a run to arguments of classes, and translates errors from arguments to settings."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _NONE = re.compile(r"(?<![\w'\"])None(?![\w'\"])")
 
 
 def in_words_of_settings(message: str, cfg: DictConfig) -> str:
-    """An error of a class, which names arguments and Python's values, for somebody who sets `cfg` by Hydra.
+    """Translates an error that names arguments and Python values to settings of `cfg` and YAML values.
 
-    Arguments are found by an underscore in their name, or by what is set to them: `lr=0`.
+    Arguments are recognised by an underscore in their name, or by a value: `lr=0`.
     """
     keys = {name: f"{group}.{name}" for group in _GROUPS for name in cfg.get(group) or () if name[0] != "_"}
     keys |= _OTHERS | OF_DATA | OF_MODULES

@@ -27,7 +27,7 @@ COMMANDS = {
     "churn": "--minutes 0.05 --period 1",
     "clients": f"{TINY} --blocks 1 --counts 1,2 --case 2x8x2 --seconds 0.5",
     "decode": f"{TINY} --blocks 2 --servers 1,2 --sessions 2 --new-tokens 2 --prefill 16",
-    "evaluation": "--repeats 1 --batches 2 --batch-size 8 --in-flight 2 --round-trip 0.01",
+    "evaluation": "--repeats 1 --limit 16 --batch-size 4 --eval-batch-size 16 --round-trip 0.01",
     "families": "--family llama --family gemma3 --family qwen3_next --family rwkv",
     "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
     "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",
@@ -84,6 +84,7 @@ def test_every_module_is_imported_and_every_command_has_its_sizes() -> None:
 _WITH_TESTS_OF_THEIR_OWN = ("churn", "families", "sst2_epoch", "wire_precision")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in _WITH_TESTS_OF_THEIR_OWN])
 def test_a_command_runs(name: str, run: Run) -> None:
     rows = run(name, COMMANDS[name])
@@ -95,11 +96,13 @@ def test_a_command_runs(name: str, run: Run) -> None:
         assert all(math.isfinite(number) and number >= 0 for number in numbers)
 
 
+@pytest.mark.slow
 def test_churn_loses_no_step(run: Run) -> None:
     output = run("churn", COMMANDS["churn"])
     assert any("none lost" in line for line in output)
 
 
+@pytest.mark.slow
 def test_families_are_exact_or_refused_with_a_reason(run: Run, tmp_path: Path) -> None:
     page = tmp_path / "families.md"
     other = tmp_path / "other.json"
@@ -121,11 +124,13 @@ def test_families_are_exact_or_refused_with_a_reason(run: Run, tmp_path: Path) -
     assert "| gemma3 | exact | exact | not in it |  |" in lines
 
 
+@pytest.mark.slow
 def test_wire_precision_is_exact_in_float32_only(run: Run) -> None:
     rows = {row["wire_dtype"]: row for row in run("wire_precision", COMMANDS["wire_precision"])}
     assert rows["float32"]["deep"] < 1e-5 < 1e-3 < rows["bfloat16"]["deep"]
 
 
+@pytest.mark.slow
 def test_sst2_epoch_moves_fewer_bytes_than_without_its_savings(run: Run, sentences: Path) -> None:
     (row,) = run("sst2_epoch", COMMANDS["sst2_epoch"], "--data", str(sentences))
     assert row["samples"] == 24
@@ -137,6 +142,7 @@ def test_sst2_epoch_says_what_is_missing(tmp_path: Path) -> None:
         sst2_epoch.read_samples(tmp_path / "train.jsonl", vocabulary=100)
 
 
+@pytest.mark.slow
 def test_a_mechanism_is_switched_off(run: Run) -> None:
     time, size = run("mechanisms", COMMANDS["mechanisms"].replace("last", "rows"))
     assert time[0] == "4x8x2, rows only, ms"

@@ -20,24 +20,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_lightning.cli.talking import Screen
+from petals_lightning.cli.generation import Terminal
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.hf.loading import quiet_transformers
-from petals_lightning.server.access import AccessRules
-from tests.chat_templates import GEMMA
-from tests.swarms import PREFIX, InProcessSwarm
-from tests.text_models import save_tiny_text_model
+from petals_lightning.server.access.rules import AccessRules
+from tests.helpers.chat_templates import GEMMA
+from tests.helpers.text_models import save_tiny_text_model
+from tools.testing.forks import run_command
+from tools.testing.swarms import PREFIX, InProcessSwarm
 
 
-def run_command(
-    command: str, folder: Path, swarm: InProcessSwarm, *arguments: str, stdin: str | None = None
+def run_in(
+    swarm: InProcessSwarm, command: str, folder: Path, *arguments: str, stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
     peers = [peer for server in swarm.servers for peer in server.node.visible_maddrs()]
-    return subprocess.run(
-        [sys.executable, "-m", "petals_lightning.cli.main", command, str(folder), *arguments,
-         "--dht-prefix", PREFIX, "--initial-peers", *peers],
-        input=stdin, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    return run_command(command, str(folder), *arguments, "--dht-prefix", PREFIX, "--initial-peers", *peers, stdin=stdin)
 
 
 @pytest.fixture
@@ -45,8 +42,8 @@ def served(tmp_path, start_swarm):
     folder = save_tiny_text_model(tmp_path / "model")
     swarm = start_swarm(folder, [(0, 2), (2, 4)])
 
-    def run(command: str, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        return run_command(command, folder, swarm, *arguments, stdin=stdin)
+    def run(command: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return run_in(swarm, command, folder, *arguments, stdin=stdin)
 
     with quiet_transformers():
         local = AutoModelForCausalLM.from_pretrained(str(folder))
@@ -59,6 +56,7 @@ def continue_greedily(local, ids: list[int], count: int, eos: int | None = None)
     return local.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(ids) :].tolist()
 
 
+@pytest.mark.slow
 def test_generate_prints_the_continuation(served):
     run, local, tokenizer, _ = served
     expected = tokenizer.decode(continue_greedily(local, tokenizer("w1 w2 w3")["input_ids"], 6))
@@ -67,15 +65,17 @@ def test_generate_prints_the_continuation(served):
     assert done.stdout == expected + "\n"
 
 
+@pytest.mark.slow
 def test_a_private_swarm_is_entered_with_its_token(tmp_path, start_swarm):
     folder, token = save_tiny_text_model(tmp_path / "model"), tmp_path / "token"
     token.write_text("x" * 40)
     swarm = start_swarm(folder, [(0, 4)], rules=AccessRules(token="x" * 40))
-    done = run_command("generate", folder, swarm, "w1 w2", "--max-new-tokens", "2", "--token-file", str(token))
+    done = run_in(swarm, "generate", folder, "w1 w2", "--max-new-tokens", "2", "--token-file", str(token))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_piped_chat_answers_line_by_line(served):
     run, local, tokenizer, folder = served
     form, messages, answers = DialogueFormat(tokenizer), [], []
@@ -134,6 +134,7 @@ class TerminalProcess:
         os.close(self._master)
 
 
+@pytest.mark.slow
 def test_a_chat_in_a_terminal(tmp_path, start_swarm):
     """A lost server is one line and no lost conversation; Ctrl-D leaves, Ctrl-C at the prompt does not."""
     folder = save_tiny_text_model(tmp_path / "model")
@@ -152,7 +153,7 @@ def test_a_chat_in_a_terminal(tmp_path, start_swarm):
         terminal.wait_until_it_waits()
         terminal.type("\x03")
         assert "/exit or Ctrl-D leaves" in terminal.wait_for("> ")
-        caches = [(server, server._backend.caches) for server in swarm.servers[1:]]
+        caches = [(server, server.resources.caches) for server in swarm.servers[1:]]
         used = [server for server, cache in caches if cache.num_bytes]
         assert len(used) == 1
         used[0].stop(timeout=0.1)
@@ -175,23 +176,24 @@ def said(shown: str) -> str:
 
 
 def test_notes_are_short_and_wait_for_who_is_typing(monkeypatch, capsys):
-    screen = Screen()
+    terminal = Terminal()
     peer = "12D3KooWBt1TEMmu9KCXFis1PMoWUQyx2oBxPu4zmEwqWtxk9zEx"
     record = logging.LogRecord("x", logging.WARNING, "", 0, f"server {peer}: lost\n" + "why " * 50, None, None)
 
     def typing(prompt: str) -> str:
-        screen.emit(record)
+        terminal.emit(record)
         assert capsys.readouterr().err == ""
         return "hello"
 
     monkeypatch.setattr("builtins.input", typing)
-    assert screen.read_line("> ") == "hello"
+    assert terminal.read_line("> ") == "hello"
     (noted,) = capsys.readouterr().err.splitlines()
     assert noted.startswith("(server …xk9zEx: lost why why")
     assert noted.endswith("…)")
     assert len(noted) <= 92
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(served):
     run, _, _, folder = served
     (folder / "model" / "chat_template.jinja").write_text(GEMMA)

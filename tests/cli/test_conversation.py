@@ -15,9 +15,9 @@ from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.errors import DataError
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM
-from tests.chat_templates import GEMMA, QWEN3, TEMPLATES, make_tokenizer
-from tests.families import save_tiny_checkpoint
-from tests.swarms import InProcessSwarm
+from tests.helpers.chat_templates import GEMMA, QWEN3, TEMPLATES, make_tokenizer
+from tests.helpers.families import save_tiny_checkpoint
+from tools.testing.swarms import InProcessSwarm
 
 VOCAB, NEW_TOKENS = 520, 6
 QUESTIONS = ("What is it?", "  Hello there\n", "So?")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import queue
 import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,69 +21,40 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from petals_lightning.cli.main import main
 from petals_lightning.protocol.records import ServerRecord, ServerState
+from petals_lightning.strategies.server_process import ServerProcess, launch
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
-from tests.families import NUM_BLOCKS
-from tests.swarms import LOOPBACK, PREFIX, ServerProcess
+from tests.helpers.families import NUM_BLOCKS
+from tools.testing.forks import run_command
+from tools.testing.servers import start_server
+from tools.testing.swarms import LOOPBACK, PREFIX
 
 COMMAND = [sys.executable, "-m", "petals_lightning.cli.main"]
 STRANGER = "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
 
 
-class Running:
-    """A running `petals-lightning …`, its lines, and every process that it has started."""
+def family_of(server: ServerProcess) -> list[psutil.Process]:
+    """The command's process and every one that it has started."""
+    root = psutil.Process(server.pid)
+    return [root, *root.children(recursive=True)]
 
-    def __init__(self, *arguments: str):
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._said: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
 
-    def wait_ready(self) -> Running:
-        """Returns when the command is ready; `maddr` and `ready` are what it printed."""
-        while not (line := self._lines.get(timeout=60)).startswith("ready"):
-            assert line, "".join(self._said)
-        (self.maddr,) = [line.split()[1] for line in self._said if line.startswith("multiaddress:")]
-        self.ready = line.strip()
-        root = psutil.Process(self.process.pid)
-        self.family = [root, *root.children(recursive=True)]
-        return self
-
-    @property
-    def peer_id(self) -> str:
-        return self.maddr.rsplit("/", 1)[-1]
-
-    def interrupt(self, number: signal.Signals = signal.SIGINT) -> float:
-        """Sends the signal and waits for the end; returns the seconds that it took."""
-        began = time.monotonic()
-        self.process.send_signal(number)
-        self.process.wait(30)
-        return time.monotonic() - began
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.interrupt(signal.SIGTERM)
-        self._reader.join()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as lines:
-            for line in lines:
-                self._said.append(line)
-                self._lines.put(line)
-        self._lines.put("")
+def seconds_to_leave(server: ServerProcess, number: signal.Signals = signal.SIGINT) -> float:
+    """Sends the signal; returns the time until the command has ended, without an error."""
+    began = time.monotonic()
+    server.signal(number)
+    assert server.wait(30) == 0
+    return time.monotonic() - began
 
 
 @pytest.fixture
-def run() -> Iterator[Callable[..., Running]]:
+def run() -> Iterator[Callable[..., ServerProcess]]:
+    """`run("serve", …)` is a command that is ready; what it writes to stderr is not read."""
     with ExitStack() as stack:
 
-        def start(*arguments: str) -> Running:
-            running = Running(*arguments)
-            stack.callback(running.close)
-            return running
+        def start(*arguments: str) -> ServerProcess:
+            running = ServerProcess(launch(arguments, stderr=subprocess.DEVNULL), " ".join(arguments))
+            stack.callback(running.stop)
+            return running.wait_until_ready()
 
         yield start
 
@@ -110,60 +79,93 @@ def records(node: SwarmNode) -> list[dict[str, ServerRecord]]:
     return node.run(SwarmDirectory(node).servers(PREFIX, NUM_BLOCKS))
 
 
+@pytest.mark.slow
 def test_a_server_announces_itself_and_leaves_in_order(run, join, tiny_checkpoint):
     server = run(*serve(tiny_checkpoint("llama"), "--new-swarm", "--block-indices", "1:3", "--public-name", "me"))
-    server.wait_ready()
-    assert server.ready == f"ready: blocks 1:3 of {PREFIX} in float32 on cpu"
-    client = join(server.maddr)
+    assert server.lines[-1] == f"ready: blocks 1:3 of {PREFIX} in float32 on cpu\n"
+    family, client = family_of(server), join(server.maddr)
     found = records(client)
     assert [set(block) for block in found] == [set(), {server.peer_id}, {server.peer_id}, set()]
     record = found[1][server.peer_id]
     assert (record.state, record.start, record.end, record.public_name) == (ServerState.ONLINE, 1, 3, "me")
-    assert server.interrupt() < 5, "the promise is to leave within 5 s"
-    assert server.process.returncode == 0
-    assert psutil.wait_procs(server.family, timeout=10)[1] == []
+    assert seconds_to_leave(server) < 5, "the promise is to leave within 5 s"
+    assert psutil.wait_procs(family, timeout=10)[1] == []
     assert all(record.state is ServerState.OFFLINE for block in records(client) for record in block.values())
 
 
+@pytest.mark.slow
 def test_a_bootstrap_peer_keeps_its_address_and_servers_join_where_they_are_needed(
     run, join, start_swarm, tiny_checkpoint, tmp_path
 ):
     identity = ["--identity-path", str(tmp_path / "bootstrap.id"), "--host-maddrs", *LOOPBACK]
-    first = run("bootstrap", *identity).wait_ready()
-    assert first.interrupt() < 5
-    assert first.process.returncode == 0
-    assert psutil.wait_procs(first.family, timeout=10)[1] == []
-    second = run("bootstrap", *identity).wait_ready()
+    first = run("bootstrap", *identity)
+    family = family_of(first)
+    assert seconds_to_leave(first) < 5
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    second = run("bootstrap", *identity)
     assert second.peer_id == first.peer_id
     checkpoint = tiny_checkpoint("llama")
     # Throughput as on a quiet machine: where it is measured beside other tests, one server may seem worth two.
     start_swarm(checkpoint, [(0, 2), (1, 2), (3, 4)], initial_peers=[second.maddr], throughput=1.0)
-    chosen = run(*serve(checkpoint, "--initial-peers", second.maddr, "--num-blocks", "2")).wait_ready()
-    assert chosen.ready.startswith("ready: blocks 2:4 "), "the swarm is thinnest there"
+    chosen = run(*serve(checkpoint, "--initial-peers", second.maddr, "--num-blocks", "2"))
+    assert chosen.lines[-1].startswith("ready: blocks 2:4 "), "the swarm is thinnest there"
     client = join(second.maddr)
     assert [len(block) for block in records(client)] == [1, 2, 1, 2]
-    assert chosen.interrupt(signal.SIGTERM) < 5
-    assert chosen.process.returncode == 0
+    assert seconds_to_leave(chosen, signal.SIGTERM) < 5
     assert [record.state for record in records(client)[2].values()] == [ServerState.OFFLINE]
 
 
+@pytest.mark.slow
 def test_a_server_with_the_identity_of_another_says_so_and_starts_when_that_one_was_killed(tiny_checkpoint, tmp_path):
     checkpoint, identity, copy = tiny_checkpoint("llama"), tmp_path / "server.id", tmp_path / "copy.id"
-    servers = [ServerProcess(checkpoint, (0, 2)).wait_ready()]
+    servers = [start_server(checkpoint, (0, 2)).wait_until_ready()]
     maddr = servers[0].maddr
     try:
-        servers.append(ServerProcess(checkpoint, (2, 4), [maddr], "--identity-path", str(identity)).wait_ready())
+        servers.append(start_server(checkpoint, (2, 4), [maddr], "--identity-path", str(identity)).wait_until_ready())
         shutil.copy(identity, copy)
-        servers.append(ServerProcess(checkpoint, (2, 4), [maddr], "--identity-path", str(copy)))
+        servers.append(start_server(checkpoint, (2, 4), [maddr], "--identity-path", str(copy)))
         assert servers[-1].wait(60) == 1
-        (error,) = [line for line in servers[-1].errors if line.startswith("error: ")]
+        (error,) = [line for line in servers[-1].lines if line.startswith("error: ")]
         assert f"the identity file '{copy}' is in use: a peer of its id, {servers[1].peer_id}, runs" in error
         servers[1].signal(signal.SIGKILL)
-        servers.append(ServerProcess(checkpoint, (2, 4), [maddr], "--identity-path", str(copy)).wait_ready())
+        servers.append(start_server(checkpoint, (2, 4), [maddr], "--identity-path", str(copy)).wait_until_ready())
         assert servers[-1].peer_id == servers[1].peer_id
     finally:
         for server in servers:
             server.stop()
+
+
+LLAMA, EMPTY = "a tiny llama", "an empty folder"
+NEW = [LLAMA, "--new-swarm", "--dht-prefix", "x"]
+USER_ERRORS = {
+    "no way into a swarm": ([LLAMA, "--dht-prefix", "x"], "give either --initial-peers MADDR"),
+    "two ways": ([*NEW, "--initial-peers", STRANGER], "give either --initial-peers MADDR"),
+    "blocks chosen twice": ([*NEW, "--block-indices", "0:1", "--num-blocks", "1"], "not both"),
+    "malformed blocks": ([*NEW, "--block-indices", "one"], "START:END"),
+    "blocks out of range": ([*NEW, "--block-indices", "2:9"], "2:9 do not exist"),
+    "no blocks": ([*NEW, "--num-blocks", "0"], "--num-blocks is 0"),
+    "a folder without a prefix": ([LLAMA, "--new-swarm"], "--dht-prefix NAME"),
+    "a bad prefix": ([LLAMA, "--new-swarm", "--dht-prefix", "a.b"], "'a-b'"),
+    "a folder without config": ([EMPTY, "--new-swarm", "--dht-prefix", "x"], "has no config.json"),
+    "a malformed peer": ([LLAMA, "--initial-peers", "/ip4/127.0.0.1/tcp/80", "--dht-prefix", "x"], "is not a peer's"),
+    "a peer that is not there": ([LLAMA, "--initial-peers", STRANGER, "--dht-prefix", "x"], "cannot join the swarm"),
+    "an unknown dtype": ([*NEW, "--dtype", "int8"], "choose auto, float32"),
+    "an unknown device": ([*NEW, "--device", "abacus"], "--device 'abacus'"),
+    "no threads": ([*NEW, "--threads", "0"], "--threads is 0"),
+    "no tokens": ([*NEW, "--max-batch-tokens", "0"], "--max-batch-tokens is 0"),
+    "a negative throughput": ([*NEW, "--throughput", "-1"], "--throughput is -1"),
+    "no memory": ([*NEW, "--graph-memory", "nan"], "--graph-memory is nan"),
+    "no period": ([*NEW, "--update-period", "0"], "--update-period is 0"),
+}
+
+
+@pytest.mark.parametrize(("given", "words"), USER_ERRORS.values(), ids=USER_ERRORS)
+def test_a_users_error_is_one_line_that_says_what_to_mend(given, words, tiny_checkpoint, tmp_path):
+    places = {LLAMA: str(tiny_checkpoint("llama")), EMPTY: str(tmp_path)}
+    done = run_command("serve", *(places.get(item, item) for item in given))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
 
 
 def save_hollow_checkpoint(folder: Path, gib: int) -> Path:
@@ -197,69 +199,17 @@ def short_of_memory() -> None:
 
 
 def test_blocks_that_do_not_fit_are_one_line(tmp_path):
-    server = ServerProcess(save_hollow_checkpoint(tmp_path, gib=2), None, program=short_of_memory)
-    try:
-        assert server.wait(120) == 1
-        (error,) = [line for line in server.errors if " INFO " not in line]
-        assert error.startswith("error: blocks 0:1 of ")
-        assert "do not fit in memory of this machine's cpu" in error
-        assert "fewer blocks with --num-blocks" in error
-    finally:
-        server.stop()
+    folder = save_hollow_checkpoint(tmp_path, gib=2)
+    done = run_command(*serve(folder, "--new-swarm"), program=short_of_memory)
+    assert done.returncode == 1
+    error = [line for line in done.stderr.splitlines() if " INFO " not in line]
+    assert len(error) == 1, done.stderr
+    assert error[0].startswith("error: blocks 0:1 of ")
+    assert "do not fit in the memory of this machine's cpu" in error[0]
+    assert "Hold fewer blocks with --num-blocks" in error[0]
 
 
-LLAMA, EMPTY = "a tiny llama", "an empty folder"
-NEW = [LLAMA, "--new-swarm", "--dht-prefix", "x"]
-USER_ERRORS = {
-    "no way into a swarm": ([LLAMA, "--dht-prefix", "x"], "give either --initial-peers MADDR"),
-    "two ways": ([*NEW, "--initial-peers", STRANGER], "give either --initial-peers MADDR"),
-    "blocks chosen twice": ([*NEW, "--block-indices", "0:1", "--num-blocks", "1"], "not both"),
-    "malformed blocks": ([*NEW, "--block-indices", "one"], "START:END"),
-    "blocks out of range": ([*NEW, "--block-indices", "2:9"], "2:9 do not exist"),
-    "no blocks": ([*NEW, "--num-blocks", "0"], "--num-blocks is 0"),
-    "a folder without a prefix": ([LLAMA, "--new-swarm"], "--dht-prefix NAME"),
-    "a bad prefix": ([LLAMA, "--new-swarm", "--dht-prefix", "a.b"], "'a-b'"),
-    "a folder without config": ([EMPTY, "--new-swarm", "--dht-prefix", "x"], "has no config.json"),
-    "a malformed peer": ([LLAMA, "--initial-peers", "/ip4/127.0.0.1/tcp/80", "--dht-prefix", "x"], "is no peer's"),
-    "a peer that is not there": ([LLAMA, "--initial-peers", STRANGER, "--dht-prefix", "x"], "cannot join the swarm"),
-    "an unknown dtype": ([*NEW, "--dtype", "int8"], "choose auto, float32"),
-    "an unknown device": ([*NEW, "--device", "abacus"], "--device 'abacus'"),
-    "no threads": ([*NEW, "--threads", "0"], "--threads is 0"),
-    "no tokens": ([*NEW, "--max-batch-tokens", "0"], "--max-batch-tokens is 0"),
-    "a negative throughput": ([*NEW, "--throughput", "-1"], "--throughput is -1"),
-    "no memory": ([*NEW, "--graph-memory", "nan"], "--graph-memory is nan"),
-    "no period": ([*NEW, "--update-period", "0"], "--update-period is 0"),
-}
-
-# Most of a process's time goes into imports, so one process tries them all.
-_TRY_ALL = """
-import contextlib, io, json, sys
-from petals_lightning.cli.main import main
-for arguments in json.loads(sys.argv[1]):
-    sys.argv[1:] = ["serve", *arguments]
-    out, err, code = io.StringIO(), io.StringIO(), None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except BaseException as e:
-            code = e.code if isinstance(e, SystemExit) else repr(e)
-    print(json.dumps([code, out.getvalue(), err.getvalue()]))
-"""
-
-
-def test_a_users_error_is_one_line_that_says_what_to_mend(tiny_checkpoint, tmp_path):
-    places = {LLAMA: str(tiny_checkpoint("llama")), EMPTY: str(tmp_path)}
-    arguments = [[places.get(item, item) for item in given] for given, _ in USER_ERRORS.values()]
-    done = subprocess.run(
-        [sys.executable, "-c", _TRY_ALL, json.dumps(arguments)], capture_output=True, text=True, timeout=120, check=True
-    )
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    for (name, (_, words)), (code, out, err) in zip(USER_ERRORS.items(), results, strict=True):
-        assert (name, code, out, err.count("\n")) == (name, 1, "", 1), err
-        assert err.startswith("error: "), name
-        assert words in err, name
-
-
+@pytest.mark.slow
 def test_a_users_error_ends_the_process_with_status_1(tiny_checkpoint):
     done = subprocess.run(
         [*COMMAND, *serve(tiny_checkpoint("llama"))], capture_output=True, text=True, timeout=60, check=False

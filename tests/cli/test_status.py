@@ -16,7 +16,7 @@ from petals_lightning.cli.app import app
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.protocol.uids import MODELS_KEY
 from petals_lightning.swarm import SwarmNode
-from tests.swarms import LOOPBACK, PREFIX
+from tools.testing.swarms import LOOPBACK, PREFIX
 
 
 @pytest.fixture
@@ -72,6 +72,7 @@ def test_a_table_is_readable_on_80_columns(swarm):
     assert {"petals", "petals-lightning", "float32"} <= set(words)
 
 
+@pytest.mark.slow
 def test_it_looks_again_until_it_is_interrupted(swarm):
     command = [sys.executable, "-m", "petals_lightning.cli.main", *arguments(swarm), "--json", "--watch", "0.2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -90,6 +91,7 @@ def test_the_period_is_checked_first():
     assert isinstance(result.exception, ConfigurationError)
 
 
+@pytest.mark.slow
 def test_a_long_list_of_strangers_names_hides_no_model(swarm):
     with SwarmNode(swarm.initial_peers, host_maddrs=LOOPBACK).start() as stranger:
         names = [f"a-model-{number}" for number in range(3000)]

@@ -15,13 +15,12 @@ from petals_lightning.protocol.auth import new_nonce, prove, read_token
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import STREAM_METHOD, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
-from petals_lightning.server.access import AccessRules, Gate, read_peer_list
+from petals_lightning.server.access.rules import AccessRules, Gate, read_peer_list
 from petals_lightning.swarm.streams import open_stream
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.swarms import InProcessSwarm
+from tests.helpers.families import ALL, HIDDEN, NUM_BLOCKS
+from tools.testing.swarms import InProcessSwarm
 
 TOKEN = "a token of some length"
-ALL = (0, NUM_BLOCKS)
 
 
 def run_once(model) -> torch.Tensor:
@@ -66,7 +65,7 @@ def test_a_shared_token_lets_in_and_a_stranger_is_refused_everywhere(tiny_checkp
     for reply in strangers_answers(swarm, server, messages):
         assert (reply.method, reply.fields["code"]) == (Method.ERROR, ErrorCode.NOT_ALLOWED)
     assert computed == []
-    assert server._backend.accounts.num_bytes == 0
+    assert server.resources.quotas.num_bytes == 0
 
 
 def test_a_list_of_peers_lets_in_those_on_it(tiny_checkpoint, tmp_path, start_swarm):
@@ -75,7 +74,7 @@ def test_a_list_of_peers_lets_in_those_on_it(tiny_checkpoint, tmp_path, start_sw
     with pytest.raises(AccessDeniedError, match=r"not on its list.*--allow-peers") as refused:
         swarm.load(AutoDistributedModel, initial_peers=swarm.initial_peers, identity_path=identity)
     own_id = str(refused.value).split("listed peers in, and ")[1].split()[0]
-    swarm.servers[0]._backend.rules = AccessRules(allowed_peers=frozenset([own_id]))
+    swarm.servers[0].resources.rules = AccessRules(allowed_peers=frozenset([own_id]))
     assert (
         run_once(swarm.load(AutoDistributedModel, initial_peers=swarm.initial_peers, identity_path=identity))
         .isfinite()
@@ -97,7 +96,7 @@ def test_where_some_servers_refuse_others_are_used(tiny_checkpoint, start_swarm)
     swarm = start_swarm(checkpoint, [ALL, ALL])
     model = swarm.load(AutoDistributedModel)
     closed, _ = swarm.servers
-    closed._backend.rules = AccessRules(allowed_peers=frozenset())
+    closed.resources.rules = AccessRules(allowed_peers=frozenset())
     model = swarm.load(AutoDistributedModel)
     assert run_once(model).isfinite().all()
     assert remote_blocks(model).route()[0].peer_id != closed.node.peer_id.to_base58() or (

@@ -9,26 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from petals_lightning.client import ClientConfig, deadlines
-from petals_lightning.client.deadlines import MAX_QUEUE_TIME, ServiceClock
+from petals_lightning.client import ClientConfig, timeouts
+from petals_lightning.client.timeouts import MAX_QUEUE_TIME, ServiceTimer
 from petals_lightning.errors import RemoteRequestError
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
-    AutoDistributedModelForSequenceClassification,
     remote_blocks,
 )
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.server.backend import Refusal
-from petals_lightning.server.server import Server
-from tests.families import NUM_BLOCKS
-from tests.swarms import InProcessSwarm
+from petals_lightning.server.resources import Refusal
+from petals_lightning.server.running_server import RunningServer
+from tests.helpers.families import ALL, NUM_BLOCKS
+from tests.helpers.tampering import BATCH, OPTIONS, chosen, load_classifier
 
-pytestmark = pytest.mark.ours("servers are told what to answer")
+pytestmark = [pytest.mark.ours("servers are told what to answer"), pytest.mark.slow]
 
-ALL = (0, NUM_BLOCKS)
-BATCH = {"input_ids": torch.arange(1, 25).view(4, 6), "labels": torch.tensor([0, 1, 1, 0])}
-OPTIONS: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 2}
 ERRORS: dict[str, Exception] = {
     "a sick GPU": RuntimeError("CUDA error: an illegal memory access was encountered"),
     "bad request": Refusal(ErrorCode.BAD_REQUEST, "your tensors are wrong"),
@@ -37,19 +33,7 @@ ERRORS: dict[str, Exception] = {
 }
 
 
-def load(swarm: InProcessSwarm, **config: Any) -> Any:
-    torch.manual_seed(0)
-    settings = ClientConfig(**{"ban_period": 0.2, **config})
-    return swarm.load(AutoDistributedModelForSequenceClassification, client_config=settings, **OPTIONS)
-
-
-def chosen(model: Any, swarm: InProcessSwarm) -> Server:
-    """The server that the model uses now."""
-    peer = remote_blocks(model).route(BATCH["input_ids"].numel())[0].peer_id
-    return next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
-
-
-def fails(server: Server, method: str, error: Exception, times: float = float("inf")) -> list[float]:
+def fails(server: RunningServer, method: str, error: Exception, times: float = float("inf")) -> list[float]:
     """From now on `span.forward` or `span.backward` raises an error, so many times; when it did is in the list."""
     honest: Callable[..., Any] = getattr(server.span, method)
     calls: list[float] = []
@@ -81,7 +65,7 @@ def local_loss(checkpoint: Any) -> float:
 def test_a_server_that_always_answers_with_an_error_is_left(error, method, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     calls = fails(chosen(model, swarm), method, error)
     expected = local_loss(checkpoint)
     for _ in range(6):
@@ -91,7 +75,7 @@ def test_a_server_that_always_answers_with_an_error_is_left(error, method, tiny_
 
 def test_a_request_that_all_servers_call_wrong_surfaces_in_their_words(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [ALL, ALL])
-    model = load(swarm, ban_period=30.0)
+    model = load_classifier(swarm, ban_period=30.0)
     calls = [fails(server, "forward", ERRORS["bad request"], times=1) for server in swarm.servers]
     with pytest.raises(RemoteRequestError, match="says: your tensors are wrong"):
         step(model)
@@ -101,7 +85,7 @@ def test_a_request_that_all_servers_call_wrong_surfaces_in_their_words(tiny_chec
 
 def test_what_the_only_server_calls_wrong_surfaces_at_once(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 2), (2, NUM_BLOCKS)])
-    model = load(swarm, ban_period=30.0)
+    model = load_classifier(swarm, ban_period=30.0)
     calls = fails(swarm.servers[1], "forward", ERRORS["bad request"], times=2)  # handed over, and directly
     with pytest.raises(RemoteRequestError, match="says: your tensors are wrong"):
         step(model)
@@ -112,7 +96,7 @@ def test_what_the_only_server_calls_wrong_surfaces_at_once(tiny_checkpoint, star
 def test_an_accident_of_the_only_server_costs_a_try(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     calls = fails(swarm.servers[0], "forward", ERRORS["a sick GPU"], times=1)
     assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     calls += fails(swarm.servers[0], "forward", ERRORS["a sick GPU"])
@@ -127,10 +111,9 @@ def test_a_generation_goes_on_elsewhere(error, tiny_checkpoint, start_swarm):
     model = swarm.load(AutoDistributedModelForCausalLM, client_config=ClientConfig(ban_period=30.0))
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(BATCH["input_ids"][:1], **options)
-    first, second = swarm.servers
     with model.inference_session(max_length=20) as session:
         begun = model.generate(BATCH["input_ids"][:1], **options | {"max_new_tokens": 3, "min_new_tokens": 3})
-        sick = first if session.peers[0] == first.node.peer_id.to_base58() else second
+        sick = swarm.by_id[session.peers[0]]
         calls = fails(sick, "step", error)
         end = model.generate(begun[:, :0], **options | {"max_new_tokens": 3, "min_new_tokens": 3})
     assert torch.equal(torch.cat([begun, end], dim=1), expected)
@@ -146,7 +129,7 @@ def test_a_step_that_cannot_be_right_is_made_elsewhere(spans, value, tiny_checkp
     expected = model.generate(BATCH["input_ids"][:1], **options)
     with model.inference_session(max_length=20) as session:
         begun = model.generate(BATCH["input_ids"][:1], **options | {"max_new_tokens": 3, "min_new_tokens": 3})
-        sick = next(each for each in swarm.servers if each.node.peer_id.to_base58() == session.peers[-1])
+        sick = swarm.by_id[session.peers[-1]]
         honest = sick.span.step
         calls: list[int] = []
 
@@ -163,10 +146,10 @@ def test_a_step_that_cannot_be_right_is_made_elsewhere(spans, value, tiny_checkp
 def test_servers_without_room_do_not_keep_from_one_that_has(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL] * 6)
-    model = load(swarm, max_retries=1, ban_period=30.0)
+    model = load_classifier(swarm, max_retries=1, ban_period=30.0)
     asked: set[str] = set()
 
-    def only_the_sixth(server: Server) -> Callable[..., Any]:
+    def only_the_sixth(server: RunningServer) -> Callable[..., Any]:
         honest, peer = server.span.forward, server.node.peer_id.to_base58()
 
         def forward(*args: Any) -> Any:
@@ -186,7 +169,9 @@ def test_servers_without_room_do_not_keep_from_one_that_has(tiny_checkpoint, sta
 def test_a_queue_that_never_moves_is_waited_for_no_longer_than_is_said(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
-    model = load(swarm, request_timeout=1.0, min_request_timeout=0.5, heartbeat_period=0.2, hedge_factor=None)
+    model = load_classifier(
+        swarm, request_timeout=1.0, min_request_timeout=0.5, heartbeat_period=0.2, hedge_factor=None
+    )
     liar = chosen(model, swarm)
     honest = liar.span.forward
 
@@ -195,18 +180,17 @@ def test_a_queue_that_never_moves_is_waited_for_no_longer_than_is_said(tiny_chec
         return honest(*args)
 
     liar.span.forward = never  # type: ignore
-    assert liar._backend is not None
-    liar._backend.compute.ahead = lambda key: 1  # type: ignore[method-assign]
+    liar.resources.compute.ahead = lambda key: 1  # type: ignore[method-assign]
     began = time.monotonic()
     assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     assert time.monotonic() - began > 1.0  # it was not given up at once: honest queues take their time
 
 
 def test_a_queue_that_never_moves_costs_one_step(tiny_checkpoint, start_swarm, monkeypatch):
-    monkeypatch.setattr(deadlines, "QUEUE_PATIENCE", 1.0)
+    monkeypatch.setattr(timeouts, "STALLED_QUEUE_TIMEOUT", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
-    model = load(swarm, heartbeat_period=0.2)
+    model = load_classifier(swarm, heartbeat_period=0.2)
     liar = chosen(model, swarm)
     asked: list[int] = []
 
@@ -216,8 +200,7 @@ def test_a_queue_that_never_moves_costs_one_step(tiny_checkpoint, start_swarm, m
         raise AssertionError("nobody waits for this")
 
     liar.span.forward_with_graph = never  # type: ignore
-    assert liar._backend is not None
-    liar._backend.compute.ahead = lambda key: 1  # type: ignore[method-assign]
+    liar.resources.compute.ahead = lambda key: 1  # type: ignore[method-assign]
     for _ in range(5):
         assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     assert len(asked) == remote_blocks(model).stats.hedges == 1
@@ -226,7 +209,7 @@ def test_a_queue_that_never_moves_costs_one_step(tiny_checkpoint, start_swarm, m
 def test_the_clock_of_a_request(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    clock = ServiceClock()
+    clock = ServiceTimer()
     for seconds in (10.0, 20.0, 30.0):
         now = seconds
         clock.queue(5)

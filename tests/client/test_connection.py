@@ -12,13 +12,13 @@ import torch
 
 from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.connection import PeerConnection
-from petals_lightning.client.deadlines import patience
 from petals_lightning.client.stats import TransferStats
+from petals_lightning.client.timeouts import request_timeouts
 from petals_lightning.errors import ConfigurationError, PeerFailure
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
-from tests.attacks import announcement, piece
+from tools.testing.attacker import announcement, piece
 
 CONFIG = ClientConfig(heartbeat_period=0.1, heartbeat_timeout=0.5)
 Reply = Callable[[Method, int], Message | None]
@@ -39,7 +39,7 @@ async def connected_to(serve: Serve, on_failure: Callable[[PeerFailure], None]) 
 
     server = await asyncio.start_server(serve_until_closed, "127.0.0.1", 0)
     streams = await asyncio.open_connection(*server.sockets[0].getsockname())
-    connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats(), on_failure)
+    connection = PeerConnection("QmServer", *streams, CONFIG, TransferStats(), on_failure).start()
     try:
         yield connection
     finally:
@@ -138,16 +138,16 @@ def test_a_server_that_breaks_the_protocol_is_left(method, call_id):
     with_server(reply, impostor)
 
 
-def test_patience_follows_what_was_measured_between_floor_and_ceiling():
+def test_request_timeouts_follow_measurements_between_floor_and_ceiling():
     config = ClientConfig(request_timeout=100, min_request_timeout=10, deadline_factor=20, hedge_factor=4)
-    assert patience(1.0, False, config).deadline == 100, "a claim is no measurement"
-    assert patience(1.0, False, config).hedge == 4
-    assert patience(0.01, True, config).deadline == 10
-    assert patience(1.0, True, config).deadline == 20
-    assert patience(50.0, True, config).deadline == 100
-    assert patience(1.0, True, config).hedge == 4
-    assert patience(0.01, True, config).hedge == 2 * config.heartbeat_period
-    assert patience(1.0, True, ClientConfig(hedge_factor=None)).hedge is None
+    assert request_timeouts(1.0, False, config).deadline == 100, "a claim is not a measurement"
+    assert request_timeouts(1.0, False, config).hedge == 4
+    assert request_timeouts(0.01, True, config).deadline == 10
+    assert request_timeouts(1.0, True, config).deadline == 20
+    assert request_timeouts(50.0, True, config).deadline == 100
+    assert request_timeouts(1.0, True, config).hedge == 4
+    assert request_timeouts(0.01, True, config).hedge == 2 * config.heartbeat_period
+    assert request_timeouts(1.0, True, ClientConfig(hedge_factor=None)).hedge is None
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,17 @@ from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.protocol.messages import CHUNK_BYTES, Message, Method
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.server import Server
-from tests.families import HIDDEN, VOCAB
-from tests.models.test_parity import assert_same_gradients, pair
-from tests.sessions import random_prompts, relative_error
-from tests.swarms import InProcessSwarm
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.running_server import RunningServer
+from tests.helpers.families import HIDDEN, VOCAB
+from tests.helpers.parity import assert_same_gradients, pair
+from tests.helpers.requests import segment_sizes
+from tests.helpers.sessions import random_prompts
+from tools.testing.swarms import InProcessSwarm
+from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 THREE = [(0, 1), (1, 3), (3, 4)]
 IDS = torch.randint(1, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -71,14 +75,12 @@ def assert_generates_as_local(remote, local) -> None:
     assert len(expected.unique()) > 3, "the test is blind: the model repeats itself"
 
 
-def in_use(remote, swarm: InProcessSwarm) -> list[Server]:
-    servers = {server.node.peer_id.to_base58(): server for server in swarm.servers}
-    return [servers[leg.peer_id] for leg in remote_blocks(remote).route(IDS.numel())]
+def in_use(remote, swarm: InProcessSwarm) -> list[RunningServer]:
+    return [swarm.by_id[leg.peer_id] for leg in remote_blocks(remote).route(IDS.numel())]
 
 
-def signal_daemon(server: Server, number: signal.Signals) -> None:
-    process = server.node._daemon._process
-    assert process is not None
+def signal_daemon(server: RunningServer, number: signal.Signals) -> None:
+    process = server.node.daemon.process
     process.send_signal(number)
     if number is signal.SIGKILL:
         process.wait(10)
@@ -86,7 +88,7 @@ def signal_daemon(server: Server, number: signal.Signals) -> None:
         time.sleep(0.001)  # on a busy machine a stopped process's threads go on for a moment, and would answer
 
 
-def strike(server: Server, method: str, number: signal.Signals, struck_in: list[str]) -> None:
+def strike(server: RunningServer, method: str, number: signal.Signals, struck_in: list[str]) -> None:
     """The server falls silent while it computes the next `method`: its daemon is struck, so nobody hears it."""
     honest = getattr(server.span, method)
 
@@ -99,11 +101,27 @@ def strike(server: Server, method: str, number: signal.Signals, struck_in: list[
     setattr(server.span, method, struck)
 
 
+@pytest.mark.ours("of the others, none can hand over")
+@pytest.mark.parametrize(
+    ("spans", "sizes"),
+    [([(0, 1), (3, 4), (1, 3)], [2, 1]), ([(1, 2), (0, 1), (2, 4)], [1, 2])],
+    ids=["ours in front", "ours behind"],
+)
+def test_ours_hand_over_where_a_server_in_the_chain_cannot(spans, sizes, tiny_checkpoint, start_swarm):
+    checkpoint = tiny_checkpoint("llama")
+    remote, local = load_pair(checkpoint, start_swarm(checkpoint, spans, servers="mixed"))  # the second one is Petals'
+    assert segment_sizes(remote(input_ids=IDS, labels=IDS).loss) == sizes
+    assert_trains_as_local(remote, local)
+    assert_generates_as_local(remote, local)
+    assert remote_blocks(remote).stats.handovers == 1 + 2 + 7
+    assert remote_blocks(remote).stats.retries == 0
+
+
 @pytest.mark.parametrize("victim", [0, 1, 2], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_server_lost_in_the_middle_changes_nothing(fault, victim, tiny_checkpoint, start_swarm, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be missed.
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, *[THREE[victim]] * 3])
     remote, local = load_pair(checkpoint, swarm, hedge_factor=None)  # or a second server would answer before that
@@ -138,7 +156,7 @@ def test_a_server_lost_in_the_middle_changes_nothing(fault, victim, tiny_checkpo
 @pytest.mark.parametrize("method", ["forward", "backward"])
 def test_a_late_server_in_the_chain_is_not_waited_for(method, tiny_checkpoint, start_swarm, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be late.
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, (1, 3)])
     remote, local = load_pair(checkpoint, swarm)
@@ -181,7 +199,7 @@ def test_training_and_generation_equal_local_hugging_face(mode, tiny_checkpoint,
 
 def count_sent(remote, counts: Counter[str]) -> None:
     """From now on counts the messages that the client sends, by method; asking for a sign of life is none."""
-    connections: list[Any] = list(remote_blocks(remote)._swarm.view._connections.values())
+    connections: list[Any] = list(remote_blocks(remote)._swarm.servers._connections.values())
     for connection in connections:
 
         async def send(call_id: int, message: Message, original=connection._writer.send) -> int:
@@ -226,7 +244,7 @@ def test_a_server_that_cannot_reach_the_next_costs_nothing_but_the_direct_way(ti
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, THREE)
     remote, local = load_pair(checkpoint, swarm)
-    middle = swarm.servers[1]._backend
+    middle = swarm.servers[1].resources
     links, middle.links = middle.links, None
     assert_generates_as_local(remote, local)
     assert_trains_as_local(remote, local)
@@ -234,7 +252,7 @@ def test_a_server_that_cannot_reach_the_next_costs_nothing_but_the_direct_way(ti
     assert stats.handovers == 0
     assert stats.retries == 0, "that it does not hand over is no failure"
     middle.links = links
-    remote_blocks(remote)._swarm.view.handover._avoided.clear()  # its time is over
+    remote_blocks(remote)._swarm.router.handover._avoided.clear()  # its time is over
     assert_trains_as_local(remote, local)
     assert stats.handovers == 2
 
@@ -246,10 +264,10 @@ def test_servers_of_a_private_swarm_hand_over_without_rules_of_their_own(tiny_ch
     remote, local = load_pair(checkpoint, swarm, swarm_token=token)
     client = remote_blocks(remote)._swarm.node.peer_id.to_base58()
     for server in swarm.servers:
-        server._backend.rules = AccessRules(allowed_peers=frozenset([client]), token=token)
-    view = remote_blocks(remote)._swarm.view
-    for peer in list(view._connections):  # streams that were opened under the old rules
-        view.node.loop.call_soon_threadsafe(view._connections.pop(peer).close)
+        server.resources.rules = AccessRules(allowed_peers=frozenset([client]), token=token)
+    servers = remote_blocks(remote)._swarm.servers
+    for peer in list(servers._connections):  # streams that were opened under the old rules
+        servers.node.loop.call_soon_threadsafe(servers._connections.pop(peer).close)
     assert_trains_as_local(remote, local)
     assert_generates_as_local(remote, local)
     assert remote_blocks(remote).stats.handovers == 2 + 7
@@ -260,7 +278,7 @@ def test_an_old_envelope_sent_again_changes_no_gradient(tiny_checkpoint, start_s
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, THREE)
     remote, local = load_pair(checkpoint, swarm)
-    links = swarm.servers[0]._backend.links
+    links = swarm.servers[0].resources.links
     honest, envelopes, refusals = links.send, [], []
 
     async def send(peer: str, message: Message) -> None:
@@ -285,12 +303,12 @@ def test_an_old_envelope_sent_again_changes_no_gradient(tiny_checkpoint, start_s
 def test_a_server_hands_over_nothing_that_the_next_one_does_not_take(rules, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, 2), (2, 4)], rules=rules)
-    taking = swarm.servers[1]._backend
+    taking = swarm.servers[1].resources
     taking.limits = replace(taking.limits, max_message_bytes=4 * CHUNK_BYTES)
     taking.info["max_message_bytes"] = 4 * CHUNK_BYTES
     remote, local = load_pair(checkpoint, swarm, swarm_token=rules.token if rules else None)
     assert_trains_as_local(remote, local)
-    stats, links = remote_blocks(remote).stats, swarm.servers[0]._backend.links
+    stats, links = remote_blocks(remote).stats, swarm.servers[0].resources.links
     ((peer, opening),) = links._links.items()
     large = Message(Method.HANDOVER, {}, {"hidden": torch.zeros(5 * CHUNK_BYTES // 4)})
     with pytest.raises(ConnectionError, match=r"a message of 1310720 bytes, it takes up to 524288"):
@@ -317,17 +335,17 @@ def test_graphs_that_are_gone_are_computed_again_and_then_kept_here(tiny_checkpo
 def test_a_stream_that_ends_between_forward_and_backward_counts_as_a_retry(
     number, tiny_checkpoint, start_swarm, monkeypatch
 ):
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)  # as above
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)  # as above
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, *THREE])
     remote, local = load_pair(checkpoint, swarm)
-    view, stats = remote_blocks(remote)._swarm.view, remote_blocks(remote).stats
+    servers, stats = remote_blocks(remote)._swarm.servers, remote_blocks(remote).stats
 
     def end_stream() -> None:
         assert stats.handovers
         server = in_use(remote, swarm)[number]
-        connection = view._connections[server.node.peer_id.to_base58()]
-        for session in list(server._backend.sessions.values()):
+        connection = servers._connections[server.node.peer_id.to_base58()]
+        for session in list(server.streams.values()):
             server.node.loop.call_soon_threadsafe(session._writer.close)
         while connection.is_open:
             time.sleep(0.01)
@@ -349,7 +367,7 @@ def test_a_loss_can_be_gone_back_through_twice(tiny_checkpoint, start_swarm):
 
 
 def test_a_wrong_answer_in_the_chain_is_found_in_the_direct_way(tiny_checkpoint, start_swarm, caplog, monkeypatch):
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [*THREE, (1, 3)])
     remote, local = load_pair(checkpoint, swarm)
@@ -383,7 +401,7 @@ def test_going_back_and_reordering_reach_every_server(tiny_checkpoint, start_swa
         session.reorder(order)
         session.step(hidden[:, 6:7])
         assert layers.stats.handovers == 4
-        lost = next(server for server in swarm.servers if server.node.peer_id.to_base58() == session.peers[1])
+        lost = swarm.by_id[session.peers[1]]
         lost.stop(timeout=0.1)
         swarm.servers.remove(lost)
         outputs = [session.step(hidden[:, at : at + 1]) for at in range(7, 10)]
@@ -397,6 +415,6 @@ def test_the_option_of_a_run_reaches_the_client():
     from petals_lightning.strategies import PrivateSwarm
 
     source = PrivateSwarm(["/ip4/127.0.0.1/tcp/1/p2p/Qm"], server_to_server=False)
-    assert source._options == {"server_to_server": False}
+    assert source.client_config == ClientConfig(server_to_server=False)
     with pytest.raises(ConfigurationError):
         PrivateSwarm([], server_to_server=False)

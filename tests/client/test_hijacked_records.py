@@ -22,12 +22,15 @@ from petals_lightning.protocol.identity import Identity
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, SignedRecord, signed_key
 from petals_lightning.protocol.uids import block_uid
-from petals_lightning.server.access import AccessRules
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
-from tests.families import NUM_BLOCKS
-from tests.swarms import LOOPBACK, PREFIX, InProcessSwarm
+from tests.helpers.families import NUM_BLOCKS
+from tools.testing.swarms import LOOPBACK, PREFIX, InProcessSwarm
+
+pytestmark = pytest.mark.slow
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 TEN_YEARS = 10 * 365 * 86400.0
@@ -36,20 +39,17 @@ TOKEN = "a token of more than sixteen characters"
 
 def hijack(swarm: InProcessSwarm, value: Any, lifetime: float, *, plain: bool = False) -> list[bool]:
     """A stranger stores `value` under the id of every server, or instead of all records; which keys it got."""
-    peers = [server.node.peer_id.to_base58() for server in swarm.servers]
     with SwarmNode(swarm.initial_peers, host_maddrs=LOOPBACK).start() as stranger:
         keys = [block_uid(PREFIX, block) for block in range(NUM_BLOCKS)]
         return [
             stranger.run(stranger.dht.store(key, value, get_dht_time() + lifetime, subkey=subkey, exclude_self=True))
-            for subkey in ([None] if plain else peers)
+            for subkey in ([None] if plain else swarm.by_id)
             for key in keys
         ]
 
 
 def record_of(swarm: InProcessSwarm, **changes: Any) -> ServerRecord:
-    record = swarm.servers[0]._record
-    assert record is not None
-    return replace(record, **changes)
+    return replace(swarm.servers[0].record, **changes)
 
 
 @pytest.mark.parametrize("lifetime", [TEN_YEARS, 2 * MAX_LIFETIME])
@@ -70,8 +70,8 @@ def test_an_unsigned_record_hides_no_server(changes, tiny_checkpoint, start_swar
     with torch.no_grad():
         expected = running(IDS).logits
         assert all(hijack(swarm, record_of(swarm, **changes).to_value(), MAX_LIFETIME / 2))
-        view = remote_blocks(running)._swarm.view
-        view.node.run(view.refresh())
+        servers = remote_blocks(running)._swarm.servers
+        servers.node.run(servers.refresh())
         newcomer = swarm.load(AutoDistributedModelForCausalLM, client_config=ClientConfig(recovery_timeout=1))
         for model in (running, newcomer):
             assert torch.equal(model(IDS).logits, expected)
@@ -85,9 +85,9 @@ def test_petals_clients_find_a_hijacked_server_after_its_next_announcement(tiny_
     assert all(hijack(swarm, record_of(swarm, state=ServerState.OFFLINE).to_value(), MAX_LIFETIME / 2))
 
     async def announce() -> None:  # as it does once in each period
-        server._update_period = 0.1
+        server._announcer._period = 0.1
         with suppress(TimeoutError):
-            await asyncio.wait_for(server._announce_forever(PREFIX, NUM_BLOCKS, server._record), 2.0)
+            await asyncio.wait_for(server._announcer.announce_forever(), 2.0)
 
     def state() -> int:
         return int(server.node.run(server.node.dht.get(key, latest=True)).value[peer].value[0])
@@ -184,4 +184,4 @@ def test_an_unsigned_record_makes_nobody_a_server_of_ours(tiny_checkpoint, start
 def test_an_update_period_whose_records_nobody_takes_is_refused(tiny_checkpoint):
     checkpoint = Checkpoint(tiny_checkpoint("llama"))
     with pytest.raises(ConfigurationError, match=r"update_period=3600: .* use at most 1800"):
-        Server(checkpoint, SwarmNode(host_maddrs=LOOPBACK), update_period=3600.0)
+        Server(checkpoint, SwarmNode(host_maddrs=LOOPBACK), config=ServerConfig(update_period=3600.0))

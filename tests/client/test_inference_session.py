@@ -7,11 +7,13 @@ import time
 import pytest
 import torch
 
-from petals_lightning.errors import NoCacheRoomError, UnsupportedInputError
+from petals_lightning.errors import CacheFullError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
-from petals_lightning.server.limits import ServerLimits
-from tests.families import HIDDEN, TINY_CONFIGS
-from tests.sessions import GENERATING, P, assert_steps_equal_one_forward, random_prompts, relative_error
+from petals_lightning.server.access.limits import ServerLimits
+from tests.helpers.families import HIDDEN, TINY_CONFIGS
+from tests.helpers.parity import P
+from tests.helpers.sessions import GENERATING, assert_steps_equal_one_forward, random_prompts
+from tools.testing.tensors import relative_error
 
 
 def layers_of(swarm, **options):
@@ -23,6 +25,7 @@ def test_steps_equal_one_forward_in_further_families(family, tiny_checkpoint, st
     assert_steps_equal_one_forward(layers_of(start_swarm(tiny_checkpoint(family), [(0, 1), (1, 4)])))
 
 
+@pytest.mark.also_on("petals", "mixed")
 def test_going_back_reordering_and_keeping_few_outputs(tiny_checkpoint, start_swarm):
     layers = layers_of(start_swarm(tiny_checkpoint("gemma3"), [(0, 2), (1, 4)]))
     prompts, hidden = random_prompts(4), torch.randn(3, 9, HIDDEN)
@@ -67,7 +70,7 @@ def test_a_lost_server_is_replaced_from_the_inputs_kept_here(victim, prompted, t
         session.step(hidden[:, 3:5])
         session.reorder(order.flip(0))
         peer = session.peers[victim % len(session.peers)]
-        lost = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+        lost = swarm.by_id[peer]
         lost.stop(timeout=0.1)
         outputs = [session.step(hidden[:, at : at + 1]) for at in range(5, 12)]
         assert peer not in session.peers
@@ -78,7 +81,7 @@ def test_a_lost_server_is_replaced_from_the_inputs_kept_here(victim, prompted, t
 
 
 def cached(swarm):
-    return [server._backend.caches.num_bytes for server in swarm.servers]
+    return [server.resources.caches.num_bytes for server in swarm.servers]
 
 
 def wait_until_free(swarm) -> None:
@@ -108,13 +111,13 @@ def test_a_session_that_fits_nowhere_is_refused_with_the_reason(tiny_checkpoint,
     room = 4 * (4 * 50 * 2 * (2 * 8) * 4) // 3 + 1  # for 50 positions in 4 blocks; a quarter is kept for others
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4), (0, 4)], limits=ServerLimits(cache_bytes=room))
     layers = layers_of(swarm)
-    with layers.inference_session(max_length=51) as session, pytest.raises(NoCacheRoomError, match="1 × 51 positions"):
+    with layers.inference_session(max_length=51) as session, pytest.raises(CacheFullError, match="1 × 51 positions"):
         session.step(torch.randn(1, 1, HIDDEN))
     sessions = [layers.inference_session(max_length=50) for _ in range(2)]
     for session in sessions:
         session.step(torch.randn(1, 1, HIDDEN))  # the second one goes where there is room
     assert {session.peers[0] for session in sessions} == {server.node.peer_id.to_base58() for server in swarm.servers}
-    with layers.inference_session(max_length=10) as session, pytest.raises(NoCacheRoomError, match="cache-memory"):
+    with layers.inference_session(max_length=10) as session, pytest.raises(CacheFullError, match="cache-memory"):
         session.step(torch.randn(1, 1, HIDDEN))
     sessions[0].close()
     with layers.inference_session(max_length=10) as session:
@@ -129,7 +132,7 @@ def test_an_idle_session_expires_and_is_built_anew_when_used(tiny_checkpoint, st
     with layers.inference_session(max_length=6) as session:
         session.step(hidden[:, :4])
         time.sleep(0.3)
-        swarm.servers[0]._backend.caches.expire()
+        swarm.servers[0].resources.caches.expire()
         assert cached(swarm) == [0]
         assert relative_error(session.step(hidden[:, 4:]), expected[:, 4:]) < 1e-4
 

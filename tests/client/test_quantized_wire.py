@@ -16,10 +16,13 @@ from petals_lightning.models import (
     remote_blocks,
 )
 from petals_lightning.models.local import LocalModelForSequenceClassification
-from tests.client.test_wrong_results import ALL, chosen, tamper
-from tests.families import HIDDEN
-from tests.models.test_parity import P, assert_same_gradients, pair, relative_error, right_padded_batch
-from tests.sessions import random_prompts
+from tests.helpers.families import ALL, HIDDEN
+from tests.helpers.parity import P, assert_same_gradients, pair, right_padded_batch
+from tests.helpers.sessions import random_prompts
+from tests.helpers.tampering import chosen, tamper
+from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 CLASSIFIERS = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
 TWO = [(0, 2), (2, 4)]
@@ -84,7 +87,7 @@ def test_a_server_that_does_not_announce_it_is_not_sent_8_bits(unable, tiny_chec
     quantised = []
     for number in unable:
         server = swarm.servers[number]
-        del server._backend.info["wire_dtypes"]
+        del server.resources.info["wire_dtypes"]
         received = server.span.forward
         server.span.forward = lambda inputs, *cached, run=received: (
             quantised.append(is_quantised(inputs.hidden)) or run(inputs, *cached)

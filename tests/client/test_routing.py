@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.routing import random_servers, scipy_cost
 from petals_lightning.client.routing import RouteSpan, ServerSpan, format_blocks, plan_route, route_seconds, uncovered
+from tools.testing.routing import random_servers, scipy_cost
 
 
 def cost_of(route: list[RouteSpan], servers: list[ServerSpan]) -> float:

@@ -9,7 +9,6 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,57 +16,31 @@ from typing import Any
 import pytest
 import torch
 
-from petals_lightning.client import ClientConfig
 from petals_lightning.client.audit import stratified
-from petals_lightning.client.legs import Leg
-from petals_lightning.client.verify import disagreement
+from petals_lightning.client.segments import Leg, Segment
+from petals_lightning.client.validation import disagreement
 from petals_lightning.errors import RetriesExhaustedError
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import (
     AutoDistributedModel,
-    AutoDistributedModelForSequenceClassification,
     prompts_of,
     remote_blocks,
 )
 from petals_lightning.models.judge import LocalJudge
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.server.server import Server
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.swarms import InProcessSwarm, peer_with_the_graph
+from tests.helpers.families import ALL, HIDDEN, NUM_BLOCKS
+from tests.helpers.requests import peer_with_the_graph
+from tests.helpers.tampering import BATCH, OPTIONS, chosen, load_classifier, tamper
+from tools.testing.swarms import InProcessSwarm
+from tools.testing.tensors import relative_error
 
-ALL = (0, NUM_BLOCKS)
-BATCH = {"input_ids": torch.arange(1, 25).view(4, 6), "labels": torch.tensor([0, 1, 1, 0])}
-
-
-def load(swarm: InProcessSwarm, **config):
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 2}
-    return swarm.load(
-        AutoDistributedModelForSequenceClassification, client_config=ClientConfig(ban_period=0.2, **config), **options
-    )
-
-
-def tamper(server: Server, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """From now on the server answers `change(hidden)` in forwards, and gradients that follow from it."""
-    honest = server.span.forward
-
-    def forward(inputs, *cached):
-        hidden, prefix = honest(inputs, *cached)
-        return change(hidden), prefix
-
-    server.span.forward = forward
-
-
-def chosen(model, swarm: InProcessSwarm) -> Server:
-    """The server that the model uses now."""
-    peer = remote_blocks(model).route(BATCH["input_ids"].numel())[0].peer_id
-    return next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+pytestmark = pytest.mark.slow
 
 
 def assert_as_local(model, checkpoint) -> None:
     torch.manual_seed(0)
-    options: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 2, "num_labels": 2}
-    local = LocalModelForSequenceClassification.from_pretrained(str(checkpoint), **options)
+    local = LocalModelForSequenceClassification.from_pretrained(str(checkpoint), **OPTIONS)
     losses = []
     for one in (model, local):
         one.zero_grad()
@@ -75,7 +48,7 @@ def assert_as_local(model, checkpoint) -> None:
         losses[-1].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     got, wanted = prompts_of(model).deep.grad, prompts_of(local).deep.grad
-    assert ((got - wanted).norm() / wanted.norm()).item() < 1e-5
+    assert relative_error(got, wanted) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -91,7 +64,7 @@ def assert_as_local(model, checkpoint) -> None:
 def test_an_answer_that_cannot_be_right_is_the_servers_failure(change, words, tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     broken = chosen(model, swarm)
     tamper(broken, change)
     assert_as_local(model, checkpoint)
@@ -103,10 +76,9 @@ def test_an_answer_that_cannot_be_right_is_the_servers_failure(change, words, ti
 def test_gradients_that_are_not_finite_are_refused_and_overflowing_ones_excused(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     loss = model(**BATCH).loss
-    peer = peer_with_the_graph(loss)
-    broken = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+    broken = swarm.by_id[peer_with_the_graph(loss)]
     honest = broken.span.backward
     broken.span.backward = lambda *args: {name: grad * float("inf") for name, grad in honest(*args).items()}
     loss.backward()
@@ -125,22 +97,22 @@ def test_an_audit_tells_absurd_values_from_honest_ones():
 
 def test_two_servers_that_say_nan_are_believed_and_one_alone_is_named(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [ALL, ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     for server in swarm.servers:
         tamper(server, lambda hidden: hidden * float("nan"))
     with torch.no_grad():
         assert model(**BATCH).loss.isnan()
         swarm.servers.pop().stop(timeout=1)
-        with pytest.raises(RetriesExhaustedError, match=r"twice, and nobody else holds blocks 0:4.*bfloat16"):
+        with pytest.raises(RetriesExhaustedError, match=r"twice, and no other server holds blocks 0:4.*bfloat16"):
             model(**BATCH)
 
 
 def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog, monkeypatch):
     # On a busy machine the route would change by itself, and who is not used cannot be caught.
-    monkeypatch.setattr("petals_lightning.client.view._WORTH_A_CHANGE", 1.0)
+    monkeypatch.setattr("petals_lightning.client.router._REROUTE_GAIN", 1.0)
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
-    model = load(swarm, audit_rate=0.1)
+    model = load_classifier(swarm, audit_rate=0.1)
     liar = chosen(model, swarm)
 
     def add_noise(hidden: torch.Tensor) -> torch.Tensor:
@@ -165,7 +137,7 @@ def test_a_liar_is_caught_by_audits(tiny_checkpoint, start_swarm, caplog, monkey
 def test_a_liar_in_backward_is_caught_and_the_gradient_is_right(tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
-    model = load(swarm, audit_rate=1.0)
+    model = load_classifier(swarm, audit_rate=1.0)
     liar = chosen(model, swarm)
     honest = liar.span.backward
     liar.span.backward = lambda *args: {name: grad * 1.01 for name, grad in honest(*args).items()}
@@ -182,14 +154,14 @@ def collude(swarm: InProcessSwarm) -> tuple[set[str], str]:
 
 
 def bans_of(model) -> dict[str, Any]:
-    return remote_blocks(model)._swarm.view._bans
+    return remote_blocks(model)._swarm.servers._bans
 
 
 def test_liars_that_agree_do_not_outvote_what_this_machine_computes(tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     liars, honest = collude(swarm)
-    model = load(swarm, audit_rate=1.0)
+    model = load_classifier(swarm, audit_rate=1.0)
     steps = 0
     while not all(liar in bans_of(model) and bans_of(model)[liar].is_proven for liar in liars):
         steps += 1
@@ -205,7 +177,7 @@ def test_trusted_servers_decide_from_the_first_step(tiny_checkpoint, start_swarm
     checkpoint = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     liars, honest = collude(swarm)
-    model = load(swarm, audit_rate=1.0, trusted_servers=(honest,))
+    model = load_classifier(swarm, audit_rate=1.0, trusted_servers=(honest,))
     take_weights_away(checkpoint)
     for _ in range(5):
         assert_as_local(model, tiny_checkpoint("llama"))
@@ -217,7 +189,7 @@ def test_without_a_judge_nobody_is_called_a_liar(tiny_checkpoint, start_swarm, t
     checkpoint = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL])
     liars, honest = collude(swarm)
-    model = load(swarm, audit_rate=1.0)
+    model = load_classifier(swarm, audit_rate=1.0)
     take_weights_away(checkpoint)
     for _ in range(50):
         with torch.no_grad():
@@ -236,22 +208,22 @@ def take_weights_away(checkpoint: Path) -> None:
 
 
 def test_who_claims_to_be_fast_does_not_become_everybodys_auditor(tiny_checkpoint, start_swarm, monkeypatch):
-    measure = Server._measure
+    record = Server._record
     claims = iter([1e9, 1.0, 1.0, 1.0])
     monkeypatch.setattr(
-        Server, "_measure", lambda self, span: replace(measure(self, span), tokens_per_second=next(claims))
+        Server, "_record", lambda self, *args: replace(record(self, *args), tokens_per_second=next(claims))
     )
     swarm = start_swarm(tiny_checkpoint("llama"), [ALL, ALL, ALL, ALL])
-    view = remote_blocks(load(swarm))._swarm.view
+    router = remote_blocks(load_classifier(swarm))._swarm.router
     fast, *others = (server.node.peer_id.to_base58() for server in swarm.servers)
-    fastest = view.other_route(*ALL, tokens=1, avoid=[others[0]])
+    fastest = router.other_route(*ALL, tokens=1, avoid=[others[0]])
     assert fastest is not None
     assert fastest[0].peer_id == fast
     generator = random.Random(0)
     drawn = Counter(
         route[0].peer_id
         for _ in range(600)
-        if (route := view.auditing_route(*ALL, avoid=others[0], generator=generator))
+        if (route := router.auditing_route(*ALL, avoid=others[0], generator=generator))
     )
     assert set(drawn) == {fast, *others[1:]}
     assert min(drawn.values()) > 150
@@ -271,16 +243,14 @@ def test_the_judge_computes_what_an_honest_server_answers(has_prompts, family, t
     rows, prompts = torch.tensor([2, 9]), {name: given[name] for name in names[1:]}
     outputs = layers[start:end].run(given["hidden"], rows=rows, want_prefix=has_prompts, **prompts)
     answer = dict(zip(names[:2], outputs, strict=False))
-    leg, judge = (
-        Leg(start, end, values["hidden"], values.get("prefix"), rows, ""),
-        LocalJudge(Checkpoint(str(checkpoint))),
-    )
-    judged = judge(leg, values.get("deep"), None)
+    segment = Segment([Leg(start, end, "")], values["hidden"], values.get("prefix"), rows)
+    judge = LocalJudge(Checkpoint(str(checkpoint)))
+    judged = judge(segment, values.get("deep"), None)
     assert judged.keys() == answer.keys()
     assert disagreement(judged, answer) < 1e-5
     grads = {name: torch.randn_like(output) for name, output in answer.items()}
     torch.autograd.backward(list(answer.values()), list(grads.values()))
-    judged = judge(leg, values.get("deep"), (grads["hidden"], grads.get("prefix")))
+    judged = judge(segment, values.get("deep"), (grads["hidden"], grads.get("prefix")))
     assert judged.keys() == given.keys()
     assert disagreement(judged, {name: tensor.grad for name, tensor in given.items() if tensor.grad is not None}) < 1e-5
 
@@ -288,7 +258,7 @@ def test_the_judge_computes_what_an_honest_server_answers(has_prompts, family, t
 def test_honest_servers_pass_every_audit(tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, NUM_BLOCKS), (0, 2), (2, NUM_BLOCKS)])
-    model = load(swarm, audit_rate=1.0)
+    model = load_classifier(swarm, audit_rate=1.0)
     with caplog.at_level(logging.WARNING):
         assert_as_local(model, checkpoint)
     assert remote_blocks(model).stats.audits >= 2
@@ -299,7 +269,7 @@ def test_honest_servers_pass_every_audit(tiny_checkpoint, start_swarm, caplog):
 def test_a_late_request_is_tried_elsewhere_too(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])
-    model = load(swarm)
+    model = load_classifier(swarm)
     model(**BATCH).loss.backward()  # speeds are measured
     calls = itertools.count()
     for server in swarm.servers:  # whichever is asked first is late

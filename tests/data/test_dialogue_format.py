@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from petals_lightning.data.collate import IGNORED
 from petals_lightning.data.dialogue_format import DialogueFormat, Message, samples
-from petals_lightning.data.tokenizers import IGNORED
 from petals_lightning.errors import DataError
-from tests.chat_templates import ALTERNATE, CHATML, GEMMA, MISTRAL, QWEN3, TEMPLATES, TOKENIZERS, make_tokenizer
+from tests.helpers.chat_templates import ALTERNATE, CHATML, GEMMA, MISTRAL, QWEN3, TEMPLATES, TOKENIZERS, make_tokenizer
 
 
 def user(content: str) -> Message:
@@ -203,7 +203,7 @@ def test_what_a_template_refuses_is_one_line(dialogue):
     with pytest.raises(DataError) as refused:
         DialogueFormat(make_tokenizer("byte_level", GEMMA), merge_system=True).encode(dialogue)
     assert str(refused.value) == (
-        f"the chat template refuses the dialogue ({ALTERNATE}); change it, or take the simple form with "
+        f"the chat template refuses the dialogue ({ALTERNATE}); change it, or use the simple form with "
         "use_chat_template=False (chat: --no-chat-template)"
     )
 
@@ -211,14 +211,14 @@ def test_what_a_template_refuses_is_one_line(dialogue):
 def test_templates_whose_answers_cannot_be_told_are_refused():
     """Neither behind the prompt nor in one piece: this one writes the length of the answer in front."""
     template = "{{ messages[-1].content | length }}" + CHATML
-    with pytest.raises(DataError, match=r"answer 'no' cannot be told; use_chat_template=False"):
+    with pytest.raises(DataError, match=r"answer 'no' cannot be found; use_chat_template=False"):
         DialogueFormat(make_tokenizer("byte_level", template)).encode(DIALOGUE[4:])
 
 
 def test_templates_that_leave_out_what_is_said_are_refused():
     """As those that go through lists of parts, and find none in a text."""
     parts = CHATML.replace("message['content']", "(message['content'] | selectattr('text', 'defined') | join)")
-    with pytest.raises(DataError, match=r"leaves out what is said .*use_chat_template=False"):
+    with pytest.raises(DataError, match=r"omits the messages' contents .*use_chat_template=False"):
         DialogueFormat(make_tokenizer("byte_level", parts, "<|im_end|>")).encode(DIALOGUE)
 
 

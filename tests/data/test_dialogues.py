@@ -12,11 +12,11 @@ import torch
 from transformers import LlamaConfig
 
 from petals_lightning.data import DialogueDataModule, load_tokenizer
+from petals_lightning.data.collate import IGNORED
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
-from petals_lightning.data.dialogues import read_dialogue, windows
-from petals_lightning.data.tokenizers import IGNORED
+from petals_lightning.data.dialogues import read_dialogue, split_dialogue
 from petals_lightning.errors import ConfigurationError, DataError
-from tests.chat_templates import GEMMA, QWEN3, make_tokenizer
+from tests.helpers.chat_templates import GEMMA, QWEN3, make_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s>\n{% endfor %}"
@@ -172,7 +172,7 @@ def test_calls_of_tools_are_as_they_were_written_and_the_template_sees_the_tools
 
 
 def test_tools_that_cannot_be_told_are_named(text_model, tmp_path):
-    for tools, message in [("[", "row 0 of train .* has tools that are no JSON"), ({"a": 1}, "for tools: give a list"),
+    for tools, message in [("[", "row 0 of train .* has tools that are not JSON"), ({"a": 1}, "for tools: give a list"),
                            ([{"name": "f"}], r"the simple form has no tools")]:  # fmt: skip
         path = write_rows(tmp_path / "a.jsonl", [{"turns": ["w1", "w2"], "tools": tools}] * 2)
         with pytest.raises(DataError, match=message.replace("row 0", r"row \d")):
@@ -181,7 +181,7 @@ def test_tools_that_cannot_be_told_are_named(text_model, tmp_path):
 
 def test_a_part_in_which_nothing_is_learnt_says_why(text_model, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"turns": ["w1 " * 30, "w2"]}] * 4)
-    with pytest.raises(DataError, match=r"train of .*a\.jsonl: .*nothing that is learnt within max_length=20"):
+    with pytest.raises(DataError, match=r"train of .*a\.jsonl: .*none to train on within max_length=20"):
         DialogueDataModule(str(text_model), path, max_length=20).setup()
 
 
@@ -227,7 +227,7 @@ def test_a_row_that_the_template_refuses_is_named_by_its_number_in_the_file(tmp_
         DialogueDataModule(str(tmp_path), source).setup()
     assert str(refused.value) == (
         f"row 13 of train of {source}: the chat template refuses the dialogue (System role not supported); "
-        "merge_system=True (chat: --merge-system) puts the system's text in front of the first user turn"
+        "merge_system=True (chat: --merge-system) puts the system's text before the first user turn"
     )
     data = DialogueDataModule(str(tmp_path), source, merge_system=True)
     data.setup()
@@ -237,11 +237,11 @@ def test_a_row_that_the_template_refuses_is_named_by_its_number_in_the_file(tmp_
 def test_long_dialogues_become_samples_of_whole_exchanges(text_model):
     form = DialogueFormat(load_tokenizer(str(text_model)))
     messages = [Message(role="system", content="w0"), *talk("w1", "w2", "w3", "w4", "w5 w5 w5 w5 w5 w5 w5 w5", "w6")]
-    samples = windows(messages, form, max_length=12)
+    samples = split_dialogue(messages, form, max_length=12)
     parts = [messages[:5], [messages[0], *messages[5:]]]
     encoded = [form.encode(part) for part in parts]
     assert [ids for ids, _ in samples] == [ids[:12] for ids, _ in encoded]
-    assert windows(talk("w1"), form, 12) == [], "nobody answers"
+    assert split_dialogue(talk("w1"), form, 12) == [], "nobody answers"
 
 
 def test_windows_of_a_template_that_rewrites_the_past():
@@ -249,7 +249,7 @@ def test_windows_of_a_template_that_rewrites_the_past():
     tokenizer = make_tokenizer("byte_level", QWEN3, "<|im_end|>")
     form, messages = DialogueFormat(tokenizer), talk(*["So?", "no"] * 7)
     lengths = [len(form.encode(messages[:size])[0]) for size in (2, 4, 6)]
-    found = windows(messages, form, max_length=lengths[-1])
+    found = split_dialogue(messages, form, max_length=lengths[-1])
     assert [len(ids) for ids, _ in found] == [*lengths, *lengths, lengths[0]]
     for ids, labels in found:
         assert (

@@ -284,15 +284,19 @@ def test_packed_utf16_is_read_too(tmp_path: Path) -> None:
         ("a.json.xz", b"{}", r"a\.json\.xz: cannot be read as json"),
         ("a.csv.zip", b"{}", r"a\.csv\.zip: cannot be read as csv: File is not a zip file"),
         ("a.parquet", b"PAR1", r"a\.parquet: cannot be read as parquet"),
-        ("a.csv", gzip.compress(b"text,label\na,1\n", mtime=0), r"a\.csv: cannot be read as csv: it holds zero bytes"),
-        ("a.jsonl", b"PAR1\x15\x00\x15\xff", r"a\.jsonl: cannot be read as jsonl: it holds zero bytes"),
+        (
+            "a.csv",
+            gzip.compress(b"text,label\na,1\n", mtime=0),
+            r"a\.csv: cannot be read as csv: it contains zero bytes",
+        ),
+        ("a.jsonl", b"PAR1\x15\x00\x15\xff", r"a\.jsonl: cannot be read as jsonl: it contains zero bytes"),
         ("a.arrow", b"ARROW", r"a\.arrow: cannot be read as arrow"),
         ("a.md", b"# x", r"a\.md: unknown format; use one of \.jsonl, .* \.txt, .*packed as \.gz, .* \.zip"),
         ("a.gz", b"", r"a\.gz: unknown format"),
         (
             "train-00000-of-00001.parquet",
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-            "cannot be read as parquet: only git-lfs's pointer to the data is here; fetch them with `git lfs pull`",
+            "cannot be read as parquet: only git-lfs's pointer to the data is here; fetch the data with `git lfs pull`",
         ),
     ],
 )

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from petals_lightning.data import PlainTextDataModule, load_tokenizer
-from petals_lightning.data.plain_text import windows
-from petals_lightning.data.tokenizers import IGNORED
+from petals_lightning.data.collate import IGNORED
+from petals_lightning.data.plain_text import chunk_tokens
 from petals_lightning.errors import DataError
 
 
@@ -23,7 +23,7 @@ def set_up(model, source, **settings) -> PlainTextDataModule:
 
 def test_texts_are_one_stream_cut_into_windows(text_model):
     tokenizer = load_tokenizer(str(text_model))
-    pieces = windows(["w1 w2 w3", "", None, "w4 w5", "w6"], tokenizer, 4)
+    pieces = chunk_tokens(["w1 w2 w3", "", None, "w4 w5", "w6"], tokenizer, 4)
     assert [tokenizer.convert_ids_to_tokens(piece) for piece in pieces] == [
         ["w1", "w2", "w3", "</s>"], ["w4", "w5", "</s>", "w6"],
     ], "the last </s> stands alone and has nothing to predict"  # fmt: skip

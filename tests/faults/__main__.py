@@ -15,7 +15,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tests.families import save_heavier_checkpoint
 from tests.faults.harness import (
     FAULTS,
     LIMITS,
@@ -26,7 +25,8 @@ from tests.faults.harness import (
     steps_until_recovery,
     train_remotely,
 )
-from tests.swarms import SERVERS
+from tests.helpers.families import save_heavier_checkpoint
+from tools.testing.swarms import SERVERS
 
 
 def main() -> None:

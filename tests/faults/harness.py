@@ -22,10 +22,12 @@ import torch
 from petals_lightning.client import ClientConfig
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
+from petals_lightning.strategies.server_process import ServerProcess
 from petals_lightning.swarm import SwarmNode
-from tests.families import HEAVIER_BLOCKS
-from tests.faults.proxy import SharedLink, TcpProxy, free_port
-from tests.swarms import LOOPBACK, PREFIX, ServerProcess, serve_options
+from tests.helpers.families import HEAVIER_BLOCKS
+from tools.testing.proxy import SharedLink, TcpProxy, free_port
+from tools.testing.servers import start_server
+from tools.testing.swarms import LOOPBACK, PREFIX, serve_options
 
 STEPS, STRUCK_STEP, BATCH = 4, 1, 32
 PHASES = ("connect", "forward", "backward", "between", "validation")
@@ -52,7 +54,7 @@ class FaultySwarm:
 
     def __enter__(self) -> FaultySwarm:
         for holder in [self._start(0), self._start(1)]:
-            holder.process.wait_ready()
+            holder.process.wait_until_ready()
             self.holders.append(holder)
         return self
 
@@ -81,13 +83,13 @@ class FaultySwarm:
     def in_use(self, model: Any) -> Holder:
         """Whose turn it is with the next micro-batch; servers of different kinds are best at different sizes."""
         blocks, (samples, tokens) = remote_blocks(model), batch(0)["input_ids"].shape
-        view, prefix = blocks._swarm.view, OPTIONS["pre_seq_len"]
-        size = view.microbatch_size(blocks.route(), samples, tokens, prefix, deep=True)
+        router, prefix = blocks._swarm.router, OPTIONS["pre_seq_len"]
+        size = router.microbatch_size(blocks.route(), samples, tokens, prefix)
         peer = blocks.route(size * tokens)[0].peer_id
         holders = {holder.process.peer_id: holder for holder in self.holders}
         if peer not in holders:  # killed in a case before, and its record stands: it would be tried in vain
-            ended = [other for other in view._spans if other not in holders]
-            route = view.other_route(0, HEAVIER_BLOCKS, tokens=size * tokens, avoid=ended)
+            ended = [other for other in blocks._swarm.servers.spans if other not in holders]
+            route = router.other_route(0, HEAVIER_BLOCKS, tokens=size * tokens, avoid=ended)
             assert route is not None
             peer = route[0].peer_id
         return holders[peer]
@@ -97,19 +99,19 @@ class FaultySwarm:
             holder.stop_slowness.set()
             holder.proxy.heal()
             holder.link.rate = math.inf
-            if holder.process.process.is_alive():
+            if holder.process.is_alive:
                 holder.process.signal(signal.SIGCONT)
             else:
                 holder.process.stop()
                 holder.proxy.close()
                 self.holders[number] = self._start(number)
-                self.holders[number].process.wait_ready()
+                self.holders[number].process.wait_until_ready()
 
     def _start(self, number: int) -> Holder:
         port = free_port()
         proxy = TcpProxy(port)
         proxy.link = link = SharedLink(math.inf)
-        process = ServerProcess(
+        process = start_server(
             self._checkpoint, (0, HEAVIER_BLOCKS), self.initial_peers, "--host-maddrs", f"/ip4/127.0.0.1/tcp/{port}",
             "--announce-maddrs", f"/ip4/127.0.0.1/tcp/{proxy.port}", "--update-period", "10",
             *serve_options(self._kind, number),

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import FaultySwarm, Trace, Yardstick, make_yardstick, run_case, train_remotely
-from tests.faults.proxy import TcpProxy
+from tools.testing.proxy import TcpProxy
+
+pytestmark = pytest.mark.slow
 
 ROOM = 2.0  # a busy machine may take this much longer than the promise
 
 
 @pytest.fixture(scope="module")
-def swarm(heavier_checkpoint: Path, servers: str) -> Iterator[FaultySwarm]:
-    with FaultySwarm(heavier_checkpoint, servers) as swarm:
+def swarm(heavier_checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[FaultySwarm]:
+    with FaultySwarm(heavier_checkpoint, request.config.getoption("servers")) as swarm:
         yield swarm
 
 

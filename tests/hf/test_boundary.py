@@ -94,7 +94,7 @@ CLASSES = {"training": AutoDistributedModelForSequenceClassification, "generatio
     ("change", "words"),
     [
         (renamed, "takes no cache under a name that is known here"),
-        (dropped, "does not hand the cache that it is given to its blocks"),
+        (dropped, "does not pass its cache on to its blocks"),
         (unheeded, "the positions of tokens that follow a prefix would be wrong here"),
     ],
 )

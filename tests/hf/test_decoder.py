@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from petals_lightning.errors import UnsupportedModelError
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class, text_decoder_in
-from tests.families import NUM_BLOCKS, WRAPPER_CONFIGS, save_tiny_checkpoint
+from tests.helpers.families import NUM_BLOCKS, WRAPPER_CONFIGS, save_tiny_checkpoint
 
 
-def load(folder: Path, part: Part, auto_class=AutoModel):
+def load(folder: Path, part: ModelSlice, auto_class=AutoModel):
     checkpoint = Checkpoint(str(folder))
     return load_pruned(model_class(auto_class, checkpoint), checkpoint, part).model
 
 
-def tensors_read(folder: Path, part: Part, auto_class, monkeypatch) -> set[str]:
+def tensors_read(folder: Path, part: ModelSlice, auto_class, monkeypatch) -> set[str]:
     seen: set[str] = set()
     read = Checkpoint.tensors
 
@@ -52,8 +52,10 @@ def test_only_the_tensors_of_the_part_are_read(family, tmp_path, monkeypatch):
     assert towers
     assert block
     assert ends
-    assert tensors_read(folder, Part(2, 3, ends=False), AutoModel, monkeypatch) == block
-    assert tensors_read(folder, Part(0, 0, ends=True), AutoModelForCausalLM, monkeypatch) == ends
+    assert tensors_read(folder, ModelSlice(2, 3, with_embeddings_and_head=False), AutoModel, monkeypatch) == block
+    assert (
+        tensors_read(folder, ModelSlice(0, 0, with_embeddings_and_head=True), AutoModelForCausalLM, monkeypatch) == ends
+    )
 
 
 OLD_TO_NEW = r"^language_model\.(model\.)?(?!lm_head)", "model.language_model."
@@ -68,11 +70,11 @@ def test_old_and_new_names_give_the_same_blocks(names, family, tmp_path):
         plain: Any = AutoModelForImageTextToText.from_pretrained(folder)
     whole: Any = text_decoder_in(plain, plain.config.get_text_config())[1]
     renamed(folder, *names)
-    part = load(folder, Part(1, 3, ends=False))
+    part = load(folder, ModelSlice(1, 3, with_embeddings_and_head=False))
     for mine, block in zip(part.layers, whole.layers[1:3], strict=True):
         for (name, got), (_, expected) in zip(mine.named_parameters(), block.named_parameters(), strict=True):
             assert torch.equal(got, expected), name
-    ends: Any = load(folder, Part(0, 0, ends=True), AutoModelForCausalLM)
+    ends: Any = load(folder, ModelSlice(0, 0, with_embeddings_and_head=True), AutoModelForCausalLM)
     assert torch.equal(ends.get_input_embeddings().weight, plain.get_input_embeddings().weight)
     assert torch.equal(ends.get_output_embeddings().weight, plain.get_output_embeddings().weight)
 
@@ -84,7 +86,7 @@ def test_names_that_are_renamed_at_load_are_found_in_plain_decoders_too(tmp_path
     renamed(folder, r"^model\.visual\.", "visual.")
     with quiet_transformers():
         plain = AutoModelForImageTextToText.from_pretrained(folder)
-    part = load(folder, Part(NUM_BLOCKS - 1, NUM_BLOCKS, ends=False))
+    part = load(folder, ModelSlice(NUM_BLOCKS - 1, NUM_BLOCKS, with_embeddings_and_head=False))
     expected = plain.model.language_model.layers[-1].mlp.up_proj.weight
     assert torch.equal(part.layers[0].mlp.up_proj.weight, expected)
 

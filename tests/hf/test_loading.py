@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from petals_lightning.errors import CheckpointError, UnsupportedModelError
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf import checkpoint as checkpoint_module
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.models.local import LocalModel, LocalModelForCausalLM, LocalModelForSequenceClassification
-from tests.families import HIDDEN, TINY_CONFIGS, VOCAB, save_tiny_checkpoint
+from tests.helpers.families import HIDDEN, TINY_CONFIGS, VOCAB, save_tiny_checkpoint
 
 BLOCKS = 8
 
@@ -77,7 +77,7 @@ def reads(monkeypatch) -> dict[str, Any]:
     return seen
 
 
-def load(folder: Path, part: Part, auto_class: Any = AutoModel, **options: Any) -> Any:
+def load(folder: Path, part: ModelSlice, auto_class: Any = AutoModel, **options: Any) -> Any:
     checkpoint = Checkpoint(str(folder))
     return load_pruned(model_class(auto_class, checkpoint), checkpoint, part, **options)[0]
 
@@ -93,7 +93,7 @@ def shards_of(folder: Path, wanted: Any) -> set[str]:
 
 def test_a_server_opens_only_the_shards_of_its_blocks_and_reads_only_them(sharded, reads):
     told = []
-    model = load(sharded, Part(2, 4, ends=False), on_shard=lambda *args: told.append(args))
+    model = load(sharded, ModelSlice(2, 4, with_embeddings_and_head=False), on_shard=lambda *args: told.append(args))
     expected = shards_of(sharded, lambda name: ".layers.2." in name or ".layers.3." in name)
     assert reads["shards"] == expected
     assert len(expected) < len(list(sharded.glob("*.safetensors"))) / 2
@@ -103,18 +103,18 @@ def test_a_server_opens_only_the_shards_of_its_blocks_and_reads_only_them(sharde
 
 
 def test_a_client_opens_only_the_shards_of_the_ends_and_reads_only_them(sharded, reads):
-    model = load(sharded, Part(0, 0, ends=True), AutoModelForCausalLM)
+    model = load(sharded, ModelSlice(0, 0, with_embeddings_and_head=True), AutoModelForCausalLM)
     assert reads["shards"] == shards_of(sharded, lambda name: ".layers." not in name)
     assert reads["bytes"] == size(model) == (2 * VOCAB * HIDDEN + HIDDEN) * 4
 
 
 def test_a_part_has_the_values_of_the_whole(sharded):
     whole = AutoModel.from_pretrained(sharded)
-    part = load(sharded, Part(2, 4, ends=False))
+    part = load(sharded, ModelSlice(2, 4, with_embeddings_and_head=False))
     for mine, block in zip(part.layers, whole.layers[2:4], strict=True):
         for (name, got), (_, expected) in zip(mine.named_parameters(), block.named_parameters(), strict=True):
             assert torch.equal(got, expected), name
-    ends = load(sharded, Part(0, 0, ends=True), AutoModelForCausalLM)
+    ends = load(sharded, ModelSlice(0, 0, with_embeddings_and_head=True), AutoModelForCausalLM)
     assert torch.equal(ends.get_input_embeddings().weight, whole.embed_tokens.weight)
     assert torch.equal(ends.model.norm.weight, whole.norm.weight)
     assert len(ends.model.layers) == 0
@@ -127,7 +127,7 @@ def test_a_clients_size_does_not_depend_on_the_number_of_blocks(family, tmp_path
         config = TINY_CONFIGS[family]()
         config.num_hidden_layers = count
         folder = save_tiny_checkpoint(config, tmp_path / str(count))
-        sizes.append(size(load(folder, Part(0, 0, ends=True), AutoModelForCausalLM)))
+        sizes.append(size(load(folder, ModelSlice(0, 0, with_embeddings_and_head=True), AutoModelForCausalLM)))
     assert sizes[0] == sizes[1] > 0
 
 
@@ -146,9 +146,9 @@ def test_bin_checkpoints_load(shards, is_zip, sharded, tmp_path):
             torch.save(dict(state[number::shards]), file, _use_new_zipfile_serialization=is_zip)
             names |= {name: f"pytorch_model-{number}.bin" for name, _ in state[number::shards]}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
-    part = load(tmp_path, Part(6, 8, ends=False))
+    part = load(tmp_path, ModelSlice(6, 8, with_embeddings_and_head=False))
     assert torch.equal(part.layers[1].mlp.up_proj.weight, whole.model.layers[7].mlp.up_proj.weight)
-    ends = load(tmp_path, Part(0, 0, ends=True), AutoModelForCausalLM)
+    ends = load(tmp_path, ModelSlice(0, 0, with_embeddings_and_head=True), AutoModelForCausalLM)
     assert torch.equal(ends.lm_head.weight, whole.lm_head.weight)
 
 
@@ -157,7 +157,7 @@ def test_quantised_checkpoints_are_refused_in_one_line(kind, tmp_path):
     folder = save_tiny_checkpoint(TINY_CONFIGS["llama"](), tmp_path)
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": kind}}
     (folder / "config.json").write_text(json.dumps(config))
-    for part in (Part(0, 2, ends=False), Part(0, 0, ends=True)):
+    for part in (ModelSlice(0, 2, with_embeddings_and_head=False), ModelSlice(0, 0, with_embeddings_and_head=True)):
         with pytest.raises(
             UnsupportedModelError, match=rf"is quantised \({kind}\): quantised checkpoints are not served"
         ):
@@ -178,7 +178,7 @@ def test_weights_take_the_dtype_asked_for_and_by_default_the_checkpoints(dtype, 
     config.dtype = torch.bfloat16
     folder = save_tiny_checkpoint(config, tmp_path)
     assert Checkpoint(str(folder)).config.dtype == torch.bfloat16
-    model = load(folder, Part(0, 1, ends=False), dtype=dtype)
+    model = load(folder, ModelSlice(0, 1, with_embeddings_and_head=False), dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, expected)}
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -195,18 +195,18 @@ def test_missing_tensors_are_named(tmp_path):
     folder = save_tiny_checkpoint(llama(3), tmp_path)
     break_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(CheckpointError, match=r"missing: layers\.0\.mlp\.up_proj\.weight"):
-        load(folder, Part(1, 3, ends=False))
-    load(folder, Part(2, 3, ends=False))  # what is missing is not in this part
+        load(folder, ModelSlice(1, 3, with_embeddings_and_head=False))
+    load(folder, ModelSlice(2, 3, with_embeddings_and_head=False))  # what is missing is not in this part
     break_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"missing: model\.norm\.weight"):
-        load(folder, Part(0, 0, ends=True), AutoModelForCausalLM)
+        load(folder, ModelSlice(0, 0, with_embeddings_and_head=True), AutoModelForCausalLM)
 
 
 def test_tensors_of_another_shape_are_named(tmp_path):
     folder = save_tiny_checkpoint(llama(2), tmp_path)
     break_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(HIDDEN + 1)}))
     with pytest.raises(CheckpointError, match=r"of another shape: .*norm\.weight"):
-        load(folder, Part(0, 0, ends=True))
+        load(folder, ModelSlice(0, 0, with_embeddings_and_head=True))
 
 
 def copy_files(source: Path, target: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_missing_shard_is_named(sharded, tmp_path):
     (shard,) = shards_of(sharded, lambda name: name == "model.layers.0.mlp.up_proj.weight")
     (tmp_path / shard).unlink()
     with pytest.raises(CheckpointError, match=shard):
-        load(tmp_path, Part(0, 1, ends=False))
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False))
 
 
 @pytest.mark.parametrize("auto_class", [LocalModel, LocalModelForCausalLM, LocalModelForSequenceClassification])
@@ -242,7 +242,7 @@ def test_a_damaged_index_is_named(content, how, sharded, tmp_path):
     copy_files(sharded, tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=rf"index\.json is damaged .*{how}"):
-        load(tmp_path, Part(0, 1, ends=False))
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False))
 
 
 def test_a_damaged_shard_is_named(sharded, tmp_path):
@@ -251,52 +251,52 @@ def test_a_damaged_shard_is_named(sharded, tmp_path):
     copy_files(sharded, tmp_path)
     (tmp_path / shard).write_bytes((sharded / shard).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=rf"{shard} is damaged or incomplete .*download it again"):
-        load(tmp_path, Part(0, 1, ends=False))
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False))
     save_file({"other": torch.ones(1)}, tmp_path / shard)
     with pytest.raises(CheckpointError, match=rf"{shard} is damaged or incomplete .*lacks"):
-        load(tmp_path, Part(0, 1, ends=False))
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False))
 
 
 def test_a_folder_without_weights_says_what_it_looked_for(tmp_path):
     llama().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no weights.*model\.safetensors"):
-        load(tmp_path, Part(0, 1, ends=False))
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False))
 
 
 def test_a_folder_without_config_says_so(tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        load(tmp_path, Part(0, 1, ends=False))
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False))
 
 
 def test_an_unknown_architecture_says_so(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "cleverformer"}))
     with pytest.raises(UnsupportedModelError, match="architecture that transformers does not know"):
-        load(tmp_path, Part(0, 1, ends=False))
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False))
 
 
 def test_a_config_that_is_no_json_says_so(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot read model"):
-        load(tmp_path, Part(0, 1, ends=False))
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False))
 
 
 def test_an_encoder_decoder_says_so(tmp_path):
     config = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
     transformers.T5Model(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
-        load(tmp_path, Part(0, 1, ends=False))
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False))
 
 
 def test_an_encoder_has_no_class_for_causal_language_models(tmp_path):
     transformers.ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="no class for AutoModelForCausalLM"):
-        load(tmp_path, Part(0, 1, ends=False), AutoModelForCausalLM)
+        load(tmp_path, ModelSlice(0, 1, with_embeddings_and_head=False), AutoModelForCausalLM)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 9), (-1, 2), (5, 4)])
 def test_blocks_that_do_not_exist_are_refused(start, end, sharded):
     with pytest.raises(UnsupportedModelError, match=f"{start}:{end} of a model that has 8"):
-        load(sharded, Part(start, end, ends=False))
+        load(sharded, ModelSlice(start, end, with_embeddings_and_head=False))
 
 
 def test_the_fingerprint_tells_models_apart_and_not_their_copies(sharded, tmp_path):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tests.families import save_heavier_checkpoint
+from tests.helpers.families import save_heavier_checkpoint
 from tests.hostile.harness import Arena
-from tests.hostile.peers import ATTACKS
 from tests.hostile.servers import SERVERS
+from tools.testing.attacks import ATTACKS
 
 
 def main() -> None:

@@ -18,10 +18,13 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.swarm import record_keeping
-from tests.attacks import Attacker, resident
-from tests.hostile.peers import ATTACKS, Victim
+from tests.helpers.families import HEAVIER_BLOCKS, HEAVIER_HIDDEN
 from tests.hostile.servers import CACHE, GRAPHS, REQUESTS, SERVERS, honest
-from tests.swarms import PREFIX, ServerProcess
+from tools.testing.attacker import Attacker, resident
+from tools.testing.attacks import ATTACKS, Victim
+from tools.testing.servers import start_server
+from tools.testing.swarms import PREFIX
+from tools.testing.tensors import relative_error
 
 MIB = 1 << 20
 SECONDS = 6.0  # for which speed is measured, without the attack and with it
@@ -76,7 +79,7 @@ class Arena:
 
     def __init__(self, checkpoint: Path):
         self._checkpoint = checkpoint
-        self.server = ServerProcess(checkpoint, None, program=honest).wait_ready()
+        self.server = start_server(checkpoint, None, program=honest).wait_until_ready()
         torch.manual_seed(0)
         local = LocalModelForSequenceClassification.from_pretrained(str(checkpoint), **OPTIONS)
         self._expected = _step(local)
@@ -87,12 +90,12 @@ class Arena:
     def __exit__(self, *exc_info: object) -> None:
         self.server.stop()
 
-    def run(self, attack: str) -> Outcome:
-        """Trains alone, then beside the attack."""
+    def run(self, attack: str, alone_seconds: float = SECONDS) -> Outcome:
+        """Trains alone for so long, then beside the attack."""
         before, own = resident(self.server.pid), resident(os.getpid())
         model = self._load()
         try:
-            alone, _, _ = self._train(model)
+            alone, _, _ = self._train(model, alone_seconds)
             with self._attacked(attack):
                 rate, longest, difference = self._train(model)
                 began = time.monotonic()
@@ -115,10 +118,10 @@ class Arena:
             client_config=ClientConfig(refresh_period=1.0), **OPTIONS,
         )  # fmt: skip
 
-    def _train(self, model: Any) -> tuple[float, float, float]:
+    def _train(self, model: Any, lasting: float = SECONDS) -> tuple[float, float, float]:
         """Steps a second, the longest step's seconds, and the largest difference."""
         seconds, differences = [], []
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + lasting
         while time.monotonic() < end:
             began = time.monotonic()
             differences.append(self._difference(_step(model)))
@@ -127,19 +130,19 @@ class Arena:
 
     def _difference(self, found: list[torch.Tensor]) -> float:
         pairs = zip(found, self._expected, strict=True)
-        return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+        return max(relative_error(a, b) for a, b in pairs)
 
     @contextmanager
     def _attacked(self, attack: str) -> Iterator[None]:
         with ExitStack() as stack:
             if attack in SERVERS:
-                process = ServerProcess(self._checkpoint, None, [self.server.maddr], program=SERVERS[attack])
+                process = start_server(self._checkpoint, None, [self.server.maddr], program=SERVERS[attack])
                 stack.callback(process.stop)
-                process.wait_ready()
+                process.wait_until_ready()
                 time.sleep(2.0)  # the trainer has looked at the records since
             else:
                 ready, stop = _SPAWN.Event(), _SPAWN.Event()
-                victim = Victim(self.server.maddr, self.server.peer_id)
+                victim = Victim(self.server.maddr, self.server.peer_id, PREFIX, HEAVIER_BLOCKS, HEAVIER_HIDDEN)
                 attacker = _SPAWN.Process(target=_attack, args=(attack, victim, ready, stop), daemon=True)
                 attacker.start()
                 stack.callback(_end, attacker, stop)

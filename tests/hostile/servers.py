@@ -1,4 +1,4 @@
-"""Programs of `ServerProcess`: an honest server with small limits, and such as are sick or lie.
+"""Programs of `start_server`: an honest server with small limits, and such as are sick or lie.
 
 The latter claim to be the fastest by far.
 """
@@ -6,7 +6,6 @@ The latter claim to be the fastest by far.
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 import sys
 from collections.abc import Callable
@@ -16,12 +15,14 @@ from typing import Any
 import torch
 
 from petals_lightning.cli.main import main
+from petals_lightning.options import command_line
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.records import ServerRecord
-from petals_lightning.server import limits
-from petals_lightning.server.backend import Refusal
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.client_stream import ClientStream
+from petals_lightning.server.refusal import Refusal
 from petals_lightning.server.server import Server
-from petals_lightning.server.session import Session
+from petals_lightning.server.stream_requests import StreamRequests
 
 MIB = 1 << 20
 REQUESTS, GRAPHS, CACHE = 1024 * MIB, 512 * MIB, 256 * MIB
@@ -29,28 +30,30 @@ REQUESTS, GRAPHS, CACHE = 1024 * MIB, 512 * MIB, 256 * MIB
 
 
 def honest() -> None:
-    limits.ServerLimits = functools.partial(  # type: ignore[misc, assignment]
-        limits.ServerLimits, max_message_bytes=256 * MIB, max_client_bytes=512 * MIB, max_total_bytes=REQUESTS
-    )
-    sys.argv += ["--graph-memory", str(GRAPHS / 2**30), "--cache-memory", str(CACHE / 2**30)]
+    sys.argv += command_line(
+        ServerLimits(
+            graph_bytes=GRAPHS, cache_bytes=CACHE, max_message_bytes=256 * MIB, max_client_bytes=512 * MIB,
+            max_total_bytes=REQUESTS,
+        )
+    )  # fmt: skip
     main()
 
 
 def _serve(**methods: Any) -> None:
-    """`petals-lightning serve` with other methods of `Session`, and a claim of speed."""
+    """`petals-lightning serve` with other methods of `StreamRequests` and `ClientStream`, and a claim of speed."""
     for name, method in methods.items():
-        setattr(Session, name, method)
-    measure = Server._measure
+        setattr(StreamRequests if hasattr(StreamRequests, name) else ClientStream, name, method)
+    record = Server._record
 
     def claim(self: Server, *args: Any) -> ServerRecord:
-        return replace(measure(self, *args), tokens_per_second=1e9)
+        return replace(record(self, *args), tokens_per_second=1e9)
 
-    setattr(Server, "_measure", claim)  # noqa: B010
+    setattr(Server, "_record", claim)  # noqa: B010
     main()
 
 
 def _raising(error: Exception) -> Callable[..., Any]:
-    async def fail(self: Session, *args: Any) -> Message:
+    async def fail(self: StreamRequests, *args: Any) -> Message:
         raise error
 
     return fail
@@ -84,7 +87,7 @@ def refuses_everybody() -> None:
 
 
 def is_silent() -> None:
-    async def wait(self: Session, *args: Any) -> Message:
+    async def wait(self: StreamRequests, *args: Any) -> Message:
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
 
@@ -92,21 +95,21 @@ def is_silent() -> None:
 
 
 def has_a_queue_that_never_ends() -> None:
-    async def wait(self: Session, *args: Any) -> Message:
+    async def wait(self: StreamRequests, *args: Any) -> Message:
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
 
-    def standings(self: Session) -> list[list[int]]:
+    def positions(self: ClientStream) -> list[list[int]]:
         return [[call_id, 1] for call_id in self._tasks]
 
-    _serve(_forward=wait, _backward=wait, _step=wait, _standings=standings)
+    _serve(_forward=wait, _backward=wait, _step=wait, _queue_positions=positions)
 
 
 def _answering(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    honest = {name: getattr(Session, name) for name in ("_forward", "_backward", "_step")}
+    honest = {name: getattr(StreamRequests, name) for name in ("_forward", "_backward", "_step")}
 
     def lying(method: Callable[..., Any]) -> Callable[..., Any]:
-        async def answer(self: Session, *args: Any) -> Message:
+        async def answer(self: StreamRequests, *args: Any) -> Message:
             message = await method(self, *args)
             message.tensors = {name: change(tensor) for name, tensor in message.tensors.items()}
             return message
@@ -133,11 +136,11 @@ def answers_far_too_much() -> None:
 
 
 def writes_nonsense() -> None:
-    async def answer(self: Session, *args: Any) -> Message:
+    async def answer(self: ClientStream, *args: Any) -> Message:
         self._writer._writer.write(b"\xff" * 1000)
         return Message(Method.OK, {"kept": True})
 
-    _serve(_forward=answer)
+    _serve(_result=answer)
 
 
 SERVERS: dict[str, Callable[[], None]] = {

@@ -15,8 +15,8 @@ from petals_lightning.models import (
 )
 from petals_lightning.models import auto as auto_module
 from petals_lightning.models.local import LocalModelForSequenceClassification
-from tests.families import VOCAB
-from tests.swarms import PREFIX
+from tests.helpers.families import VOCAB
+from tools.testing.swarms import PREFIX
 
 IDS = torch.randint(1, VOCAB, (2, 6))
 
@@ -32,10 +32,10 @@ def swarm(tiny_checkpoint, start_swarm):
         ({"inital_peers": ["/ip4/1.2.3.4"]}, "no argument 'inital_peers', .* did you mean initial_peers?"),
         ({"tuning_mod": "ptune"}, "no argument 'tuning_mod', .* did you mean tuning_mode?"),
         ({"num_label": 3}, "no argument 'num_label', .* did you mean num_labels?"),
-        ({"low_cpu_mem_usage": True}, "no argument 'low_cpu_mem_usage', nor has LlamaConfig such a value"),
+        ({"low_cpu_mem_usage": True}, "no argument 'low_cpu_mem_usage', and LlamaConfig has no such value"),
         ({"to_dict": 1}, "no argument 'to_dict'"),
         ({"trust_remote_code": True}, "code that comes with a checkpoint is never run"),
-        ({"device_map": "auto"}, r"what is held here is loaded on the CPU; move it by model.to\(device\)"),
+        ({"device_map": "auto"}, r"the local part of the model is loaded on the CPU; move it by model.to\(device\)"),
         ({"attn_implementation": "eager"}, "attention runs on the servers"),
         ({"quantization_config": {"load_in_4bit": True}}, "blocks are on the servers"),
         ({"config": object()}, "change single values by their names"),

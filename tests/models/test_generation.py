@@ -13,8 +13,9 @@ from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from tests.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
-from tests.sessions import GENERATING, P, assert_steps_equal_one_forward
+from tests.helpers.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
+from tests.helpers.parity import P
+from tests.helpers.sessions import GENERATING, assert_steps_equal_one_forward
 
 THREE = [(0, 1), (1, 3), (3, 4)]
 GEMMA3 = pytest.param("gemma3", marks=pytest.mark.ours("padding behind real tokens counts in a sliding window"))
@@ -56,6 +57,7 @@ def ways_to_generate(assistant) -> dict[str, dict]:
     }
 
 
+@pytest.mark.also_on("petals", "mixed", family=("llama", "bloom"))
 @pytest.mark.parametrize("family", sorted(GENERATING))
 def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, start_swarm, servers, assistant):
     checkpoint = tiny_checkpoint(family)
@@ -65,7 +67,7 @@ def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, star
         sequences = []
         for model in (local, remote):
             torch.manual_seed(0)
-            sequences.append(model.generate(**options, max_new_tokens=12, pad_token_id=0))
+            sequences.append(model.generate(**options, max_new_tokens=8, pad_token_id=0))
         assert torch.equal(*sequences), name
         assert len(sequences[0].unique()) > 3, "the test is blind: the model repeats itself"
     assert remote_blocks(remote).stats.retries == 0
@@ -73,6 +75,7 @@ def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, star
     assert_steps_equal_one_forward(remote_blocks(remote))
 
 
+@pytest.mark.also_on("petals", "mixed", family=("bloom", "qwen3"))
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "mixtral", "qwen3", GEMMA3, "gpt_neox", "gpt2"])
 def test_prompts_act_as_in_training(family, tiny_checkpoint, start_swarm, assistant):
     """The other side runs the whole sequence anew for every token, with the prompts in front: no cache to go wrong."""
@@ -108,7 +111,7 @@ def test_a_server_lost_in_a_generation_with_prompts_changes_no_token(beams, fami
         calls += 1
         if calls == 4:
             peer = conversation.peers[0]
-            lost = next(server for server in swarm.servers if server.node.peer_id.to_base58() == peer)
+            lost = swarm.by_id[peer]
             lost.stop(timeout=0.1)
             swarm.servers.remove(lost)
         return torch.zeros(len(input_ids), dtype=torch.bool)
@@ -183,6 +186,7 @@ def conversation_turn(local, remote, tokens, mask, new, new_mask, options) -> tu
 EOS = list(range(0, VOCAB, 6))
 
 
+@pytest.mark.also_on("petals", "mixed")
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", GEMMA3])
 def test_batches_and_beams_go_on_in_a_session(family, tiny_checkpoint, start_swarm):
     """Samples of a batch end their turns at different times; beams and return sequences widen and narrow it."""
@@ -230,6 +234,7 @@ def test_a_failed_turn_leaves_a_batch_as_it_was(llama):
         conversation_turn(local, remote, before, mask, token_ids(2, 4, seed=3), ones, options)
 
 
+@pytest.mark.also_on("petals", "mixed")
 def test_a_conversation_can_go_back(llama):
     remote, _, _ = llama
     first, second, third = (token_ids(1, 4, seed=seed) for seed in range(3))

@@ -6,13 +6,16 @@ import signal
 import time
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
-from tests.swarms import PREFIX
+from tools.testing.swarms import PREFIX
+
+pytestmark = pytest.mark.slow
 
 OPTIONS = {"max_new_tokens": 14, "pad_token_id": 0, "do_sample": False, "eos_token_id": None}
 
@@ -34,6 +37,7 @@ class SignalAfter(BaseStreamer):
         self.put(torch.empty(0))
 
 
+@pytest.mark.also_on("petals", "mixed")
 def test_lost_servers_change_no_token(tiny_checkpoint, start_servers):
     """One conversation: a server is killed in the first turn, one before the second, and one hangs in the third."""
     checkpoint = tiny_checkpoint("llama")

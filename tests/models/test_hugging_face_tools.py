@@ -12,30 +12,18 @@ from accelerate import Accelerator
 
 from petals_lightning.models import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_lightning.models.local import LocalModelForCausalLM, LocalModelForSequenceClassification
-from tests.families import VOCAB
-from tests.models.test_parity import relative_error, right_padded_batch
+from tests.helpers.families import VOCAB
+from tests.helpers.parity import right_padded_batch
+from tests.helpers.samples import Samples
+from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 TASKS = {
     "classification": (AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification),
     "language modelling": (AutoDistributedModelForCausalLM, LocalModelForCausalLM),
 }
-
-
-class Samples(torch.utils.data.Dataset):
-    """Samples of one length with padding, as a user's own data set gives them, with a column that no model takes."""
-
-    def __init__(self, is_classification: bool):
-        self._batch, self._is_classification = right_padded_batch(batch=12), is_classification
-
-    def __len__(self) -> int:
-        return len(self._batch["labels"])
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = {name: value[index] for name, value in self._batch.items()} | {"row": torch.tensor(index)}
-        if not self._is_classification:
-            sample["labels"] = sample["input_ids"].masked_fill(sample["attention_mask"] == 0, -100)
-        return sample
 
 
 def losses_by_trainer(model, samples, folder):

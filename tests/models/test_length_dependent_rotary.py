@@ -10,8 +10,11 @@ from petals_lightning.client import ClientConfig
 from petals_lightning.errors import RemoteRequestError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from tests.families import COMMON, HIDDEN, VOCAB, longrope_config, save_tiny_checkpoint
-from tests.sessions import random_prompts, relative_error
+from tests.helpers.families import COMMON, HIDDEN, VOCAB, longrope_config, save_tiny_checkpoint
+from tests.helpers.sessions import random_prompts
+from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 SWITCH, P = 16, 3
 SPANS = [(0, 1), (1, 3), (3, 4)]
@@ -98,7 +101,7 @@ def test_assisted_generation_across_the_switch_gives_the_tokens_of_local_assiste
 
 def test_servers_with_petals_methods_alone_refuse_padding_across_the_switch(phi3, start_swarm):
     remote = start_swarm(phi3, SPANS, servers="petals").load(AutoDistributedModelForCausalLM)
-    with pytest.raises(UnsupportedInputError, match="turns all samples of a batch by other rotary factors"):
+    with pytest.raises(UnsupportedInputError, match="uses other rotary factors for all samples of a batch"):
         remote.generate(**OPTIONS | left_padded())
 
 
@@ -150,7 +153,7 @@ def test_sessions_of_layers_survive_losses_and_small_pieces_on_both_sides(phi3, 
             assert relative_error(outputs[-1], expected[:, -outputs[-1].shape[1] :]) < 1e-4, end
     with layers.inference_session(max_length=30, **prompts) as session:
         session.step(hidden[:, :18])
-        lost = next(s for s in swarm.servers if s.node.peer_id.to_base58() == session.peers[0])
+        lost = swarm.by_id[session.peers[0]]
         lost.stop(timeout=0.1)
         swarm.servers.remove(lost)
         assert relative_error(session.step(hidden[:, 18:19]), layers.run(hidden[:, :19], **prompts)[0][:, -1:]) < 1e-4
@@ -175,5 +178,5 @@ def test_a_client_that_does_not_know_of_the_switch_is_refused(phi3, start_swarm)
     layers._swarm.rotary_switch = None
     with layers.inference_session(max_length=30) as session:
         session.step(torch.randn(1, SWITCH, HIDDEN))
-        with pytest.raises(RemoteRequestError, match="must start anew from position 0"):
+        with pytest.raises(RemoteRequestError, match="must start again from position 0"):
             session.step(torch.randn(1, 1, HIDDEN))

@@ -21,11 +21,14 @@ from petals_lightning.models import (
     AutoDistributedModelForSequenceClassification,
     prompts_of,
 )
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.swarm import SwarmNode
-from tests.families import HIDDEN, VOCAB
-from tests.models.test_parity import relative_error, right_padded_batch
-from tests.swarms import PREFIX
+from tests.helpers.families import HIDDEN, VOCAB
+from tests.helpers.parity import right_padded_batch
+from tools.testing.swarms import PREFIX
+from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 IDS = torch.randint(1, VOCAB, (1, 6), generator=torch.Generator().manual_seed(0))
@@ -95,7 +98,7 @@ def test_a_deleted_model_leaves_nothing(swarm, tiny_checkpoint):
     with load(swarm, tiny_checkpoint, **options) as model:  # servers meet, and open a stream between them
         model(input_ids=IDS, labels=IDS).loss.backward()
     processes, files = children(), psutil.Process().num_fds()
-    streams = [len(server._backend.sessions) for server in swarm.servers]
+    streams = [len(server.streams) for server in swarm.servers]
     model = load(swarm, tiny_checkpoint, **options)
     loss = model(input_ids=IDS, labels=IDS).loss
     prompts = prompts_of(model)
@@ -107,7 +110,7 @@ def test_a_deleted_model_leaves_nothing(swarm, tiny_checkpoint):
     gc.collect()
     assert wait_for(lambda: children() == processes)
     assert wait_for(lambda: psutil.Process().num_fds() <= files)
-    assert wait_for(lambda: [len(server._backend.sessions) for server in swarm.servers] == streams)
+    assert wait_for(lambda: [len(server.streams) for server in swarm.servers] == streams)
 
 
 def test_a_node_outlives_any_number_of_models(swarm, tiny_checkpoint):

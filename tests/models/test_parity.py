@@ -15,57 +15,18 @@ from petals_lightning.models import (
     AutoDistributedModelForSequenceClassification,
     prompts_of,
     remote_blocks,
-    trainable_state_dict,
 )
 from petals_lightning.models.local import LocalModel, LocalModelForCausalLM, LocalModelForSequenceClassification
-from tests.families import CAUSAL_ONLY, HIDDEN, NUM_BLOCKS, RECURRENT_CONFIGS, TINY_CONFIGS, VOCAB
-from tests.swarms import PREFIX
+from tests.helpers.families import CAUSAL_ONLY, HIDDEN, NUM_BLOCKS, RECURRENT_CONFIGS, TINY_CONFIGS
+from tests.helpers.parity import UNEVEN, P, assert_same_gradients, pair, right_padded_batch
+from tools.testing.swarms import PREFIX
+from tools.testing.tensors import relative_error
 
-P = 3
-UNEVEN = [(0, 1), (1, 4)]
 MODES = [None, "ptune", "deep_ptune"]
 
 
-def right_padded_batch(seed: int = 0, batch: int = 5, length: int = 9) -> dict[str, torch.Tensor]:
-    """Token ids [B, S] with 0 as padding on the right, mask, and labels of 3 classes."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(1, VOCAB, (batch, length), generator=generator)
-    lengths = torch.randint(2, length + 1, (batch,), generator=generator)
-    lengths[0] = length
-    mask = (torch.arange(length)[None] < lengths[:, None]).long()
-    labels = torch.randint(0, 3, (batch,), generator=generator)
-    return {"input_ids": input_ids * mask, "attention_mask": mask, "labels": labels}
-
-
-def pair(auto, local, checkpoint, swarm, mode, client_config=None, **options):
-    """The distributed and the local model with the same start; deep prompts are moved off zero."""
-    options |= {"tuning_mode": mode, "pre_seq_len": P if mode else None}
-    models = []
-    for load in (
-        lambda: swarm.load(auto, shared_peer=True, client_config=client_config, **options),
-        lambda: local.from_pretrained(str(checkpoint), **options),
-    ):
-        torch.manual_seed(1)
-        models.append(load().train())
-        if mode == "deep_ptune":
-            with torch.no_grad():
-                prompts_of(models[-1]).deep.normal_(0, 0.3)
-    return models
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-
-
-def assert_same_gradients(remote: torch.nn.Module, local: torch.nn.Module, tolerance: float) -> None:
-    expected = {name: parameter.grad for name, parameter in local.named_parameters() if parameter.grad is not None}
-    got = {name: parameter.grad for name, parameter in remote.named_parameters() if parameter.grad is not None}
-    assert set(got) == set(expected) == set(trainable_state_dict(local))
-    for name, grad in expected.items():
-        assert grad.norm() > 1e-6, f"the test is blind: no gradient reaches {name}"
-        assert relative_error(got[name], grad) < tolerance, name
-
-
+@pytest.mark.also_on("petals")
+@pytest.mark.also_on("mixed", family=("llama", "bloom", "falcon", "mixtral", "gpt2"))
 @pytest.mark.parametrize("family", [*TINY_CONFIGS, *RECURRENT_CONFIGS])
 def test_every_family_equals_local_hugging_face(family, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint(family)
@@ -95,6 +56,7 @@ def test_every_family_equals_local_hugging_face(family, tiny_checkpoint, start_s
     assert type(remote_blocks(remote)) is RemoteSequential
 
 
+@pytest.mark.also_on("petals", "mixed")
 @pytest.mark.parametrize("mode", MODES)
 def test_twenty_training_steps_give_the_local_losses(mode, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
@@ -116,6 +78,7 @@ def test_twenty_training_steps_give_the_local_losses(mode, tiny_checkpoint, star
     assert losses[0][-1] < 0.98 * losses[0][1], "the test is blind: nothing was learnt"
 
 
+@pytest.mark.also_on("petals", "mixed")
 def test_bfloat16_stays_within_its_rounding(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, UNEVEN, dtype="bfloat16")
@@ -139,6 +102,7 @@ def test_bfloat16_stays_within_its_rounding(tiny_checkpoint, start_swarm):
     assert sent < 0.65 * remote_blocks(in_float32).stats.bytes_sent
 
 
+@pytest.mark.also_on("petals", "mixed")
 def test_a_slice_of_remote_blocks_has_the_gradients_of_those_blocks(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, 2), (2, 4)])

@@ -12,8 +12,8 @@ from petals_lightning.models import (
     remote_blocks,
     trainable_state_dict,
 )
-from tests.models.test_parity import right_padded_batch
-from tests.swarms import PREFIX
+from tests.helpers.parity import right_padded_batch
+from tools.testing.swarms import PREFIX
 
 
 def test_the_sst2_notebooks_loop_trains_under_fp16_autocast(tiny_checkpoint, start_swarm):

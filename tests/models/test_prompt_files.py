@@ -20,7 +20,7 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.models.prompts import TuningMode
-from tests.families import VOCAB
+from tests.helpers.families import VOCAB
 
 IDS = torch.randint(1, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
 P = 5
@@ -88,5 +88,5 @@ def test_what_does_not_fit_is_said(tiny_checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"has no prompts\.json"):
         load_prompts(model, tmp_path)
     (folder / "prompts.json").write_text(json.dumps({"tuning_mode": "ptune"}))
-    with pytest.raises(CheckpointError, match="is no card of prompts"):
+    with pytest.raises(CheckpointError, match="is not a card of prompts"):
         load_prompts(model, folder)

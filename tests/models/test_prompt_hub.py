@@ -14,7 +14,7 @@ from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, push_prompts_to_hub, save_prompts
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.models.prompt_hub import stage
-from tests.families import VOCAB
+from tests.helpers.families import VOCAB
 
 REPO, COMMIT = "someone/tuned-prompts", "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
@@ -74,6 +74,7 @@ def test_three_files_are_uploaded_and_the_card_names_the_repository(saved, tmp_p
     assert "base_model:" not in readme, "a folder of this machine is no repository"
 
 
+@pytest.mark.slow
 def test_prompts_are_loaded_by_hub_id(saved, tiny_checkpoint, tmp_path):
     """The hub's cache as its library lays it out, and no network."""
     model, folder = saved
@@ -98,6 +99,7 @@ def test_what_is_not_on_the_hub_says_so(tiny_checkpoint, monkeypatch, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_pushing_fails_in_one_clear_line(saved, tmp_path):
     _, folder = saved
     for environment, words in (

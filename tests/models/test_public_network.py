@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from petals_lightning.cli.talking import ModelOptions, Screen, loaded
+from petals_lightning.cli.generation import ModelOptions, Terminal, load_model
+from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError, NoServersError, SwarmConnectionError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
 from petals_lightning.strategies import PublicSwarm, ServedModel
 from petals_lightning.swarm import public
-from tests.swarms import PREFIX
-from tests.text_models import save_tiny_text_model
+from tests.helpers.text_models import save_tiny_text_model
+from tools.testing.swarms import PREFIX
 
 
 @pytest.fixture
@@ -40,7 +41,9 @@ def test_a_model_without_peers_is_on_the_public_network_and_says_so(tiny_checkpo
     assert remote_blocks(model)(torch.randn(1, 2, 32)).shape == (1, 2, 32)
     (notice,) = (record for record in caplog.records if "machines of strangers" in record.message)
     assert notice.levelno == logging.WARNING
-    with pytest.raises(NoServersError, match=rf"nobody serves .*'other'.*models listed in this swarm: {PREFIX}"):
+    with pytest.raises(
+        NoServersError, match=rf"no usable server holds .*'other'.*models listed in this swarm: {PREFIX}"
+    ):
         AutoDistributedModel.from_pretrained(str(checkpoint), dht_prefix="other")
 
 
@@ -49,13 +52,13 @@ def test_a_talk_on_the_public_network_must_be_asked_for(tmp_path, start_swarm, b
     swarm = start_swarm(model, [(0, 4)], servers="petals")
     bootstrap(swarm.initial_peers)
     options = ModelOptions(str(model), dht_prefix=PREFIX, public=True)
-    with loaded(options, Screen()) as (network, _):
+    with load_model(options, ClientConfig(), Terminal()) as (network, _):
         assert network.generate(torch.tensor([[5, 6]]), max_new_tokens=2, pad_token_id=0).shape[1] > 2
     assert "machines of strangers" in capsys.readouterr().err
     for wrong in (replace(options, public=False), replace(options, initial_peers=swarm.initial_peers)):
         with (
             pytest.raises(ConfigurationError, match="or --public for"),
-            loaded(wrong, Screen()),
+            load_model(wrong, ClientConfig(), Terminal()),
         ):
             pass
 

@@ -16,8 +16,8 @@ from petals_lightning.models import (
     AutoDistributedModelForSequenceClassification,
     prompts_of,
 )
-from tests.models.test_hugging_face_tools import Samples
-from tests.models.test_parity import right_padded_batch
+from tests.helpers.parity import right_padded_batch
+from tests.helpers.samples import Samples
 
 NAMES = {0: "bad", 1: "fair", 2: "good"}
 

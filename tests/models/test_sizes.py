@@ -9,8 +9,9 @@ import transformers as tf
 from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.models import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_lightning.models.local import LocalModelForSequenceClassification
-from tests.families import TINY_CONFIGS, VOCAB
-from tests.models.test_parity import relative_error, right_padded_batch
+from tests.helpers.families import TINY_CONFIGS, VOCAB
+from tests.helpers.parity import right_padded_batch
+from tools.testing.tensors import relative_error
 
 P = 3
 TABLES = {"gpt2": 64, "opt": 64, "gptj": 64}

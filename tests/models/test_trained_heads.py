@@ -12,8 +12,11 @@ import transformers as tf
 from petals_lightning.errors import CheckpointError
 from petals_lightning.models import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_lightning.models.local import LocalModelForCausalLM, LocalModelForSequenceClassification
-from tests.families import TINY_CONFIGS
-from tests.models.test_parity import relative_error, right_padded_batch
+from tests.helpers.families import TINY_CONFIGS
+from tests.helpers.parity import right_padded_batch
+from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 NAMES = {0: "bad", 1: "fair", 2: "good"}
 

@@ -26,15 +26,17 @@ from petals_lightning.models import (
     remote_blocks,
 )
 from petals_lightning.swarm import SwarmNode
-from tests.families import VOCAB, save_tiny_checkpoint
-from tests.swarms import PREFIX, InProcessSwarm
+from tests.helpers.families import VOCAB, save_tiny_checkpoint
+from tools.testing.swarms import PREFIX, InProcessSwarm
 
 IDS = torch.randint(1, VOCAB, (2, 6))
 
 
 def test_blocks_that_nobody_serves_are_named_when_connecting(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 1), (3, 4)])
-    with pytest.raises(NoServersError, match=r"nobody serves blocks 1:3 of 'tiny'.*listed in this swarm: tiny"):
+    with pytest.raises(
+        NoServersError, match=r"no usable server holds blocks 1:3 of 'tiny'.*listed in this swarm: tiny"
+    ):
         swarm.load(AutoDistributedModel)
 
 
@@ -61,7 +63,7 @@ def test_a_server_of_another_stream_version_is_named_with_both_versions(tiny_che
     ours = start_swarm(checkpoint, [(0, 4)])
     with monkeypatch.context() as later:
         later.setattr("petals_lightning.server.server.STREAM_VERSION", 7)
-        later.setattr("petals_lightning.server.server.STREAM_METHOD", "petals_lightning.stream.v7")
+        later.setattr("petals_lightning.server.running_server.STREAM_METHOD", "petals_lightning.stream.v7")
         other = start_swarm(checkpoint, [(0, 4)], initial_peers=ours.initial_peers, prefix="later")
         start_swarm(checkpoint, [(0, 4)], initial_peers=ours.initial_peers)
     name = f"server …{other.servers[0].node.peer_id.to_base58()[-6:]}"
@@ -124,14 +126,14 @@ def test_not_one_way_into_a_swarm_is_said_before_anything_runs(tiny_checkpoint):
 
 
 def test_a_node_of_the_callers_keeps_its_identity(tiny_checkpoint):
-    with pytest.raises(ConfigurationError, match="the node given has its identity already"):
+    with pytest.raises(ConfigurationError, match="the given node already has its identity"):
         AutoDistributedModel.from_pretrained(
             str(tiny_checkpoint("llama")), dht_prefix=PREFIX, node=SwarmNode(), identity_path="me.id"
         )
 
 
 def test_a_malformed_address_is_named(tiny_checkpoint):
-    with pytest.raises(ConfigurationError, match=r"'10\.0\.0\.1:31337' is no peer's multiaddress"):
+    with pytest.raises(ConfigurationError, match=r"'10\.0\.0\.1:31337' is not a peer's multiaddress"):
         AutoDistributedModel.from_pretrained(
             str(tiny_checkpoint("llama")), dht_prefix=PREFIX, initial_peers=["10.0.0.1:31337"]
         )
@@ -162,7 +164,7 @@ def model(tiny_checkpoint, start_swarm):
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)}, "right padding only"),
         ({"output_hidden_states": True}, "output_hidden_states=True"),
         ({"output_attentions": True}, "output_attentions=True"),
-        ({"use_cache": True}, "keys and values live on servers"),
+        ({"use_cache": True}, "keys and values are kept on servers"),
         ({"position_ids": 1 + torch.arange(6)[None]}, "position_ids"),
     ],
 )
@@ -180,7 +182,7 @@ def test_a_model_works_on_after_a_refused_call(model):
 
 def test_an_oversized_request_comes_back_with_the_servers_words(tiny_checkpoint, start_swarm):
     from petals_lightning.errors import RemoteRequestError
-    from petals_lightning.server.limits import ServerLimits
+    from petals_lightning.server.access.limits import ServerLimits
 
     swarm: InProcessSwarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], limits=ServerLimits(max_batch_tokens=10))
     layers = remote_blocks(swarm.load(AutoDistributedModel))

@@ -24,8 +24,11 @@ from petals_lightning.models import (
     prompts_of,
 )
 from petals_lightning.models.local import LocalModelForSequenceClassification
-from tests.families import WRAPPER_CONFIGS, save_tiny_checkpoint
-from tests.models.test_parity import UNEVEN, P, assert_same_gradients, pair, relative_error, right_padded_batch
+from tests.helpers.families import WRAPPER_CONFIGS, save_tiny_checkpoint
+from tests.helpers.parity import UNEVEN, P, assert_same_gradients, pair, right_padded_batch
+from tools.testing.tensors import relative_error
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from pytorch_lightning.callbacks import Callback
 from petals_lightning.data import DialogueDataModule, PlainTextDataModule, TextDataModule
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
-from petals_lightning.models.token_logits import token_logits
+from petals_lightning.models.reading import token_logits
 from petals_lightning.modules import CausalLMModule
 from petals_lightning.sample import MODEL_DIR
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
-from tests.families import VOCAB
-from tests.swarms import PREFIX
+from tests.helpers.families import VOCAB
+from tools.testing.swarms import PREFIX
 
 
 class Trace(Callback):
@@ -71,6 +71,7 @@ def fit(model: str, data: TextDataModule, folder, strategy, epochs: int, **setti
     return trace
 
 
+@pytest.mark.slow
 def test_tuning_on_real_dialogues_lowers_perplexity_as_a_local_run_does(shared_data, start_swarm, tmp_path):
     model = str(shared_data / "models" / "stories260K")
     swarm = start_swarm(model, [(0, 2), (2, 5)])
@@ -94,6 +95,7 @@ def assert_same_course(remote: Trace, local: Trace) -> tuple[float, float]:
     return before, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DialogueDataModule, PlainTextDataModule])
 def test_tuning_on_the_bundled_sample_lowers_perplexity_as_a_local_run_does(kind, start_swarm, tmp_path):
     swarm = start_swarm(MODEL_DIR, [(0, 2), (2, 4)])

@@ -28,29 +28,12 @@ from petals_lightning.data import TextClassificationDataModule
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import trainable_state_dict
 from petals_lightning.modules import SequenceClassificationModule
-from tests.modules.test_sequence_classification import make_module
+from tests.helpers.lightning import make_module, make_trainer
 
 # What Lightning advises on features that are used here on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 LR = 0.05
-
-
-@pytest.fixture
-def data(text_model: Path, texts: Path) -> TextClassificationDataModule:
-    return TextClassificationDataModule(str(text_model), str(texts), batch_size=8)  # 40 texts: 5 batches
-
-
-def trainer_of(folder: Path, *callbacks: Callback, **settings: Any) -> pl.Trainer:
-    quiet: dict[str, Any] = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-    }
-    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    settings = {"max_epochs": 2, "enable_checkpointing": checkpoints, **settings}
-    return pl.Trainer(default_root_dir=str(folder), callbacks=list(callbacks), **quiet, **settings)
 
 
 def weights_of(module: pl.LightningModule) -> dict[str, Tensor]:
@@ -89,7 +72,7 @@ def test_overfitting_takes_the_first_rows_of_the_file_in_every_epoch(given, text
     expected = [data._collate([rows[at] for at in range(start, start + 8)])["input_ids"] for start in (0, 8)]
     seen = Seen()
     source = data if given == "data module" else data.train_dataloader()
-    trainer_of(tmp_path, seen, overfit_batches=2, max_epochs=3, limit_val_batches=0).fit(
+    make_trainer(tmp_path, seen, overfit_batches=2, max_epochs=3, limit_val_batches=0).fit(
         make_module(text_model), source
     )
     assert len(seen.batches) == 6
@@ -100,9 +83,9 @@ def test_overfitting_takes_the_first_rows_of_the_file_in_every_epoch(given, text
 def test_a_run_with_fewer_batches_continues_with_the_next_epochs_first(text_model, data, tmp_path) -> None:
     whole, rest = Seen(), Seen()
     saved = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
-    trainer_of(tmp_path, whole, saved, limit_train_batches=3).fit(make_module(text_model), data)
+    make_trainer(tmp_path, whole, saved, limit_train_batches=3).fit(make_module(text_model), data)
     again = TextClassificationDataModule(str(text_model), data.source, batch_size=8)
-    trainer_of(tmp_path, rest, limit_train_batches=3).fit(
+    make_trainer(tmp_path, rest, limit_train_batches=3).fit(
         make_module(text_model), again, ckpt_path=tmp_path / "epoch=0.ckpt"
     )
     assert len(rest.batches) == 3
@@ -125,11 +108,11 @@ def test_the_rate_stays_where_nobody_knows_the_number_of_steps(unknown, text_mod
     seen, module, source = Seen(), make_module(text_model, lr=LR), data
     callbacks = [seen, ProgressLines(period=0)]
     if unknown == "time decides":
-        trainer = trainer_of(tmp_path, *callbacks, max_epochs=-1, max_time={"seconds": 2})
+        trainer = make_trainer(tmp_path, *callbacks, max_epochs=-1, max_time={"seconds": 2})
     else:
         data.setup()
         source = DataLoader(Endless(data._splits["train"]), batch_size=8, collate_fn=data._collate)
-        trainer = trainer_of(tmp_path, *callbacks, max_epochs=1)
+        trainer = make_trainer(tmp_path, *callbacks, max_epochs=1)
     with caplog.at_level(logging.WARNING):
         trainer.fit(module, source)
     assert set(seen.rates) == {LR}
@@ -141,7 +124,7 @@ def test_the_rate_stays_where_nobody_knows_the_number_of_steps(unknown, text_mod
 def test_the_rate_reaches_zero_with_a_schedule_of_accumulation(text_model, data, tmp_path) -> None:
     seen = Seen()
     accumulation = GradientAccumulationScheduler({0: 1, 1: 5})
-    trainer = trainer_of(tmp_path, seen, accumulation, max_epochs=3)
+    trainer = make_trainer(tmp_path, seen, accumulation, max_epochs=3)
     trainer.fit(make_module(text_model, lr=LR, warmup_ratio=0), data)
     assert trainer.global_step == 5 + 1 + 1
     assert seen.rates[:6] == pytest.approx([LR * (7 - step) / 7 for step in range(6)])
@@ -152,7 +135,9 @@ def test_the_picture_shows_whole_losses_where_gradients_are_accumulated(text_mod
     losses = []
     for batches in (1, 5):
         summary = RunSummary(tmp_path)
-        trainer_of(tmp_path, summary, accumulate_grad_batches=batches, max_epochs=1).fit(make_module(text_model), data)
+        make_trainer(tmp_path, summary, accumulate_grad_batches=batches, max_epochs=1).fit(
+            make_module(text_model), data
+        )
         losses.append(summary._train[0][1])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -169,7 +154,7 @@ def fit_with(make_optimizers: Any, text_model: Path, data: Any, folder: Path, **
     module = Own(str(text_model), pre_seq_len=3)
     for name, value in attributes.items():
         setattr(module, name, value)
-    trainer = trainer_of(folder)
+    trainer = make_trainer(folder)
     trainer.fit(module, data)
     return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, "steps": trainer.global_step}
 
@@ -213,7 +198,7 @@ def test_several_optimizers_stepped_by_hand_equal_one(text_model, data, tmp_path
     for kind in (ByHand, One):
         torch.manual_seed(0)
         module = kind(str(text_model), pre_seq_len=3)
-        trainer_of(tmp_path, RunSummary(tmp_path)).fit(module, data)
+        make_trainer(tmp_path, RunSummary(tmp_path)).fit(module, data)
         ends.append(weights_of(module))
     for name, weight in ends[0].items():
         assert torch.allclose(weight, ends[1][name], atol=1e-6), name
@@ -229,7 +214,7 @@ def test_optimization_by_hand_that_nobody_does_is_refused(text_model, data, tmp_
 def test_a_found_learning_rate_is_the_one_that_is_scheduled(text_model, data, tmp_path) -> None:
     finder = LearningRateFinder(num_training_steps=20, min_lr=1e-4, early_stop_threshold=None)
     seen, module = Seen(), make_module(text_model, lr=LR)
-    trainer_of(tmp_path, finder, seen, max_epochs=5).fit(module, data)
+    make_trainer(tmp_path, finder, seen, max_epochs=5).fit(module, data)
     assert finder.optimal_lr is not None
     found = finder.optimal_lr.suggestion()
     assert found is not None
@@ -237,14 +222,14 @@ def test_a_found_learning_rate_is_the_one_that_is_scheduled(text_model, data, tm
     factors = [0, 1 / 2, *((25 - step) / 23 for step in range(2, 25))]  # two steps of warm-up
     assert seen.rates == pytest.approx([found * factor for factor in factors])
     plain = Seen()
-    trainer_of(tmp_path, plain, max_epochs=5).fit(make_module(text_model), data)
+    make_trainer(tmp_path, plain, max_epochs=5).fit(make_module(text_model), data)
     for batch, right in zip(seen.batches, plain.batches, strict=True):
         assert torch.equal(batch, right)
 
 
 def test_the_schedule_is_as_long_as_a_run_with_a_found_batch_size(text_model, data, tmp_path) -> None:
     seen = Seen()
-    trainer = trainer_of(tmp_path, BatchSizeFinder(init_val=2, max_trials=1, steps_per_trial=1), seen)
+    trainer = make_trainer(tmp_path, BatchSizeFinder(init_val=2, max_trials=1, steps_per_trial=1), seen)
     trainer.fit(make_module(text_model, lr=LR, warmup_ratio=0), data)
     assert trainer.global_step == 2 * 40 / data.batch_size != 10
     steps = trainer.global_step
@@ -257,7 +242,7 @@ def test_the_schedule_is_as_long_as_a_run_with_a_found_batch_size(text_model, da
 def test_stochastic_weight_averaging_ends_with_the_mean_of_its_epochs(text_model, data, tmp_path) -> None:
     seen, module = Seen(), make_module(text_model, lr=LR)
     averaging = StochasticWeightAveraging(swa_lrs=LR, swa_epoch_start=2, annealing_epochs=1)
-    trainer_of(tmp_path, seen, averaging, max_epochs=4).fit(module, data)
+    make_trainer(tmp_path, seen, averaging, max_epochs=4).fit(module, data)
     expected = mean([seen.before[epoch * 5] for epoch in (1, 2, 3)])  # Lightning averages at the starts of epochs
     for name, weight in weights_of(module).items():
         assert torch.allclose(weight, expected[name], atol=1e-6), name
@@ -273,7 +258,7 @@ def test_a_moving_average_is_validated_saved_and_resumed(text_model, data, tmp_p
 
     seen, module = Seen(), make_module(text_model, lr=LR)
     saved = ModelCheckpoint(dirpath=tmp_path, filename="epoch{epoch}", auto_insert_metric_name=False, save_top_k=-1)
-    trainer = trainer_of(tmp_path, seen, saved, EMAWeightAveraging(decay=0.5))
+    trainer = make_trainer(tmp_path, seen, saved, EMAWeightAveraging(decay=0.5))
     torch.manual_seed(0)
     trainer.fit(module, data)
     fitted = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -288,12 +273,12 @@ def test_a_moving_average_is_validated_saved_and_resumed(text_model, data, tmp_p
             assert torch.allclose(state[name], weight, atol=1e-6), name
     for source in (None, tmp_path / "epoch1.ckpt"):
         other = make_module(text_model) if source is not None else module
-        (validated,) = trainer_of(tmp_path).validate(other, data, ckpt_path=source, verbose=False)
+        (validated,) = make_trainer(tmp_path).validate(other, data, ckpt_path=source, verbose=False)
         assert validated == pytest.approx(fitted, abs=1e-5)
 
     again = TextClassificationDataModule(str(text_model), data.source, batch_size=8)
     resumed = make_module(text_model, lr=LR)
-    trainer_of(tmp_path, EMAWeightAveraging(decay=0.5)).fit(resumed, again, ckpt_path=tmp_path / "epoch0.ckpt")
+    make_trainer(tmp_path, EMAWeightAveraging(decay=0.5)).fit(resumed, again, ckpt_path=tmp_path / "epoch0.ckpt")
     for name, weight in weights_of(resumed).items():
         assert torch.allclose(weight, weights_of(module)[name], atol=1e-6), name
 
@@ -303,6 +288,6 @@ def test_a_moving_average_is_validated_saved_and_resumed(text_model, data, tmp_p
 
 def test_several_devices_without_a_swarm_are_refused(text_model, tmp_path) -> None:
     module = make_module(text_model)
-    module.trainer = trainer_of(tmp_path, devices=2, strategy="ddp_spawn")
+    module.trainer = make_trainer(tmp_path, devices=2, strategy="ddp_spawn")
     with pytest.raises(ConfigurationError, match=r"^devices=2: the client runs on 1 device; set devices=1"):
         module.configure_model()

@@ -17,7 +17,8 @@ from petals_lightning.errors import CheckpointError, NoModelError
 from petals_lightning.modules import CausalLMModule, SequenceClassificationModule, TuningModule
 from petals_lightning.sample import MODEL_DIR
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy
-from tests.swarms import PREFIX, InProcessSwarm
+from tests.helpers.lightning import make_trainer
+from tools.testing.swarms import PREFIX, InProcessSwarm
 
 
 @pytest.fixture
@@ -30,17 +31,9 @@ def data(model: Path, texts: Path) -> TextClassificationDataModule:
     return TextClassificationDataModule(str(model), str(texts), batch_size=8)
 
 
-def make_trainer(folder: Path, swarm: InProcessSwarm | None) -> pl.Trainer:
-    return pl.Trainer(
-        default_root_dir=str(folder),
-        strategy=RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)) if swarm is not None else "auto",
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+def trainer_in(swarm: InProcessSwarm | None, folder: Path) -> pl.Trainer:
+    strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)) if swarm is not None else "auto"
+    return make_trainer(folder, strategy=strategy, max_epochs=1)
 
 
 @contextmanager
@@ -75,11 +68,12 @@ def probabilities(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Ligh
     return torch.cat([batch["probabilities"] for batch in predicted])
 
 
+@pytest.mark.slow
 def test_a_classifier_from_a_checkpoint_is_the_one_that_was_saved(
     model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:
     swarm = start_swarm(model, [(0, 1), (1, 4)])
-    trainer, path = make_trainer(tmp_path, swarm), tmp_path / "saved.ckpt"
+    trainer, path = trainer_in(swarm, tmp_path), tmp_path / "saved.ckpt"
     options: dict[str, Any] = {"pre_seq_len": 3, "dht_prefix": PREFIX, "lr": 0.05, "class_names": ["bad", "good"]}
     module = SequenceClassificationModule(str(model), **options)
     fitted(module, data, trainer, path)
@@ -91,16 +85,17 @@ def test_a_classifier_from_a_checkpoint_is_the_one_that_was_saved(
     assert (loaded.class_names, loaded.hparams["lr"]) == (["bad", "good"], 0.01)
     assert loaded.state_dict().keys() == module.state_dict().keys()
     for where in (swarm, None, swarm):  # in a swarm, whole in this process, and back
-        trainer = make_trainer(tmp_path, where)
+        trainer = trainer_in(where, tmp_path)
         assert torch.allclose(probabilities(trainer, loaded, data), expected, atol=1e-5)
         assert trainer.validate(loaded, datamodule=data, verbose=False) == [pytest.approx(validated, abs=1e-5)]
-    fresh = probabilities(make_trainer(tmp_path, None), SequenceClassificationModule(str(model), **options), data)
+    fresh = probabilities(trainer_in(None, tmp_path), SequenceClassificationModule(str(model), **options), data)
     assert not torch.allclose(fresh, expected, atol=1e-2), "the weights matter"
-    trainer = make_trainer(tmp_path, None)
+    trainer = trainer_in(None, tmp_path)
     trainer.fit(loaded, datamodule=data)
     assert trainer.callback_metrics["val/loss"] < validated["val/loss"]
 
 
+@pytest.mark.slow
 def test_a_language_model_from_a_checkpoint_goes_on_training(
     tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:
@@ -109,13 +104,13 @@ def test_a_language_model_from_a_checkpoint_goes_on_training(
     data = DialogueDataModule(str(model), limit=8, batch_size=4)
     path = tmp_path / "saved.ckpt"
     module = CausalLMModule(str(model), tuning_mode="ptune", pre_seq_len=3, dht_prefix=PREFIX, lr=0.05)
-    fitted(module, data, make_trainer(tmp_path, swarm), path)
-    expected = make_trainer(tmp_path, swarm).validate(module, datamodule=data, verbose=False)
+    fitted(module, data, trainer_in(swarm, tmp_path), path)
+    expected = trainer_in(swarm, tmp_path).validate(module, datamodule=data, verbose=False)
     with nobody_has(model):
         loaded = CausalLMModule.load_from_checkpoint(path)
     (name,) = saved = loaded.state_dict()
     assert name == "model.model.prompts.input"
-    trainer = make_trainer(tmp_path, swarm)
+    trainer = trainer_in(swarm, tmp_path)
     (found,) = trainer.validate(loaded, datamodule=data, verbose=False)
     assert found == pytest.approx(expected[0], abs=1e-5)
     trainer.fit(loaded, datamodule=data)  # after validation, whose tensors are of inference mode
@@ -128,13 +123,13 @@ def test_a_loaded_module_called_by_hand_says_what_to_do(
     model: Path, data: TextClassificationDataModule, tmp_path: Path
 ) -> None:
     module, path = SequenceClassificationModule(str(model), pre_seq_len=3), tmp_path / "saved.ckpt"
-    fitted(module, data, make_trainer(tmp_path, None), path)
+    fitted(module, data, trainer_in(None, tmp_path), path)
     loaded = SequenceClassificationModule.load_from_checkpoint(path)
     batch = next(iter(data.val_dataloader()))
     with pytest.raises(NoModelError, match=r"^this SequenceClassificationModule has no model yet: .* first$"):
         loaded(**batch)
     assert not hasattr(loaded, "model")
-    make_trainer(tmp_path, None).validate(loaded, datamodule=data, verbose=False)
+    trainer_in(None, tmp_path).validate(loaded, datamodule=data, verbose=False)
     assert torch.equal(loaded(**batch).logits, module(**batch).logits)
 
 
@@ -142,7 +137,7 @@ def test_weights_that_do_not_fit_are_told_when_the_model_is_there(
     model: Path, data: TextClassificationDataModule, tmp_path: Path
 ) -> None:
     path = tmp_path / "saved.ckpt"
-    fitted(SequenceClassificationModule(str(model), pre_seq_len=3), data, make_trainer(tmp_path, None), path)
+    fitted(SequenceClassificationModule(str(model), pre_seq_len=3), data, trainer_in(None, tmp_path), path)
     loaded = SequenceClassificationModule.load_from_checkpoint(path, pre_seq_len=5)
     with pytest.raises(CheckpointError, match=r"prompts\.input is \[3, 32\], expected \[5, 32\]"):
-        make_trainer(tmp_path, None).validate(loaded, datamodule=data, verbose=False)
+        trainer_in(None, tmp_path).validate(loaded, datamodule=data, verbose=False)

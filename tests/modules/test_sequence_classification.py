@@ -15,43 +15,7 @@ from petals_lightning.data import TextClassificationDataModule
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.modules import SequenceClassificationModule
 from petals_lightning.strategies import precision_plugin
-
-
-class Losses(Callback):
-    """Records each step's loss; interrupts before step `stop_at`."""
-
-    def __init__(self, stop_at: int | None = None):
-        self.values: dict[int, float] = {}
-        self.stop_at = stop_at
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.stop_at:
-            raise KeyboardInterrupt
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
-        self.values[trainer.global_step] = float(outputs["loss"])
-
-
-@pytest.fixture
-def data(text_model: Path, texts: Path) -> TextClassificationDataModule:
-    return TextClassificationDataModule(str(text_model), str(texts), batch_size=8)
-
-
-def make_module(text_model: Path, **settings: Any) -> SequenceClassificationModule:
-    torch.manual_seed(0)
-    return SequenceClassificationModule(str(text_model), **{"pre_seq_len": 3, **settings})
-
-
-def make_trainer(folder: Path, *callbacks: Callback, **settings: Any) -> pl.Trainer:
-    defaults = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "log_every_n_steps": 1}
-    return pl.Trainer(
-        default_root_dir=str(folder),
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, LastCheckpoint) for callback in callbacks),
-        **{**defaults, **settings},
-    )
+from tests.helpers.lightning import Losses, make_module, make_trainer
 
 
 def test_trains_prompts_and_head_only(text_model: Path, data: TextClassificationDataModule, tmp_path: Path) -> None:
@@ -160,9 +124,9 @@ def test_predict_returns_probabilities_and_labels(
 ) -> None:
     batches: Any = make_trainer(tmp_path).predict(make_module(text_model), datamodule=data)
     assert batches is not None
-    assert [batch["probabilities"].shape for batch in batches] == [(8, 2), (8, 2)]
+    assert [batch["probabilities"].shape for batch in batches] == [(16, 2)]  # training takes 8 at a time
     for batch in batches:
-        assert torch.allclose(batch["probabilities"].sum(1), torch.ones(8))
+        assert torch.allclose(batch["probabilities"].sum(1), torch.ones(16))
         assert torch.equal(batch["labels"], batch["probabilities"].argmax(1))
 
 

@@ -15,7 +15,7 @@ from petals_lightning.data import TextClassificationDataModule
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.modules import SequenceClassificationModule
 from petals_lightning.strategies import LocalSwarm, RemoteBlockStrategy
-from tests.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
+from tests.helpers.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def fit(model: Path, texts: Path, strategy: str | Strategy, folder: Path, **opti
     trainer.fit(module, datamodule=data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["local", "swarm"])
 def test_samples_that_are_longer_than_the_model_are_refused_at_the_start(place, gpt2, tmp_path):
     texts = tmp_path / "texts.jsonl"
@@ -61,6 +62,7 @@ def test_an_added_token_is_refused_at_the_start(gpt2, texts, tmp_path):
         fit(gpt2, tmp_path / "texts.jsonl", "auto", tmp_path, pre_seq_len=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["local", "swarm"])
 def test_a_pad_token_without_an_embedding_is_refused(place, gpt2, texts, tmp_path):
     settings = json.loads((gpt2 / "tokenizer_config.json").read_text())

@@ -17,8 +17,10 @@ from petals_lightning.protocol.petals.metadata import parse_error
 from petals_lightning.protocol.petals.methods import TransformerConnectionHandler
 from petals_lightning.protocol.petals.steps import END_OF_SESSION, PetalsStep
 from petals_lightning.swarm import SwarmNode
-from tests.families import NUM_BLOCKS
-from tests.swarms import PREFIX
+from tests.helpers.families import NUM_BLOCKS
+from tools.testing.swarms import PREFIX
+
+SPLIT = 2  # blocks of the first of two servers
 
 ROOM = 1 << 26
 PATIENCE = 30.0

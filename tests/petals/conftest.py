@@ -7,13 +7,12 @@ from contextlib import closing
 
 import pytest
 
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.swarm import SwarmNode
-from tests.families import NUM_BLOCKS
-from tests.petals.calls import PetalsCaller, peer_id
-from tests.swarms import InProcessSwarm
+from tests.helpers.families import NUM_BLOCKS
+from tests.petals.calls import SPLIT, PetalsCaller, peer_id
+from tools.testing.swarms import InProcessSwarm
 
-SPLIT = 2  # blocks of the first of two servers
 LIMITS = ServerLimits(cache_bytes=1 << 20, max_batch_tokens=512, max_message_bytes=1 << 20, max_client_bytes=4 << 20)
 
 
@@ -36,11 +35,11 @@ def callers(swarm, client):
     """One for each server: of all blocks, of the first and of the last ones."""
     yield [PetalsCaller(client, peer_id(server)) for server in swarm.servers]
     for server in swarm.servers:
-        backend = server._backend
+        resources = server.resources
 
-        async def settled(backend=backend):
-            while backend.under_way or backend.accounts._accounts or backend.caches._caches:
+        async def settled(resources=resources):
+            while resources.open_requests or resources.quotas.clients or len(resources.caches):
                 await asyncio.sleep(0.01)
 
         server.node.run(asyncio.wait_for(settled(), 10))
-        assert backend.accounts.num_bytes == 0
+        assert resources.quotas.num_bytes == 0

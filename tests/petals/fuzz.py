@@ -32,16 +32,16 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward, read_response
 from petals_lightning.protocol.petals.metadata import dump, load_dict, parse_error
 from petals_lightning.protocol.petals.steps import NextServer, PetalsStep
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.petals import PetalsMethods
 from petals_lightning.server.petals.methods import CallFailed
-from petals_lightning.server.span import BlockSpan
+from petals_lightning.server.resources import ServerResources
 from petals_lightning.swarm import SwarmNode
-from tests.families import HIDDEN
-from tests.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
-from tests.swarms import LOOPBACK, PREFIX
+from tests.helpers.families import HIDDEN
+from tests.helpers.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
+from tools.testing.swarms import LOOPBACK, PREFIX
 
 LIMITS = ServerLimits(
     cache_bytes=1 << 20, cache_lifetime=5.0, max_batch_tokens=64, max_message_bytes=1 << 20, max_open_requests=8,
@@ -176,10 +176,10 @@ class Target:
     """A server's Petals methods: streams on a port each, unary calls directly."""
 
     def __init__(self, span: BlockSpan, p2p: P2P, report: Report):
-        self.report, self.compute = report, ComputeThread()
-        self.backend = Backend(span, self.compute, LIMITS, {})
-        self.backend.cache_bytes_per_token = 256.0
-        self.methods = PetalsMethods(self.backend, PREFIX, p2p)
+        self.report, self.compute = report, ComputeThread().start()
+        self.resources = ServerResources(span, self.compute, LIMITS, {})
+        self.resources.cache_bytes_per_token = 256.0
+        self.methods = PetalsMethods(self.resources, PREFIX, p2p)
         self._numbers, self.open = itertools.count(), 0
         self.servers: dict[str, asyncio.Server] = {}
         self.unary = {
@@ -276,9 +276,9 @@ async def fuzz(span: BlockSpan, p2p: P2P, *, inputs: int, seed: int = 0, clients
             report, inputs=inputs, attackers=attackers, client=_client(target), num_open=lambda: target.open
         )
         assert not report.replies["None"], "an error came without its code"
-        backend = target.backend
-        left = backend.accounts.num_bytes, backend.accounts._accounts, backend.caches._caches, backend.under_way
-        assert left == (0, {}, {}, 0), f"something stays reserved: {left}"
+        resources = target.resources
+        left = resources.quotas.num_bytes, resources.quotas.clients, len(resources.caches), resources.open_requests
+        assert left == (0, {}, 0, 0), f"something stays reserved: {left}"
         assert target.methods._sessions == {}
     finally:
         for server in target.servers.values():

@@ -16,7 +16,8 @@ from hivemind.p2p import P2PContext
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
 from hivemind.utils.timed_storage import get_dht_time
 
-from petals_lightning.client import ClientConfig, RemoteSequential, petals_calls
+from petals_lightning.client import ClientConfig, RemoteSequential
+from petals_lightning.client.petals import calls as petals_calls
 from petals_lightning.errors import PeerFailure, PetalsLightningError, RemoteRequestError, RetriesExhaustedError
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import Parts, RequestJoiner, read_response
@@ -25,7 +26,7 @@ from petals_lightning.protocol.petals.methods import TransformerConnectionHandle
 from petals_lightning.protocol.uids import MODELS_KEY, block_uid
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from tests.petals.recorded import CALLS, Call, recorded_calls
-from tests.swarms import LOOPBACK
+from tools.testing.swarms import LOOPBACK
 
 PREFIX, NUM_BLOCKS, HIDDEN = "stories260K", 5, 64
 ROOM = 1 << 26

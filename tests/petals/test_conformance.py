@@ -12,7 +12,7 @@ from petals_lightning.protocol.petals.info import ServerInfo
 from petals_lightning.swarm import SwarmNode
 from tests.petals.calls import ROOM, PetalsCaller
 from tests.petals.recorded import Call, recorded_calls
-from tests.swarms import InProcessSwarm
+from tools.testing.swarms import InProcessSwarm
 
 PREFIX, NUM_BLOCKS = "stories260K", 5
 CASES = [

@@ -17,9 +17,10 @@ from petals_lightning.protocol.records import ServerState
 from petals_lightning.protocol.uids import MODELS_KEY
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.streams import open_stream
-from tests.families import HIDDEN, NUM_BLOCKS
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
 from tests.petals.calls import PetalsCaller, peer_id, step
-from tests.swarms import PREFIX, InProcessSwarm, ServerProcess
+from tools.testing.servers import start_server
+from tools.testing.swarms import PREFIX, InProcessSwarm
 
 
 def test_a_peer_is_told_whether_it_and_others_are_reached(swarm, client):
@@ -58,10 +59,11 @@ def test_records_of_petals_only_servers_look_like_petals(tiny_checkpoint, start_
     assert models[PREFIX].value == {"num_blocks": NUM_BLOCKS, "repository": None}
 
 
+@pytest.mark.slow
 def test_serve_petals_only(tiny_checkpoint):
-    server = ServerProcess(tiny_checkpoint("llama"), (0, NUM_BLOCKS), (), "--petals-only")
+    server = start_server(tiny_checkpoint("llama"), (0, NUM_BLOCKS), (), "--petals-only")
     try:
-        server.wait_ready()
+        server.wait_until_ready()
         with closing(SwarmNode([server.maddr], host_maddrs=(), client_mode=True).start()) as node:
             (found,) = node.run(SwarmDirectory(node).servers(PREFIX, 1))
             assert found[server.peer_id].stream_version is None
@@ -95,13 +97,12 @@ def test_a_server_that_leaves_ends_its_sessions(tiny_checkpoint, caplog):
                 return reader, writer
 
             reader, writer = node.run(open_session())
-            backend = leaving._backend
-            assert backend is not None
-            assert len(backend.caches._caches) == 1
+            resources = leaving.resources
+            assert len(resources.caches) == 1
             leaving.stop(timeout=3)
             rest = node.run(asyncio.wait_for(reader.read(), 10))  # to the end of the stream
             assert len(rest) < 1000
             node.loop.call_soon_threadsafe(writer.close)
-            assert not backend.caches._caches
-            assert not backend.accounts._accounts
+            assert not len(resources.caches)
+            assert not resources.quotas.clients
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

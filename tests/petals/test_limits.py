@@ -12,13 +12,12 @@ from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertUID
 
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward, read_response
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.limits import ServerLimits
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.swarm import SwarmNode
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.petals.calls import ROOM, PetalsCaller, failure, peer_id, step
-from tests.petals.conftest import SPLIT
-from tests.swarms import PREFIX
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
+from tests.petals.calls import ROOM, SPLIT, PetalsCaller, failure, peer_id, step
+from tools.testing.swarms import PREFIX
 
 B, S, P = 2, 7, 3
 
@@ -152,7 +151,7 @@ def test_strangers_are_refused_every_method(rules, tiny_checkpoint, start_swarm)
         for call in calls:
             assert failure(call)[0] is ErrorCode.NOT_ALLOWED
         assert computed == []
-        assert not server._backend.accounts._accounts
+        assert not server.resources.quotas.clients
 
 
 def test_answers_that_are_too_large_for_one_message_are_refused_and_streamed(tiny_checkpoint, start_swarm):

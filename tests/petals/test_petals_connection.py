@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from petals_lightning.client import ClientConfig, petals_connection, petals_session
-from petals_lightning.client.petals_calls import MAX_BATCH_TOKENS, rolls_back
-from petals_lightning.errors import IncompatibleServerError, NoCacheRoomError, UnsupportedInputError
+from petals_lightning.client import ClientConfig
+from petals_lightning.client.petals import connection as petals_connection
+from petals_lightning.client.petals import session as petals_session
+from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, rolls_back
+from petals_lightning.errors import CacheFullError, IncompatibleServerError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
-from petals_lightning.server.limits import ServerLimits
-from tests.families import HIDDEN
-from tests.sessions import random_prompts, relative_error
+from petals_lightning.server.access.limits import ServerLimits
+from tests.helpers.families import HIDDEN
+from tests.helpers.sessions import random_prompts
+from tools.testing.tensors import relative_error
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def test_large_requests_go_through_streams_and_in_parts(layers):
     """A gradient of prompts for every sample outgrows the request that asks for it."""
     hidden, prompts = torch.randn(16, 30, HIDDEN, requires_grad=True), random_prompts(4)
     expected, _ = layers.run(hidden, **prompts)
-    (connection,) = layers._swarm.view._connections.values()
+    (connection,) = layers._swarm.servers._connections.values()
     connection._calls.max_unary_bytes = 0
     out, _ = layers.run(hidden, **prompts)
     assert torch.equal(out, expected)
@@ -39,13 +42,15 @@ def test_large_requests_go_through_streams_and_in_parts(layers):
 def test_batches_are_cut_to_what_such_servers_take(layers, tiny_checkpoint, start_swarm, monkeypatch):
     """By the client that knows the route, and where a batch was cut for another server, at the last moment."""
     hidden = torch.randn(3, MAX_BATCH_TOKENS // 2, HIDDEN)
+    (connection,) = layers._swarm.servers._connections.values()
+    connection.round_trip = 0.001  # a server that is far is sent smaller pieces
     before = layers.stats.requests
     layers(hidden)
     assert layers.stats.requests - before == 2
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], servers="petals", limits=ServerLimits(max_batch_tokens=32))
     monkeypatch.setattr(petals_connection, "MAX_BATCH_TOKENS", 32)
     small = remote_blocks(swarm.load(AutoDistributedModel))
-    (connection,) = small._swarm.view._connections.values()
+    (connection,) = small._swarm.servers._connections.values()
     connection.info["max_batch_tokens"] = 4096
     results = []
     for blocks in (layers, small):
@@ -139,7 +144,7 @@ def test_a_session_that_fits_nowhere_is_refused(tiny_checkpoint, start_swarm):
     layers = remote_blocks(swarm.load(AutoDistributedModel))
     with (
         layers.inference_session(max_length=4096) as session,
-        pytest.raises(NoCacheRoomError, match="no room for the keys and values"),
+        pytest.raises(CacheFullError, match="no room for the keys and values"),
     ):
         session.step(torch.randn(1, 2, HIDDEN))
 
@@ -149,7 +154,7 @@ def test_a_session_that_the_server_has_ended_begins_again(layers):
     expected = layers(hidden)
     with layers.inference_session(max_length=7) as session:
         first = session.step(hidden[:, :4])
-        (connection,) = layers._swarm.view._connections.values()
+        (connection,) = layers._swarm.servers._connections.values()
         for open_session in connection._sessions.values():
             open_session.close()  # as where the server has let it end for idleness
         rest = session.step(hidden[:, 4:])
@@ -160,7 +165,7 @@ def test_a_session_that_the_server_has_ended_begins_again(layers):
 def test_servers_that_cannot_go_back_are_given_the_past_again(layers):
     hidden, other = torch.randn(2, 5, HIDDEN), torch.randn(2, 2, HIDDEN)
     expected = layers(torch.cat([hidden[:, :3], other], dim=1))
-    (connection,) = layers._swarm.view._connections.values()
+    (connection,) = layers._swarm.servers._connections.values()
     connection._calls.can_roll_back = False
     with layers.inference_session(max_length=8) as session:
         session.step(hidden)

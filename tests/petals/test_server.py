@@ -12,11 +12,10 @@ from petals_lightning.hf.loading import quiet_transformers
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward, read_response
 from petals_lightning.protocol.petals.steps import NextServer
 from petals_lightning.protocol.petals.tensors import FLOAT16
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.petals.calls import ROOM, peer_id, step
-from tests.petals.conftest import SPLIT
-from tests.sessions import relative_error
-from tests.swarms import PREFIX
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
+from tests.petals.calls import ROOM, SPLIT, peer_id, step
+from tools.testing.swarms import PREFIX
+from tools.testing.tensors import relative_error
 
 B, S, P = 2, 7, 3
 

@@ -13,7 +13,7 @@ from hivemind.proto import crypto_pb2
 
 from petals_lightning.protocol.identity import Identity, is_signed_by
 from petals_lightning.swarm import SwarmNode
-from tests.swarms import LOOPBACK
+from tools.testing.swarms import LOOPBACK
 
 
 @pytest.fixture(params=["Ed25519", "RSA"])

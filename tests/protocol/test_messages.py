@@ -197,7 +197,7 @@ BROKEN = {
     "empty header": (raw(FrameKind.HEAD, 1), "malformed header"),
     "no map": (raw(FrameKind.HEAD, 1, msgpack.packb([1])), "malformed header"),
     "unknown method": (raw(FrameKind.HEAD, 1, head(method="shutdown")), "malformed header"),
-    "fields no map": (raw(FrameKind.HEAD, 1, head(fields=[1])), "fields are no map"),
+    "fields not a map": (raw(FrameKind.HEAD, 1, head(fields=[1])), "fields are not a map"),
     "tensors no list": (raw(FrameKind.HEAD, 1, msgpack.packb({"m": "ok", "f": {}, "t": {}})), "described by a list"),
     "tensor without shape": (raw(FrameKind.HEAD, 1, head([["a", "bool"]])), "malformed description"),
     "unknown dtype": (raw(FrameKind.HEAD, 1, head([["a", "float64", [1]]])), "malformed description"),

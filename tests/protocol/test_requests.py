@@ -57,8 +57,8 @@ WRONG_FIELDS = {
     "start no int": ({"start": 1.0}, "'start'"),
     "start a bool": ({"start": True}, "'start'"),
     "end a text": ({"end": "3"}, "'end'"),
-    "empty span": ({"end": 1}, "no span"),
-    "negative span": ({"start": -1}, "no span"),
+    "empty span": ({"end": 1}, "not a span"),
+    "negative span": ({"start": -1}, "not a span"),
     "wire_dtype unknown": ({"wire_dtype": "float64"}, "wire_dtype"),
     "wire_dtype no float": ({"wire_dtype": "int64"}, "wire_dtype"),
     "wire_dtype missing": ({"wire_dtype": None}, "'wire_dtype'"),
@@ -124,7 +124,7 @@ WRONG_BACKWARDS = {
     "a broken forward": (
         {"graph": None, "forward": {**forward_request().to_message().fields, "end": 0}},
         {"hidden": torch.zeros(B, S, H)},
-        "no span",
+        "not a span",
     ),
     "a forward without hidden": ({"graph": None, "forward": forward_request().to_message().fields}, {}, "`hidden`"),
 }

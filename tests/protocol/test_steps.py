@@ -49,7 +49,7 @@ def test_a_decode_step_carries_hardly_more_than_its_activations():
         (OPENING, {"attention_mask": torch.ones(2, 4, dtype=torch.bool)}, "attention_mask"),
         (OPENING, {"position_ids": torch.ones(2, 5)}, "position_ids"),
         (OPENING, {"deep": torch.randn(2, P, H)}, "do not fit 3 blocks"),
-        (OPENING, {"start": 4}, "no span"),
+        (OPENING, {"start": 4}, "not a span"),
         (LATER, {"hypo_ids": torch.tensor([0, 2])}, "outside of 2 samples"),
         (LATER, {"position": -1}, "position -1"),
         (LATER, {"session": "x"}, "'session'"),

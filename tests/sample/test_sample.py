@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_lightning.sample import DIALOGUES_DIR, MODEL_DIR, REVIEWS_DIR, make_dialogues
-from petals_lightning.sample.grammar import (
+from petals_lightning.sample import DIALOGUES_DIR, MODEL_DIR, REVIEWS_DIR
+from tools.sample import make_dialogues
+from tools.sample.grammar import (
     ALL_WORDS,
     LABELS,
     MAX_TOKENS,
@@ -19,11 +20,11 @@ from petals_lightning.sample.grammar import (
     corpus,
     words_of,
 )
-from petals_lightning.sample.make_reviews import SIZES, make_splits
-from petals_lightning.sample.pretrain import build_tokenizer
-from petals_lightning.sample.splits import write_splits
+from tools.sample.make_reviews import SIZES, make_splits
+from tools.sample.pretrain import build_tokenizer
+from tools.sample.splits import write_splits
 
-PARITY_WITH_THE_GRAMMAR = "run `python -m petals_lightning.sample.make_reviews` and pretrain again"
+PARITY_WITH_THE_GRAMMAR = "run `python -m tools.sample.make_reviews` and pretrain again"
 
 
 def read_split(name: str) -> list[dict]:
@@ -61,7 +62,7 @@ def test_bundled_dialogues_are_what_the_generator_makes(tmp_path):
     write_splits(make_dialogues.make_splits(), tmp_path)
     for name, size in make_dialogues.SIZES.items():
         made, bundled = (folder / f"{name}.jsonl" for folder in (tmp_path, DIALOGUES_DIR))
-        assert made.read_bytes() == bundled.read_bytes(), "run `python -m petals_lightning.sample.make_dialogues`"
+        assert made.read_bytes() == bundled.read_bytes(), "run `python -m tools.sample.make_dialogues`"
         assert len(read_dialogues(name)) == size
 
 

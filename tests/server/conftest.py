@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModel
 
-from petals_lightning.hf import Checkpoint, Part, load_pruned
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.server.span import BlockSpan
-from tests.families import NUM_BLOCKS
+from petals_lightning.server.blocks.span import BlockSpan
+from tests.helpers.families import NUM_BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,17 @@ def load_span(tiny_checkpoint) -> Callable[..., BlockSpan]:
     def load(model: str | Path, start: int = 0, end: int = NUM_BLOCKS) -> BlockSpan:
         checkpoint = Checkpoint(str(tiny_checkpoint(model) if isinstance(model, str) else model))
         pruned, layout, _ = load_pruned(
-            model_class(AutoModel, checkpoint), checkpoint, Part(start, end, ends=False), dtype="float32"
+            model_class(AutoModel, checkpoint),
+            checkpoint,
+            ModelSlice(start, end, with_embeddings_and_head=False),
+            dtype="float32",
         )
         return BlockSpan(pruned, layout, start)
 
     return load
+
+
+@pytest.fixture(scope="module")
+def span(load_span: Callable[..., BlockSpan]) -> BlockSpan:
+    """Blocks 1:3 of a tiny Llama."""
+    return load_span("llama", 1, 3)

@@ -27,13 +27,13 @@ import torch
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import FRAME_PREFIX, FrameKind, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import GraphCost
-from petals_lightning.server.limits import ServerLimits
-from petals_lightning.server.session import Session
-from tests.families import HIDDEN
-from tests.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.blocks.graphs import GraphCost
+from petals_lightning.server.client_stream import ClientStream
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.resources import ServerResources
+from tests.helpers.families import HIDDEN
+from tests.helpers.fuzzing import INTS, PATIENCE, Budget, Report, main, make_span, run_clients
 
 LIMITS = ServerLimits(
     graph_bytes=1 << 20, graph_lifetime=2.0, max_batch_tokens=64, max_message_bytes=1 << 20, max_open_requests=16,
@@ -236,15 +236,16 @@ async def _client(address: tuple[str, int]) -> AsyncIterator[Callable[[], Awaita
 
 async def fuzz(folder: Path, *, inputs: int, seed: int = 0, clients: int = 4) -> Report:
     """Runs `inputs` inputs from several hostile clients at once; raises AssertionError on a finding."""
-    report, compute = Report(), ComputeThread()
-    backend = Backend(make_span(folder), compute, LIMITS, {"hidden_size": HIDDEN})
-    backend.graph_cost = GraphCost(per_token=1000.0, per_pair=0.0)
+    report, compute = Report(), ComputeThread().start()
+    resources = ServerResources(make_span(folder), compute, LIMITS, {"hidden_size": HIDDEN})
+    resources.graph_cost = GraphCost(per_token=1000.0, per_pair=0.0)
     numbers, sessions = itertools.count(), set()
+    streams: dict[int, ClientStream] = {}
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sessions.add(asyncio.current_task())
         try:
-            await Session(backend, f"QmClient{next(numbers) % 50}", reader, writer).serve()
+            await ClientStream(resources, streams, f"QmClient{next(numbers) % 50}", reader, writer).serve()
         except Exception as e:
             report.crashes.append(f"{type(e).__name__}: {e}")
         finally:
@@ -257,7 +258,7 @@ async def fuzz(folder: Path, *, inputs: int, seed: int = 0, clients: int = 4) ->
         await run_clients(
             report, inputs=inputs, attackers=attackers, client=_client(address), num_open=lambda: len(sessions)
         )
-        left = backend.accounts.num_bytes, backend.accounts._accounts, backend.graphs.num_bytes, backend.under_way
+        left = resources.quotas.num_bytes, resources.quotas.clients, resources.graphs.num_bytes, resources.open_requests
         assert left == (0, {}, 0, 0), f"something stays reserved: {left}"
     finally:
         server.close()

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from petals_lightning.server.compute import ComputeThread, JointWork, Priority
+from petals_lightning.server.execution.compute import Batchable, ComputeThread, Priority
 
 
 @pytest.fixture
 def compute() -> Iterator[ComputeThread]:
-    thread = ComputeThread()
+    thread = ComputeThread().start()
     yield thread
     thread.stop(timeout=5)  # a test that failed may have left it occupied
 
@@ -116,7 +116,7 @@ def test_a_request_that_was_cancelled_while_it_ran_is_dropped(compute):
     assert asyncio.run(main()) == 7
 
 
-class Adding(JointWork[list[int]]):
+class Adding(Batchable[list[int]]):
     """Gives the numbers of the batch that it was in."""
 
     def __init__(self, number: int, *, size: int = 1, fails: bool = False):
@@ -127,10 +127,10 @@ class Adding(JointWork[list[int]]):
             raise ValueError(f"{self.number} is wrong")
         return [self.number]
 
-    def joins(self, others: Sequence[JointWork[list[int]]]) -> bool:
+    def can_batch(self, others: Sequence[Batchable[list[int]]]) -> bool:
         return len(others) < 3
 
-    def run_with(self, others: Sequence[JointWork[list[int]]]) -> list[list[int]]:
+    def run_batch(self, others: Sequence[Batchable[list[int]]]) -> list[list[int]]:
         batch: list[Any] = [self, *others]
         if any(one._fails for one in batch):
             raise ValueError("one is wrong")
@@ -186,7 +186,7 @@ def test_an_idle_thread_holds_nothing_of_the_last_request(compute):
 
 
 def test_stop_ends_the_thread_after_what_runs_and_drops_what_waits():
-    compute = ComputeThread()
+    compute = ComputeThread().start()
 
     async def main() -> list[str]:
         release, ran = await hold(compute), []
@@ -259,7 +259,7 @@ def device() -> Device:
 
 @pytest.fixture
 def launching(device) -> Iterator[ComputeThread]:
-    thread = ComputeThread(device.mark)
+    thread = ComputeThread(device.mark).start()
     yield thread
     for there in device.marks:
         there.set()
@@ -318,7 +318,7 @@ def test_a_kernel_that_fails_reaches_its_caller_and_the_thread_goes_on():
         raise RuntimeError("an illegal memory access was encountered")
 
     waits = iter([fail, lambda: None])
-    launching = ComputeThread(lambda: next(waits))
+    launching = ComputeThread(lambda: next(waits)).start()
 
     async def main() -> int:
         with pytest.raises(RuntimeError, match="illegal memory access"):

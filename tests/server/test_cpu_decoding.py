@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server.cpu_decoding import DecodingLinear, order_weights_for_decoding, threads_for
-from petals_lightning.server.inference import SessionCache
+from petals_lightning.server.blocks.cpu_decoding import DecodingLinear, order_weights_for_decoding, threads_for
+from petals_lightning.server.sessions.session_cache import SessionCache
 
 
 @pytest.mark.parametrize(("dtype", "by_column"), [(torch.float32, True), (torch.bfloat16, False)])

@@ -10,8 +10,8 @@ import torch
 
 from petals_lightning.models import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_lightning.models.local import LocalModelForCausalLM, LocalModelForSequenceClassification
-from petals_lightning.server.transfers import Transfers
-from tests.models.test_parity import assert_same_gradients, pair, right_padded_batch
+from petals_lightning.server.blocks.transfers import Transfers
+from tests.helpers.parity import assert_same_gradients, pair, right_padded_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = torch.device("cuda", 0)
@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda", 0)
 @pytest.mark.parametrize("family", ["llama", "bloom", "gemma3", "mixtral"])
 def test_training_steps_are_those_of_the_cpu(family, mode, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint(family)
-    swarm = start_swarm(checkpoint, [(0, 1), (1, 4)], device=DEVICE)
+    swarm = start_swarm(checkpoint, [(0, 1), (1, 4)], device=str(DEVICE))
     classes = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
     remote, local = pair(*classes, checkpoint, swarm, mode, num_labels=3)
     batch = right_padded_batch()
@@ -32,7 +32,7 @@ def test_training_steps_are_those_of_the_cpu(family, mode, tiny_checkpoint, star
 
 def test_generation_gives_the_tokens_of_the_cpu(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
-    swarm = start_swarm(checkpoint, [(0, 2), (2, 4)], device=DEVICE)
+    swarm = start_swarm(checkpoint, [(0, 2), (2, 4)], device=str(DEVICE))
     models = pair(AutoDistributedModelForCausalLM, LocalModelForCausalLM, checkpoint, swarm, None)
     prompt = right_padded_batch()["input_ids"][:1]
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -43,7 +43,7 @@ def test_generation_gives_the_tokens_of_the_cpu(tiny_checkpoint, start_swarm):
 def test_requests_that_are_under_way_together_keep_their_own_results(tiny_checkpoint, start_swarm):
     """Memory of a tensor that has been copied must not be given away before its copy has ended."""
     checkpoint = tiny_checkpoint("llama")
-    swarm = start_swarm(checkpoint, [(0, 4)], device=DEVICE)
+    swarm = start_swarm(checkpoint, [(0, 4)], device=str(DEVICE))
     classes = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
     remote, _ = pair(*classes, checkpoint, swarm, "deep_ptune", num_labels=3)
     batches = [right_padded_batch(seed, batch=2 + seed % 7, length=3 + seed % 11) for seed in range(24)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 
 import pytest
 import torch
 
-from petals_lightning.server.graphs import GraphStore
-from petals_lightning.server.span import SpanGraph, SpanInputs
+from petals_lightning.server.blocks.graphs import GraphStore
+from petals_lightning.server.blocks.span import SpanGraph, SpanInputs
+from tests.helpers.clocks import Clock
 
 
 def graph(num_bytes: int = 10) -> SpanGraph:
@@ -70,13 +70,14 @@ def test_a_key_used_twice_is_counted_once():
 
 
 def test_graphs_do_not_outlive_their_time():
-    store = GraphStore(100, 0.2)
+    clock = Clock()
+    store = GraphStore(100, 60, clock)
     store.put((1, 1), graph())
     store.put((1, 2), graph())
-    time.sleep(0.25)
+    clock.now += 61
     store.put((1, 3), graph())
     assert store.num_bytes == 10
-    time.sleep(0.25)
+    clock.now += 61
     store.expire()
     assert store.num_bytes == 0
 

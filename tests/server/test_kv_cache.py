@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from petals_lightning.server.kv_cache import GrowingLayer
+from petals_lightning.server.blocks.kv_cache import GrowingLayer
 
 BATCH, HEADS, KEY, VALUE, MAX = 3, 2, 4, 5, 400
 OPERATIONS = st.one_of(

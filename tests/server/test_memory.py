@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from petals_lightning.cli.main import main
+from petals_lightning.options import command_line
 from petals_lightning.protocol import framing, uploads
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server import limits
-from tests.attacks import (
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.strategies.server_process import ServerProcess
+from tests.helpers.families import HIDDEN, NUM_BLOCKS
+from tools.testing.attacker import (
     Attacker,
     RawStream,
     announcement,
@@ -27,23 +30,19 @@ from tests.attacks import (
     resident,
     upload,
 )
-from tests.families import HIDDEN, NUM_BLOCKS
-from tests.swarms import ServerProcess
+from tools.testing.servers import start_server
 
-pytestmark = pytest.mark.ours("servers are spoken to directly")
+pytestmark = [pytest.mark.ours("servers are spoken to directly"), pytest.mark.slow]
 
 MIB = 1 << 20
 MESSAGE, CLIENT, TOTAL = 32 * MIB, 64 * MIB, 192 * MIB
 SLACK = 12 * MIB  # what an interpreter, its threads and its heap go up and down by
 
 
-def main_with_small_limits() -> None:
-    limits.ServerLimits = functools.partial(  # type: ignore[misc, assignment]
-        limits.ServerLimits,
-        max_message_bytes=MESSAGE, max_client_bytes=CLIENT, max_total_bytes=TOTAL, max_streams=32,
-        max_sessions_per_client=50,
-    )  # fmt: skip
-    main()
+SMALL = ServerLimits(
+    cache_bytes=64 * MIB, max_message_bytes=MESSAGE, max_client_bytes=CLIENT, max_total_bytes=TOTAL, max_streams=32,
+    max_sessions_per_client=50,
+)  # fmt: skip
 
 
 def main_in_a_hurry() -> None:
@@ -54,17 +53,15 @@ def main_in_a_hurry() -> None:
 
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint) -> Iterator[ServerProcess]:
-    process = ServerProcess(
-        tiny_checkpoint("llama"), None, (), "--cache-memory", "0.0625", program=main_with_small_limits
-    )
-    yield process.wait_ready()
+    process = start_server(tiny_checkpoint("llama"), None, (), *command_line(SMALL))
+    yield process.wait_until_ready()
     process.stop()
 
 
 @pytest.fixture(scope="module")
 def hasty_server(tiny_checkpoint) -> Iterator[ServerProcess]:
-    process = ServerProcess(tiny_checkpoint("llama"), None, program=main_in_a_hurry)
-    yield process.wait_ready()
+    process = start_server(tiny_checkpoint("llama"), None, program=main_in_a_hurry)
+    yield process.wait_until_ready()
     process.stop()
 
 
@@ -306,7 +303,7 @@ def test_an_upload_that_stands_still_is_given_up_and_a_slow_one_is_not(hasty_ser
         return told
 
     async def be_slow() -> Message:
-        """64 KiB/s, for longer than the server waits for what stands still."""
+        """64 KiB/s, for longer than the server waits for a stalled upload."""
         stream = await honest.stream()
         data = b"".join(b"".join(bytes(part) for part in frame) for frame in forward(5000).frames(1))
         for begin in range(0, len(data), 1 << 13):
@@ -316,10 +313,12 @@ def test_an_upload_that_stands_still_is_given_up_and_a_slow_one_is_not(hasty_ser
         assert reply is not None
         return reply
 
-    assert "stands still: less than 48 KiB came in 6 s" in attacker.run(stall()).fields["message"]
+    assert "has stalled: less than 48 KiB came in 6 s" in attacker.run(stall()).fields["message"]
     assert settled(hasty_server, before + SLACK) < before + SLACK, "its memory is not freed"
-    assert "stands still" in attacker.run(drip()).fields["message"]
-    assert honest.run(be_slow()).method is Method.OK
+    with ThreadPoolExecutor() as pool:  # both at once: each takes longer than the server's patience
+        dripped, slow = pool.submit(attacker.run, drip()), pool.submit(honest.run, be_slow())
+    assert "has stalled" in dripped.result().fields["message"]
+    assert slow.result().method is Method.OK
 
 
 def test_a_petals_upload_that_stands_still_is_given_up(hasty_server, peers):
@@ -334,8 +333,12 @@ def test_a_petals_upload_that_stands_still_is_given_up(hasty_server, peers):
         finally:
             writer.close()
 
-    for method, data in (("rpc_inference", petals_announcement(MIB) + b"\1" * 1000), ("rpc_forward_stream", b"")):
-        assert b"this call stands still" in attacker.run(stall(method, data))
+    async def stall_twice() -> list[bytes]:
+        begun = petals_announcement(MIB) + b"\1" * 1000
+        return list(await asyncio.gather(stall("rpc_inference", begun), stall("rpc_forward_stream", b"")))
+
+    for told in attacker.run(stall_twice()):
+        assert b"this call has stalled" in told
 
 
 def test_petals_announcements_and_bombs_take_no_memory(server, peers):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petals_lightning.server.placement import thinnest_span
+from petals_lightning.server.server import thinnest_span
 
 
 @pytest.mark.parametrize(

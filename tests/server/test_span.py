@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from petals_lightning.server.graphs import measure_graph_cost
-from petals_lightning.server.prefix_cache import PrefixLayer, TakingLayer
-from petals_lightning.server.span import BlockSpan, SpanGraph, SpanInputs
-from petals_lightning.server.trials import verify_shared_prefix, verify_skipping
-from tests.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS
+from petals_lightning.server.blocks.graphs import measure_graph_cost
+from petals_lightning.server.blocks.prefix_cache import PrefixLayer, TakingLayer
+from petals_lightning.server.blocks.self_checks import verify_shared_prefix, verify_skipping
+from petals_lightning.server.blocks.span import BlockSpan, SpanGraph, SpanInputs
+from tests.helpers.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS
 
 B, S, P = 3, 6, 4
 FAMILIES = ["llama", "bloom", "falcon_alibi", "gemma2", "mixtral", "gpt2"]

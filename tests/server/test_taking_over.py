@@ -14,31 +14,32 @@ from petals_lightning.protocol.handover import Hop, UsedCalls, carried_tensors, 
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
-from petals_lightning.server import links
-from petals_lightning.server.access import AccessRules
-from petals_lightning.server.backend import Backend
-from petals_lightning.server.compute import ComputeThread
-from petals_lightning.server.graphs import GraphCost
-from petals_lightning.server.session import Session
-from petals_lightning.server.span import BlockSpan
-from tests.families import HIDDEN
-from tests.server.test_session import LIMITS, Client, forward, span  # noqa: F401 (a fixture)
+from petals_lightning.server import peer_links
+from petals_lightning.server.access.rules import AccessRules
+from petals_lightning.server.blocks.graphs import GraphCost
+from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.client_stream import ClientStream
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.resources import ServerResources
+from tests.helpers.families import HIDDEN
+from tests.helpers.streams import LIMITS, Client, forward
 
 CLIENT, SERVER = "QmClient", "QmServer"
 
 
-def with_streams(span: BlockSpan, talk, rules: AccessRules | None = None) -> Backend:  # noqa: F811
-    """Runs `talk(client, server, backend)`: the other ends of a client's and of a server's stream."""
+def with_streams(span: BlockSpan, talk, rules: AccessRules | None = None) -> ServerResources:
+    """Runs `talk(client, server, resources)`: the other ends of a client's and of a server's stream."""
 
-    async def main() -> Backend:
-        compute = ComputeThread()
-        backend = Backend(span, compute, LIMITS, {"hidden_size": HIDDEN}, rules=rules)
-        backend.graph_cost = GraphCost(100.0, 0.0)
-        backend.cache_bytes_per_token = 100.0
+    async def main() -> ServerResources:
+        compute = ComputeThread().start()
+        resources = ServerResources(span, compute, LIMITS, {"hidden_size": HIDDEN}, rules=rules)
+        resources.graph_cost = GraphCost(100.0, 0.0)
+        resources.cache_bytes_per_token = 100.0
+        streams: dict[int, ClientStream] = {}
         peers, ended = [CLIENT, SERVER], asyncio.Semaphore(0)
 
         async def serve(reader, writer):
-            await Session(backend, peers.pop(0), reader, writer).serve()
+            await ClientStream(resources, streams, peers.pop(0), reader, writer).serve()
             ended.release()
 
         listening = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -48,7 +49,7 @@ def with_streams(span: BlockSpan, talk, rules: AccessRules | None = None) -> Bac
             while len(peers) + len(ends) > 2:
                 await asyncio.sleep(0.01)
         try:
-            await talk(*(Client(*end) for end in ends), backend)
+            await talk(*(Client(*end) for end in ends), resources)
         finally:
             for _, writer in ends:
                 writer.close()
@@ -56,8 +57,8 @@ def with_streams(span: BlockSpan, talk, rules: AccessRules | None = None) -> Bac
                 await asyncio.wait_for(ended.acquire(), 30)
             listening.close()
             compute.stop()
-        assert (backend.accounts.num_bytes, backend.accounts._accounts, backend.sessions) == (0, {}, {})
-        return backend
+        assert (resources.quotas.num_bytes, resources.quotas.clients, streams) == (0, {}, {})
+        return resources
 
     return asyncio.run(main())
 
@@ -76,8 +77,8 @@ def step(position: int, *, opens: bool = False) -> Message:
 
 
 @pytest.mark.parametrize("rules", [None, AccessRules(allowed_peers=frozenset([CLIENT]))], ids=["open", "private"])
-def test_a_permitted_request_is_answered_on_the_clients_stream(rules, span):  # noqa: F811
-    async def talk(client, server, backend):
+def test_a_permitted_request_is_answered_on_the_clients_stream(rules, span):
+    async def talk(client, server, resources):
         expected = (await client.ask(forward())).tensors["hidden"]
         assert (await server.ask(await permitted(client, forward(), 50))).method is Method.OK
         call_id, reply, _ = await client.next()
@@ -87,7 +88,7 @@ def test_a_permitted_request_is_answered_on_the_clients_stream(rules, span):  # 
     with_streams(span, talk, rules)
 
 
-def test_it_counts_on_the_clients_share_from_its_first_byte(span, monkeypatch):  # noqa: F811
+def test_it_counts_on_the_clients_share_from_its_first_byte(span, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
     honest = span.forward
 
@@ -98,11 +99,11 @@ def test_it_counts_on_the_clients_share_from_its_first_byte(span, monkeypatch): 
 
     monkeypatch.setattr(span, "forward", wait)
 
-    async def talk(client, server, backend):
+    async def talk(client, server, resources):
         size = 2 * 3 * HIDDEN * 4
         await server.ask(await permitted(client, forward(), 50))
         assert await asyncio.to_thread(begun.wait, 30)
-        accounts = backend.accounts._accounts
+        accounts = resources.quotas.clients
         assert (accounts[CLIENT].requests, accounts[CLIENT].num_bytes) == (1, size)
         assert (accounts[SERVER].requests, accounts[SERVER].num_bytes) == (0, 0)
         standings = (await client.ask(Message(Method.PING))).fields["calls"]
@@ -122,25 +123,25 @@ def test_it_counts_on_the_clients_share_from_its_first_byte(span, monkeypatch): 
 
 
 @pytest.mark.parametrize("wrong", ["bearer", "call", "stream", "permit"])
-def test_without_the_clients_permit_nothing_is_taken(wrong, span):  # noqa: F811
-    async def talk(client, server, backend):
+def test_without_the_clients_permit_nothing_is_taken(wrong, span):
+    async def talk(client, server, resources):
         message = await permitted(client, forward(), 50, bearer="QmOther" if wrong == "bearer" else SERVER)
         changes = {"call": 51, "stream": 10**9, "permit": b"x" * 32}
         if wrong in changes:
             message.fields[wrong] = changes[wrong]
         reply = await server.ask(message)
         assert (reply.method, reply.fields["code"]) == (Method.ERROR, ErrorCode.NOT_ALLOWED)
-        assert backend.under_way == 0
+        assert resources.open_requests == 0
         assert (await client.ask(Message(Method.PING))).method is Method.OK, "the client hears nothing of it"
 
     with_streams(span, talk)
 
 
-def test_what_the_client_gave_up_or_has_already_is_not_run_again(span, monkeypatch):  # noqa: F811
+def test_what_the_client_gave_up_or_has_already_is_not_run_again(span, monkeypatch):
     runs, honest = [], span.forward
     monkeypatch.setattr(span, "forward", lambda inputs: runs.append(1) or honest(inputs))
 
-    async def talk(client, server, backend):
+    async def talk(client, server, resources):
         await client.writer.send(50, Message(Method.CANCEL))
         reply = await server.ask(await permitted(client, forward(), 50))
         assert "given up by its client" in reply.fields["message"]
@@ -167,8 +168,8 @@ def test_used_calls_are_remembered_within_bounds_and_never_come_back():
     assert len(used._ids) == len(used._lowest) < 5000
 
 
-def test_a_step_that_comes_after_a_newer_one_is_refused(span):  # noqa: F811
-    async def talk(client, server, backend):
+def test_a_step_that_comes_after_a_newer_one_is_refused(span):
+    async def talk(client, server, resources):
         for call, message in ((1, step(0, opens=True)), (100, step(1))):
             await client.writer.send(call, message)
             assert (await client.next())[1].method is Method.OK
@@ -180,27 +181,27 @@ def test_a_step_that_comes_after_a_newer_one_is_refused(span):  # noqa: F811
     with_streams(span, talk)
 
 
-def test_a_request_waits_for_prompts_that_come_another_way(span, monkeypatch):  # noqa: F811
+def test_a_request_waits_for_prompts_that_come_another_way(span, monkeypatch):
     prefix, deep = torch.ones(2, HIDDEN), torch.randn(2, 2, HIDDEN)
 
-    async def talk(client, server, backend):
+    async def talk(client, server, resources):
         expected = (await client.ask(forward(prefix=prefix, deep=deep))).tensors["hidden"]
         await server.ask(await permitted(client, forward(prefix=prefix, prompts_key=5), 50))
         await client.writer.send(51, Message(Method.PROMPTS, {"key": 5}, {"deep": deep}))
         call, reply, _ = await client.next()
         assert call == 50
         assert torch.equal(reply.tensors["hidden"], expected)
-        monkeypatch.setattr("petals_lightning.server.session._PROMPTS_PATIENCE", 0.05)
+        monkeypatch.setattr("petals_lightning.server.stream_requests._PROMPTS_TIMEOUT", 0.05)
         await server.ask(await permitted(client, forward(prefix=prefix, prompts_key=6), 60))
         assert (await client.next())[1].fields["code"] == ErrorCode.PROMPTS_LOST
 
     with_streams(span, talk)
 
 
-def test_a_server_without_links_says_so(span):  # noqa: F811
+def test_a_server_without_links_says_so(span):
     hop = Hop("QmNext", 1, 1, b"", forward().fields)
 
-    async def talk(client, server, backend):
+    async def talk(client, server, resources):
         request = forward()
         request.fields["route"] = [hop.to_value()]
         reply = await client.ask(request)
@@ -214,12 +215,12 @@ def test_a_server_without_links_says_so(span):  # noqa: F811
 
 
 def test_a_link_whose_other_end_takes_nothing_is_given_up(monkeypatch):
-    monkeypatch.setattr(links, "_PATIENCE", 0.2)
+    monkeypatch.setattr(peer_links, "_ANSWER_TIMEOUT", 0.2)
 
     async def main() -> None:
         writers = []
         silent = await asyncio.start_server(lambda reader, writer: writers.append(writer), "127.0.0.1", 0)
-        link = links._Link(*await asyncio.open_connection(*silent.sockets[0].getsockname()))
+        link = peer_links.PeerLink(*await asyncio.open_connection(*silent.sockets[0].getsockname()))
         with pytest.raises(ConnectionError, match="does not take"):
             await link.send(forward())
         assert not link.is_open

@@ -27,9 +27,10 @@ def test_blocks_are_split_evenly(num_blocks: int, num_servers: int) -> None:
     assert max(lengths) - min(lengths) <= 1
 
 
+@pytest.mark.slow
 def test_servers_come_and_go_with_the_swarm(text_model: Path, tmp_path: Path) -> None:
     swarm, model = LocalSwarm(num_servers=2), ServedModel(str(text_model))
-    with swarm.held(model, tmp_path):
+    with swarm.keep_alive(model, tmp_path):
         arguments = swarm.acquire(model, tmp_path)
         client = AutoDistributedModelForSequenceClassification.from_pretrained(str(text_model), **arguments)
         blocks = remote_blocks(client)
@@ -45,6 +46,7 @@ def test_servers_come_and_go_with_the_swarm(text_model: Path, tmp_path: Path) ->
     assert "ready:" in (tmp_path / "server_1.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_to_start_is_quoted_and_nothing_is_left(text_model: Path, tmp_path: Path) -> None:
     swarm = LocalSwarm(block_ranges=["2:9"], start_timeout=60)  # the model has 4 blocks
     before = set(psutil.Process().children(recursive=True))

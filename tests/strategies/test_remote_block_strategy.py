@@ -14,44 +14,13 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import StrategyRegistry
 
 from petals_lightning.callbacks import LastCheckpoint
+from petals_lightning.client import ClientConfig
 from petals_lightning.data import TextClassificationDataModule
 from petals_lightning.errors import ConfigurationError, NoServersError, SwarmConnectionError
 from petals_lightning.models import remote_blocks
-from petals_lightning.modules import SequenceClassificationModule
 from petals_lightning.strategies import PrivateSwarm, RemoteBlockStrategy, ServedModel
-from tests.swarms import PREFIX, InProcessSwarm
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
-        self.values.append(float(outputs["loss"]))
-
-
-@pytest.fixture
-def data(text_model: Path, texts: Path) -> TextClassificationDataModule:
-    return TextClassificationDataModule(str(text_model), str(texts), batch_size=8)
-
-
-def make_module(text_model: Path, **settings: Any) -> SequenceClassificationModule:
-    return SequenceClassificationModule(str(text_model), pre_seq_len=3, dht_prefix=PREFIX, **settings)
-
-
-def make_trainer(folder: Path, strategy: Any, *callbacks: Callback) -> pl.Trainer:
-    torch.manual_seed(0)
-    return pl.Trainer(
-        default_root_dir=str(folder),
-        strategy=strategy,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, LastCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+from tests.helpers.lightning import Losses, make_module, make_trainer
+from tools.testing.swarms import InProcessSwarm
 
 
 def test_it_is_registered_with_lightning() -> None:
@@ -74,18 +43,19 @@ def test_training_equals_a_local_run(
 ) -> None:
     swarm = start_swarm(text_model, [(0, 1), (1, 4)])
     remote, local = Losses(), Losses()
-    make_trainer(tmp_path, "auto", local).fit(make_module(text_model), datamodule=data)
+    make_trainer(tmp_path, local).fit(make_module(text_model), datamodule=data)
     strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers))
-    make_trainer(tmp_path, strategy, remote).fit(make_module(text_model), datamodule=data)
+    make_trainer(tmp_path, remote, strategy=strategy).fit(make_module(text_model), datamodule=data)
     assert remote.values == pytest.approx(local.values, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_one_trainer_fits_validates_tests_and_predicts_again_and_again(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:
     swarm = start_swarm(text_model, [(0, 2), (2, 4)])
     module = make_module(text_model)
-    trainer = make_trainer(tmp_path, RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)))
+    trainer = make_trainer(tmp_path, strategy=RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)))
     trainer.fit(module, datamodule=data)
     fitted = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     for _ in range(2):
@@ -97,6 +67,7 @@ def test_one_trainer_fits_validates_tests_and_predicts_again_and_again(
     assert sum(len(batch["labels"]) for batch in predicted) == 16
 
 
+@pytest.mark.slow
 def test_a_module_goes_from_trainer_to_trainer_and_from_swarm_to_swarm(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:
@@ -104,7 +75,7 @@ def test_a_module_goes_from_trainer_to_trainer_and_from_swarm_to_swarm(
 
     def trainer(swarm: InProcessSwarm | None, *callbacks: Callback) -> pl.Trainer:
         strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)) if swarm is not None else "auto"
-        return make_trainer(tmp_path, strategy, *callbacks)
+        return make_trainer(tmp_path, *callbacks, strategy=strategy)
 
     module, first = make_module(text_model), trainer(one)
     first.fit(module, datamodule=data)
@@ -138,7 +109,7 @@ def test_checkpoints_of_a_swarm_load_into_a_local_run(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:
     swarm = start_swarm(text_model, [(0, 4)])
-    trainer = make_trainer(tmp_path, RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)))
+    trainer = make_trainer(tmp_path, strategy=RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)))
 
     class Save(Callback):
         def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -148,7 +119,7 @@ def test_checkpoints_of_a_swarm_load_into_a_local_run(
     trainer.fit(make_module(text_model), datamodule=data)
     remote = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     assert (tmp_path / "trained.ckpt").stat().st_size < 50_000
-    (local,) = make_trainer(tmp_path, "auto").validate(
+    (local,) = make_trainer(tmp_path).validate(
         make_module(text_model), datamodule=data, ckpt_path=tmp_path / "trained.ckpt", verbose=False
     )
     assert local == pytest.approx(remote, abs=1e-4)
@@ -166,7 +137,7 @@ def test_teardown_closes_the_connection_after_an_exception(
     module = make_module(text_model)
     strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers))
     with pytest.raises(ArithmeticError):
-        make_trainer(tmp_path, strategy, Fail()).fit(module, datamodule=data)
+        make_trainer(tmp_path, Fail(), strategy=strategy).fit(module, datamodule=data)
     blocks = remote_blocks(module)
     assert blocks is not None
     with pytest.raises(SwarmConnectionError, match="closed"):
@@ -181,7 +152,7 @@ def test_an_unreachable_peer_is_an_error_of_one_line(
     nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHq9AJPHnpcVfVP9k64T91MhkEsBQE3ZisQeLhbzpontM"
     strategy = RemoteBlockStrategy(PrivateSwarm([nobody], connect_timeout=3.0))
     with pytest.raises(SwarmConnectionError, match=r"127\.0\.0\.1/tcp/9"):
-        make_trainer(tmp_path, strategy).fit(make_module(text_model), datamodule=data)
+        make_trainer(tmp_path, strategy=strategy).fit(make_module(text_model), datamodule=data)
 
 
 @pytest.mark.parametrize("peers", [[], ["12.34.56.78:31337"], ["/ip4/1.2.3.4/tcp/31337"]])
@@ -210,12 +181,12 @@ def test_a_swarm_is_up_from_the_first_user_to_the_last() -> None:
 
     swarm = Recorded(["/ip4/127.0.0.1/tcp/1/p2p/x"], max_retries=2)
     model = ServedModel("some/model")
-    with swarm.held(model, Path()):
+    with swarm.keep_alive(model, Path()):
         for _ in range(2):
             assert swarm.acquire(model, Path()) == {
                 "initial_peers": ["/ip4/127.0.0.1/tcp/1/p2p/x"],
                 "dht_prefix": None,
-                "max_retries": 2,
+                "client_config": ClientConfig(max_retries=2),
             }
             swarm.release()
     assert events == ["start", "stop"]
@@ -235,8 +206,8 @@ def test_when_the_last_server_is_lost_what_was_trained_is_saved(
 
         path = tmp_path / "last.ckpt"
         strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers, recovery_timeout=1.0))
-        trainer = make_trainer(tmp_path, strategy, LoseTheRest(), LastCheckpoint(path))
-        with pytest.raises(NoServersError, match=r"nobody serves blocks 2:4"):
+        trainer = make_trainer(tmp_path, LoseTheRest(), LastCheckpoint(path), strategy=strategy)
+        with pytest.raises(NoServersError, match=r"no usable server holds blocks 2:4"):
             trainer.fit(make_module(text_model), datamodule=data)
     assert other == [3]
     assert torch.load(path, weights_only=False)["global_step"] == 3

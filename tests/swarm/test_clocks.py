@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from petals_lightning.cli.app import app
-from petals_lightning.errors import SwarmConnectionError
+from petals_lightning.errors import SwarmConnectionError, SwarmError
 from petals_lightning.models import AutoDistributedModelForCausalLM
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.swarm import SwarmDirectory, SwarmNode, public
-from tests.swarms import LOOPBACK, PREFIX, ServerProcess, main_with_a_wrong_clock
+from tests.helpers.clocks import main_with_a_wrong_clock
+from tools.testing.forks import run_command
+from tools.testing.servers import start_server
+from tools.testing.swarms import LOOPBACK, PREFIX
 
 BEHIND = re.compile(
     r"cannot join the swarm: this machine's clock is (99\.\d|100\.\d) s behind those of initial_peers \[/ip4/\S+\]\. "
@@ -29,9 +30,9 @@ RECORD = ServerRecord(ServerState.ONLINE, 3.0, 0, 2, hidden_size=8, stream_versi
 @pytest.fixture(scope="module")
 def ahead(text_model: Path) -> Iterator[str]:
     """The address of a server whose clock is ahead."""
-    server = ServerProcess(text_model, (0, 4), program=main_with_a_wrong_clock)
+    server = start_server(text_model, (0, 4), program=main_with_a_wrong_clock)
     try:
-        yield server.wait_ready().maddr
+        yield server.wait_until_ready().maddr
     finally:
         server.stop()
 
@@ -42,32 +43,33 @@ def right() -> Iterator[SwarmNode]:
         yield node
 
 
+@pytest.mark.slow
 def test_a_server_whose_own_clock_is_wrong_says_so_and_ends(text_model: Path, right: SwarmNode) -> None:
-    server = ServerProcess(text_model, (0, 4), right.visible_maddrs(), program=main_with_a_wrong_clock)
+    server = start_server(text_model, (0, 4), right.visible_maddrs(), program=main_with_a_wrong_clock)
     try:
-        with pytest.raises(RuntimeError, match="the server ended"):
-            server.wait_ready()
+        with pytest.raises(SwarmError, match=r"ended while starting \(exit code 1\)"):
+            server.wait_until_ready()
         assert server.wait(20) == 1
-        (said,) = [line for line in server.errors if " INFO " not in line]
+        (said,) = [line for line in server.lines if " INFO " not in line]
         assert re.match(r"error: .* clock is (99\.\d|100\.\d) s ahead of .* clocks agree within 3 s", said)
     finally:
         server.stop()
 
 
+@pytest.mark.slow
 def test_serve_and_bootstrap_say_it_in_one_line(text_model: Path, ahead: str) -> None:
-    server = ServerProcess(text_model, (0, 4), [ahead])
-    bootstrap = subprocess.run(
-        [sys.executable, "-m", "petals_lightning.cli.main", "bootstrap", "--initial-peers", ahead,
-         "--host-maddrs", *LOOPBACK, "--identity-path", str(text_model / "peer.id")],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    server = start_server(text_model, (0, 4), [ahead])
+    identity = str(text_model / "peer.id")
+    bootstrap = run_command(
+        "bootstrap", "--initial-peers", ahead, "--host-maddrs", *LOOPBACK, "--identity-path", identity
+    )
     assert bootstrap.returncode == 1
     assert BEHIND.fullmatch(bootstrap.stderr.strip().removeprefix("error: ")), bootstrap.stderr
     try:
-        with pytest.raises(RuntimeError, match="the server ended"):
-            server.wait_ready()
+        with pytest.raises(SwarmError, match=r"ended while starting \(exit code 1\)"):
+            server.wait_until_ready()
         assert server.wait(20) == 1
-        (said,) = [line for line in server.errors if " INFO " not in line]
+        (said,) = [line for line in server.lines if " INFO " not in line]
         assert BEHIND.fullmatch(said.strip().removeprefix("error: "))
     finally:
         server.stop()

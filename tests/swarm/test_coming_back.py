@@ -8,12 +8,15 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
+from petals_lightning.strategies.server_process import ServerProcess
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.node import MEETING_PERIOD
-from tests.swarms import LOOPBACK, PREFIX, ServerProcess
+from tools.testing.servers import start_server
+from tools.testing.swarms import LOOPBACK, PREFIX
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -32,9 +35,10 @@ def killed(server: ServerProcess) -> None:
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_client_that_waits_finds_the_only_server_when_it_is_back(tiny_checkpoint, tmp_path) -> None:
     checkpoint, options = tiny_checkpoint("llama"), address(tmp_path)
-    server = ServerProcess(checkpoint, None, [], *options).wait_ready()
+    server = start_server(checkpoint, None, [], *options).wait_until_ready()
     model = AutoDistributedModelForCausalLM.from_pretrained(
         str(checkpoint), initial_peers=[server.maddr], dht_prefix=PREFIX, recovery_timeout=60
     )
@@ -45,8 +49,8 @@ def test_a_client_that_waits_finds_the_only_server_when_it_is_back(tiny_checkpoi
         killed(server)
 
         def come_back() -> None:
-            time.sleep(3)
-            again.append(ServerProcess(checkpoint, None, [], *options).wait_ready())
+            time.sleep(1)
+            again.append(start_server(checkpoint, None, [], *options).wait_until_ready())
 
         thread = threading.Thread(target=come_back)
         thread.start()
@@ -59,12 +63,13 @@ def test_a_client_that_waits_finds_the_only_server_when_it_is_back(tiny_checkpoi
             each.stop()
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_joined_by_is_not_alone_after_its_restart(tiny_checkpoint, tmp_path) -> None:
     checkpoint, identity = tiny_checkpoint("llama"), address(tmp_path)
     maddrs, path = [identity[1]], identity[3]
     bootstrap = SwarmNode(host_maddrs=maddrs, identity_path=path).start()
     (peer,) = bootstrap.visible_maddrs()
-    server = ServerProcess(checkpoint, None, [peer]).wait_ready()
+    server = start_server(checkpoint, None, [peer]).wait_until_ready()
     try:
         bootstrap.close()
         bootstrap = SwarmNode(host_maddrs=maddrs, identity_path=path).start()

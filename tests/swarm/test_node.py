@@ -28,7 +28,8 @@ from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.protocol.uids import MODELS_KEY
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
-from tests.swarms import LOOPBACK
+from tests.helpers.nodes import listen
+from tools.testing.swarms import LOOPBACK
 
 RECORD = ServerRecord(ServerState.ONLINE, 3.0, 0, 2, public_name="ours", hidden_size=8, stream_version=1)
 ROOT = Path(__file__).parents[2]
@@ -57,16 +58,6 @@ def socket_folder(monkeypatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="p l-", dir="/tmp") as folder:  # a blank in it must do no harm
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
-
-
-def listen(node: SwarmNode) -> Path:
-    """Makes the node take streams, as servers do; returns the socket that its daemon calls back on."""
-
-    async def handler(*args: object) -> None:
-        return None
-
-    node.run(node.p2p.add_binary_stream_handler("test", handler))
-    return Path(node.p2p._client_listen_maddr["unix"])
 
 
 def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> bool:
@@ -320,11 +311,12 @@ def test_an_interrupted_wait_cancels_its_coroutine(start_node):
     assert cancelled.wait(10)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_daemon_and_no_socket(socket_folder):
     code = f"""
 import time
 from petals_lightning.swarm import SwarmNode
-from tests.swarm.test_node import listen
+from tests.helpers.nodes import listen
 node = SwarmNode(host_maddrs={LOOPBACK!r}).start()
 print(listen(node), flush=True)
 time.sleep(100)

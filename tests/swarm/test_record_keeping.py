@@ -13,7 +13,7 @@ from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.protocol.signed_records import SUBKEY_PREFIX, signed_key
 from petals_lightning.swarm import SwarmDirectory, SwarmNode, record_keeping
 from petals_lightning.swarm.record_keeping import MAX_KEY_BYTES, MAX_PEER_BYTES, MAX_RECORD_BYTES
-from tests.swarms import LOOPBACK
+from tools.testing.swarms import LOOPBACK
 
 LARGE = b"x" * (MAX_RECORD_BYTES - 64)
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from petals_lightning.training import errors
+from petals_lightning.training import cli_errors
 from petals_lightning.training.settings import in_words_of_settings
-from tests.swarms import PREFIX, ServerProcess, main_with_a_wrong_clock
+from tests.helpers.clocks import main_with_a_wrong_clock
+from tools.testing.servers import start_server
+from tools.testing.swarms import PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +50,13 @@ WRONG = {
     "recipe=dialogue_ptune data.source={folder}/three.jsonl data.columns.prompt=question {model}": (
         "three.jsonl has no column 'question'; it has "
     ),
+    "recipe=dialogue_ptune task=sequence_classification": (
+        "task: SequenceClassificationModule needs the num_labels of its data, and DialogueDataModule has none"
+    ),
+    "recipe=sst2_ptune task=causal_lm swarm=none logger=none {model}": "CausalLMModule trains on tokens; use its data",
+    "recipe=sst2_ptune task=casual_lm": "no task is called 'casual_lm'; did you mean causal_lm?",
+    "recipe=sst2_ptune +task.head=big {model}": "unknown setting task.head; there are: ",
+    "recipe=sst2_ptune task._target_=collections.Counter {model}": "not a petals_lightning.modules.TuningModule, such",
     "recipe=sst2_ptune resume=true {model}": "resume=true: no earlier run to continue",
     "recipe=sst2_ptune ckpt_path=no.ckpt {model}": "ckpt_path=no.ckpt: no such file",
     "recipe=customer_reviews_deep_ptune": "data.source",
@@ -99,7 +108,7 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Non
     def main(arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(errors, "_TRACEBACKS_WANTED", False)
+        monkeypatch.setattr(cli_errors, "_TRACEBACKS_WANTED", False)
         train.main()
 
     return main
@@ -121,14 +130,15 @@ def test_a_wrong_setting_is_one_line(
     assert message in said
 
 
+@pytest.mark.slow
 def test_a_wrong_clock_is_one_line(
     main: Callable, text_model: Path, texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server = ServerProcess(text_model, (0, 4), program=main_with_a_wrong_clock)
+    server = start_server(text_model, (0, 4), program=main_with_a_wrong_clock)
     try:
         with pytest.raises(SystemExit):
             main(
-                f"recipe=sst2_ptune swarm=private swarm.initial_peers=[{server.wait_ready().maddr}] logger=csv "
+                f"recipe=sst2_ptune swarm=private swarm.initial_peers=[{server.wait_until_ready().maddr}] logger=csv "
                 f"model.name={text_model} model.dht_prefix={PREFIX} data.source={texts} hydra.run.dir={tmp_path}/run"
             )
     finally:

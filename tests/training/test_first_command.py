@@ -15,8 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "train.py"), "recipe=sst2_deep_ptune"]
+SHORT = ("trainer.max_epochs=2", "trainer.limit_train_batches=30", "trainer.limit_val_batches=5", "logger=csv")
+"""A run of 60 steps, instead of 189: long enough to be in the middle of it, twice."""
 MARK = "PETALS_LIGHTNING_TEST_RUN"
 
 
@@ -102,21 +106,21 @@ def test_it_learns_through_two_servers_and_leaves_nothing_running(
 
 
 def test_ctrl_c_saves_and_resume_continues(train: Callable[..., TrainProcess], tmp_path: Path) -> None:
-    run = train("trainer.max_epochs=2", "logger=csv")
-    run.wait_for("epoch 1/2")
+    run = train(*SHORT)
+    run.wait_for("val/loss")  # the first epoch is over
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
     assert run.process.wait(timeout=30) == 130, run.output
     run.assert_nothing_is_left()
     assert "last.ckpt. Continue with:" in run.output
-    resumed = train("trainer.max_epochs=2", "logger=csv", "resume=true", "test=false")
+    resumed = train(*SHORT, "resume=true", "test=false")
     assert resumed.process.wait(timeout=120) == 0, resumed.output
     (path,) = tmp_path.glob("outputs/sst2_deep_ptune/*/summary.json")
-    assert json.loads(path.read_text())["train/steps"] == 126
-    assert "epoch 1/2" not in resumed.output, "it did not begin anew"
+    assert json.loads(path.read_text())["train/steps"] == 60
+    assert "epoch 1/2" not in resumed.output, "it began again"
 
 
 def test_kill_9_takes_the_servers_along(train: Callable[..., TrainProcess]) -> None:
-    run = train("logger=csv")
+    run = train(*SHORT)
     run.wait_for("epoch 1/")
     assert len(run.descendants()) > 3, "train.py, servers and their daemons"
     run.process.kill()

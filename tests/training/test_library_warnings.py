@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.swarms import PREFIX, InProcessSwarm
-from tests.text_models import save_tiny_text_model
+from petals_lightning.strategies.server_process import ServerProcess, launch
+from tests.helpers.text_models import save_tiny_text_model
+from tools.testing.swarms import LOOPBACK, PREFIX, InProcessSwarm
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = [sys.executable, "-m", "petals_lightning.cli.main"]
@@ -82,20 +85,14 @@ def test_a_client_in_a_terminal(
 
 def test_a_server_in_a_terminal(tiny_checkpoint: Callable[[str], Path], environment: dict[str, str]) -> None:
     arguments = ["serve", str(tiny_checkpoint("llama")), "--new-swarm", "--dht-prefix", PREFIX, "--threads", "1"]
-    server = subprocess.Popen(
-        [*CLI, *arguments, "--host-maddrs", "/ip4/127.0.0.1/tcp/0"],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    command = launch([*arguments, "--host-maddrs", *LOOPBACK], env=environment)
+    server = ServerProcess(command, "a server in a terminal")
     try:
-        assert server.stdout is not None
-        lines: list[str] = []
-        while not (lines and lines[-1].startswith("ready")):
-            lines.append(server.stdout.readline())
-            assert lines[-1], "".join(lines)
-        server.send_signal(signal.SIGINT)
-        rest, _ = server.communicate(timeout=60)
+        server.wait_until_ready()
+        server.signal(signal.SIGINT)
+        assert server.wait(60) == 0
     finally:
-        server.kill()
-        server.wait()
-    assert "leaving" in rest
-    assert_is_kept_off_the_screen("".join(lines) + rest)
+        server.stop()
+    screen = "".join(server.lines)
+    assert "leaving" in screen
+    assert_is_kept_off_the_screen(screen)

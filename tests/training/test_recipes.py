@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,7 +18,7 @@ from petals_lightning.training.run import build_module, build_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = find_recipes(ROOT / "recipes")  # raises if there are none
-GROUPS = ("model", "swarm", "tuning", "amp", "data", "optim", "trainer", "logger")
+GROUPS = ("model", "swarm", "tuning", "amp", "task", "data", "optim", "trainer", "logger")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 NEEDED = {
     ("data", "local"): ["data.source=some/folder"],
@@ -31,7 +32,7 @@ def build(overrides: list[str], folder: Path) -> None:
         cfg = compose("config", [*overrides, f"output_dir={folder}"])
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     swarm = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
-    build_module(cfg, num_labels=2, class_names=["no", "yes"])
+    build_module(cfg, SimpleNamespace(num_labels=2, class_names=("no", "yes")))
     trainer = build_trainer(cfg, folder, swarm, logger=None, summary=None)
     assert (trainer.strategy.strategy_name == "remote_blocks") == (swarm is not None)  # type: ignore[attr-defined]
 

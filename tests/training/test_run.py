@@ -21,8 +21,8 @@ import wandb
 from omegaconf import DictConfig
 from PIL import Image
 
-from petals_lightning.data import DialogueDataModule
-from petals_lightning.errors import CheckpointError
+from petals_lightning.data import DialogueDataModule, TextClassificationDataModule
+from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.models import PromptCard
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.modules import CausalLMModule, SequenceClassificationModule
@@ -89,6 +89,7 @@ def test_wandb_logs_offline_into_the_run_folder(
         assert any(name in row for row in history), name
 
 
+@pytest.mark.slow
 def test_a_continued_run_goes_on_in_the_same_wandb_run(
     compose_run: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_continued_run_counts_the_whole(compose_run: Callable[..., DictConfig]
     assert summary["train/tokens"] == pytest.approx(1.5 * expected["train/tokens"], rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You requested to overfit")  # Lightning's own
 @pytest.mark.parametrize(
     ("settings", "steps"),
@@ -173,6 +175,7 @@ def test_a_trial_leaves_no_results(compose_run: Callable[..., DictConfig], tmp_p
     assert "no files are left: this was a trial" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [("trainer.limit_val_batches=0",), ("trainer.enable_checkpointing=false",), ("trainer.check_val_every_n_epoch=3",)],
@@ -238,6 +241,7 @@ def test_resume_finds_the_newest_run(tmp_path: Path) -> None:
     assert not Path(choose_run_folder(str(tmp_path), resume=False)).exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_combination(text_model: Path, texts: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "-m", "recipe=sst2_ptune,sst2_deep_ptune", "optim.lr=1e-3,1e-2"]
     command += [f"model.name={text_model}", f"data.source={texts}", "swarm=none", "logger=csv", "trainer.max_epochs=1"]
@@ -272,6 +276,7 @@ def tamper(checkpoint: Path, ran: Path) -> None:
     torch.save(torch.load(checkpoint, weights_only=True) | {"object": Touch(ran)}, checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sst2_deep_ptune", "dialogue_deep_ptune"])
 def test_no_code_in_a_checkpoint_runs(
     recipe: str, compose_run: Callable[..., DictConfig], tmp_path: Path, text_model: Path
@@ -316,3 +321,24 @@ def test_a_dialogue_run_leaves_its_best_prompts_for_chat(
     mean = sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
     assert math.exp(mean) == pytest.approx(perplexity, rel=1e-4)
     assert "val/perplexity" in capsys.readouterr().out
+
+
+class OwnData(TextClassificationDataModule):
+    """A user's."""
+
+
+class OwnModule(SequenceClassificationModule):
+    """A user's, with an argument of its own."""
+
+    def __init__(self, model_name: str, *, patience: int = 1, **options: Any):
+        super().__init__(model_name, **options)
+
+
+def test_a_task_of_ones_own_needs_its_classes_only(
+    compose_run: Callable[..., DictConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [f"data._target_={__name__}.OwnData", f"task._target_={__name__}.OwnModule", "+task.patience=2"]
+    run(compose_run(*own, "data.source=bundled", "trainer.fast_dev_run=true", "test=false"))
+    assert "synthetic reviews" in capsys.readouterr().out
+    with pytest.raises(ConfigurationError, match=r"unknown setting task.patienc; did you mean task.patience\?"):
+        run(compose_run(*own[:2], "+task.patienc=2"))

@@ -1,9 +1,10 @@
-"""Forward and backward of a Petals server: requests and responses, built and read.
+"""Forward and backward calls of a Petals server: builds and reads requests and responses.
 
-Shapes: B batch, S tokens (of the prefix and behind it), P virtual tokens, H hidden size, n = end - start blocks.
+Shapes: see the legend in `petals_lightning.protocol`; here S includes the prefix; n = end - start is the number of
+blocks.
 
-Prompts are per sample and added to the hidden states: `hidden[:, :P] += prompts[i]` before block i. The prefix itself
-stands in `hidden`. Attention is causal over everything sent.
+Prompts are per sample, and added to the hidden states: `hidden[:, :P] += prompts[i]` before block i. The prefix is part
+of `hidden`. Attention is causal over all positions.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from petals_lightning.protocol.tensors import DTYPE_NAMES
 from petals_lightning.protocol.uids import chain_uid, parse_chain
 
 MAX_TENSORS = 8
-"""Of one call; three are used."""
+"""Limit of the tensors of one call, which uses up to three."""
 
 
 @dataclass
 class Parts:
-    """A request as it travels: uid and metadata go with each of its messages.
+    """A request on the wire. Each of its messages carries uid and metadata.
 
     Attributes:
         uid: names of the blocks.
-        tensors: whatever the method takes.
+        tensors: the method's arguments.
         metadata: of msgpack types, without `args_structure`.
-        structure: which tensor is which argument; None for their order.
+        structure: which tensor is which argument; None: they are in order.
     """
 
     uid: str
@@ -48,12 +49,12 @@ class Parts:
     structure: Any = None
 
     def to_request(self, compressions: Sequence[int] = ()) -> ExpertRequest:
-        """One message. `compressions` are of the first tensors, the others go as they are."""
+        """The request as one message. `compressions` apply to the first tensors; the others are not compressed."""
         tensors = [pack_tensor(t, c) for t, c in zip(self.tensors, _padded(compressions, self.tensors), strict=True)]
         return ExpertRequest(uid=self.uid, tensors=tensors, metadata=self._packed_metadata())
 
     def to_stream(self, compressions: Sequence[int] = ()) -> list[ExpertRequest]:
-        """The same in messages of one part of a tensor each, for the `_stream` methods."""
+        """The same as messages with one part of a tensor each, for the `_stream` methods."""
         whole = self.to_request(compressions)
         return [
             ExpertRequest(uid=whole.uid, tensors=[part], metadata=whole.metadata)
@@ -68,11 +69,11 @@ class Parts:
 
 
 class RequestJoiner:
-    """Puts a request together from its messages.
+    """Joins the messages of a request.
 
     Args:
         max_bytes: of its tensors.
-        reserve: as of `TensorJoiner`.
+        reserve: see `TensorJoiner`.
     """
 
     def __init__(self, *, max_bytes: int, reserve: Callable[[int], None] = lambda num_bytes: None):
@@ -81,11 +82,11 @@ class RequestJoiner:
 
     @property
     def num_bytes(self) -> int:
-        """Reserved so far."""
+        """Bytes reserved so far."""
         return self._tensors.num_bytes
 
     def add(self, message: ExpertRequest) -> None:
-        """Raises ProtocolError if a limit is passed, a part breaks the format, or the blocks change on the way."""
+        """Adds a message. Raises ProtocolError if it breaks a limit or the format, or names other blocks."""
         if self._first is None:
             self._first = ExpertRequest(uid=message.uid, metadata=message.metadata)
         elif message.uid != self._first.uid:
@@ -93,7 +94,7 @@ class RequestJoiner:
         self._tensors.add(message.tensors)
 
     def finish(self) -> Parts:
-        """The request. Raises ProtocolError if it is not complete."""
+        """The request. Raises ProtocolError if it is incomplete."""
         if self._first is None:
             raise ProtocolError("a request without a message")
         metadata = load_dict(self._first.metadata)
@@ -103,7 +104,7 @@ class RequestJoiner:
 
 
 def read_request(message: ExpertRequest, *, max_bytes: int) -> Parts:
-    """A request that is one message. Raises ProtocolError as `RequestJoiner`."""
+    """Reads a request of one message. Raises ProtocolError as `RequestJoiner`."""
     joiner = RequestJoiner(max_bytes=max_bytes)
     joiner.add(message)
     return joiner.finish()
@@ -111,7 +112,7 @@ def read_request(message: ExpertRequest, *, max_bytes: int) -> Parts:
 
 @dataclass
 class PetalsInputs:
-    """What every call begins with: hidden states [B, S, H] for blocks [start, end) of the model named `prefix`."""
+    """The inputs of every call: hidden states [B, S, H] for blocks [start, end) of the model named `prefix`."""
 
     prefix: str
     start: int
@@ -125,8 +126,8 @@ class PetalsForward(PetalsInputs):
 
     Attributes:
         prompts: [n, B or 1, P, H], or None.
-        output_compression: of the response's tensors (one number each), or None: as the server's schema says.
-        points: of the public swarm; without meaning here.
+        output_compression: of each tensor of the response; None: as in the server's schema.
+        points: of the public swarm; ignored here.
         active_adapter: name of an adapter that the server holds, or None.
 
     Response: hidden [B, S, H].
@@ -142,7 +143,7 @@ class PetalsForward(PetalsInputs):
 
     @classmethod
     def from_parts(cls, parts: Parts) -> PetalsForward:
-        """Raises ProtocolError if a field has the wrong type, or shapes contradict each other."""
+        """Reads a request. Raises ProtocolError if a field has the wrong type, or shapes do not fit."""
         if len(parts.tensors) not in (1, 2):
             raise ProtocolError(f"a forward takes hidden states and prompts, got {len(parts.tensors)} tensors")
         (prefix, start, end), hidden = parse_chain(parts.uid), checked_hidden(parts.tensors[0], "hidden")
@@ -155,8 +156,8 @@ class PetalsBackward(PetalsInputs):
     """Gradients of a forward, which the server runs again.
 
     Attributes:
-        grad: like the forward's response.
-        the others: as in `PetalsForward`.
+        grad: in the shape of the forward's response.
+        prompts, output_compression, points, active_adapter: as in `PetalsForward`.
 
     Response: gradients of hidden [B, S, H], and of prompts [n, B, P, H] (per sample) if there are any.
     """
@@ -172,7 +173,7 @@ class PetalsBackward(PetalsInputs):
 
     @classmethod
     def from_parts(cls, parts: Parts) -> PetalsBackward:
-        """Raises ProtocolError as `PetalsForward.from_parts`."""
+        """Reads a request. Raises ProtocolError as `PetalsForward.from_parts`."""
         if len(parts.tensors) not in (2, 3):
             raise ProtocolError(f"a backward takes inputs, gradients and prompts, got {len(parts.tensors)} tensors")
         prefix, start, end = parse_chain(parts.uid)
@@ -184,18 +185,18 @@ class PetalsBackward(PetalsInputs):
 
 
 def to_response(tensors: Sequence[torch.Tensor], compressions: Sequence[int] | None = None) -> ExpertResponse:
-    """A response in one message; `compressions` are of the first tensors, the others go as they are."""
+    """A response as one message. `compressions` apply to the first tensors; the others are not compressed."""
     padded = _padded(compressions or (), tensors)
     return ExpertResponse(tensors=[pack_tensor(t, c) for t, c in zip(tensors, padded, strict=True)])
 
 
 def split_response(response: ExpertResponse) -> Iterator[ExpertResponse]:
-    """The same in messages of one part of a tensor each, for the `_stream` methods."""
+    """The same as messages with one part of a tensor each, for the `_stream` methods."""
     return (ExpertResponse(tensors=[part]) for tensor in response.tensors for part in split_tensor(tensor))
 
 
 def read_response(messages: Sequence[ExpertResponse], *, max_bytes: int) -> list[torch.Tensor]:
-    """The tensors of a response in one message or many. Raises ProtocolError as `TensorJoiner`."""
+    """The tensors of a response of one or more messages. Raises ProtocolError as `TensorJoiner`."""
     joiner = TensorJoiner(max_bytes=max_bytes, max_tensors=MAX_TENSORS)
     for message in messages:
         joiner.add(message.tensors)
@@ -203,12 +204,12 @@ def read_response(messages: Sequence[ExpertResponse], *, max_bytes: int) -> list
 
 
 def dummy(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What stands on the wire for a tensor that is not given."""
+    """The placeholder on the wire for a tensor that is not given."""
     return torch.empty(0, dtype=dtype)
 
 
 def checked_hidden(tensor: torch.Tensor, name: str, *, may_be_empty: bool = False) -> torch.Tensor:
-    """Raises ProtocolError unless the tensor is floating, [B, S, H], of B and H and (maybe) S of at least 1."""
+    """Returns a tensor. Raises ProtocolError unless it is floating [B, S, H] and not empty (S may be 0 if allowed)."""
     is_empty = tensor.ndim == 3 and (
         0 in (tensor.shape[0], tensor.shape[2]) or (not may_be_empty and not tensor.numel())
     )
@@ -218,7 +219,7 @@ def checked_hidden(tensor: torch.Tensor, name: str, *, may_be_empty: bool = Fals
 
 
 def checked_prompts(prompts: torch.Tensor | None, hidden: torch.Tensor, num_blocks: int) -> torch.Tensor | None:
-    """None for an empty tensor; raises ProtocolError unless prompts fit the hidden states."""
+    """Returns prompts, or None if they are empty. Raises ProtocolError unless they fit the hidden states."""
     if prompts is None or not prompts.numel():
         return None
     batch, tokens, size = hidden.shape

@@ -1,7 +1,4 @@
-"""What a Petals server answers to rpc_info.
-
-Shapes: H hidden size.
-"""
+"""A Petals server's answer to `rpc_info`."""
 
 from __future__ import annotations
 
@@ -16,18 +13,18 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.petals.metadata import dump, load
 from petals_lightning.protocol.petals.tensors import COMPRESSIONS, NONE
 
-_EXAMPLE_SHAPE = (1, 2048)  # what stands for [B, S] in the descriptors
+_EXAMPLE_SHAPE = (1, 2048)  # placeholder for [B, S] in the descriptors
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself by `rpc_info`.
+    """The answer to `rpc_info`.
 
     Attributes:
         version: of the server's software.
-        cache_tokens_available: positions of one block that keys and values can still be kept of; None if not said.
-        hidden_size, dtype, compression: H, how blocks run, and how tensors should be compressed on their way to the
-            server; None where only the server was asked for, and not a block.
+        cache_tokens_available: positions of one block whose keys and values fit into the cache; None if not given.
+        hidden_size, dtype: of the blocks; None if the call named no block.
+        compression: of tensors that are sent to the server.
     """
 
     version: str | None = None
@@ -58,10 +55,10 @@ class ServerInfo:
 
     @classmethod
     def from_message(cls, message: ExpertInfo) -> ServerInfo:
-        """Fields that are missing or have the wrong type are None.
+        """Reads an answer. Fields that are missing or have the wrong type become None.
 
         Raises:
-            ProtocolError: the answer is no dict, or asks for a compression that is not supported.
+            ProtocolError: the answer is not a dict, or asks for a compression that is not supported.
         """
         info = load(message.serialized_info)
         if not isinstance(info, dict):

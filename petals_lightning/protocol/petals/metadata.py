@@ -1,4 +1,4 @@
-"""What stands beside the tensors of a Petals call: metadata, the structure of its arguments, the words of an error."""
+"""Everything but tensors in a Petals call: metadata, the structure of its arguments, error messages."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _SLOT = b"__T"
 
 
 def dump(value: Any) -> bytes:
-    """Packs a value by msgpack, with hivemind's tuples and tensor descriptors."""
+    """Packs a value as msgpack, with hivemind's extensions for tuples and tensor descriptors."""
     return MSGPackSerializer.dumps(value)
 
 
 def load(data: bytes) -> Any:
-    """The value of `dump`ed bytes that came from anybody.
+    """Unpacks bytes of `dump` from any peer.
 
-    hivemind's own loader recurses as deep as the bytes say: 4 KB of nested tuples overflow the stack of the process.
+    hivemind's own loader recurses as deep as the bytes say: 4 KB of nested tuples overflow the stack.
 
     Raises:
-        ProtocolError: the bytes are too many, nested too deeply, no msgpack, or have unknown extensions.
+        ProtocolError: the bytes are too many, nested too deeply, not msgpack, or have unknown extensions.
     """
     if len(data) > MAX_HEADER_BYTES:
         raise ProtocolError(f"metadata of {len(data)} bytes, the limit is {MAX_HEADER_BYTES}")
@@ -37,12 +37,12 @@ def load(data: bytes) -> Any:
         return msgpack.unpackb(data, raw=False, ext_hook=_extension(1))
     except ProtocolError:
         raise
-    except Exception as e:  # msgpack documents no common base for what malformed input can raise
+    except Exception as e:  # msgpack documents no common base class for errors of malformed input
         raise ProtocolError(f"malformed metadata: {type(e).__name__}") from e
 
 
 def load_dict(data: bytes) -> dict[Any, Any]:
-    """As `load`, of a request's metadata; no bytes are an empty dict."""
+    """Unpacks a request's metadata as `load`; no bytes are an empty dict."""
     value = load(data) if data else {}
     if not isinstance(value, dict):
         raise ProtocolError(f"metadata must be a dict, got {type(value).__name__}")
@@ -56,7 +56,7 @@ def _extension(depth: int) -> Callable[[int, bytes], Any]:
         if code == _TUPLE:
             return tuple(msgpack.unpackb(data, raw=False, ext_hook=_extension(depth + 1)))
         if code == _DESCRIPTOR:
-            msgpack.unpackb(data, raw=False, ext_hook=_extension(depth + 1))  # or unpackb could recurse
+            msgpack.unpackb(data, raw=False, ext_hook=_extension(depth + 1))  # else `unpackb` could recurse
             return BatchTensorDescriptor.unpackb(data)
         raise ProtocolError(f"malformed metadata: unknown extension {code}")
 
@@ -64,7 +64,7 @@ def _extension(depth: int) -> Callable[[int, bytes], Any]:
 
 
 def pack_arguments(*arguments: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
-    """The distinct tensors, and the structure that says which argument is which: the same object takes one slot."""
+    """The distinct tensors, and the structure that maps arguments to them. A repeated object is sent once."""
     tensors: list[torch.Tensor] = []
     slots: dict[int, int] = {}
     for argument in arguments:
@@ -75,10 +75,10 @@ def pack_arguments(*arguments: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
 
 
 def unpack_arguments(tensors: Sequence[torch.Tensor], structure: Any) -> list[torch.Tensor]:
-    """The arguments of a call; without a structure they are the tensors in their order.
+    """The arguments of a call. Without a structure they are the tensors in order.
 
     Raises:
-        ProtocolError: the structure is none, or names tensors that were not sent.
+        ProtocolError: the structure is malformed, or names tensors that were not sent.
     """
     if structure is None:
         return list(tensors)
@@ -96,15 +96,15 @@ def _in_slot(tensors: Sequence[torch.Tensor], slot: Any) -> torch.Tensor:
     raise ProtocolError(f"args_structure names {slot!r:.40}, and {len(tensors)} tensors came with it")
 
 
-def error_text(code: ErrorCode, words: str) -> str:
-    """What one of our servers raises towards a Petals client; hivemind carries no more than text."""
-    return f"{code.value}: {words}"
+def error_text(code: ErrorCode, message: str) -> str:
+    """The text of an error for a Petals client; hivemind sends only text."""
+    return f"{code.value}: {message}"
 
 
 def parse_error(text: str) -> tuple[ErrorCode | None, str]:
-    """Code and words of an error that hivemind carried; no code if another kind of server wrote it."""
+    """Code and message of an error text; no code if another kind of server wrote it."""
     for code in ErrorCode:
-        _, found, words = text.partition(f"{code.value}: ")
+        _, found, message = text.partition(f"{code.value}: ")
         if found:
-            return code, words
+            return code, message
     return None, text

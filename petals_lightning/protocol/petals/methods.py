@@ -1,7 +1,7 @@
-"""The methods of a Petals server, by the names and types that hivemind derives from these classes.
+"""The methods of a Petals server, with the names and types that hivemind derives from these classes.
 
-`TransformerConnectionHandler.get_stub(p2p, peer)` calls them. They are answered elsewhere: a server registers handlers
-of its own under `method_name(...)`.
+`TransformerConnectionHandler.get_stub(p2p, peer)` calls them. The classes answer nothing: a server registers its own
+handlers under `method_name(...)`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from hivemind.proto import dht_pb2
 from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
 
 MAX_PART_BYTES = DEFAULT_MAX_MSG_SIZE
-"""Of a tensor, in one message of a stream."""
+"""Limit of a tensor's bytes in one message of a stream."""
 MAX_UNARY_BYTES = MAX_UNARY_PAYLOAD_SIZE
-"""Requests with more bytes of tensors go through the `_stream` methods; so must requests whose answers are larger."""
+"""Requests with more bytes of tensors need the `_stream` methods; so do requests with larger answers."""
 
 
 class TransformerConnectionHandler(ServicerBase):
@@ -62,5 +62,5 @@ class ReachabilityProtocol(ServicerBase):
 
 
 def method_name(name: str) -> str:
-    """The name on the wire of `rpc_…` of a Petals server."""
+    """The wire name of a Petals server's method `rpc_…`."""
     return f"{TransformerConnectionHandler.__name__}.{name}"

@@ -1,6 +1,6 @@
-"""A step of Petals' rpc_inference, and its push to the next server.
+"""A step of Petals' `rpc_inference`, and its push to the next server.
 
-Shapes: B batch, n new positions, P virtual tokens, H hidden size, L blocks.
+Shapes: see the legend in `petals_lightning.protocol`; n is the number of new positions, L of the blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_ID_CHARACTERS = 256
 
 @dataclass(frozen=True)
 class NextServer:
-    """Where a step's result is pushed: blocks [start, end) in session `session_id` of `peer` (base58)."""
+    """A server to push a step's result to: blocks [start, end) in session `session_id` of `peer` (base58)."""
 
     peer: str
     session_id: str
@@ -36,18 +36,18 @@ class NextServer:
 
 @dataclass
 class PetalsStep(PetalsInputs):
-    """Run the blocks on new positions of the session that the stream is; none of them ask only whether there is room.
+    """Run the blocks on new positions of the stream's session. A step without positions only asks for memory.
 
     Attributes:
         prompts: [L, B or 1, P, H] added to the first P of the new positions before each block, or None.
-        hypo_ids: [B] int64: sample i goes on from what sample hypo_ids[i] was; None: as they are.
+        hypo_ids: [B] int64: sample i continues from sample hypo_ids[i]; None: the order is unchanged.
         session_id: names the session for pushes.
-        step_id: a step that comes twice (from the client, and pushed) is run once.
-        start_from_position: drop what is kept behind it before this step; None goes on at the end.
-        max_length: room for so many positions; in the first step of a session, None in the others.
-        alloc_timeout: seconds to wait for room, in the first step.
-        next_servers: those that the result is pushed along, if there are no prompts.
-        pushed: it comes from another server.
+        step_id: identifies copies: a step that arrives twice (from the client, and pushed) runs once.
+        start_from_position: drop later positions before this step; None continues at the end.
+        max_length: memory for so many positions, in a session's first step; None in later ones.
+        alloc_timeout: seconds to wait for memory, in the first step.
+        next_servers: servers to push the result to, one after another, if there are no prompts.
+        pushed: another server sent it.
         points, active_adapter: as in `PetalsForward`, in the first step.
 
     Response: hidden [B, n, H].
@@ -66,7 +66,7 @@ class PetalsStep(PetalsInputs):
     active_adapter: str | None = None
 
     def to_parts(self) -> Parts:
-        """The fields that are not given are left out."""
+        """The step on the wire. Fields that are None are left out."""
         tensors, structure = pack_arguments(
             self.hidden,
             self.prompts if self.prompts is not None else dummy(),
@@ -87,7 +87,7 @@ class PetalsStep(PetalsInputs):
 
     @classmethod
     def from_parts(cls, parts: Parts) -> PetalsStep:
-        """Raises ProtocolError if a field has the wrong type, or shapes contradict each other."""
+        """Reads a step. Raises ProtocolError if a field has the wrong type, or shapes do not fit."""
         if not 1 <= len(parts.tensors) <= 3:
             raise ProtocolError(f"a step takes hidden states, prompts and hypo_ids, got {len(parts.tensors)} tensors")
         prefix, start, end = parse_chain(parts.uid)
@@ -134,7 +134,7 @@ def _identifier(metadata: dict[str, Any], name: str) -> str | None:
 
 
 def _next_servers(value: Any, end: int) -> list[NextServer]:
-    """Each goes on where the one before ends."""
+    """Reads the servers. The blocks of each begin where those before end."""
     if value is None:
         return []
     if not isinstance(value, (list, tuple)) or len(value) > _MAX_HOPS:

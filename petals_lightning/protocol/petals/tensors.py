@@ -1,4 +1,4 @@
-"""Tensors as hivemind's protobufs, whole or in parts. What comes in is checked before memory is allocated for it."""
+"""Tensors as hivemind's protobufs, whole or in parts. Received ones are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MEANSTD_16BIT = runtime_pb2.CompressionType.MEANSTD_16BIT
 QUANTILE_8BIT = runtime_pb2.CompressionType.QUANTILE_8BIT
 UNIFORM_8BIT = runtime_pb2.CompressionType.UNIFORM_8BIT
 COMPRESSIONS = {NONE, FLOAT16, MEANSTD_16BIT, QUANTILE_8BIT, UNIFORM_8BIT}
-"""All of hivemind's but BLOCKWISE_8BIT, which needs bitsandbytes."""
+"""All compressions of hivemind except BLOCKWISE_8BIT, which needs bitsandbytes."""
 
 _PIECE_VALUES = 1 << 18
-_CODEBOOK_BYTES = 8 + 4 * 256  # of the 8-bit compressions: the number of values, the values
+_CODEBOOK_BYTES = 8 + 4 * 256  # of the 8-bit compressions: the number of values, then the values
 
 
 def pack_tensor(tensor: torch.Tensor, compression: int = NONE) -> runtime_pb2.Tensor:
-    """A tensor as a protobuf; bfloat16 takes two bytes a value (by hivemind's default it takes four).
+    """A tensor as a protobuf. bfloat16 takes two bytes per value (by hivemind's default it takes four).
 
-    Compression is of floating tensors that are not empty; others go as they are.
+    Only floating tensors that are not empty are compressed.
 
     Raises:
-        ProtocolError: the compression is unknown, or cannot take this dtype.
+        ProtocolError: the compression is unknown, or does not support this dtype.
     """
     tensor = tensor.detach().cpu()
     if compression not in COMPRESSIONS:
@@ -47,7 +47,7 @@ def pack_tensor(tensor: torch.Tensor, compression: int = NONE) -> runtime_pb2.Te
 
 
 def num_values(packed: runtime_pb2.Tensor) -> int:
-    """How many values a tensor, or the first part of one, announces.
+    """The number of values that a tensor, or the first part of one, announces.
 
     Raises:
         ProtocolError: shape, dtype or compression are impossible or not supported.
@@ -68,11 +68,11 @@ def num_values(packed: runtime_pb2.Tensor) -> int:
 
 
 def packed_bytes(packed: runtime_pb2.Tensor) -> set[int]:
-    """The lengths that the buffer of an announced tensor may have. Raises ProtocolError as `num_values`."""
+    """The possible lengths of an announced tensor's buffer. Raises ProtocolError as `num_values`."""
     count = num_values(packed)
     match packed.compression:
         case compression if compression == NONE or not count:
-            legacy = {4 * count} if packed.dtype == "bfloat16" else set()  # hivemind's default: as float32
+            legacy = {4 * count} if packed.dtype == "bfloat16" else set()  # hivemind's default sends float32
             return {DTYPES[packed.dtype].itemsize * count} | legacy
         case compression if compression == FLOAT16:
             return {2 * count}
@@ -83,17 +83,17 @@ def packed_bytes(packed: runtime_pb2.Tensor) -> set[int]:
 
 
 def unpacked_bytes(packed: runtime_pb2.Tensor) -> int:
-    """Bytes of the tensor that an announced one becomes. Raises ProtocolError as `num_values`."""
+    """Bytes of an announced tensor when it is unpacked. Raises ProtocolError as `num_values`."""
     return num_values(packed) * DTYPES[packed.dtype].itemsize
 
 
 def unpack_tensor(packed: runtime_pb2.Tensor, buffer: bytes | bytearray | None = None) -> torch.Tensor:
-    """The tensor of a protobuf, or of the first part of one and the whole buffer.
+    """The tensor of a protobuf, or of a first part and the joined buffer.
 
-    Written here because hivemind's own (1.1.12) checks nothing, and fails on 8-bit tensors with numpy 2.4.
+    hivemind's own function (1.1.12) checks nothing, and fails on 8-bit tensors with numpy 2.4.
 
     Raises:
-        ProtocolError: as `num_values`, or the buffer has another length than is announced.
+        ProtocolError: as `num_values`, or the buffer does not have an announced length.
     """
     lengths, buffer = packed_bytes(packed), packed.buffer if buffer is None else buffer
     if len(buffer) not in lengths:
@@ -107,7 +107,7 @@ def unpack_tensor(packed: runtime_pb2.Tensor, buffer: bytes | bytearray | None =
         return torch.frombuffer(body, dtype=sent).to(dtype).reshape(shape)
     if packed.compression == FLOAT16:
         return torch.frombuffer(body, dtype=torch.float16).to(dtype).reshape(shape)
-    if packed.compression == MEANSTD_16BIT:  # in place, here and below: peers choose what is unpacked
+    if packed.compression == MEANSTD_16BIT:  # in place, here and below: peers choose the compression
         values = torch.frombuffer(body, dtype=torch.float16, count=count).float().reshape(shape)
         means, stds = (
             part.reshape(*shape[:-1], 1)
@@ -120,23 +120,23 @@ def unpack_tensor(packed: runtime_pb2.Tensor, buffer: bytes | bytearray | None =
     out = torch.empty(count, dtype=dtype)
     codes = torch.frombuffer(body, dtype=torch.uint8, offset=_CODEBOOK_BYTES)
     for piece, found in zip(codes.split(_PIECE_VALUES), out.split(_PIECE_VALUES), strict=True):
-        torch.index_select(values, 0, piece.int(), out=found)  # an index takes four bytes a value
+        torch.index_select(values, 0, piece.int(), out=found)  # indices take four bytes per value
     return out.reshape(shape)
 
 
 def split_tensor(packed: runtime_pb2.Tensor) -> Iterator[runtime_pb2.Tensor]:
-    """The parts of a tensor for a stream, each in a message of its own; the first announces the whole."""
+    """The parts of a tensor for a stream, one per message. The first one announces the whole tensor."""
     return split_for_streaming(packed, MAX_PART_BYTES)
 
 
 class TensorJoiner:
-    """Puts the tensors of a call together from its messages, in which they are whole or in parts.
+    """Joins the tensors of a call from its messages, in which they are whole or in parts.
 
     Args:
-        max_bytes: that all tensors of the call may announce, as they are in memory.
+        max_bytes: limit of the memory that all tensors of the call may announce.
         max_tensors: of the call.
-        reserve: told before memory is taken for bytes that have come: how much they take when they are unpacked.
-            What it raises ends the call.
+        reserve: called before memory is taken for arrived bytes, with the bytes that they take when unpacked. An error
+            that it raises ends the call.
     """
 
     def __init__(self, *, max_bytes: int, max_tensors: int, reserve: Callable[[int], None] = lambda num_bytes: None):
@@ -146,10 +146,10 @@ class TensorJoiner:
         self._buffer = bytearray()
         self._tensors: list[torch.Tensor] = []
         self.num_bytes = 0
-        """Reserved so far."""
+        """Bytes reserved so far."""
 
     def add(self, parts: Iterable[runtime_pb2.Tensor]) -> None:
-        """Raises ProtocolError if a limit is passed, or a part breaks the format."""
+        """Adds parts. Raises ProtocolError if one breaks a limit or the format."""
         for part in parts:
             if part.dtype:
                 self._finish()

@@ -1,4 +1,4 @@
-"""Protobufs with tensors, looked at before they are parsed: two bytes can become an object of eighty."""
+"""Protobufs with tensors, checked before they are parsed: two bytes can become an object of eighty."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from petals_lightning.errors import ProtocolError
 
 M = TypeVar("M", ExpertRequest, ExpertResponse)
 
-_TENSORS, _SIZE = 2, 2  # numbers of fields: of both messages, of a tensor
+_TENSORS, _SIZE = 2, 2  # field numbers: of both messages' tensors, of a tensor's size
 _MAX_FIELDS = 64  # of a message or of a tensor
 _MAX_SHAPE_BYTES = 64
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class CheckedType(Generic[M]):
-    """Parses a kind of message as the kind itself does, where hivemind takes a type.
+    """A message type that checks bytes before it parses them; for hivemind in place of the type itself.
 
     Raises:
-        ProtocolError: it would take far more memory than its bytes.
-        DecodeError: it is no such message.
+        ProtocolError: the parsed message would take far more memory than its bytes.
+        DecodeError: the bytes are not such a message.
     """
 
     def __init__(self, kind: type[M]):
@@ -42,7 +42,7 @@ REQUEST, RESPONSE = CheckedType(ExpertRequest), CheckedType(ExpertResponse)
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Numbers and values of the fields; values are empty but for those that are bytes."""
+    """Numbers and values of the fields. Only values of type bytes are returned; others are empty."""
     place, count = 0, 0
     while place < len(data):
         if (count := count + 1) > _MAX_FIELDS:
@@ -62,7 +62,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """A number, and where what follows it begins."""
+    """Reads a number; returns it and the index after it."""
     value = 0
     for shift in range(0, 70, 7):
         if place >= len(data):

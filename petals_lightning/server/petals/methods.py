@@ -1,4 +1,4 @@
-"""The methods of a Petals server: who may call them, what a call is charged with, and how it is answered."""
+"""The methods of a Petals server: access, charges and answers of their calls."""
 
 from __future__ import annotations
 
@@ -37,23 +37,24 @@ from petals_lightning.protocol.petals.methods import (
 from petals_lightning.protocol.petals.steps import PetalsStep
 from petals_lightning.protocol.petals.wire import REQUEST
 from petals_lightning.protocol.uids import parse_chain
-from petals_lightning.server.access import Gate
-from petals_lightning.server.backend import Backend, Refusal
-from petals_lightning.server.compute import Priority
+from petals_lightning.server.access.rules import Gate
+from petals_lightning.server.blocks.span import SpanInputs
+from petals_lightning.server.execution.compute import Priority
+from petals_lightning.server.petals.inference_stream import InferenceStream
 from petals_lightning.server.petals.reachability import CALL_ERRORS, Reachability
-from petals_lightning.server.petals.session import PetalsSession
 from petals_lightning.server.petals.stream import Arrival, CallStream, Charge, end, end_with_error
-from petals_lightning.server.span import SpanInputs
+from petals_lightning.server.refusal import Refusal
+from petals_lightning.server.resources import ServerResources
 
 logger = logging.getLogger(__name__)
 
-_MAX_UNARY_RESPONSE = MAX_PART_BYTES - MAX_HEADER_BYTES  # a larger one never arrives, and the caller hangs
+_MAX_UNARY_RESPONSE = MAX_PART_BYTES - MAX_HEADER_BYTES  # a larger response never arrives, and the caller hangs
 _PUSH_TIMEOUT = 10.0  # seconds
-_UNARY_COPIES = 6  # of a request: as it came, joined, and four bytes for one where it is compressed
+_UNARY_COPIES = 6  # of a request in memory: as received, joined, and up to four bytes per compressed one
 
 
 class CallFailed(Exception):
-    """What hivemind carries to the client of a unary call: its repr."""
+    """An error of a unary call; hivemind sends its `repr` to the client."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -66,20 +67,20 @@ class PetalsMethods:
     """Answers Petals clients.
 
     Args:
-        backend: of the server.
-        dht_prefix: name of the model, in blocks' uids.
+        resources: of the server.
+        dht_prefix: name of the model in the blocks' uids.
         p2p: this server's peer.
     """
 
-    def __init__(self, backend: Backend, dht_prefix: str, p2p: P2P):
-        self._backend, self._dht_prefix, self._p2p = backend, dht_prefix, p2p
-        self._sessions: dict[str, PetalsSession] = {}
+    def __init__(self, resources: ServerResources, dht_prefix: str, p2p: P2P):
+        self._resources, self._dht_prefix, self._p2p = resources, dht_prefix, p2p
+        self._sessions: dict[str, InferenceStream] = {}
         self.streams: dict[str, StreamMethod] = {
             method_name("rpc_forward_stream"): self._forward_stream,
             method_name("rpc_backward_stream"): self._backward_stream,
             method_name("rpc_inference"): self._inference,
         }
-        """The methods whose calls are streams, for `serve_stream`."""
+        """Methods whose calls are streams, by name; for `serve_stream`."""
 
     async def register(self) -> None:
         """Adds the unary methods to this server's peer."""
@@ -90,14 +91,14 @@ class PetalsMethods:
             ("rpc_push", self._push, REQUEST),
         ):
             await self._p2p.add_protobuf_handler(method_name(name), partial(self.answer_unary, method), kind)
-        await Reachability(self._backend, self._p2p).register()
+        await Reachability(self._resources, self._p2p).register()
 
     async def answer_unary(
         self, method: Callable[[Any, str], Awaitable[Any]], request: Any, context: P2PContext
     ) -> Any:
-        """One unary call. Raises CallFailed."""
+        """Answers one unary call. Raises CallFailed."""
         peer = context.remote_id.to_base58()
-        self._backend.under_way += 1
+        self._resources.open_requests += 1
         try:
             charge = self._let_in(peer)
             try:
@@ -108,13 +109,13 @@ class PetalsMethods:
         except Exception as e:
             raise CallFailed(self._error(e, peer)) from None
         finally:
-            self._backend.under_way -= 1
+            self._resources.open_requests -= 1
 
     async def serve_stream(
         self, method: StreamMethod, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """One call that is a stream, until it is answered or the client has gone."""
-        peer, limits = info.peer_id.to_base58(), self._backend.limits
+        """Serves one call that is a stream, until it is answered or the client leaves."""
+        peer, limits = info.peer_id.to_base58(), self._resources.limits
         try:
             charge = self._let_in(peer, has_stream=True)
         except Refusal as e:
@@ -123,21 +124,12 @@ class PetalsMethods:
         room = limits.max_message_bytes + MAX_HEADER_BYTES
         idle = limits.cache_lifetime if method == self._inference else None
         stream = CallStream(reader, writer, charge, max_message_bytes=room, idle_timeout=idle)
-        answering = asyncio.create_task(self._answer(method, stream, peer))
-        reading = asyncio.create_task(stream.read_on())
-        error = None
         try:
-            await asyncio.wait({answering, reading}, return_when=asyncio.FIRST_COMPLETED)
-            error = answering.result() if answering.done() else None
+            error = await self._answer_while_connected(method, stream, peer)
         except BaseException:
             writer.close()
             raise
         finally:
-            answering.cancel()
-            reading.cancel()
-            for result in await asyncio.gather(answering, reading, return_exceptions=True):
-                if isinstance(result, Exception):
-                    logger.error("a call of …%s ended in disorder", peer[-6:], exc_info=result)
             stream.close()
             charge.close()
         if error is not None:
@@ -146,14 +138,28 @@ class PetalsMethods:
             await end(reader, writer)
 
     def _let_in(self, peer: str, *, has_stream: bool = False) -> Charge:
-        gate = Gate(self._backend.rules, peer, self._backend.peer_id)
+        gate = Gate(self._resources.rules, peer, self._resources.peer_id)
         if not gate.is_open:
             raise Refusal(ErrorCode.NOT_ALLOWED, gate.refusal().fields["message"])
         self._check_staying()
-        return Charge(self._backend.accounts, peer, has_stream=has_stream)
+        return Charge(self._resources.quotas, peer, has_stream=has_stream)
+
+    async def _answer_while_connected(self, method: StreamMethod, stream: CallStream, peer: str) -> str | None:
+        """As `_answer`; None also if the client leaves before its answer."""
+        error = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                answering = tasks.create_task(self._answer(method, stream, peer))
+                reading = tasks.create_task(stream.read_on())
+                answering.add_done_callback(lambda done: reading.cancel())
+                reading.add_done_callback(lambda done: answering.cancel())
+            error = answering.result() if not answering.cancelled() else None
+        except* Exception as e:
+            logger.error("a call of …%s ended in disorder", peer[-6:], exc_info=e)
+        return error
 
     async def _answer(self, method: StreamMethod, stream: CallStream, peer: str) -> str | None:
-        """Returns the words of an error."""
+        """Runs a method; returns the message of an error."""
         try:
             await method(stream, peer)
         except ConnectionError:
@@ -163,23 +169,23 @@ class PetalsMethods:
         return None
 
     def _error(self, error: Exception, peer: str) -> str:
-        refusal = self._backend.refusal(error, peer)
+        refusal = self._resources.refusal(error, peer)
         return error_text(refusal.code, str(refusal))
 
     async def _info(self, request: ExpertUID, peer: str) -> ExpertInfo:
-        span = self._backend.span
-        info = ServerInfo(__version__, self._backend.cache_tokens_left)
+        span = self._resources.span
+        info = ServerInfo(__version__, self._resources.cache_tokens_left)
         if request.uid:
             self._check_served(*parse_chain(request.uid))
             info = replace(info, hidden_size=span.hidden_size, dtype=span.dtype)
         return info.to_message()
 
     async def _forward_unary(self, request: ExpertRequest, peer: str) -> ExpertResponse:
-        parts = read_request(request, max_bytes=self._backend.limits.max_message_bytes)
+        parts = read_request(request, max_bytes=self._resources.limits.max_message_bytes)
         return _fit_for_unary(await self._forward(parts, peer))
 
     async def _backward_unary(self, request: ExpertRequest, peer: str) -> ExpertResponse:
-        parts = read_request(request, max_bytes=self._backend.limits.max_message_bytes)
+        parts = read_request(request, max_bytes=self._resources.limits.max_message_bytes)
         return _fit_for_unary(await self._backward(parts, peer))
 
     async def _forward_stream(self, stream: CallStream, peer: str) -> None:
@@ -191,64 +197,64 @@ class PetalsMethods:
     async def _whole(
         self, method: Callable[[Parts, str], Awaitable[ExpertResponse]], stream: CallStream, peer: str
     ) -> None:
-        """A call whose request and response come in parts; it stays charged until the response is written."""
-        joiner = RequestJoiner(max_bytes=self._backend.limits.max_message_bytes, reserve=stream.charge.reserve)
+        """Answers a call whose request and response come in parts. It is charged until the response is written."""
+        joiner = RequestJoiner(max_bytes=self._resources.limits.max_message_bytes, reserve=stream.charge.reserve)
         while (arrival := await stream.next()) is not None:
             try:
                 joiner.add(arrival.message)
             finally:
                 arrival.release()
-        self._backend.under_way += 1
+        self._resources.open_requests += 1
         try:
-            parts = await asyncio.to_thread(joiner.finish)  # copies what may be a GiB
+            parts = await asyncio.to_thread(joiner.finish)  # copies up to a GiB
             response = await method(parts, peer)
             del joiner, parts
             stream.charge.reserve(response.ByteSize())
             for message in split_response(response):
                 await stream.send(message)
         finally:
-            self._backend.under_way -= 1
+            self._resources.open_requests -= 1
 
     async def _forward(self, parts: Parts, peer: str) -> ExpertResponse:
         request = PetalsForward.from_parts(parts)
         self._admit(request)
-        span = self._backend.span
+        span = self._resources.span
 
         @torch.no_grad()
         def compute() -> ExpertResponse:
             out, _ = span.forward(self._inputs(request))
             return to_response([out], request.output_compression)
 
-        return (await self._backend.compute.run(Priority.FORWARD, compute, client=peer)).value
+        return (await self._resources.compute.run(Priority.FORWARD, compute, client=peer)).value
 
     async def _backward(self, parts: Parts, peer: str) -> ExpertResponse:
         request = PetalsBackward.from_parts(parts)
         self._admit(request)
-        span = self._backend.span
+        span = self._resources.span
 
         def compute() -> ExpertResponse:
             graph = span.forward_with_graph(self._inputs(request), input_grad=True)
             grads = span.backward(graph, request.grad, None)
             return to_response([grad.to(span.dtype) for grad in grads.values()], request.output_compression)
 
-        return (await self._backend.compute.run(Priority.BACKWARD, compute, client=peer)).value
+        return (await self._resources.compute.run(Priority.BACKWARD, compute, client=peer)).value
 
     def _inputs(self, request: PetalsForward | PetalsBackward) -> SpanInputs:
         prompts = request.prompts
-        if prompts is not None:  # their gradients are per sample, even where samples share them
-            prompts = self._backend.span.transfers.to_device(prompts).expand(-1, len(request.hidden), -1, -1)
+        if prompts is not None:  # gradients are per sample, even if samples share prompts
+            prompts = self._resources.span.transfers.to_device(prompts).expand(-1, len(request.hidden), -1, -1)
         return SpanInputs(request.start, request.end, request.hidden, deep=prompts)
 
     async def _inference(self, stream: CallStream, peer: str) -> None:
-        await PetalsSession(
-            self._backend, peer, stream, admit=self._admit, push=self._send_push, sessions=self._sessions
+        await InferenceStream(
+            self._resources, peer, stream, admit=self._admit, push=self._send_push, sessions=self._sessions
         ).serve()
 
     async def _push(self, request: ExpertRequest, peer: str) -> ExpertResponse:
         session_id = load_dict(request.metadata).get("session_id")
         session = self._sessions.get(session_id) if isinstance(session_id, str) else None
-        if session is not None and request.tensors:  # or it is over, or has not begun: the client sends its own copy
-            charge = Charge(self._backend.accounts, peer)
+        if session is not None and request.tensors:  # else it has ended or not begun; the client sends its own copy
+            charge = Charge(self._resources.quotas, peer)
             try:
                 charge.reserve(request.ByteSize())
                 taken = session.offer(Arrival(request, charge.close, pushed=True))
@@ -260,7 +266,7 @@ class PetalsMethods:
         return ExpertResponse()
 
     async def _send_push(self, peer: str, request: ExpertRequest) -> None:
-        """Spares the client's next server the wait for the client; if it fails, nothing is lost but that."""
+        """Pushes a step to the next server, so that it need not wait for the client. A failure loses nothing else."""
         if request.ByteSize() > MAX_UNARY_BYTES:
             return
         try:
@@ -275,14 +281,14 @@ class PetalsMethods:
         self._check_served(request.prefix, request.start, request.end)
         if request.active_adapter is not None:
             raise Refusal(ErrorCode.NOT_SERVED, f"no adapter {request.active_adapter!r:.60} here, nor any other")
-        self._backend.check_size(request.start, request.end, request.hidden)
+        self._resources.check_size(request.start, request.end, request.hidden)
         if request.prompts is not None:
             num_bytes = request.prompts[:, 0].numel() * len(request.hidden) * request.prompts.element_size()
-            if num_bytes > (limit := self._backend.limits.max_message_bytes):
+            if num_bytes > (limit := self._resources.limits.max_message_bytes):
                 raise ProtocolError(f"prompts for all samples take {num_bytes} bytes, the limit is {limit}")
 
     def _check_served(self, prefix: str, start: int, end: int) -> None:
-        span = self._backend.span
+        span = self._resources.span
         if prefix != self._dht_prefix or not span.start <= start < end <= span.end:
             raise Refusal(
                 ErrorCode.NOT_SERVED,
@@ -291,7 +297,7 @@ class PetalsMethods:
             )
 
     def _check_staying(self) -> None:
-        if self._backend.leaving:
+        if self._resources.leaving:
             raise Refusal(ErrorCode.LEAVING, "the server is shutting down")
 
 

@@ -1,0 +1,132 @@
+"""Runs a range of hosted blocks through the code of the model's own class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from petals_lightning.errors import UnsupportedModelError
+from petals_lightning.hf.compat import cache_name
+from petals_lightning.hf.pruning import BlockLayout, sliced_config
+from petals_lightning.server.blocks.kv_cache import SpanCache
+
+
+@dataclass
+class BlockPass:
+    """One pass through blocks [start, end).
+
+    Attributes:
+        hidden: [B, S, H] enters the first block.
+        deep: [blocks, P, H] or [blocks, B, P, H] added before each block to the first P positions, or None.
+        output: [B, S, H] of the last block, once it has run.
+    """
+
+    start: int
+    end: int
+    hidden: torch.Tensor
+    deep: torch.Tensor | None
+    output: torch.Tensor | None = None
+
+
+class BlockRunner:
+    """Runs blocks of a pruned model. Hooks on the blocks set their inputs and collect the output.
+
+    Args:
+        model: the pruned model.
+        layout: where its blocks are.
+        start: number of its first block in the full model.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: BlockLayout, start: int):
+        self._model, self._layout, self._start = model, layout, start
+        self._blocks, self._config = list(layout.blocks(model)), model.config
+        self._cache_name = cache_name(model)
+        self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+        self._slices: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
+        self._running: BlockPass | None = None
+        for number, block in enumerate(self._blocks, start):
+            block.register_forward_pre_hook(self._before_block(number))
+            block.register_forward_hook(self._after_block(number))
+
+    def run(
+        self,
+        blocks: BlockPass,
+        cache: SpanCache | None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs a pass and returns its output [B, S, H].
+
+        Args:
+            blocks: the pass.
+            cache: keys and values before `hidden`, which the pass extends; None: no cache.
+            attention_mask: [B, positions in the cache and new], 0 at padding; None: no padding.
+            position_ids: [B, S]; None: they follow the cache. Ignored by families that take positions from the mask.
+        """
+        padding: dict[str, torch.Tensor] = {}
+        if attention_mask is not None:
+            padding["attention_mask"] = attention_mask.long()
+        if position_ids is not None and self._takes_position_ids:
+            padding["position_ids"] = position_ids
+        with self._sliced(blocks.start, blocks.end):
+            self._running = blocks
+            try:
+                cached = {self._cache_name: cache, "use_cache": cache is not None}
+                self._model(inputs_embeds=blocks.hidden, **cached, **padding)
+            finally:
+                self._running = None
+        if blocks.output is None:
+            raise UnsupportedModelError(f"{type(self._model).__name__} left out its last block")
+        return blocks.output
+
+    @contextmanager
+    def _sliced(self, start: int, end: int) -> Iterator[None]:
+        """Makes the model look as if it had only blocks [start, end)."""
+        first, last = start - self._start, end - self._start
+        if (first, last) == (0, len(self._blocks)):
+            yield
+            return
+        if (first, last) not in self._slices:
+            self._slices[first, last] = (
+                nn.ModuleList(self._blocks[first:last]),
+                sliced_config(self._config, first, last),
+            )
+        blocks, config = self._slices[first, last]
+        owner, all_blocks = self._layout.owner(self._model), self._layout.blocks(self._model)
+        self._layout.set_blocks(self._model, blocks)
+        owner.config = config
+        try:
+            yield
+        finally:
+            self._layout.set_blocks(self._model, all_blocks)
+            owner.config = self._config
+
+    def _before_block(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            running = self._running
+            assert running is not None
+            # The first block takes the hidden states as they arrived, not as the owner scaled or normalised them.
+            hidden = running.hidden if number == running.start else args[0]
+            if running.deep is not None:
+                deep = running.deep[number - running.start]
+                hidden = hidden + nn.functional.pad(deep, (0, 0, 0, hidden.shape[1] - deep.shape[-2]))
+            return (hidden, *args[1:])
+
+        return hook
+
+    def _after_block(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            running = self._running
+            assert running is not None
+            if number == running.end - 1:
+                running.output = output[0] if isinstance(output, tuple) else output
+
+        return hook

@@ -1,0 +1,123 @@
+"""Tests at load, on random hidden states: whether a family's blocks can be served, and what they allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from petals_lightning.errors import UnsupportedModelError
+from petals_lightning.hf.checkpoint import refusing
+from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
+
+_TOKENS, _SAME = 8, 5  # tokens of a sample; tokens that are the same in both samples
+_SHORT = 2
+
+
+def check_family(span: BlockSpan) -> None:
+    """Checks that blocks give the same one by one as in one pass, and read no later positions.
+
+    Families that are refused here would give wrong results silently: blocks that pass each other more than hidden
+    states, and bidirectional attention, where padding and the prefix would count.
+
+    Raises:
+        UnsupportedModelError: a check fails, or the blocks do not run at all. The message is one line.
+    """
+    name = f"{type(span.model).__name__} ({span.model.config.model_type})"
+    hidden = torch.randn(2, _TOKENS, span.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden[1, :_SAME] = hidden[0, :_SAME]
+    with refusing(f"{name} cannot be split: its blocks do not run by themselves"):
+        graph = span.forward_with_graph(SpanInputs(span.start, span.end, hidden), input_grad=True)
+        whole = graph.outputs[0].detach()
+        span.backward(graph, torch.ones_like(whole), None)
+        with torch.no_grad():
+            pieces = hidden
+            for number in range(span.start, span.end):
+                pieces, _ = span.forward(SpanInputs(number, number + 1, pieces))
+            # Doge of transformers 5.10 looks ahead in samples that are shorter than its window, and only there.
+            short, _ = span.forward(SpanInputs(span.start, span.end, hidden[:, :_SHORT]))
+    if whole.shape != hidden.shape:
+        raise UnsupportedModelError(
+            f"{name} cannot be split: its blocks make {tuple(whole.shape)} of hidden states {tuple(hidden.shape)}"
+        )
+    if not _is_same(span, pieces, whole):
+        raise UnsupportedModelError(
+            f"{name} cannot be split: its blocks give other results one by one than together, so they read more than "
+            "the hidden states of the block before them"
+        )
+    if not (_is_same(span, whole[1, :_SAME], whole[0, :_SAME]) and _is_same(span, short, whole[:, :_SHORT])):
+        raise UnsupportedModelError(
+            f"{name} is not served: its attention is bidirectional. Positions read later ones, so padding "
+            "would change every result"
+        )
+
+
+@torch.no_grad()
+def verify_sessions(span: BlockSpan) -> bool:
+    """Whether positions give the same step by step, after their keys and values, as all at once.
+
+    False for families that keep another state (recurrent, convolutional): they serve training and evaluation only.
+    """
+    hidden = torch.randn(2, _TOKENS, span.hidden_size, generator=torch.Generator().manual_seed(0)).to(span.device)
+
+    layers = [GrowingLayer(_TOKENS) for _ in span.blocks]
+
+    def steps() -> torch.Tensor:
+        pieces = hidden.split([_SAME, *[1] * (_TOKENS - _SAME)], dim=1)
+        cache = SpanCache(layers, 0)
+        return torch.cat([span.step(span.start, span.end, piece, cache) for piece in pieces], dim=1)
+
+    same = same_outputs(span, steps, lambda: span.forward(SpanInputs(span.start, span.end, hidden))[0])
+    return same and all(layer.get_seq_length() == _TOKENS for layer in layers)
+
+
+def same_outputs(span: BlockSpan, *ways: Callable[[], torch.Tensor]) -> bool:
+    """Whether two ways to run a span give the same up to rounding; False if the family's code refuses one."""
+    try:
+        outputs = [run().float() for run in ways]
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError, ValueError):
+        return False
+    return _is_same(span, *outputs)
+
+
+def _is_same(span: BlockSpan, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    found, expected = found.float(), expected.float()
+    tolerance = 1e-4 if span.dtype == torch.float32 else 5e-2
+    return found.shape == expected.shape and bool((found - expected).norm() / expected.norm() < tolerance)
+
+
+def verify_shared_prefix(span: BlockSpan) -> bool:
+    """Whether running the prefix once gives the same as the concatenated batch.
+
+    False for families with unusual attention, such as a state that samples change. For these the server runs the
+    concatenated batch; clients see no difference.
+    """
+    return _changes_nothing(span, "share_prefix")
+
+
+def verify_skipping(span: BlockSpan) -> bool:
+    """Whether the positions that are read have the same outputs if the last block skips the others.
+
+    False for families whose last block keeps no keys and values; it then runs on all positions.
+    """
+    return _changes_nothing(span, "skips_unread", rows=[2, 5, 14])
+
+
+@torch.no_grad()
+def _changes_nothing(span: BlockSpan, option: str, rows: list[int] | None = None) -> bool:
+    """Whether a span's outputs are the same with and without an option; `rows` index three samples of five tokens."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 5, span.hidden_size, generator=generator)
+    prefix = torch.randn(3, span.hidden_size, generator=generator)
+    read = torch.tensor(rows) if rows is not None else None
+    inputs, chosen = SpanInputs(span.start, span.end, hidden, prefix, rows=read), getattr(span, option)
+
+    def outputs(value: bool) -> torch.Tensor:
+        setattr(span, option, value)
+        return span.forward(inputs)[0]
+
+    try:
+        return same_outputs(span, lambda: outputs(True), lambda: outputs(False))
+    finally:
+        setattr(span, option, chosen)

@@ -1,0 +1,305 @@
+"""The blocks that a server holds: forward, backward and session steps on tensors.
+
+Shapes: see the legend in `petals_lightning.protocol`; n is the number of blocks that a call runs.
+
+The prefix runs once, with batch 1: with causal attention its hidden states do not depend on the samples after it. The
+batch then shares its keys and values. So each sample costs S positions instead of P + S, and outputs and gradients are
+those of the concatenated batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from petals_lightning.hf.context_limits import rotary_limit, sliding_window
+from petals_lightning.hf.pruning import BlockLayout
+from petals_lightning.protocol.tensors import is_same
+from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
+from petals_lightning.server.blocks.cpu_decoding import threads_for
+from petals_lightning.server.blocks.kv_cache import SpanCache
+from petals_lightning.server.blocks.prefix_cache import KeysTaken, PrefixCache
+from petals_lightning.server.blocks.transfers import Transfers
+
+
+@dataclass
+class SpanInputs:
+    """The inputs of blocks [start, end). The span moves them to its device.
+
+    Attributes:
+        hidden: [B, S, H].
+        prefix: [P, H] hidden states of the prefix, or None without prompts.
+        deep: [n, P, H] prompts added before each block, or None. Without a prefix they are added to the first P
+            positions of `hidden`, and may be [n, B, P, H].
+        rows: [N] indices into the B·S positions whose outputs to return, on the host; None returns all.
+    """
+
+    start: int
+    end: int
+    hidden: torch.Tensor
+    prefix: torch.Tensor | None = None
+    deep: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+
+@dataclass(eq=False)
+class PrefixRun:
+    """The prefix's pass through blocks. The micro-batches of a step may share its keys and values.
+
+    Attributes:
+        inputs: of the request that it was run for.
+        leaves: with a graph, the tensors that gradients are computed for: `prefix`, and `deep` if there is one.
+        output: [P, H].
+    """
+
+    inputs: SpanInputs
+    leaves: dict[str, torch.Tensor]
+    cache: PrefixCache
+    output: torch.Tensor
+
+    def fits(self, other: SpanInputs) -> bool:
+        """Whether the prefix of other inputs would give the same result."""
+        own = self.inputs
+        same_prompts = is_same(own.prefix, other.prefix) and is_same(own.deep, other.deep)
+        return (own.start, own.end) == (other.start, other.end) and same_prompts
+
+
+@dataclass
+class SpanGraph:
+    """A forward whose autograd graph is kept. `leaves` are the inputs that gradients are computed for.
+
+    With a `prefix_run` the graph ends at the prefix's keys and values, which are its leaves too (`keys_and_values`).
+    From there gradients go through the graph of that run, which other micro-batches may share.
+    """
+
+    inputs: SpanInputs
+    outputs: list[torch.Tensor]
+    leaves: dict[str, torch.Tensor]
+    num_bytes: int = 0
+    prefix_run: PrefixRun | None = None
+    keys_and_values: PrefixCache | None = None
+
+
+class BlockSpan:
+    """Blocks [start, end) of a model, pruned from its own class.
+
+    Args:
+        model: the pruned model (`hf.load_pruned`), on its device, frozen, in eval mode.
+        layout: where its blocks are.
+        start: number of its first block in the full model.
+
+    Attributes:
+        share_prefix: whether the prefix may run once for the batch (tested by `verify_shared_prefix`).
+        skips_unread: whether the last block may skip positions that are not read (`verify_skipping`).
+        has_sessions: whether the blocks keep nothing but keys and values (`verify_sessions`).
+        batches_sessions: whether sessions of different lengths may run as one batch (`verify_batched_decoding`).
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: BlockLayout, start: int):
+        self.model, self.layout, self.start = model, layout, start
+        self.blocks = list(layout.blocks(model))
+        self.end = start + len(self.blocks)
+        self.share_prefix = self.skips_unread = self.batches_sessions = self.has_sessions = True
+        parameter = next(model.parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
+        self.transfers = Transfers(self.device)
+        self.hidden_size = model.config.get_text_config().hidden_size
+        self.rotary_limit, self._window = rotary_limit(model.config), sliding_window(model.config)
+        self._weight_bytes = [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
+        self._runner = BlockRunner(model, layout, start)
+
+    def weight_bytes(self, start: int, end: int) -> int:
+        """Bytes of the weights of blocks [start, end)."""
+        return sum(self._weight_bytes[start - self.start : end - self.start])
+
+    def forward(
+        self, inputs: SpanInputs, prefix_cache: PrefixCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns outputs [B, S, H] (or [N, H] with `rows`), and the prefix's [P, H] if the call runs a prefix.
+
+        Runs in the caller's gradient mode. With a `prefix_cache` the prefix was run before.
+        """
+        hidden, prefix = self._moved(inputs.hidden), inputs.prefix
+        prefix_out = None
+        if prefix is None:
+            out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._deep(inputs)), None)
+        elif self.shares_prefix(len(prefix), hidden.shape[1]):
+            if prefix_cache is None:
+                run = self.run_prefix(inputs, {})
+                prefix_cache, prefix_out = run.cache, run.output
+            if self.skips_unread and self._reads_one_each(inputs, len(prefix)):
+                return self._run_skipping_unread(inputs, hidden, prefix_cache), prefix_out
+            out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, None), prefix_cache)
+        else:
+            count = len(prefix)
+            both = torch.cat([self._moved(prefix).expand(len(hidden), -1, -1), hidden], dim=1)
+            both = self._runner.run(BlockPass(inputs.start, inputs.end, both, self._deep(inputs)), None)
+            # Every sample carries the same prefix, so each has its output. The mean splits its gradient among them.
+            prefix_out, out = both[:, :count].mean(0), both[:, count:]
+        if inputs.rows is not None:
+            out = out.reshape(-1, out.shape[-1])[self.transfers.to_device(inputs.rows)]
+        return out, prefix_out
+
+    def run_prefix(self, inputs: SpanInputs, leaves: dict[str, torch.Tensor]) -> PrefixRun:
+        """Runs the prefix of `inputs` with batch 1; `leaves` replace the inputs of the same names."""
+        tracked = _with_leaves(inputs, leaves)
+        assert tracked.prefix is not None
+        cache = PrefixCache(len(self.blocks), inputs.start - self.start)
+        call = BlockPass(inputs.start, inputs.end, self._moved(tracked.prefix)[None], self._deep(tracked))
+        return PrefixRun(inputs, leaves, cache, self._runner.run(call, cache)[0])
+
+    def _reads_one_each(self, inputs: SpanInputs, prefix: int) -> bool:
+        """Whether one position of each sample is read, as by a classifier, and no sliding window is in effect.
+
+        (In a window, padding after the position would count.)
+
+        Args:
+            prefix: positions before each sample.
+        """
+        (batch, tokens, _), rows = inputs.hidden.shape, inputs.rows
+        if rows is None or len(rows) != batch or (self._window is not None and prefix + tokens > self._window):
+            return False
+        return torch.equal(rows // tokens, torch.arange(batch))
+
+    def _run_skipping_unread(self, inputs: SpanInputs, hidden: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
+        """Outputs [B, H] of the one position of each sample that is read.
+
+        In the last block it needs only the keys and values of the others. So that block runs on all positions until it
+        hands these to its cache, which ends the pass, and then on the positions that are read.
+
+        Args:
+            hidden: [B, S, H], the inputs' in the blocks' dtype.
+            cache: of the prefix, which has run.
+        """
+        assert inputs.rows is not None
+        (batch, tokens, _), last = hidden.shape, inputs.end - 1
+        if last > inputs.start:
+            hidden = self._runner.run(BlockPass(inputs.start, last, hidden, None), cache)
+        taken = cache.taking(last - self.start)
+        with suppress(KeysTaken):
+            self._runner.run(BlockPass(last, inputs.end, hidden, None), taken)
+            raise NotImplementedError("the block keeps no keys and values")
+        at, held = self.transfers.to_device(inputs.rows % tokens), taken.get_seq_length() + 1
+        positions = (held - tokens + at)[:, None]
+        mask = torch.arange(held, device=at.device) <= positions
+        read = hidden[torch.arange(batch, device=at.device), at][:, None]
+        return self.step(last, inputs.end, read, taken, attention_mask=mask, position_ids=positions)[:, 0]
+
+    def _deep(self, inputs: SpanInputs) -> torch.Tensor | None:
+        return self._moved(inputs.deep) if inputs.deep is not None else None
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.transfers.to_device(tensor).to(self.dtype)
+
+    def _leaves(self, inputs: SpanInputs, *names: str) -> dict[str, torch.Tensor]:
+        given = {name: tensor for name in names if (tensor := getattr(inputs, name)) is not None}
+        return {name: self.transfers.to_device(tensor).detach().requires_grad_() for name, tensor in given.items()}
+
+    def shares_prefix(self, prefix: int, tokens: int) -> bool:
+        """Whether a prefix of this many positions runs once for samples of this many tokens.
+
+        It does not if the samples need other rotary factors than the prefix alone would.
+
+        Raises:
+            ProtocolError: the model cannot be served at this length.
+        """
+        limit = self.rotary_limit
+        return not (limit is not None and limit.uses_long_factors(prefix + tokens)) and self.share_prefix
+
+    def forward_with_graph(
+        self, inputs: SpanInputs, *, input_grad: bool, prefix_run: PrefixRun | None = None
+    ) -> SpanGraph:
+        """Runs `forward` and keeps the autograd graph.
+
+        Args:
+            input_grad: whether `hidden` needs a gradient.
+            prefix_run: of an earlier call; reused if its inputs are the same.
+        """
+        leaves = self._leaves(inputs, "hidden") if input_grad else {}
+        with torch.enable_grad():
+            if inputs.prefix is None or not self.shares_prefix(len(inputs.prefix), inputs.hidden.shape[1]):
+                leaves |= self._leaves(inputs, "prefix", "deep")
+                out, prefix_out = self.forward(_with_leaves(inputs, leaves))
+                return SpanGraph(inputs, [out] if prefix_out is None else [out, prefix_out], leaves)
+            if prefix_run is None or not prefix_run.fits(inputs):
+                prefix_run = self.run_prefix(inputs, self._leaves(inputs, "prefix", "deep"))
+            leaves |= prefix_run.leaves
+            cut = prefix_run.cache.detached()
+            out, _ = self.forward(_with_leaves(inputs, leaves), cut)
+        return SpanGraph(inputs, [out, prefix_run.output], leaves, prefix_run=prefix_run, keys_and_values=cut)
+
+    def backward(
+        self, graph: SpanGraph, grad: torch.Tensor, grad_prefix: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Returns gradients by leaf name, in the leaves' shapes. Those of prompts are summed over the batch.
+
+        Args:
+            graph: consumed by the call.
+            grad: in the shape of the forward's output.
+            grad_prefix: [P, H], or None if no later block reads the prefix.
+        """
+        run, leaves, to_device = graph.prefix_run, graph.leaves, self.transfers.to_device
+        pairs, of_prefix = [(graph.outputs[0], to_device(grad))], []
+        if len(graph.outputs) > 1 and grad_prefix is not None:
+            of_prefix = [(graph.outputs[1], to_device(grad_prefix))]
+        if run is None:
+            grads = _gradients([*pairs, *of_prefix], leaves)
+        else:
+            assert graph.keys_and_values is not None
+            ends = {name: leaf for name, leaf in leaves.items() if name == "hidden"}
+            found = _gradients(pairs, ends | dict(enumerate(graph.keys_and_values.tensors())))
+            grads = {name: grad for name, grad in found.items() if name == "hidden"}
+            of_prefix += [(made, found[i]) for i, made in enumerate(run.cache.tensors()) if i in found]
+            grads |= _gradients(of_prefix, run.leaves, retain_graph=True)  # other micro-batches may need this graph
+        return {name: grads[name] if name in grads else torch.zeros_like(leaf) for name, leaf in leaves.items()}
+
+    def step(
+        self,
+        start: int,
+        end: int,
+        hidden: torch.Tensor,
+        cache: SpanCache,
+        *,
+        deep: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs new positions [B, n, H] after those in `cache`, and adds their keys and values to it.
+
+        Args:
+            deep: [blocks, P, H] or [blocks, B, P, H] added before each block to the first P of the new positions.
+            attention_mask: [B, positions in the cache and new], 0 at padding; None: no padding.
+            position_ids: [B, n]; None: they follow the cache. Ignored by families that take positions from the mask.
+        """
+        blocks = BlockPass(start, end, hidden.to(self.dtype), deep.to(self.dtype) if deep is not None else None)
+        with threads_for(blocks.hidden, cache.get_seq_length()):
+            return self._runner.run(blocks, cache, attention_mask=attention_mask, position_ids=position_ids)
+
+
+def _with_leaves(inputs: SpanInputs, leaves: dict[str, torch.Tensor]) -> SpanInputs:
+    return SpanInputs(**{**vars(inputs), **leaves})
+
+
+def _gradients(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], inputs: Mapping[Any, torch.Tensor], retain_graph: bool = False
+) -> dict[Any, torch.Tensor]:
+    """Gradients by name of those `inputs` that the outputs depend on.
+
+    Args:
+        pairs: outputs and their gradients.
+        inputs: by name.
+        retain_graph: whether the graph is used again.
+    """
+    pairs = [(out, grad.to(out)) for out, grad in pairs if out.requires_grad]
+    if not pairs or not inputs:
+        return {}
+    found = torch.autograd.grad(
+        [out for out, _ in pairs], list(inputs.values()), [grad for _, grad in pairs],
+        allow_unused=True, retain_graph=retain_graph,
+    )  # fmt: skip
+    return {name: grad for name, grad in zip(inputs, found, strict=True) if grad is not None}

@@ -1,0 +1,70 @@
+"""The options of a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.options import FINITE_ABOVE_0, Rule, described, option
+from petals_lightning.server.access.limits import ServerLimits
+
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def parse_block_indices(text: str) -> tuple[int, int]:
+    """`a:b` as (a, b).
+
+    Raises:
+        ConfigurationError: it is not of that form.
+    """
+    try:
+        start, end = (int(part) for part in text.split(":"))
+    except ValueError as e:
+        raise ConfigurationError(f"--block-indices {text!r}: give START:END, END exclusive, e.g. 0:16") from e
+    return start, end
+
+
+@described
+@dataclass(frozen=True)
+class ServerConfig(ServerLimits):
+    """What a server holds, offers and grants. This is the only place where these options are declared.
+
+    `Server`, the flags of `petals-lightning serve`, the servers of `LocalSwarm`, and docs/options.md follow from the
+    fields of this class and of `ServerLimits`.
+    """
+
+    block_indices: tuple[int, int] | None = option(
+        None, "Blocks to hold, START:END with END exclusive.", metavar="START:END", parse=parse_block_indices
+    )
+    num_blocks: int | None = option(
+        None,
+        "How many blocks to hold, where the swarm is thinnest, instead of block_indices.",
+        FINITE_ABOVE_0,
+        default_words="all",
+    )
+    dht_prefix: str | None = option(
+        None, "Name of the model in the swarm; needed for a local folder.", default_words="derived from the hub id"
+    )
+    device: str | None = option(
+        None, "Where the blocks run: cpu, cuda, cuda:1, and so on.", default_words="cuda where there is one"
+    )
+    dtype: str = option(
+        "auto",
+        "Data type of the blocks: float32, float16, bfloat16, or auto, which is the checkpoint's.",
+        Rule(lambda value: value in _DTYPES, "choose auto, float32, float16 or bfloat16"),
+    )
+    threads: int | None = option(None, "CPU threads for computing.", FINITE_ABOVE_0, default_words="all cores")
+    public_name: str | None = option(None, "Name shown to users of the swarm.")
+    throughput: float | None = option(None, "Requests a second to announce.", FINITE_ABOVE_0, default_words="measured")
+    update_period: float = option(60.0, "Seconds between announcements. Records live twice as long.", FINITE_ABOVE_0)
+    allow_peers: str | None = option(
+        None,
+        "File of peer ids, one a line; only these may use this server.",
+        metavar="FILE",
+        default_words="everybody may",
+    )
+    token_file: str | None = option(None, "File of the swarm's shared token, which clients must know.", metavar="FILE")
+    petals_only: bool = option(False, "Offer Petals' methods only, and not our faster one.")
+    share_prefix: bool = option(
+        True, "Run prompts once for the whole batch, where the family allows it; if False, with every sample."
+    )

@@ -1,0 +1,111 @@
+"""Loads a span of blocks, tests what its family allows, and measures its speed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from petals_lightning import __version__
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
+from petals_lightning.hf.decoder import model_class
+from petals_lightning.hf.pruning import num_blocks
+from petals_lightning.protocol.checks import WIRE_DTYPES
+from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.blocks.cpu_decoding import order_weights_for_decoding
+from petals_lightning.server.blocks.self_checks import (
+    check_family,
+    verify_sessions,
+    verify_shared_prefix,
+    verify_skipping,
+)
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
+from petals_lightning.server.sessions.batched_decoding import verify_batched_decoding
+
+logger = logging.getLogger(__name__)
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    *,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    share_prefix: bool = True,
+    on_shard: Callable[[str, int, int], None] | None = None,
+) -> BlockSpan:
+    """Loads blocks [start, end) and tests them.
+
+    Args:
+        checkpoint: the model.
+        start, end: the blocks.
+        device, dtype: where and how they run; "auto" dtype is the checkpoint's.
+        share_prefix: run a prefix once for the batch, if the family allows it.
+        on_shard: called with the progress of loading.
+
+    Raises:
+        UnsupportedModelError: the family cannot be served.
+    """
+    logger.info("loading blocks %d:%d of %s", start, end, checkpoint.name_or_path)
+    model, layout, _ = load_pruned(
+        model_class(AutoModel, checkpoint),
+        checkpoint,
+        ModelSlice(start, end, with_embeddings_and_head=False),
+        dtype=dtype,
+        on_shard=on_shard,
+    )
+    order_weights_for_decoding(model.to(device))  # type: ignore[arg-type]
+    span = BlockSpan(model, layout, start)
+    check_family(span)
+    span.share_prefix = share_prefix and verify_shared_prefix(span)
+    if share_prefix and not span.share_prefix:
+        logger.info("the prefix runs once per sample: this family gave different results when samples shared it")
+    span.skips_unread = span.share_prefix and verify_skipping(span)
+    if span.share_prefix and not span.skips_unread:
+        logger.info("the last block runs on all positions: this family gave different results when it skipped some")
+    span.has_sessions = verify_sessions(span)
+    if not span.has_sessions:
+        logger.warning("this family keeps more than keys and values: it is served for training and evaluation only")
+    span.batches_sessions = span.has_sessions and verify_batched_decoding(span)
+    if span.has_sessions and not span.batches_sessions:
+        logger.info("steps of several sessions are not batched: this family gave different results when they were")
+    return span
+
+
+def server_info(span: BlockSpan, checkpoint: Checkpoint, limits: ServerLimits) -> dict[str, Any]:
+    """The answer to `info`; measures the smallest request, a prefix and a sample of one position each."""
+    return {
+        "start": span.start,
+        "end": span.end,
+        "num_blocks": num_blocks(checkpoint.config),
+        "hidden_size": span.hidden_size,
+        "dtype": str(span.dtype).removeprefix("torch."),
+        "wire_dtypes": sorted(WIRE_DTYPES),
+        "fingerprint": checkpoint.fingerprint,
+        "version": __version__,
+        "max_batch_tokens": limits.max_batch_tokens,
+        "max_message_bytes": limits.max_message_bytes,
+        "max_open_requests": limits.max_open_requests,
+        "request_seconds": forward_seconds(span, batch=1, tokens=1, prefix=1),
+    }
+
+
+@torch.no_grad()
+def forward_seconds(span: BlockSpan, batch: int, tokens: int, *, prefix: int = 0) -> float:
+    """The shortest of three forwards of random samples [batch, tokens, H] with a prefix [prefix, H].
+
+    The shortest, because others may be using the machine.
+    """
+    hidden = torch.randn(batch, tokens, span.hidden_size, device=span.device, dtype=span.dtype)
+    virtual = torch.randn(prefix, span.hidden_size, device=span.device, dtype=span.dtype) if prefix else None
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        span.forward(SpanInputs(span.start, span.end, hidden, virtual))[0].sum().item()  # `item` waits for a GPU too
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

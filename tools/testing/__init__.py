@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: swarms to run on, slow or broken links, attackers."""
