@@ -87,6 +87,7 @@ class Router:
                     "blocks %s of %s have no server left; waiting up to %.0f s for one",
                     format_blocks(missing), servers.dht_prefix, self._config.recovery_timeout,
                 )  # fmt: skip
+            servers.shorten_bans(missing)
             await asyncio.sleep(0.5)
             await servers.node.meet_again()
             await servers.refresh()

@@ -162,6 +162,13 @@ class ServerPool:
         level = logging.WARNING if count == 1 or proven else logging.INFO
         logger.log(level, "%s; not using it for at least %.0f s", self._named(failure), period)
 
+    def shorten_bans(self, blocks: Collection[int]) -> None:
+        """Has the servers of these blocks tried again soon, because there is no other."""
+        soon = time.monotonic() + self.config.ban_period
+        for peer, ban in self._bans.items():
+            if not ban.is_proven and peer in self.spans and not set(range(*self.spans[peer])).isdisjoint(blocks):
+                ban.until = min(ban.until, soon)
+
     def forgive(self, peer: str) -> None:
         """Lifts a ban, because the failure was not the server's."""
         if peer in self._bans and not self._bans[peer].is_proven:
