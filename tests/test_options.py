@@ -186,10 +186,11 @@ def test_a_value_out_of_bounds_is_named(config):
 
 
 def test_a_token_of_a_file_is_read_again_with_another_file(tmp_path):
-    config = ClientConfig(**others(ClientConfig, tmp_path))
+    config = ClientConfig(**others(ClientConfig, tmp_path)).with_token()
     assert config.swarm_token == "0123456789abcdef"
     (tmp_path / "other").write_text("fedcba9876543210\n")
-    assert make(ClientConfig, {"token_file": str(tmp_path / "other")}, config).swarm_token == "fedcba9876543210"
+    other = make(ClientConfig, {"token_file": str(tmp_path / "other")}, config).with_token()
+    assert other.swarm_token == "fedcba9876543210"
     assert "0123456789abcdef" not in repr(config)
 
 

@@ -17,6 +17,7 @@ import torch
 
 from petals_lightning.client.router import Router
 from petals_lightning.client.routing import RouteSpan
+from petals_lightning.client.segment_requests import Grads, Tensors
 from petals_lightning.client.segments import Segment
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
@@ -25,8 +26,6 @@ from petals_lightning.errors import ConfigurationError, PeerFailure, WrongResult
 
 logger = logging.getLogger(__name__)
 
-Tensors = dict[str, torch.Tensor]
-Grads = tuple[torch.Tensor, torch.Tensor | None]
 Judge = Callable[[Segment, torch.Tensor | None, Grads | None], Tensors]
 """Computes a segment from its deep prompts and, in backward, gradients of its outputs. Raises ConfigurationError."""
 
@@ -75,7 +74,7 @@ class Auditor:
             WrongResult: a judge got another answer, or another server did and there is no judge.
         """
         (peer,), rate = segment.peers, self._servers.config.audit_rate
-        if rate == 0 or self._servers.is_trusted(peer):
+        if self._servers.is_trusted(peer):
             return
         if not next(self._draws.setdefault(peer, stratified(rate, self._random))):
             return

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.options import ABOVE_0, FROM_0, SHARE, Rule, check_options, described, option
@@ -102,12 +101,12 @@ class ClientConfig:
     )
     max_microbatch_tokens: int = option(8192, "Batches are not sent in parts larger than this.", ABOVE_0)
 
+    def with_token(self) -> ClientConfig:
+        """These options with the secret that `token_file` holds. Raises ConfigurationError if it cannot be read."""
+        return self if self.token_file is None else replace(self, swarm_token=read_token(self.token_file))
+
     def __post_init__(self) -> None:
         check_options(self)
-        if self.hedge_factor == math.inf:
-            object.__setattr__(self, "hedge_factor", None)
-        if self.token_file is not None:
-            object.__setattr__(self, "swarm_token", read_token(self.token_file))
         if self.swarm_token is not None:
             check_token(self.swarm_token)
         if self.wire_dtype != "auto":

@@ -26,6 +26,7 @@ from petals_lightning.protocol.auth import is_proof, new_nonce, prove
 from petals_lightning.protocol.checks import printable
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import STREAM_METHOD, ErrorCode, Message, Method
+from petals_lightning.protocol.requests import to_wire
 from petals_lightning.swarm.streams import open_stream
 
 _MAX_MESSAGE_BYTES = 4 << 30  # of all answers in flight together; each answer's limit follows from its request
@@ -211,12 +212,12 @@ class PeerConnection:
         self._last_id = next(self._ids)
         return self._last_id
 
-    async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
+    async def register_prompts(self, version: int, start: int, deep: torch.Tensor, wire_dtype: str) -> int:
         """As `ServerConnection.register_prompts`: each set is sent once, even if several callers wait for it."""
         identity = (version, start, len(deep))
         if identity not in self._prompts:
             key = self.next_id()
-            sending = asyncio.create_task(self._send_prompts(key, deep))
+            sending = asyncio.create_task(self._send_prompts(key, to_wire(deep, wire_dtype, prompts=True)))
             sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # callers may be cancelled
             self._prompts[identity] = key, sending
             while len(self._prompts) > _PROMPTS_KEPT:

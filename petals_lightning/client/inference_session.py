@@ -68,10 +68,6 @@ class InferenceSession:
     ):
         if max_length < 1:
             raise UnsupportedInputError(f"max_length is {max_length}: a session has room for 1 position or more")
-        if deep is not None and (prefix is None or deep.shape != (end - start, *prefix.shape)):
-            raise UnsupportedInputError(
-                f"deep prompts {tuple(deep.shape)} do not match {end - start} blocks and the prefix"
-            )
         self._node, self._servers, self._router, self._stats = node, servers, router, stats
         self.start, self.end, self.max_length = start, end, max_length
         self._prefix = prefix.detach().cpu() if prefix is not None else None
@@ -201,7 +197,7 @@ class InferenceSession:
         keep = keep or hidden.shape[1]
         self._legs[0].history.append(hidden, position_ids)
         if self._crosses_rotary_limit(position_ids):
-            await self._start_anew()
+            await self._replay()
         attempts = Attempts(self._servers, self._router, self._stats)
         sizes, index, out = self._segments(hidden), 0, hidden
         while index < len(self._legs):
@@ -261,7 +257,7 @@ class InferenceSession:
         before, self._uses_long_factors = self._uses_long_factors, end > self._switch
         return self._uses_long_factors != before
 
-    async def _start_anew(self) -> None:
+    async def _replay(self) -> None:
         """Makes the next run replay all positions from the inputs of the first leg."""
         await _leave(self._legs)
         for leg in self._legs[1:]:

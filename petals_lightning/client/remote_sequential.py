@@ -138,7 +138,7 @@ class RemoteSequential(nn.Module):
             NoServersError: no usable server holds some block.
             IncompatibleServerError: all servers that hold some block serve another model.
         """
-        config, stats = config or ClientConfig(), TransferStats()
+        config, stats = (config or ClientConfig()).with_token(), TransferStats()
         servers = ServerPool(
             node,
             dht_prefix=dht_prefix,
@@ -210,6 +210,7 @@ class RemoteSequential(nn.Module):
         """
         swarm = self._swarm
         swarm.check_open()
+        self._check_prompts(prefix, deep)
         return InferenceSession(
             swarm.node, swarm.servers, swarm.router, swarm.stats, self.start, self.end,
             max_length=max_length, prefix=prefix, deep=deep, rotary_switch=swarm.rotary_switch,
@@ -242,10 +243,7 @@ class RemoteSequential(nn.Module):
         """
         if hidden_states.ndim != 3 or not hidden_states.is_floating_point():
             raise UnsupportedInputError(f"hidden_states must be floating [B, S, H], got {tuple(hidden_states.shape)}")
-        if deep is not None and (prefix is None or deep.shape != (len(self), *prefix.shape)):
-            raise UnsupportedInputError(
-                f"deep prompts {tuple(deep.shape)} do not match {len(self)} blocks and the prefix"
-            )
+        self._check_prompts(prefix, deep)
         if hidden_states.shape[0] == 0 or hidden_states.shape[1] == 0:
             return hidden_states, prefix if want_prefix else None
         if rows is not None and not len(rows):
@@ -256,6 +254,12 @@ class RemoteSequential(nn.Module):
             self._swarm.runner, self.start, self.end, size, want_prefix, hidden_states, prefix, deep, rows
         )
         return out, prefix_out if want_prefix and prefix is not None else None
+
+    def _check_prompts(self, prefix: torch.Tensor | None, deep: torch.Tensor | None) -> None:
+        if deep is not None and (prefix is None or deep.shape != (len(self), *prefix.shape)):
+            raise UnsupportedInputError(
+                f"deep prompts {tuple(deep.shape)} do not match {len(self)} blocks and the prefix"
+            )
 
     def _step(self, hidden_states: torch.Tensor, call: BlockPass, session: InferenceSession) -> torch.Tensor:
         tokens = hidden_states.shape[1]

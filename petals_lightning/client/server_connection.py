@@ -56,13 +56,14 @@ class ServerConnection(Protocol):
     def next_id(self) -> int:
         """A new call id, for callers that refer to the call later."""
 
-    async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
+    async def register_prompts(self, version: int, start: int, deep: torch.Tensor, wire_dtype: str) -> int:
         """Sends deep prompts to the server before the requests that refer to them.
 
         Args:
             version: changes when the values of the prompts do.
             start: the first block of the prompts.
             deep: [n, P, H], for n blocks.
+            wire_dtype: the dtype in which to send them.
 
         Returns:
             The key by which requests on this connection refer to the prompts.

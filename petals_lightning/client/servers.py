@@ -29,10 +29,9 @@ from petals_lightning.swarm import SwarmDirectory, SwarmNode
 logger = logging.getLogger(__name__)
 
 _DEFAULT_TOKENS_PER_SECOND = 1000.0
-_ADVERTISED_SPEED_WEIGHT = (
-    0.5  # weight of an announced speed, which is that of an idle server; a measured speed has weight 1
-)
+_ADVERTISED_SPEED_WEIGHT = 0.5  # an announced speed is that of an idle server; a measured one has weight 1
 _MAX_BAN = 300.0
+_FORGET_FAILURES = 300.0  # seconds after a ban; a later failure counts as the first again
 _PROVEN_WRONG_BAN = 86400.0  # seconds: a judge has contradicted the server, so it gets no second chance soon
 _MODELS_LISTED = 20  # in an error message; any peer may list thousands
 
@@ -151,7 +150,8 @@ class ServerPool:
         known, proven = self._bans.get(peer), isinstance(failure, WrongResult) and failure.proven
         if known is not None and known.until > time.monotonic() and (known.is_proven or not proven):
             return  # several requests in flight may report one failure
-        count = known.count + 1 if known is not None else 1
+        is_recent = known is not None and time.monotonic() - known.until < _FORGET_FAILURES
+        count = known.count + 1 if known is not None and is_recent else 1
         period = _PROVEN_WRONG_BAN if proven else min(self.config.ban_period * 2 ** (count - 1), _MAX_BAN)
         self._bans[peer] = _Ban(time.monotonic() + period, count, proven, failure.reason)
         if failure.code is None:  # the stream or the server failed; after a mere refusal, other requests go on

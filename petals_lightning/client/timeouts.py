@@ -108,7 +108,7 @@ def request_timeouts(expected: float, is_measured: bool, config: ClientConfig) -
     if is_measured:
         floor = min(config.min_request_timeout, config.request_timeout)
         deadline = min(max(config.deadline_factor * expected, floor), config.request_timeout)
-    if config.hedge_factor is None:
+    if config.hedge_factor is None or math.isinf(config.hedge_factor):
         return RequestTimeouts(deadline, None)
     # No hedge before the server has been asked once for the request's place in its queue.
     return RequestTimeouts(deadline, max(config.hedge_factor * expected, 2 * config.heartbeat_period))

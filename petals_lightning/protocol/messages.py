@@ -109,11 +109,6 @@ class Message:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @property
-    def num_elements(self) -> int:
-        """Number of values of its tensors, whatever their dtype."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
-
     def frames(self, call_id: int) -> Iterator[list[bytes | memoryview]]:
         """Cuts the message into frames, each a list of buffers to write in order."""
         description, buffers = pack_tensors(self.tensors, int8_blockwise=self.int8_blockwise)

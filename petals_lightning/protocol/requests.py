@@ -48,9 +48,9 @@ class ForwardRequest:
     Attributes:
         hidden: [B, S, H].
         prefix: [P, H], or None without prompts.
-        deep: [n, P, H], or None if there are none or they are registered under `prompts_key`.
+        deep: [n, P, H] deep prompts, or None. Not sent: the receiver fills in what is registered under `prompts_key`.
         rows: [N] int32 indices into the B·S positions whose outputs to return; None returns all.
-        prompts_key: names deep prompts on this stream: with `deep` the request registers them, without it uses them.
+        prompts_key: names the deep prompts on this stream, which `prompts` registered before; None: there are none.
         keep: whether to keep the autograd graph, under this call's id.
         input_grad: whether the backward needs the gradient of `hidden`.
         want_prefix: whether to return the prefix's hidden states, for a server with later blocks.
@@ -72,7 +72,7 @@ class ForwardRequest:
     wire_dtype: str = "float32"
 
     _FIELDS = ("start", "end", "prompts_key", "keep", "input_grad", "want_prefix", "wire_dtype")
-    _TENSORS = ("hidden", "prefix", "deep", "rows")
+    _TENSORS = ("hidden", "prefix", "rows")
 
     def to_message(self) -> Message:
         return inputs_message(Method.FORWARD, self)
@@ -87,7 +87,7 @@ class ForwardRequest:
         """Reads a request. Raises ProtocolError if a field is missing or has the wrong type, or shapes do not fit."""
         start, end, wire_dtype = checks.span_and_dtype(fields)
         hidden = checks.hidden(tensors, cls._TENSORS)
-        prefix, deep = checks.prompts(tensors, hidden, end - start)
+        prefix, _ = checks.prompts(tensors, hidden, end - start)
         prompts_key = typed(fields, "prompts_key", (int, type(None)))
         if prompts_key is not None and prefix is None:
             raise ProtocolError("deep prompts need a prefix")
@@ -100,7 +100,7 @@ class ForwardRequest:
             if rows.min() < 0 or rows.max() >= hidden.shape[0] * hidden.shape[1]:
                 raise ProtocolError(f"rows point outside of {hidden.shape[0]} × {hidden.shape[1]} positions")
         return cls(
-            start, end, hidden, prefix, deep, rows, prompts_key,
+            start, end, hidden, prefix, None, rows, prompts_key,
             typed(fields, "keep", bool), typed(fields, "input_grad", bool), typed(fields, "want_prefix", bool),
             wire_dtype,
         )  # fmt: skip

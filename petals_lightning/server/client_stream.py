@@ -162,11 +162,11 @@ class ClientStream:
             case Method.END_SESSION:
                 self._resources.caches.pop((self._number, typed(message.fields, "session", int)))
             case Method.PROMPTS:
-                # Prompts that are dropped or refused have no answer. Requests that need them report them as lost.
-                if not message.dropped:
-                    with suppress(Refusal):
-                        key = typed(message.fields, "key", int)
-                        self._prompts.register(key, floating(message.tensors, "deep", 3))
+                if message.dropped:  # it has no answer; the requests that name these prompts get the reason
+                    self._prompts.refuse(message.dropped)
+                else:
+                    key = typed(message.fields, "key", int)
+                    self._prompts.register(key, floating(message.tensors, "deep", 3))
             case Method.FORWARD | Method.BACKWARD | Method.STEP:
                 self._begin(call_id, message)
                 return

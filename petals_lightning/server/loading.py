@@ -78,7 +78,7 @@ def load_span(
 
 
 def server_info(span: BlockSpan, checkpoint: Checkpoint, limits: ServerLimits) -> dict[str, Any]:
-    """The answer to `info`; measures the smallest request, a prefix and a sample of one position each."""
+    """The answer to `info`."""
     return {
         "start": span.start,
         "end": span.end,
@@ -91,21 +91,16 @@ def server_info(span: BlockSpan, checkpoint: Checkpoint, limits: ServerLimits) -
         "max_batch_tokens": limits.max_batch_tokens,
         "max_message_bytes": limits.max_message_bytes,
         "max_open_requests": limits.max_open_requests,
-        "request_seconds": forward_seconds(span, batch=1, tokens=1, prefix=1),
     }
 
 
 @torch.no_grad()
-def forward_seconds(span: BlockSpan, batch: int, tokens: int, *, prefix: int = 0) -> float:
-    """The shortest of three forwards of random samples [batch, tokens, H] with a prefix [prefix, H].
-
-    The shortest, because others may be using the machine.
-    """
+def forward_seconds(span: BlockSpan, batch: int, tokens: int) -> float:
+    """The shortest of three forwards of random samples [batch, tokens, H]: others may be using the machine."""
     hidden = torch.randn(batch, tokens, span.hidden_size, device=span.device, dtype=span.dtype)
-    virtual = torch.randn(prefix, span.hidden_size, device=span.device, dtype=span.dtype) if prefix else None
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        span.forward(SpanInputs(span.start, span.end, hidden, virtual))[0].sum().item()  # `item` waits for a GPU too
+        span.forward(SpanInputs(span.start, span.end, hidden))[0].sum().item()  # `item` waits for a GPU too
         seconds.append(time.perf_counter() - began)
     return min(seconds)

@@ -45,19 +45,26 @@ class RegisteredPrompts:
         self._resources, self._reserve, self._release = resources, reserve, release
         self._prompts: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._registered = asyncio.Event()
+        self._full: str | None = None  # why the newest prompts were not kept
 
     def __contains__(self, key: int) -> bool:
         return key in self._prompts
 
-    def get(self, key: int) -> torch.Tensor | None:
-        return self._prompts.get(key)
+    def get(self, key: int) -> torch.Tensor:
+        """Prompts [n, P, H]. Raises Refusal if there are none under the key."""
+        if key not in self._prompts:
+            if self._full is not None:
+                raise Refusal(ErrorCode.OVERLOADED, f"no room for prompts: {self._full}")
+            raise Refusal(ErrorCode.PROMPTS_LOST, "these prompts are not registered here any more")
+        return self._prompts[key]
 
     def register(self, key: int, deep: torch.Tensor | None) -> None:
         """Keeps prompts [n, P, H] under a key; drops the oldest set if there are too many.
 
+        If there is no memory for them, the requests that name them are refused with the reason.
+
         Raises:
             ProtocolError: no request of this server could use them.
-            Refusal: there is no memory for them.
         """
         span, most = self._resources.span, self._resources.limits.max_batch_tokens
         if deep is None:
@@ -72,9 +79,15 @@ class RegisteredPrompts:
         while len(self._prompts) >= _MAX_PROMPTS:
             self._forget(next(iter(self._prompts)))
         if (reason := self._reserve(deep.nbytes)) is not None:
-            raise Refusal(ErrorCode.OVERLOADED, f"no room for prompts: {reason}")
+            self.refuse(reason)
+            return
+        self._full = None
         self._prompts[key] = deep.clone()  # a view would keep the whole message in memory
         self._registered.set()
+
+    def refuse(self, reason: str) -> None:
+        """Notes why prompts were not kept, for the requests that name them."""
+        self._full = reason
 
     async def wait_for(self, key: int) -> None:
         """Returns when prompts are registered under a key, or after `_PROMPTS_TIMEOUT`."""
@@ -145,17 +158,12 @@ class StreamRequests:
     def _admit_forward(self, request: ForwardRequest) -> None:
         """Checks a forward, and fills in its registered prompts."""
         self._resources.check_size(request.start, request.end, request.hidden, request.prefix)
-        if request.prompts_key is None:
-            return
-        if request.deep is not None:
-            self._prompts.register(request.prompts_key, request.deep)
-        elif (deep := self._prompts.get(request.prompts_key)) is not None:
+        if request.prompts_key is not None:
+            deep = self._prompts.get(request.prompts_key)
             assert request.prefix is not None  # `from_message` has checked it
             if list(deep.shape) != [request.end - request.start, *request.prefix.shape]:
                 raise ProtocolError(f"registered prompts {list(deep.shape)} do not fit the request")
             request.deep = deep
-        else:
-            raise Refusal(ErrorCode.PROMPTS_LOST, "these prompts are not registered here any more")
 
     def _session_cache(self, call_id: int, request: StepRequest) -> SessionCache:
         """The cache that a step continues; opens it if the step asks for that."""

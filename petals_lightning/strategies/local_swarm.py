@@ -101,7 +101,7 @@ class LocalSwarm(SwarmProvider):
         if model.revision is not None:
             arguments += ["--revision", model.revision]
         title, log = f"server {number} (blocks {blocks})", log_dir / f"server_{number}.log"
-        server = ServerProcess(launch(arguments), title, log)
+        server = ServerProcess(launch(arguments), title, log).start()
         assert self._guard is not None
         self._guard.protect(server.pid)
         self._servers.append(server)

@@ -73,10 +73,14 @@ class ServerProcess:
         self.lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._addresses: list[str] = []
         self._has_address, self._is_ready = threading.Event(), threading.Event()
-        if log_path is not None:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
         self._reader = threading.Thread(target=self._read, name=f"log of {title}", daemon=True)
+
+    def start(self) -> Self:
+        """Starts to read what the command prints."""
+        if self.log_path is not None:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._reader.start()
+        return self
 
     @property
     def pid(self) -> int:

@@ -51,10 +51,11 @@ class SwarmProvider(ABC):
         Raises:
             SwarmError: the swarm cannot be started; nothing is left running.
         """
+        config = self.client_config.with_token()  # before anything is started
         if self._users == 0:
             self._start(model, log_dir)
         self._users += 1
-        return {"client_config": self.client_config, **self._arguments(model)}
+        return {"client_config": config, **self._arguments(model)}
 
     def release(self) -> None:
         """Ends one use of the swarm; the last release stops what `acquire` started."""

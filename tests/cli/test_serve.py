@@ -52,7 +52,7 @@ def run() -> Iterator[Callable[..., ServerProcess]]:
     with ExitStack() as stack:
 
         def start(*arguments: str) -> ServerProcess:
-            running = ServerProcess(launch(arguments, stderr=subprocess.DEVNULL), " ".join(arguments))
+            running = ServerProcess(launch(arguments, stderr=subprocess.DEVNULL), " ".join(arguments)).start()
             stack.callback(running.stop)
             return running.wait_until_ready()
 

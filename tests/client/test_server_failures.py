@@ -12,7 +12,9 @@ import psutil
 import pytest
 import torch
 
-from petals_lightning.errors import SwarmConnectionError
+from petals_lightning.client import ClientConfig
+from petals_lightning.client.servers import _Ban
+from petals_lightning.errors import PeerFailure, SwarmConnectionError
 from petals_lightning.models import AutoDistributedModelForSequenceClassification, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.strategies.server_process import ServerProcess
@@ -139,3 +141,40 @@ def test_a_client_whose_own_daemon_has_died_says_so(heavier_checkpoint, start_se
             remote(**batch()).loss.backward()
     finally:
         remote_blocks(remote).close()
+
+
+def test_a_server_that_nobody_can_replace_is_tried_again_however_often_it_failed(tiny_checkpoint, start_swarm):
+    """Bans grow with every failure, to minutes; but a ban is no reason to wait where there is no other server."""
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)])
+    config = ClientConfig(recovery_timeout=20, ban_period=0.5)
+    remote = swarm.load(AutoDistributedModelForSequenceClassification, client_config=config, pad_token_id=0)
+    servers, ids = remote_blocks(remote)._swarm.servers, torch.arange(1, 8)[None]
+    with torch.no_grad():
+        expected = remote(ids).logits
+        (peer,) = servers.spans
+
+        async def fail_often() -> None:
+            for _ in range(10):
+                servers.report_failure(PeerFailure(peer, "broken on purpose"))
+                servers._bans[peer].until = time.monotonic()  # else the next failure would count as the same one
+            servers.report_failure(PeerFailure(peer, "broken on purpose"))
+
+        servers.node.run(fail_often())
+        assert servers._bans[peer].until - time.monotonic() > 100
+        assert torch.equal(remote(ids).logits, expected)
+
+
+def test_failures_of_long_ago_do_not_count(tiny_checkpoint, start_swarm):
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)])
+    model = swarm.load(AutoDistributedModelForSequenceClassification, client_config=ClientConfig(ban_period=1.0))
+    servers = remote_blocks(model)._swarm.servers
+    (peer,) = servers.spans
+
+    async def ban_again(ended_ago: float) -> float:
+        """Seconds of a ban after nine others, the last of which ended so long ago."""
+        servers._bans[peer] = _Ban(time.monotonic() - ended_ago, 9, False, "broken on purpose")
+        servers.report_failure(PeerFailure(peer, "broken on purpose"))
+        return servers._bans[peer].until - time.monotonic()
+
+    assert servers.node.run(ban_again(ended_ago=10.0)) > 100
+    assert servers.node.run(ban_again(ended_ago=600.0)) < 2

@@ -15,7 +15,7 @@ B, S, P, H = 2, 3, 4, 8
 
 def forward_request() -> ForwardRequest:
     return ForwardRequest(
-        1, 3, torch.randn(B, S, H), torch.randn(P, H), torch.randn(2, P, H), torch.tensor([0, 5], dtype=torch.int32),
+        1, 3, torch.randn(B, S, H), torch.randn(P, H), rows=torch.tensor([0, 5], dtype=torch.int32),
         prompts_key=7, keep=True, input_grad=True, want_prefix=True, wire_dtype="bfloat16",
     )  # fmt: skip
 
@@ -32,8 +32,7 @@ def assert_same(got, sent) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"rows": None}, {"prompts_key": None}, {"deep": None}, {"deep": None, "prompts_key": None},
-        {"prefix": None, "deep": None, "prompts_key": None, "rows": None},
+        {}, {"rows": None}, {"prompts_key": None}, {"prefix": None, "prompts_key": None, "rows": None},
     ],
     ids=lambda changes: ",".join(changes) or "full",
 )  # fmt: skip
@@ -88,13 +87,10 @@ WRONG_TENSORS = {
     "hidden empty": ({"hidden": torch.zeros(B, 0, H), "rows": None}, "empty dimension"),
     "prefix of another width": ({"prefix": torch.zeros(P, H + 1)}, "differ in hidden size"),
     "prefix of 3 dimensions": ({"prefix": torch.zeros(1, P, H)}, "'prefix'"),
-    "prefix empty": ({"prefix": torch.zeros(0, H), "deep": torch.zeros(2, 0, H)}, "empty dimension"),
+    "prefix empty": ({"prefix": torch.zeros(0, H)}, "empty dimension"),
     "prefix of bools": ({"prefix": torch.zeros(P, H, dtype=torch.bool)}, "'prefix' is bool"),
-    "prompts without prefix": ({"prefix": None}, "need a prefix"),
-    "key without prefix": ({"prefix": None, "deep": None}, "need a prefix"),
-    "deep for other blocks": ({"deep": torch.zeros(3, P, H)}, "do not fit 2 blocks"),
-    "deep of another length": ({"deep": torch.zeros(2, P + 1, H)}, "do not fit"),
-    "deep of 2 dimensions": ({"deep": torch.zeros(P, H)}, "'deep'"),
+    "key without prefix": ({"prefix": None}, "need a prefix"),
+    "deep prompts, which are registered by themselves": ({"deep": torch.zeros(2, P, H)}, "unknown tensors"),
     "rows of int64": ({"rows": torch.tensor([0])}, "int32"),
     "rows of 2 dimensions": ({"rows": ints(0)[None]}, "int32"),
     "no rows": ({"rows": ints()}, "non-empty"),

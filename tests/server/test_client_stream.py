@@ -14,7 +14,7 @@ from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, 
 from petals_lightning.protocol.requests import BackwardRequest
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.blocks.graphs import GraphCost
-from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 from petals_lightning.server.client_stream import ClientStream
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.resources import ServerResources
@@ -87,9 +87,10 @@ def test_a_wrong_request_is_answered_and_the_stream_goes_on(message, code, span)
 def test_registered_prompts_serve_later_requests_on_their_stream(span):
     async def talk(client, resources):
         prefix, deep = torch.ones(2, HIDDEN), torch.randn(2, 2, HIDDEN)
-        first = await client.ask(forward(prefix=prefix, deep=deep, prompts_key=5))
-        again = await client.ask(forward(prefix=prefix, prompts_key=5))
-        assert torch.equal(first.tensors["hidden"], again.tensors["hidden"])
+        await client.writer.send(100, Message(Method.PROMPTS, {"key": 5}, {"deep": deep}))
+        out, _ = span.forward(SpanInputs(1, 3, torch.ones(2, 3, HIDDEN), prefix, deep))
+        for _ in range(2):
+            assert torch.equal((await client.ask(forward(prefix=prefix, prompts_key=5))).tensors["hidden"], out)
         reply = await client.ask(forward(prefix=torch.ones(3, HIDDEN), prompts_key=5))
         assert reply.fields["code"] == ErrorCode.BAD_REQUEST
 
@@ -175,6 +176,20 @@ def test_registered_prompts_are_charged_until_they_are_dropped(span):
         assert resources.quotas.num_bytes == 8 * deep.nbytes
 
     assert with_stream(span, talk).quotas.num_bytes == 0
+
+
+def test_a_request_whose_prompts_found_no_room_says_so(span):
+    deep, prefix, hidden = torch.ones(2, 20, HIDDEN), torch.ones(20, HIDDEN), torch.ones(1, 1, HIDDEN)
+
+    async def talk(client, resources):
+        await client.writer.send(100, Message(Method.PROMPTS, {"key": 1}, {"deep": deep}))
+        reply = await client.ask(forward(hidden=hidden, prefix=prefix, prompts_key=1))
+        assert reply.fields["code"] == ErrorCode.OVERLOADED
+        assert "no room for prompts: " in reply.fields["message"]
+        assert (await client.ask(forward(hidden=hidden, prefix=prefix))).method is Method.OK
+
+    # Room for the message as it comes and for the forward, and not for the message and a copy that is kept.
+    with_stream(span, talk, replace(LIMITS, max_client_bytes=300 * HIDDEN))
 
 
 def test_what_a_session_was_sent_lives_no_longer_than_its_use(span):

@@ -17,7 +17,7 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server import peer_links
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.blocks.graphs import GraphCost
-from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 from petals_lightning.server.client_stream import ClientStream
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.resources import ServerResources
@@ -185,7 +185,7 @@ def test_a_request_waits_for_prompts_that_come_another_way(span, monkeypatch):
     prefix, deep = torch.ones(2, HIDDEN), torch.randn(2, 2, HIDDEN)
 
     async def talk(client, server, resources):
-        expected = (await client.ask(forward(prefix=prefix, deep=deep))).tensors["hidden"]
+        expected, _ = span.forward(SpanInputs(1, 3, torch.ones(2, 3, HIDDEN), prefix, deep))
         await server.ask(await permitted(client, forward(prefix=prefix, prompts_key=5), 50))
         await client.writer.send(51, Message(Method.PROMPTS, {"key": 5}, {"deep": deep}))
         call, reply, _ = await client.next()

@@ -86,7 +86,7 @@ def test_a_client_in_a_terminal(
 def test_a_server_in_a_terminal(tiny_checkpoint: Callable[[str], Path], environment: dict[str, str]) -> None:
     arguments = ["serve", str(tiny_checkpoint("llama")), "--new-swarm", "--dht-prefix", PREFIX, "--threads", "1"]
     command = launch([*arguments, "--host-maddrs", *LOOPBACK], env=environment)
-    server = ServerProcess(command, "a server in a terminal")
+    server = ServerProcess(command, "a server in a terminal").start()
     try:
         server.wait_until_ready()
         server.signal(signal.SIGINT)

@@ -33,4 +33,4 @@ def start_server(
         "serve", str(checkpoint), *join, *blocks, "--dht-prefix", PREFIX, "--host-maddrs", *LOOPBACK,
         "--threads", "1", *extra,
     ]  # fmt: skip
-    return ServerProcess(ForkedProcess(program, arguments), f"a server of blocks {span or 'all'}")
+    return ServerProcess(ForkedProcess(program, arguments), f"a server of blocks {span or 'all'}").start()

@@ -154,11 +154,11 @@ class PetalsConnection:
     def next_id(self) -> int:
         return next(self._ids)
 
-    async def register_prompts(self, version: int, start: int, deep: torch.Tensor) -> int:
+    async def register_prompts(self, version: int, start: int, deep: torch.Tensor, wire_dtype: str) -> int:
         """Keeps the prompts here: such servers store none, so they are sent with every request."""
         identity = (version, start, len(deep))
         if identity not in self._prompts:
-            self._prompts[identity] = self.next_id(), deep
+            self._prompts[identity] = self.next_id(), to_wire(deep, wire_dtype, prompts=True)
             while len(self._prompts) > _PROMPTS_KEPT:
                 self._prompts.popitem(last=False)
         return self._prompts[identity][0]
