@@ -32,9 +32,10 @@ import msgpack
 import torch
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.records import STREAM_VERSION
 from petals_lightning.protocol.tensors import pack_tensors
 
-STREAM_METHOD = "petals_lightning.stream.v1"
+STREAM_METHOD = f"petals_lightning.stream.v{STREAM_VERSION}"
 CHUNK_BYTES = 1 << 18  # small, so that a heartbeat on a slow link does not wait seconds for one
 MAX_HEADER_BYTES = 1 << 16
 FRAME_PREFIX = struct.Struct("!BQII")

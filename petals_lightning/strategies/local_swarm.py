@@ -60,7 +60,7 @@ class LocalSwarm(SwarmProvider):
             raise ConfigurationError(f"num_servers={num_servers}: a swarm needs at least 1 server")
         for blocks in block_ranges or ():
             if not re.fullmatch(r"\d+:\d+", blocks):
-                raise ConfigurationError(f"block_ranges: {blocks!r} is no range such as 0:2")
+                raise ConfigurationError(f"block_ranges: {blocks!r} is not a range such as 0:2")
         self.num_servers, self.block_ranges = num_servers, list(block_ranges or ())
         self.threads_per_server, self.device, self.start_timeout = threads_per_server, device, start_timeout
         self._servers: list[ServerProcess] = []

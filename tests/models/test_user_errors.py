@@ -25,6 +25,7 @@ from petals_lightning.models import (
     AutoDistributedModelForSequenceClassification,
     remote_blocks,
 )
+from petals_lightning.protocol.records import STREAM_VERSION
 from petals_lightning.swarm import SwarmNode
 from tests.helpers.families import VOCAB, save_tiny_checkpoint
 from tools.testing.swarms import PREFIX, InProcessSwarm
@@ -68,7 +69,8 @@ def test_a_server_of_another_stream_version_is_named_with_both_versions(tiny_che
         start_swarm(checkpoint, [(0, 4)], initial_peers=ours.initial_peers)
     name = f"server …{other.servers[0].node.peer_id.to_base58()[-6:]}"
     words = (
-        rf"{name} speaks version 7 of .* \(petals-lightning {__version__}\), this client speaks version 1 .*Install the"
+        rf"{name} speaks version 7 of .* \(petals-lightning {__version__}\), "
+        rf"this client speaks version {STREAM_VERSION} .*Install the"
     )
     with pytest.raises(IncompatibleServerError, match=words) as error:
         ours.load(AutoDistributedModel, dht_prefix="later")
