@@ -60,9 +60,8 @@ class Router:
     async def route(self, start: int, end: int, *, tokens: int, avoid: Collection[str] = ()) -> list[RouteSpan]:
         """The fastest route through blocks [start, end) for requests of `tokens` tokens.
 
-        Waits up to `recovery_timeout` seconds for blocks whose servers have all failed. With peers to `avoid`, it does
-        not
-        wait: it takes a route without them, or raises.
+        Waits up to `recovery_timeout` seconds for blocks whose servers have all failed. With peers to `avoid`, it
+        never waits: it takes a route without them, or raises.
 
         Raises:
             NoServersError: no server came back, or there are only servers to avoid.

@@ -318,22 +318,28 @@ class ServerPool:
     async def _maintain(self) -> None:
         """Refreshes the records periodically, and tries banned servers when their ban is over."""
         refreshed = time.monotonic()
-        while True:
-            await asyncio.sleep(min(0.5, self.config.ban_period))
-            try:
-                for peer, ban in list(self._bans.items()):
-                    is_over = ban.until < time.monotonic() and peer not in self._refusals
-                    if is_over and peer in self.spans and not self._is_readmitted(peer):
-                        try:
-                            await self.connection(peer)
-                            logger.info("server …%s is back", peer[-6:])
-                        except PeerFailure as e:
-                            self.report_failure(e)
+        async with asyncio.TaskGroup() as trials:  # each on its own: one that hangs must not keep the others waiting
+            while True:
+                await asyncio.sleep(min(0.5, self.config.ban_period))
+                for peer in self.spans.keys() & self._bans.keys() - self._refusals.keys() - self._opening.keys():
+                    if self._bans[peer].until < time.monotonic() and not self._is_readmitted(peer):
+                        trials.create_task(self._try_again(peer))
                 if time.monotonic() - refreshed > self.config.refresh_period:
-                    await self.refresh()
+                    await self._refresh_if_possible()
                     refreshed = time.monotonic()
-            except (OSError, RuntimeError) as e:
-                logger.warning("the records of the swarm could not be read again: %s", e)
+
+    async def _try_again(self, peer: str) -> None:
+        try:
+            await self.connection(peer)
+            logger.info("server …%s is back", peer[-6:])
+        except PeerFailure as e:
+            self.report_failure(e)
+
+    async def _refresh_if_possible(self) -> None:
+        try:
+            await self.refresh()
+        except Exception:  # whatever it was, the next time may succeed, and banned servers must still be tried
+            logger.exception("the records of the swarm could not be read again")
 
     async def explain_missing(self, missing: list[int]) -> str:
         """Why no server can be used for these blocks."""
