@@ -27,7 +27,7 @@ from benchmarks.options import Chains, Device, Output, parse_numbers
 from benchmarks.rounds import Row, alternate, report
 from benchmarks.servers import even_spans, running_chain
 from benchmarks.swarm import PREFIX, save_random_llama
-from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForSequenceClassification
 
 PREFIX = "benchmark"

@@ -81,7 +81,7 @@ def options_of(config: type | object) -> list[Option]:
     """The options of a dataclass: its fields that `option` has made, its own before those that it inherits."""
     kind = config if isinstance(config, type) else type(config)
     hints = get_type_hints(kind)
-    declared = {each.name: each for each in fields(kind) if "meaning" in each.metadata}  # type: ignore[arg-type]
+    declared = {each.name: each for each in fields(kind) if "meaning" in each.metadata}
     owners = {name: owner for owner in reversed(kind.__mro__) for name in vars(owner).get("__annotations__", ())}
     names = sorted(declared, key=lambda name: kind.__mro__.index(owners[name]))
     return [_option(declared[name], hints[name], owners[name]) for name in names]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from rich import get_console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from petals_lightning.models import remote_blocks
 
@@ -36,9 +39,9 @@ class RouteTable(Callback):
         console.print(table)
 
 
-def _count(weights: list) -> int:
+def _count(weights: Sequence[Tensor]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def _bytes(weights: list) -> int:
+def _bytes(weights: Sequence[Tensor]) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights)

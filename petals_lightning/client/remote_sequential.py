@@ -168,7 +168,7 @@ class RemoteSequential(nn.Module):
         """Ends the streams (and this process's peer, if it was created for these blocks)."""
         self._swarm.close()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the blocks.
 

@@ -177,10 +177,10 @@ class TextDataModule(pl.LightningDataModule):
             batches_done=self._batches_done,
         )
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         return self._by_length(self._splits["validation"])
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Any]:
         """The test part; without one, or without labels, the validation part."""
         if not self.has_labelled_test:
             log.warning("%s has no labelled test part: testing on validation", self.source)
@@ -200,7 +200,7 @@ class TextDataModule(pl.LightningDataModule):
         train, validation = (raw["train"].select(cut[part]["row"][:]) for part in ("train", "test"))
         return {**raw, "train": train, "validation": validation}
 
-    def _by_length(self, samples: Any) -> DataLoader:
+    def _by_length(self, samples: Any) -> DataLoader[Any]:
         # Longest first: a batch that is too large for memory fails at once. The order does not change metrics.
         order = sorted(range(len(samples)), key=samples.lengths.__getitem__, reverse=True)
         return DataLoader(

@@ -14,7 +14,7 @@ from petals_lightning.errors import DataError
 IGNORED = -100  # the label that losses ignore
 
 
-class EncodedTexts(torch.utils.data.Dataset):
+class EncodedTexts(torch.utils.data.Dataset[Any]):
     """Token ids and labels in memory: a few bytes per token, so no cache files and no worker processes.
 
     Args:
@@ -88,7 +88,7 @@ class PadRight:
         return batch
 
 
-class LabelledTokens(torch.utils.data.Dataset):
+class LabelledTokens(torch.utils.data.Dataset[Any]):
     """Samples in memory: token ids and one label per token."""
 
     def __init__(self, samples: list[tuple[list[int], list[int]]]):

@@ -51,7 +51,7 @@ class LengthGroupedSampler(Sampler[int]):
         return [index for batch in mixed + last for index in batch]
 
 
-class ResumableDataLoader(DataLoader):
+class ResumableDataLoader(DataLoader[Any]):
     """A training DataLoader that Lightning can continue in the middle of an epoch.
 
     It asks the Trainer where to start, whose progress is in every checkpoint. Its own count would be wrong: when
@@ -67,7 +67,7 @@ class ResumableDataLoader(DataLoader):
         options: as for `DataLoader`.
     """
 
-    def __init__(self, dataset: Dataset, *, batches_done: Callable[[], int], **options: Any):
+    def __init__(self, dataset: Dataset[Any], *, batches_done: Callable[[], int], **options: Any):
         # Its own generator, so that iterating does not advance the global one and resumed runs stay equal.
         super().__init__(dataset, **{"generator": torch.Generator(), **options})
         self.batches_done = batches_done

@@ -83,7 +83,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 def open_text(path: Path, form: TextFormat, newline: str | None = None) -> IO[str]:
     """A file's text, without a byte order mark; `newline` as for Python's `open`."""
-    return io.TextIOWrapper(open_bytes(path), encoding=_encoding(path, form), newline=newline)  # type: ignore[type-var]
+    return io.TextIOWrapper(open_bytes(path), encoding=_encoding(path, form), newline=newline)
 
 
 def why_undecodable(path: Path, form: TextFormat) -> str:

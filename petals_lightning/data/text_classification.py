@@ -135,7 +135,7 @@ class TextClassificationDataModule(TextDataModule):
     def description(self) -> str:
         return f"{self.num_labels} classes"
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """The test part, or else the validation part, in the order of the file."""
         samples = self._splits.get("test") or self._splits["validation"]
         return DataLoader(

@@ -25,8 +25,8 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
 
 from petals_lightning.errors import UnsupportedModelError
 

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import HFValidationError, get_token
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError  # type: ignore[attr-defined]
 
 from petals_lightning.errors import CheckpointError, ConfigurationError, HubError
 from petals_lightning.hf.checkpoint import first_line

@@ -101,7 +101,7 @@ class RunningServer:
                 await self._announcer.announce(ServerState.OFFLINE)
         except DAEMON_ERRORS:
             logger.warning("no peer took the message that this server leaves; its record expires by itself")
-        while self.resources.open_requests and time.monotonic() < deadline:
+        while self.resources.open_requests and time.monotonic() < deadline:  # noqa: ASYNC110 (a server stops once)
             await asyncio.sleep(0.02)
         for task in list(self._stream_tasks):
             task.cancel()

@@ -105,7 +105,7 @@ class P2PDaemon:
                 path = self._identity_path
                 identity = read_identity(path)
             with as_file(files("hivemind.hivemind_cli") / "p2pd") as executable:
-                process = subprocess.Popen(
+                process = subprocess.Popen(  # noqa: ASYNC220 (takes milliseconds)
                     [str(executable), *self._arguments, f"-id={path}"],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,

@@ -65,4 +65,4 @@ def bound_nesting() -> None:
             nesting.depth -= 1
 
     bounded.is_bounded = True  # type: ignore[attr-defined]
-    MSGPackSerializer._decode_ext_types = bounded  # type: ignore[method-assign]
+    MSGPackSerializer._decode_ext_types = bounded

@@ -205,4 +205,4 @@ def _size(subkey: Any, value: bytes) -> int:
 
 def use_record_rules() -> None:
     """Makes every `DHTNode` of this process use these rules and budgets."""
-    hivemind.dht.node.DHTProtocol = DHTProtocol  # type: ignore[misc]
+    hivemind.dht.node.DHTProtocol = DHTProtocol

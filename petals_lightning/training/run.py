@@ -116,7 +116,7 @@ def build_module(cfg: DictConfig, data: Any) -> TuningModule:
         "not a petals_lightning.modules.TuningModule, such as petals_lightning.modules.CausalLMModule",
         hint="task._target_=petals_lightning.modules.CausalLMModule; those of conf/task go by name: task=causal_lm",
     )
-    name = unmade.func.__name__  # type: ignore[attr-defined]
+    name = unmade.func.__name__
     facts = {}
     for argument in unmade.func.from_data:  # type: ignore[attr-defined]
         value = getattr(data, argument, None)

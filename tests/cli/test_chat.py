@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals_lightning.cli.generation import Terminal
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
-from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.server.access.rules import AccessRules
 from tests.helpers.chat_templates import GEMMA
 from tests.helpers.text_models import save_tiny_text_model

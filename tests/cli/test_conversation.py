@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from petals_lightning.cli.conversation import Conversation
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.errors import DataError
-from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM
 from tests.helpers.chat_templates import GEMMA, QWEN3, TEMPLATES, make_tokenizer
 from tests.helpers.families import save_tiny_checkpoint

@@ -18,7 +18,7 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.local import LocalModelForSequenceClassification
 from petals_lightning.protocol.messages import ErrorCode
-from petals_lightning.server.resources import Refusal
+from petals_lightning.server.refusal import Refusal
 from petals_lightning.server.running_server import RunningServer
 from tests.helpers.families import ALL, NUM_BLOCKS
 from tests.helpers.tampering import BATCH, OPTIONS, chosen, load_classifier
@@ -161,7 +161,7 @@ def test_servers_without_room_do_not_keep_from_one_that_has(tiny_checkpoint, sta
         return forward
 
     for server in swarm.servers:
-        server.span.forward = only_the_sixth(server)  # type: ignore[method-assign]
+        server.span.forward = only_the_sixth(server)
     assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     assert len(asked) == remote_blocks(model).stats.retries == 5
 
@@ -180,7 +180,7 @@ def test_a_queue_that_never_moves_is_waited_for_no_longer_than_is_said(tiny_chec
         return honest(*args)
 
     liar.span.forward = never  # type: ignore
-    liar.resources.compute.ahead = lambda key: 1  # type: ignore[method-assign]
+    liar.resources.compute.ahead = lambda key: 1
     began = time.monotonic()
     assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     assert time.monotonic() - began > 1.0  # it was not given up at once: honest queues take their time
@@ -199,8 +199,8 @@ def test_a_queue_that_never_moves_costs_one_step(tiny_checkpoint, start_swarm, m
         time.sleep(8)
         raise AssertionError("nobody waits for this")
 
-    liar.span.forward_with_graph = never  # type: ignore
-    liar.resources.compute.ahead = lambda key: 1  # type: ignore[method-assign]
+    liar.span.forward_with_graph = never
+    liar.resources.compute.ahead = lambda key: 1
     for _ in range(5):
         assert step(model) == pytest.approx(local_loss(checkpoint), rel=1e-5)
     assert len(asked) == remote_blocks(model).stats.hedges == 1

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers
 
 NUM_BLOCKS, HIDDEN, VOCAB = 4, 32, 96
 ALL = (0, NUM_BLOCKS)

@@ -41,7 +41,7 @@ def sharded(tmp_path_factory) -> Path:
 def reads(monkeypatch) -> dict[str, Any]:
     """Shards that were opened, and bytes that were read from them through lazy slices."""
     seen: dict[str, Any] = {"shards": set(), "bytes": 0}
-    real = checkpoint_module.safe_open
+    real = checkpoint_module.safe_open  # type: ignore[attr-defined]
 
     class Slice:
         def __init__(self, inner: Any):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteri
 from transformers.generation.streamers import BaseStreamer
 
 from petals_lightning.errors import UnsupportedInputError
-from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, remote_blocks
 from petals_lightning.models.local import LocalModelForCausalLM
 from tests.helpers.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint

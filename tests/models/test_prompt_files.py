@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from petals_lightning.errors import CheckpointError, ConfigurationError
-from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     PromptCard,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from petals_lightning.hf.loading import quiet_transformers
+from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward, read_response
 from petals_lightning.protocol.petals.steps import NextServer
 from petals_lightning.protocol.petals.tensors import FLOAT16

@@ -16,7 +16,7 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.blocks.kv_cache import StackedLayer
 from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.execution.compute import ComputeThread, Priority
-from petals_lightning.server.resources import Refusal
+from petals_lightning.server.refusal import Refusal
 from petals_lightning.server.sessions import batched_decoding
 from petals_lightning.server.sessions.batched_decoding import DecodeStep, verify_batched_decoding
 from petals_lightning.server.sessions.session_cache import CacheStore, SessionCache

@@ -69,7 +69,7 @@ class ServerInfo:
             case [[BatchTensorDescriptor() as hidden, *_], _]:
                 if hidden.compression not in COMPRESSIONS:
                     raise ProtocolError(f"this server wants compression {hidden.compression}, which is not supported")
-        size = hidden.size[-1] if hidden is not None else None
+        size: object = hidden.size[-1] if hidden is not None else None
         return cls(
             version if isinstance(version, str) else None,
             left if type(left) is int else None,

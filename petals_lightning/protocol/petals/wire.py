@@ -35,7 +35,7 @@ class CheckedType(Generic[M]):
                 for inner, value in _fields(tensor):
                     if inner == _SIZE and len(value) > _MAX_SHAPE_BYTES:
                         raise ProtocolError(f"a tensor's shape has {len(value)} bytes, the limit is {_MAX_SHAPE_BYTES}")
-        return self._kind.FromString(data)  # type: ignore[return-value]
+        return self._kind.FromString(data)
 
 
 REQUEST, RESPONSE = CheckedType(ExpertRequest), CheckedType(ExpertResponse)
