@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from petals_lightning.cli import bootstrap, chat, generate, serve, status
+from petals_lightning.cli import bootstrap, chat, generate, serve, status, train
 from petals_lightning.cli.options import MaddrCommand
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Serve and use language models whose blocks live in a swarm.",
+    help="Train, serve and use language models whose blocks live in a swarm.",
 )
+app.command("train", context_settings=train.HYDRAS_OWN)(train.train)
 app.command("serve", cls=MaddrCommand)(serve.serve)
 app.command("bootstrap", cls=MaddrCommand)(bootstrap.bootstrap)
 app.command("status", cls=MaddrCommand)(status.status)

@@ -14,8 +14,9 @@ from rich.table import Table
 from petals_lightning.data import TextDataModule
 from petals_lightning.data.sources import BUNDLED
 from petals_lightning.sample import MODEL_DIR
+from petals_lightning.training.command_line import command, program
 
-_REAL_THING = "python train.py recipe={recipe} model=llama3_8b {data} swarm=private 'swarm.initial_peers=[{maddr}]'"
+_REAL_THING = "{program} recipe={recipe} model=llama3_8b {data} swarm=private 'swarm.initial_peers=[{maddr}]'"
 _FILES = "summary.json", "learning_curve.png", "prompts", "checkpoints", "fit-profile.txt"
 _MADDR = "/ip4/HOST/tcp/PORT/p2p/ID"
 
@@ -36,7 +37,7 @@ def announce(cfg: DictConfig, recipe: str, data: TextDataModule) -> None:
             f"\n[bold yellow]This is the bundled sample:[/bold yellow] a toy language model and synthetic "
             f"{data.bundled_texts},\nto see that everything works. The real thing, with your own swarm:"
         )
-        command = _REAL_THING.format(recipe=recipe, data=data.real_data, maddr=_MADDR)
+        command = _REAL_THING.format(program=program(), recipe=recipe, data=data.real_data, maddr=_MADDR)
         console.print(f"    {command}\n", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -75,7 +76,7 @@ def print_failed(checkpoint: Path) -> None:
 
 
 def _how_to_continue(checkpoint: Path) -> str:
-    return "Continue with:\n    " + shlex.join(["python", *sys.argv, f"ckpt_path={checkpoint}"])
+    return f"Continue with:\n    {command()} {shlex.quote(f'ckpt_path={checkpoint}')}"
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from petals_lightning.errors import ConfigurationError
 
+_PROGRAM = "python train.py"  # as recipes have it
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -47,14 +49,15 @@ def register_recipes(recipes: list[Recipe]) -> None:
         )
 
 
-def print_recipes(recipes: list[Recipe]) -> None:
-    """Prints every recipe: its name, its purpose, and the command to copy."""
+def print_recipes(recipes: list[Recipe], program: str) -> None:
+    """Prints every recipe: its name, its purpose, and the command to copy, which begins with `program`."""
     console = Console()
     console.print("[bold]recipes[/bold] (settings: conf/, measured results: recipes/README.md)\n")
     for recipe in recipes:
         console.print(f"[bold cyan]{recipe.name}[/bold cyan]  {recipe.about}")
         # Commands are for copying: never wrapped, never coloured.
-        console.print(f"    {recipe.command}\n", soft_wrap=True, highlight=False, markup=False)
+        command = recipe.command.replace(_PROGRAM, program, 1)
+        console.print(f"    {command}\n", soft_wrap=True, highlight=False, markup=False)
     console.print(
         "Any setting can be overridden: tuning.pre_seq_len=8 optim.lr=3e-3 model=llama3_8b swarm=private …\n"
         "Several values make a sweep: -m tuning.pre_seq_len=8,16",
@@ -68,8 +71,8 @@ def _read(path: Path) -> Recipe:
         if not line.startswith("#"):
             break
         header.append(line.lstrip("#").strip())
-    commands = [line for line in header if line.startswith("python train.py")]
+    commands = [line for line in header if line.startswith(_PROGRAM)]
     about = " ".join(line for line in header if line and line not in commands)
     if not commands or not about:
-        raise ConfigurationError(f"{path} must begin with comments: what it does, and its `python train.py …` command")
+        raise ConfigurationError(f"{path} must begin with comments: what it does, and its `{_PROGRAM} …` command")
     return Recipe(path.stem, about, commands[0], path)

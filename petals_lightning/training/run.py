@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -34,6 +32,7 @@ from petals_lightning.strategies import (
 )
 from petals_lightning.training.callbacks import build_callbacks
 from petals_lightning.training.cli_errors import INTERRUPTED
+from petals_lightning.training.command_line import command
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
 from petals_lightning.training.schema import refuse_unread
@@ -228,7 +227,7 @@ def _save_best_prompts(module: TuningModule, folder: Path, summary: dict[str, An
         load_trained_weights(module, weights)
     names = ("val/loss", "val/perplexity", "test/loss", "test/perplexity")
     metrics = {name: summary[name] for name in names if summary.get(name) is not None}
-    save_prompts(module.model, folder / "prompts", metrics=metrics, command=shlex.join(["python", *sys.argv]))
+    save_prompts(module.model, folder / "prompts", metrics=metrics, command=command())
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:
