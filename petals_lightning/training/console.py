@@ -37,8 +37,8 @@ def announce(cfg: DictConfig, recipe: str, data: TextDataModule) -> None:
             f"\n[bold yellow]This is the bundled sample:[/bold yellow] a toy language model and synthetic "
             f"{data.bundled_texts},\nto see that everything works. The real thing, with your own swarm:"
         )
-        command = _REAL_THING.format(program=program(), recipe=recipe, data=data.real_data, maddr=_MADDR)
-        console.print(f"    {command}\n", soft_wrap=True, highlight=False, markup=False)
+        real = _REAL_THING.format(program=program(), recipe=recipe, data=data.real_data, maddr=_MADDR)
+        console.print(f"    {real}\n", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_results(summary: dict[str, Any], folder: Path) -> None:
