@@ -55,9 +55,7 @@ def with_options_of(config: type) -> Callable[[type[T]], type[T]]:
 @dataclass
 @with_options_of(ClientConfig)
 class ConnectedSwarmConfig(SwarmConfig):
-    """The options of `ClientConfig`, and those of every swarm."""
-
-    """Evaluation batches that are on their way at once; each takes the memory of a forward here."""
+    """The options of `ClientConfig`."""
 
 
 @dataclass
