@@ -144,7 +144,7 @@ def test_a_command_has_a_flag_for_every_option(command, config):
         assert (flag.opts, flag.help) == ([each.flag], each.meaning)
         given = (
             each.default,
-            each.default / each.unit if each.unit > 1 else None,
+            each.default / each.unit if each.unit > 1 and each.default is not None else None,
             None if each.is_list else each.default,
         )
         assert flag.default in given

@@ -68,7 +68,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(option: Option) -> inspect.Parameter:
     """The parameter of a command that typer makes an option's flag of."""
-    default = option.default / option.unit if option.unit != 1 else option.default
+    default = option.default / option.unit if option.unit != 1 and option.default is not None else option.default
     kind: Any = str if option.parse is not None else float if option.unit != 1 else option.kind
     if option.is_list:
         kind, default = list[str], None

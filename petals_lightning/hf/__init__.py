@@ -2,7 +2,7 @@
 
 from petals_lightning.hf.checkpoint import Checkpoint
 from petals_lightning.hf.context_limits import RotaryLimit, rotary_limit, sliding_window
-from petals_lightning.hf.loading import load_pruned
+from petals_lightning.hf.loading import block_bytes, load_pruned
 from petals_lightning.hf.pruning import BlockLayout, ModelSlice, find_blocks
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Checkpoint",
     "ModelSlice",
     "RotaryLimit",
+    "block_bytes",
     "find_blocks",
     "load_pruned",
     "rotary_limit",

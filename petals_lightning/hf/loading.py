@@ -16,7 +16,7 @@ from petals_lightning.errors import CheckpointError, ConfigurationError, Unsuppo
 from petals_lightning.hf.checkpoint import Checkpoint, refusing
 from petals_lightning.hf.compat import quiet_transformers, renamed_keys
 from petals_lightning.hf.decoder import names_in_decoder
-from petals_lightning.hf.pruning import BlockLayout, ModelSlice, num_blocks, prune
+from petals_lightning.hf.pruning import BlockLayout, ModelSlice, find_blocks, num_blocks, prune
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,23 @@ def load_pruned(
     fresh = fresh_parameters(cls, checkpoint, info, may_miss)
     model.requires_grad_(False)
     return LoadedPart(model.eval(), layouts[-1], fresh)
+
+
+def block_bytes(cls: type[PreTrainedModel], checkpoint: Checkpoint, dtype: torch.dtype | str) -> list[int]:
+    """Bytes of each block's weights, without reading any.
+
+    Args:
+        cls: the family's own class.
+        dtype: as of `load_pruned`; for "auto" of a checkpoint whose config names none, float32, which is the largest.
+
+    Raises:
+        UnsupportedModelError: the family cannot be cut into blocks.
+    """
+    with refusing(f"{cls.__name__} cannot be cut into blocks"), torch.device("meta"), quiet_transformers():
+        outline = cls(copy.deepcopy(checkpoint.decoder_config))
+        blocks = find_blocks(outline).blocks(outline)
+    size = _resolve_dtype(dtype, checkpoint, {}).itemsize
+    return [size * sum(weight.numel() for weight in block.parameters()) for block in blocks]
 
 
 def check_pad_token(config: PreTrainedConfig) -> None:

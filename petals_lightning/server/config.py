@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.options import FINITE_ABOVE_0, Rule, described, option
-from petals_lightning.server.access.limits import ServerLimits
+from petals_lightning.server.access.limits import GIB, ServerLimits
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -40,7 +40,15 @@ class ServerConfig(ServerLimits):
         None,
         "How many blocks to hold, where the swarm is thinnest, instead of block_indices.",
         FINITE_ABOVE_0,
-        default_words="all",
+        default_words="as many as fit in memory",
+    )
+    memory: int | None = option(
+        None,
+        "Memory of the device for blocks and budgets, where neither block_indices nor num_blocks is given (GiB on the "
+        "command line).",
+        FINITE_ABOVE_0,
+        default_words="what is free",
+        unit=GIB,
     )
     dht_prefix: str | None = option(
         None, "Name of the model in the swarm; needed for a local folder.", default_words="derived from the hub id"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
+from transformers import AutoModel
 
 from petals_lightning import __version__
 from petals_lightning.errors import ConfigurationError, is_out_of_memory
-from petals_lightning.hf import Checkpoint
+from petals_lightning.hf import Checkpoint, block_bytes
 from petals_lightning.hf.checkpoint import first_line
+from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
@@ -21,6 +24,7 @@ from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.loading import forward_seconds, load_span, server_info
+from petals_lightning.server.memory_plan import free_memory, plan_memory
 from petals_lightning.server.peer_links import PeerLinks
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.running_server import RunningServer
@@ -28,6 +32,8 @@ from petals_lightning.server.sessions.session_cache import measure_cache_bytes
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
+
+logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT = 5.0  # seconds for the compute thread to end, if starting fails
 
@@ -86,25 +92,28 @@ class Server:
             ConfigurationError: the model, the span or an address is wrong.
             SwarmConnectionError: the swarm cannot be joined, or takes no record.
         """
-        if self._config.threads is not None:
-            torch.set_num_threads(self._config.threads)
+        config = self._config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         prefix, count = self.dht_prefix, num_blocks(self._checkpoint.config)
-        if self._config.block_indices is not None:
-            self._check_span(*self._config.block_indices, count)
+        if config.block_indices is not None:
+            self._check_span(*config.block_indices, count)
         self.node.start()
         with ExitStack() as started:
             started.callback(self.node.close)
             on_joined()
+            if config.block_indices is None and config.num_blocks is None:
+                config = self._fit_memory(config)
             directory = SwarmDirectory(self.node, self._rules.token)
-            start, end = self._config.block_indices or self._choose_span(directory, prefix, count)
+            start, end = config.block_indices or self._choose_span(directory, prefix, count, config.num_blocks or count)
             span = self._load(start, end)
             compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start()
             started.callback(compute.stop, _STOP_TIMEOUT)
             resources = ServerResources(
                 span,
                 compute,
-                self._config,
-                info=server_info(span, self._checkpoint, self._config),
+                config,
+                info=server_info(span, self._checkpoint, config),
                 rules=self._rules,
                 peer_id=self.node.peer_id.to_base58(),
                 links=PeerLinks(self.node.p2p),
@@ -113,8 +122,8 @@ class Server:
             )
             record = self._record(span)
             entry = ModelEntry(prefix, count, record.repository)
-            announcer = Announcer(directory, entry, record, resources, self._config.update_period)
-            server = RunningServer(self.node, resources, prefix, announcer, petals_only=self._config.petals_only)
+            announcer = Announcer(directory, entry, record, resources, config.update_period)
+            server = RunningServer(self.node, resources, prefix, announcer, petals_only=config.petals_only)
             self.node.run(server.open())
             started.pop_all()
         return server
@@ -145,8 +154,16 @@ class Server:
                 f"blocks {start}:{end} do not exist: {self._checkpoint.name_or_path} has {count}, numbered 0:{count}"
             )
 
-    def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int) -> tuple[int, int]:
-        wanted = count if self._config.num_blocks is None else self._config.num_blocks
+    def _fit_memory(self, config: ServerConfig) -> ServerConfig:
+        """The settings with as many blocks as fit, and with budgets that leave room for them."""
+        free = config.memory if config.memory is not None else free_memory(self._device)
+        sizes = block_bytes(model_class(AutoModel, self._checkpoint), self._checkpoint, config.dtype)
+        plan = plan_memory(sizes, config, free, is_gpu=self._device.type == "cuda")
+        logger.info("memory of %s: %s", self._device, plan)
+        return plan.applied_to(config)
+
+    def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int, wanted: int) -> tuple[int, int]:
+        """The span of `wanted` blocks where the swarm is thinnest."""
         table = self.node.run(directory.servers(prefix, count))
         throughput = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
         return thinnest_span(throughput, wanted)

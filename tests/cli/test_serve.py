@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from petals_lightning.cli.main import main
+from petals_lightning.hf import Checkpoint, block_bytes
 from petals_lightning.protocol.records import ServerRecord, ServerState
 from petals_lightning.strategies.server_process import ServerProcess, launch
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
@@ -168,6 +169,19 @@ def test_a_users_error_is_one_line_that_says_what_to_mend(given, words, tiny_che
     assert words in done.stderr
 
 
+def test_a_server_holds_as_many_blocks_as_fit_in_memory(run, tiny_checkpoint):
+    checkpoint = tiny_checkpoint("llama")
+    (size,) = set(block_bytes(LlamaModel, Checkpoint(checkpoint), "auto"))
+    budgets = ["--graph-memory", "0", "--cache-memory", "0", "--max-total-bytes", "1"]
+    memory = ["--memory", str(2.5 * size / 0.9 / 2**30)]
+    assert run(*serve(checkpoint, "--new-swarm", *budgets, *memory)).lines[-1].startswith("ready: blocks 0:2 of ")
+    done = run_command(*serve(checkpoint, "--new-swarm", *budgets, "--memory", "1e-5"))
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: not one block fits, each takes ")
+    assert "1e-05 GiB are free; weights of 0 of 4 blocks 0, graphs 0, keys and values 0, requests " in error
+
+
 def save_hollow_checkpoint(folder: Path, gib: int) -> Path:
     """A model of one block that takes so much memory, and no room on the disk: a sparse file of zeros."""
     config = LlamaConfig(
@@ -200,7 +214,7 @@ def short_of_memory() -> None:
 
 def test_blocks_that_do_not_fit_are_one_line(tmp_path):
     folder = save_hollow_checkpoint(tmp_path, gib=2)
-    done = run_command(*serve(folder, "--new-swarm"), program=short_of_memory)
+    done = run_command(*serve(folder, "--new-swarm", "--num-blocks", "1"), program=short_of_memory)
     assert done.returncode == 1
     error = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert len(error) == 1, done.stderr
