@@ -125,6 +125,21 @@ def trainable_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def parameters_by_kind(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
+    """Trainable parameters: `head`, `deep` (prompts of every block) and `input`, which is all others.
+
+    Kinds without parameters are left out.
+    """
+    in_head = {id(parameter) for _, head in _heads(model) for parameter in head.parameters()}
+    prompts = prompts_of(model)
+    kinds: dict[str, list[nn.Parameter]] = {"input": [], "deep": [], "head": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_deep = prompts is not None and parameter is prompts.deep
+            kinds["head" if id(parameter) in in_head else "deep" if is_deep else "input"].append(parameter)
+    return {kind: parameters for kind, parameters in kinds.items() if parameters}
+
+
 def _heads(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The classification head: the task model's modules outside of its base model, except a language-model head."""
     if model.base_model is model or model.can_generate():

@@ -176,6 +176,10 @@ class PlainTextDataConfig(DataConfig):
 @dataclass
 class OptimConfig:
     lr: float = MISSING
+    head_lr: float | None = None
+    """Of the classification head; null: lr."""
+    deep_lr: float | None = None
+    """Of the prompts of every block; null: lr."""
     weight_decay: float = MISSING
     warmup_ratio: float = MISSING
     """Share of all steps."""

@@ -14,6 +14,8 @@ OF_MODULES = {
     "tuning_mode": "tuning.mode",
     "pre_seq_len": "tuning.pre_seq_len",
     "lr": "optim.lr",
+    "head_lr": "optim.head_lr",
+    "deep_lr": "optim.deep_lr",
     "weight_decay": "optim.weight_decay",
     "warmup_ratio": "optim.warmup_ratio",
 }

@@ -168,6 +168,8 @@ def test_mixed_precision_is_what_was_asked_for(
         ({"pre_seq_len": -4}, r"^pre_seq_len=-4"),
         ({"tuning_mode": "lora"}, r"^tuning_mode=lora: must be None, ptune or deep_ptune"),
         ({"lr": 0.0}, r"^lr=0\.0: must be above 0"),
+        ({"head_lr": 0.0}, r"^head_lr=0\.0: must be above 0"),
+        ({"deep_lr": -1e-3}, r"^deep_lr=-0\.001: must be above 0"),
         ({"weight_decay": -0.1}, r"^weight_decay=-0\.1: must be 0 or more"),
         ({"warmup_ratio": 2.0}, r"^warmup_ratio=2\.0"),
     ],
