@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from petals_lightning.hf.checkpoint import Checkpoint
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
 from petals_lightning.models.prompts import Prompts, TuningMode
+from petals_lightning.models.starts import PromptStart
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def attach_trainable(
     tuning_mode: TuningMode | None,
     pre_seq_len: int | None,
     drawn: frozenset[str],
+    start: PromptStart,
 ) -> None:
     """Freezes the model, attaches `prompts` to its owner and makes its task head (if it has one) trainable.
 
@@ -43,6 +45,7 @@ def attach_trainable(
 
     Args:
         drawn: names of the head's parameters to draw; the others keep the checkpoint's values.
+        start: the first values of prompts.
     """
     model.requires_grad_(False)
     owner = layout.owner(model)
@@ -57,7 +60,7 @@ def attach_trainable(
             hidden_size=config.hidden_size,
             num_blocks=num_blocks(config),
         ).to(embedding.device)
-        prompts.reset_parameters(embedding.float().std().item())
+        prompts.reset_parameters(start.values(model.get_input_embeddings(), pre_seq_len))
         owner.prompts = prompts
     for head_name, head in _heads(model):
         head.float().requires_grad_(True)

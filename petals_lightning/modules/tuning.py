@@ -19,6 +19,7 @@ from petals_lightning.errors import ConfigurationError, NoModelError
 from petals_lightning.hf.pruning import vocabulary_size
 from petals_lightning.models import trainable_state_dict
 from petals_lightning.models.prompts import TUNING_MODES
+from petals_lightning.models.starts import check_start
 from petals_lightning.models.trainable import parameters_by_kind
 from petals_lightning.strategies import (
     RemoteBlockStrategy,
@@ -46,6 +47,9 @@ class TuningModule(pl.LightningModule):
         tuning_mode: None (only a head), `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as many
             more for every block).
         pre_seq_len: number of virtual tokens, P.
+        prompt_init: the start of the prompts: `random`, `vocabulary` (the embeddings of tokens that are drawn), or
+            `text`.
+        prompt_init_text: with `text`: that text, whose tokens are cut or repeated to P.
         lr: AdamW's peak learning rate.
         head_lr: that of the head; None takes `lr`.
         deep_lr: that of the prompts of every block; None takes `lr`.
@@ -77,6 +81,8 @@ class TuningModule(pl.LightningModule):
         *,
         tuning_mode: str | None = "deep_ptune",
         pre_seq_len: int = 16,
+        prompt_init: str = "random",
+        prompt_init_text: str | None = None,
         lr: float = 1e-2,
         head_lr: float | None = None,
         deep_lr: float | None = None,
@@ -95,6 +101,7 @@ class TuningModule(pl.LightningModule):
                 f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
                 "to train the head alone set tuning_mode=None"
             )
+        check_start(prompt_init, prompt_init_text)
         for name, rate in {"lr": lr, "head_lr": head_lr, "deep_lr": deep_lr}.items():
             if rate is not None and rate <= 0:
                 raise ConfigurationError(f"{name}={rate}: must be above 0")
@@ -194,7 +201,8 @@ class TuningModule(pl.LightningModule):
         arguments = {name: self.hparams[name] for name in names} | {"token": self._token}
         tokenizer = load_tokenizer(self.hparams["model_name"], revision=self.hparams["revision"], token=self._token)
         arguments["pad_token_id"] = tokenizer.pad_token_id
-        arguments["pre_seq_len"] = self.hparams["pre_seq_len"] if self.hparams["tuning_mode"] else None
+        if self.hparams["tuning_mode"] is not None:
+            arguments |= {name: self.hparams[name] for name in ("pre_seq_len", "prompt_init", "prompt_init_text")}
         return arguments
 
     def _load(self, strategy: Any) -> PreTrainedModel:

@@ -91,6 +91,10 @@ class TuningConfig:
     """ptune, deep_ptune, or null to train only the head."""
     pre_seq_len: int = 16
     """Virtual tokens, P."""
+    init: str = "random"
+    """The start of the prompts: random, vocabulary (the embeddings of tokens that are drawn) or text."""
+    init_text: str | None = None
+    """With init=text: that text, whose tokens are cut or repeated to P."""
 
 
 @dataclass
