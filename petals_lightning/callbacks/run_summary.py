@@ -20,9 +20,9 @@ from petals_lightning.callbacks.traffic import traffic_metrics
 class RunSummary(Callback):
     """Writes `summary.json` and `learning_curve.png` when training ends, and adds `test/…` after a test.
 
-    The validation score and `val/loss` are those of `checkpoint`, the run's best epoch on validation. Seconds, steps,
-    tokens (without padding and prompts) and traffic are totals of the whole run, including the time before a resume.
-    Seconds and traffic include validation.
+    All `val/…` are those of `checkpoint`, the run's best epoch on validation. Seconds, steps, tokens (without padding
+    and prompts) and traffic are totals of the whole run, including the time before a resume. Seconds and traffic
+    include validation.
 
     Args:
         folder: where the files are written.
@@ -58,7 +58,9 @@ class RunSummary(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        metrics = {name: _rounded(trainer.callback_metrics[name]) for name in ("val/loss", self._score)}
+        logged = trainer.callback_metrics
+        names = dict.fromkeys([self._score, "val/loss", *(name for name in logged if name.startswith("val/"))])
+        metrics = {name: _rounded(logged[name]) for name in names}
         self._validation.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **metrics})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,8 +69,9 @@ class RunSummary(Callback):
         best = self._validation_of(checkpoints[0] if checkpoints else None)
         totals = self._totals(pl_module)
         self.summary = {
-            self._score: best.get(self._score),
-            "val/loss": best.get("val/loss"),
+            self._score: None,
+            "val/loss": None,
+            **{name: value for name, value in best.items() if name.startswith("val/")},
             "val/epoch": best.get("epoch"),
             "train/seconds": round(totals["train/seconds"], 2),
             "train/steps": trainer.global_step,

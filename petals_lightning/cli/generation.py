@@ -107,7 +107,7 @@ def load_model(options: ModelOptions, client: ClientConfig, terminal: Terminal) 
 
     if options.public:
         print(f"this is {PUBLIC_NOTICE}", file=sys.stderr)  # a note would be cut
-    from petals_lightning.data.tokenizer import load_tokenizer
+    from petals_lightning.hf.tokenizer import load_tokenizer
     from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 
     libraries_to_root_log()

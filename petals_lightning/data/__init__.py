@@ -4,7 +4,7 @@ from petals_lightning.data.base import TextDataModule
 from petals_lightning.data.dialogues import DialogueDataModule
 from petals_lightning.data.plain_text import PlainTextDataModule
 from petals_lightning.data.text_classification import TextClassificationDataModule
-from petals_lightning.data.tokenizer import load_tokenizer
+from petals_lightning.hf.tokenizer import load_tokenizer
 
 __all__ = [
     "DialogueDataModule",

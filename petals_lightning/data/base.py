@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from petals_lightning.data.loader import LengthGroupedSampler, ResumableDataLoader
 from petals_lightning.data.opening import TextFormat
 from petals_lightning.data.sources import BUNDLED, LocatedSplits, load_splits
-from petals_lightning.data.tokenizer import load_tokenizer
 from petals_lightning.errors import ConfigurationError, DataError
+from petals_lightning.hf.tokenizer import load_tokenizer
 from petals_lightning.sample import REVIEWS_DIR
 
 log = logging.getLogger(__name__)

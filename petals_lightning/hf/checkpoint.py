@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from petals_lightning.errors import CheckpointError, PetalsLightningError, UnsupportedModelError, is_out_of_memory
 from petals_lightning.hf.compat import find_file
+from petals_lightning.hf.tokenizer import load_tokenizer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -60,6 +61,10 @@ class Checkpoint:
         same = copy.copy(self)
         same._hub = {**self._hub, "local_files_only": True}
         return same
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; see `load_tokenizer`."""
+        return load_tokenizer(self.name_or_path, **self._hub)
 
     @cached_property
     def config(self) -> PreTrainedConfig:

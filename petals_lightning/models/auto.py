@@ -42,6 +42,7 @@ from petals_lightning.models.prompt_files import (
 from petals_lightning.models.prompts import TuningMode
 from petals_lightning.models.reading import reading
 from petals_lightning.models.self_check import check_ends
+from petals_lightning.models.starts import PromptInit, PromptStart, check_start
 from petals_lightning.models.trainable import FrozenBackbone, attach_trainable, has_head_of_its_own, parameters_to_draw
 from petals_lightning.options import make, options_of
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
@@ -192,6 +193,8 @@ class _AutoDistributed:
         dht_prefix: str | None = None,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int | None = None,
+        prompt_init: PromptInit = "random",
+        prompt_init_text: str | None = None,
         prompts: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -212,6 +215,8 @@ class _AutoDistributed:
                 SwarmNode, which the caller closes. None of the three means the public Petals network.
             dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
             tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
+            prompt_init, prompt_init_text: the start of prompts: "random", "vocabulary" (the embeddings of tokens that
+                are drawn), or "text" (those of this text, cut or repeated to P tokens).
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
             dtype (or torch_dtype): of the part loaded here; "auto", the default, is the checkpoint's dtype.
             token, revision, cache_dir, local_files_only, subfolder: as in transformers.
@@ -233,6 +238,7 @@ class _AutoDistributed:
         name = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
         card = find_card(name, revision=revision, token=token, subfolder=subfolder, **hub)
+        check_start(prompt_init, prompt_init_text, loads_prompts=card is not None or prompts is not None)
         if card is not None:
             tuning_mode, pre_seq_len, revision = card.tuning_mode, card.pre_seq_len, card.revision
             name, dht_prefix, subfolder = card.base_model, dht_prefix or card.dht_prefix, ""
@@ -249,6 +255,7 @@ class _AutoDistributed:
         model_config = _config_with_prefix(checkpoint, dht_prefix)
         if prompts is not None:
             check_base_model(PromptCard.read(prompts, token=token), checkpoint, prompts)  # before anything is loaded
+        start = PromptStart.read(prompt_init, prompt_init_text, pre_seq_len, checkpoint)
         family = model_class(cls.auto_class, checkpoint)
         with torch.random.fork_rng(devices=[]):  # loading must not advance the generator that draws initial values
             model, layout, fresh = load_pruned(
@@ -264,7 +271,8 @@ class _AutoDistributed:
             model.generation_config = checkpoint.generation_config
         layers = _connect(model, checkpoint, client_config, node=node, dht=dht, initial_peers=initial_peers)
         try:
-            attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh))
+            drawn = parameters_to_draw(model, checkpoint, fresh)
+            attach_trainable(model, layout, tuning_mode, pre_seq_len, drawn, start)
             _assemble(model, family, checkpoint, DecoderBridge(model, layout, layers))
         except BaseException:
             layers.close()

@@ -23,6 +23,7 @@ from petals_lightning.hf.pruning import BlockLayout, num_blocks
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import Prompts, TuningMode
+from petals_lightning.models.starts import PromptInit, PromptStart, check_start
 from petals_lightning.models.trainable import FrozenBackbone, attach_trainable, has_head_of_its_own, parameters_to_draw
 
 
@@ -36,6 +37,8 @@ class _LocalModel:
         *,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int | None = None,
+        prompt_init: PromptInit = "random",
+        prompt_init_text: str | None = None,
         prompts: str | Path | None = None,
         dtype: torch.dtype | str = "auto",
         token: str | bool | None = None,
@@ -48,6 +51,7 @@ class _LocalModel:
             pretrained_model_name_or_path: folder or hub id.
             tuning_mode: None, "ptune" or "deep_ptune".
             pre_seq_len: P, the number of virtual tokens.
+            prompt_init, prompt_init_text: the start of prompts, "random", "vocabulary" or "text", and that text.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
             dtype: of the frozen weights; "auto" is the checkpoint's dtype.
             token, revision: as in transformers.
@@ -57,6 +61,7 @@ class _LocalModel:
             ConfigurationError, CheckpointError, UnsupportedModelError: as the distributed classes.
         """
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
+        check_start(prompt_init, prompt_init_text, loads_prompts=prompts is not None)
         checkpoint = Checkpoint(str(pretrained_model_name_or_path), token=token, revision=revision)
         config = copy.deepcopy(checkpoint.config)
         overrides = config_overrides(
@@ -65,6 +70,7 @@ class _LocalModel:
         for name, value in overrides.items():
             setattr(config, name, value)
         check_pad_token(config)
+        start = PromptStart.read(prompt_init, prompt_init_text, pre_seq_len, checkpoint)
         with (
             torch.random.fork_rng(devices=[]),
             quiet_transformers(),
@@ -95,7 +101,7 @@ class _LocalModel:
                 fresh = fresh_parameters(family, checkpoint, info, has_head_of_its_own(family))
         model.__class__ = type(family.__name__, (FrozenBackbone, family), {"__module__": family.__module__})
         layout = find_blocks(model)
-        attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh))
+        attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh), start)
         if tuning_mode is not None:
             concatenate_prompts(model, layout)
         model.checkpoint, model.max_positions = checkpoint, layout.max_positions

@@ -44,10 +44,10 @@ class Prompts(nn.Module):
         deep = torch.zeros(num_blocks, pre_seq_len, hidden_size, dtype=torch.float32)
         self.deep = nn.Parameter(deep) if tuning_mode == "deep_ptune" else None
 
-    def reset_parameters(self, embedding_std: float) -> None:
-        """Draws `input` from N(0, embedding_std²), as long as real tokens. `deep` starts at zero, as ptune."""
+    def reset_parameters(self, start: torch.Tensor) -> None:
+        """Sets `input` to `start` [P, E] (see `PromptStart`), and `deep` to zero, as ptune."""
         with torch.no_grad():
-            self.input.normal_(0.0, embedding_std)
+            self.input.copy_(start)
             if self.deep is not None:
                 self.deep.zero_()
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from petals_lightning.hf.checkpoint import Checkpoint
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
 from petals_lightning.models.prompts import Prompts, TuningMode
+from petals_lightning.models.starts import PromptStart
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def attach_trainable(
     tuning_mode: TuningMode | None,
     pre_seq_len: int | None,
     drawn: frozenset[str],
+    start: PromptStart,
 ) -> None:
     """Freezes the model, attaches `prompts` to its owner and makes its task head (if it has one) trainable.
 
@@ -43,6 +45,7 @@ def attach_trainable(
 
     Args:
         drawn: names of the head's parameters to draw; the others keep the checkpoint's values.
+        start: the first values of prompts.
     """
     model.requires_grad_(False)
     owner = layout.owner(model)
@@ -57,7 +60,7 @@ def attach_trainable(
             hidden_size=config.hidden_size,
             num_blocks=num_blocks(config),
         ).to(embedding.device)
-        prompts.reset_parameters(embedding.float().std().item())
+        prompts.reset_parameters(start.values(model.get_input_embeddings(), pre_seq_len))
         owner.prompts = prompts
     for head_name, head in _heads(model):
         head.float().requires_grad_(True)
@@ -123,6 +126,21 @@ def prompts_of(model: nn.Module) -> Any:
 def trainable_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Names and values of all trainable parameters: kilobytes, whatever the model's size."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def parameters_by_kind(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
+    """Trainable parameters: `head`, `deep` (prompts of every block) and `input`, which is all others.
+
+    Kinds without parameters are left out.
+    """
+    in_head = {id(parameter) for _, head in _heads(model) for parameter in head.parameters()}
+    prompts = prompts_of(model)
+    kinds: dict[str, list[nn.Parameter]] = {"input": [], "deep": [], "head": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_deep = prompts is not None and parameter is prompts.deep
+            kinds["head" if id(parameter) in in_head else "deep" if is_deep else "input"].append(parameter)
+    return {kind: parameters for kind, parameters in kinds.items() if parameters}
 
 
 def _heads(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from sklearn.metrics import classification_report
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 from petals_lightning.modules.tuning import TuningModule
 
@@ -16,8 +17,9 @@ from petals_lightning.modules.tuning import TuningModule
 class SequenceClassificationModule(TuningModule):
     """Trains prompts and a classification head; everything else is frozen.
 
-    Batches: `input_ids` and `attention_mask` [B, S], `labels` [B]. Logs `train/loss`, `train/lr`, `val/loss`,
-    `val/accuracy`, `test/loss`, `test/accuracy`.
+    Batches: `input_ids` and `attention_mask` [B, S], `labels` [B]. Logs `train/loss` and `train/lr`; on
+    validation and test `…/loss`, `…/accuracy`, `…/macro_f1` (F1, averaged over the classes) and `…/matthews` (Matthews
+    correlation: 0 for guessing, whatever the classes' sizes).
 
     Args:
         model_name: hub id or folder of a causal language model.
@@ -35,8 +37,15 @@ class SequenceClassificationModule(TuningModule):
     def __init__(self, model_name: str, *, num_labels: int = 2, class_names: list[str] | None = None, **options: Any):
         super().__init__(model_name, **options)
         self.class_names = class_names or [str(label) for label in range(num_labels)]
-        self.val_accuracy = MulticlassAccuracy(num_labels, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_labels, average="micro")
+        scores = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(num_labels, average="micro"),
+                "macro_f1": MulticlassF1Score(num_labels, average="macro"),
+                "matthews": MulticlassMatthewsCorrCoef(num_labels),
+            },
+            compute_groups=False,  # each keeps its own few counts, and none depends on another's
+        )
+        self.val_scores, self.test_scores = scores.clone(prefix="val/"), scores.clone(prefix="test/")
         self._test_labels: list[Tensor] = []
         self._test_predictions: list[Tensor] = []
 
@@ -65,16 +74,16 @@ class SequenceClassificationModule(TuningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         output = self(**batch)
-        self.val_accuracy(output.logits, batch["labels"])
+        self.val_scores.update(output.logits, batch["labels"])
         # Weighted by the samples of each batch, so that a short last batch does not count as much as a full one.
         self.log("val/loss", output.loss, prog_bar=True, batch_size=len(batch["labels"]))
-        self.log("val/accuracy", self.val_accuracy, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log_dict(self.val_scores, prog_bar=True, batch_size=len(batch["labels"]))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         output = self(**batch)
-        self.test_accuracy(output.logits, batch["labels"])
+        self.test_scores.update(output.logits, batch["labels"])
         self.log("test/loss", output.loss, batch_size=len(batch["labels"]))
-        self.log("test/accuracy", self.test_accuracy, batch_size=len(batch["labels"]))
+        self.log_dict(self.test_scores, batch_size=len(batch["labels"]))
         self._test_labels.append(batch["labels"].cpu())
         self._test_predictions.append(output.logits.argmax(-1).cpu())
 

@@ -19,6 +19,8 @@ from petals_lightning.errors import ConfigurationError, NoModelError
 from petals_lightning.hf.pruning import vocabulary_size
 from petals_lightning.models import trainable_state_dict
 from petals_lightning.models.prompts import TUNING_MODES
+from petals_lightning.models.starts import check_start
+from petals_lightning.models.trainable import parameters_by_kind
 from petals_lightning.strategies import (
     RemoteBlockStrategy,
     ServedModel,
@@ -28,6 +30,9 @@ from petals_lightning.strategies import (
 )
 
 log = logging.getLogger(__name__)
+
+RATES = {"input": "lr", "deep": "deep_lr", "head": "head_lr"}
+"""The argument with the learning rate of each kind of trained parameters; it also names their optimizer group."""
 
 
 class TuningModule(pl.LightningModule):
@@ -42,10 +47,15 @@ class TuningModule(pl.LightningModule):
         tuning_mode: None (only a head), `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as many
             more for every block).
         pre_seq_len: number of virtual tokens, P.
+        prompt_init: the start of the prompts: `random`, `vocabulary` (the embeddings of tokens that are drawn), or
+            `text`.
+        prompt_init_text: with `text`: that text, whose tokens are cut or repeated to P.
         lr: AdamW's peak learning rate.
+        head_lr: that of the head; None takes `lr`.
+        deep_lr: that of the prompts of every block; None takes `lr`.
         weight_decay: AdamW's weight decay.
-        warmup_ratio: share of all steps in which the rate rises from 0 to `lr`; it then falls linearly to 0. (If the
-            number of steps is not known before training, as with `max_epochs=-1`, the rate is always `lr`.)
+        warmup_ratio: share of all steps in which rates rise from 0 to their peak; they then fall linearly to 0. (If the
+            number of steps is not known before training, as with `max_epochs=-1`, they stay at their peak.)
         dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
         revision: the model's revision on the hub.
         dht_prefix: the name of the model's blocks in the swarm; None derives it from `model_name`.
@@ -71,7 +81,11 @@ class TuningModule(pl.LightningModule):
         *,
         tuning_mode: str | None = "deep_ptune",
         pre_seq_len: int = 16,
+        prompt_init: str = "random",
+        prompt_init_text: str | None = None,
         lr: float = 1e-2,
+        head_lr: float | None = None,
+        deep_lr: float | None = None,
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.06,
         dtype: str = "auto",
@@ -87,8 +101,10 @@ class TuningModule(pl.LightningModule):
                 f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
                 "to train the head alone set tuning_mode=None"
             )
-        if lr <= 0:
-            raise ConfigurationError(f"lr={lr}: must be above 0")
+        check_start(prompt_init, prompt_init_text)
+        for name, rate in {"lr": lr, "head_lr": head_lr, "deep_lr": deep_lr}.items():
+            if rate is not None and rate <= 0:
+                raise ConfigurationError(f"{name}={rate}: must be above 0")
         if weight_decay < 0:
             raise ConfigurationError(f"weight_decay={weight_decay}: must be 0 or more")
         if not 0 <= warmup_ratio <= 1:
@@ -99,7 +115,7 @@ class TuningModule(pl.LightningModule):
         self._connection_id: int | None = None
         self._loaded: dict[str, Tensor] | None = None  # trained weights, kept until the model is loaded
         self._rng_state: Tensor | None = None
-        self._plan: tuple[float, int | None] | None = None  # learning rate and steps of our schedule
+        self._plan: tuple[dict[str, float], int | None] | None = None  # peak rates and steps of our schedule
         self.register_load_state_dict_post_hook(_frozen_weights_are_not_missing)
 
     @classmethod
@@ -185,7 +201,8 @@ class TuningModule(pl.LightningModule):
         arguments = {name: self.hparams[name] for name in names} | {"token": self._token}
         tokenizer = load_tokenizer(self.hparams["model_name"], revision=self.hparams["revision"], token=self._token)
         arguments["pad_token_id"] = tokenizer.pad_token_id
-        arguments["pre_seq_len"] = self.hparams["pre_seq_len"] if self.hparams["tuning_mode"] else None
+        if self.hparams["tuning_mode"] is not None:
+            arguments |= {name: self.hparams[name] for name in ("pre_seq_len", "prompt_init", "prompt_init_text")}
         return arguments
 
     def _load(self, strategy: Any) -> PreTrainedModel:
@@ -204,28 +221,38 @@ class TuningModule(pl.LightningModule):
     # --- training and its checkpoints --------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        trained = [weight for weight in self.parameters() if weight.requires_grad]
-        self._plan = lr, steps = self.hparams["lr"], planned_steps(self.trainer)
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.hparams["weight_decay"])
+        self._plan = rates, steps = self._peak_rates(), planned_steps(self.trainer)
+        groups = [
+            {"params": parameters, "lr": rates[RATES[kind]], "name": RATES[kind]}
+            for kind, parameters in parameters_by_kind(self.model).items()
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=rates["lr"], weight_decay=self.hparams["weight_decay"])
         if steps is None:
             log.warning(
                 "the number of steps is not known before training: the learning rate stays %g, "
                 "without warm-up and decay; set max_steps or max_epochs to have them",
-                lr,
+                rates["lr"],
             )
             return optimizer
         schedule = LambdaLR(optimizer, self._rate_factor(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _peak_rates(self) -> dict[str, float]:
+        given = {name: self.hparams[name] for name in RATES.values()}
+        return {name: given["lr"] if rate is None else rate for name, rate in given.items()}
+
     def _rate_factor(self, steps: int) -> partial[float]:
         return partial(_warm_up_and_decay, warmup=round(self.hparams["warmup_ratio"] * steps), steps=steps)
 
     def log_training(self, loss: Tensor, batch_size: int) -> None:
-        """Logs `train/loss` and `train/lr`, the rate of the first optimizer."""
+        """Logs `train/loss`, `train/lr` (the rate of the first group), and `train/deep_lr` and `train/head_lr`."""
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
-        rate = self.trainer.optimizers[0].param_groups[0].get("lr")
-        if rate is not None:  # None with Lightning's mock optimizer
-            self.log("train/lr", rate)
+        groups = self.trainer.optimizers[0].param_groups
+        if groups[0].get("lr") is not None:  # None with Lightning's mock optimizer
+            self.log("train/lr", groups[0]["lr"])
+            for group in groups:
+                if (name := group.get("name")) in ("deep_lr", "head_lr"):  # an optimizer of one's own has none
+                    self.log(f"train/{name}", group["lr"])
 
     def on_fit_start(self) -> None:
         if not self.automatic_optimization and type(self).training_step.__module__.startswith("petals_lightning."):
@@ -245,15 +272,16 @@ class TuningModule(pl.LightningModule):
         self._follow_finders()
 
     def _follow_finders(self) -> None:
-        """Updates the schedule if LearningRateFinder or BatchSizeFinder changed the rate or the number of steps."""
-        plan = lr, steps = self.hparams["lr"], planned_steps(self.trainer)
+        """Updates the schedule if LearningRateFinder or BatchSizeFinder changed `lr` or the number of steps."""
+        plan = rates, steps = self._peak_rates(), planned_steps(self.trainer)
         schedule = self.lr_schedulers()
         if self._plan in (None, plan) or steps is None or not isinstance(schedule, LambdaLR):
             return
-        schedule.base_lrs = [lr for _ in schedule.base_lrs]
-        schedule.lr_lambdas = [self._rate_factor(steps) for _ in schedule.lr_lambdas]
-        for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
-            group["lr"] = lr * factor(schedule.last_epoch)
+        groups = schedule.optimizer.param_groups
+        schedule.base_lrs = [rates[group["name"]] for group in groups]
+        schedule.lr_lambdas = [self._rate_factor(steps) for _ in groups]
+        for group, peak, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = peak * factor(schedule.last_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["torch_rng_state"] = torch.get_rng_state()

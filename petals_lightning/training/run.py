@@ -66,6 +66,8 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     announce(cfg, recipe, data)
     logger = _build_logger(cfg, folder)
     facts = {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name}
+    if cfg.tuning.mode is not None:
+        facts |= {"tuning/init": cfg.tuning.init, "tuning/init_text": cfg.tuning.init_text}
     summary = RunSummary(folder, _title(cfg, recipe), facts, score=module.monitor)
     monitor = (module.monitor, module.monitor_mode)
     trainer = build_trainer(cfg, folder, swarm, logger, summary, monitor=monitor, callbacks=callbacks)

@@ -89,6 +89,10 @@ class TuningConfig:
     """ptune, deep_ptune, or null to train only the head."""
     pre_seq_len: int = 16
     """Virtual tokens, P."""
+    init: str = "random"
+    """The start of the prompts: random, vocabulary (the embeddings of tokens that are drawn) or text."""
+    init_text: str | None = None
+    """With init=text: that text, whose tokens are cut or repeated to P."""
 
 
 @dataclass
@@ -174,6 +178,10 @@ class PlainTextDataConfig(DataConfig):
 @dataclass
 class OptimConfig:
     lr: float = MISSING
+    head_lr: float | None = None
+    """Of the classification head; null: lr."""
+    deep_lr: float | None = None
+    """Of the prompts of every block; null: lr."""
     weight_decay: float = MISSING
     warmup_ratio: float = MISSING
     """Share of all steps."""

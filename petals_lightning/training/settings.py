@@ -13,7 +13,11 @@ OF_MODULES = {
     "dht_prefix": "model.dht_prefix",
     "tuning_mode": "tuning.mode",
     "pre_seq_len": "tuning.pre_seq_len",
+    "prompt_init": "tuning.init",
+    "prompt_init_text": "tuning.init_text",
     "lr": "optim.lr",
+    "head_lr": "optim.head_lr",
+    "deep_lr": "optim.deep_lr",
     "weight_decay": "optim.weight_decay",
     "warmup_ratio": "optim.warmup_ratio",
 }

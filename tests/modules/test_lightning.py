@@ -41,17 +41,20 @@ def weights_of(module: pl.LightningModule) -> dict[str, Tensor]:
 
 
 class Seen(Callback):
-    """Batches and learning rates of all steps, and the weights before and after each."""
+    """Batches and learning rates of all steps (the first group's, and each group's), and weights before and after."""
 
     def __init__(self) -> None:
         self.batches: list[Tensor] = []
         self.rates: list[float] = []
+        self.group_rates: dict[str, list[float]] = {}
         self.before: list[dict[str, Tensor]] = []
         self.after: list[dict[str, Tensor]] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
         self.batches.append(batch["input_ids"])
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        for group in trainer.optimizers[0].param_groups:
+            self.group_rates.setdefault(group["name"], []).append(group["lr"])
         self.before.append(weights_of(module))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
@@ -234,6 +237,51 @@ def test_the_schedule_is_as_long_as_a_run_with_a_found_batch_size(text_model, da
     assert trainer.global_step == 2 * 40 / data.batch_size != 10
     steps = trainer.global_step
     assert seen.rates == pytest.approx([LR * (steps - step) / steps for step in range(steps)])
+
+
+def test_head_and_deep_prompts_have_rates_of_their_own(text_model, data, tmp_path) -> None:
+    rates = {"lr": LR, "deep_lr": 0.2, "head_lr": 0.01}
+    seen, module = Seen(), make_module(text_model, warmup_ratio=0, **rates)
+    trainer = make_trainer(tmp_path, seen)
+    trainer.fit(module, data)
+    for name, rate in rates.items():
+        assert seen.group_rates[name] == pytest.approx([rate * (10 - step) / 10 for step in range(10)])
+        assert float(trainer.callback_metrics[f"train/{name}"]) == pytest.approx(rate / 10)
+    # Adam's first step moves each value by the rate, if its gradient is far above Adam's epsilon.
+    weights = {"lr": "prompts.input", "deep_lr": "prompts.deep", "head_lr": "score.weight"}
+    for group in trainer.optimizers[0].param_groups:
+        (name,) = (name for name in seen.after[0] if name.endswith(weights[group["name"]]))
+        moved = (seen.after[0][name] - seen.before[0][name]).abs().median()
+        assert float(moved) == pytest.approx(rates[group["name"]], rel=0.01), name
+
+
+def test_rates_that_are_not_given_are_lr(text_model, data, tmp_path) -> None:
+    seen = Seen()
+    make_trainer(tmp_path, seen).fit(make_module(text_model, lr=LR, tuning_mode="ptune"), data)
+    assert seen.group_rates == {"lr": seen.rates, "head_lr": seen.rates}
+
+
+def test_a_found_learning_rate_leaves_those_that_were_given(text_model, data, tmp_path) -> None:
+    finder = LearningRateFinder(num_training_steps=20, min_lr=1e-4, early_stop_threshold=None)
+    seen, module = Seen(), make_module(text_model, lr=LR, head_lr=0.01, warmup_ratio=0)
+    make_trainer(tmp_path, finder, seen, max_epochs=5).fit(module, data)
+    found = module.hparams["lr"]
+    assert found != LR
+    for name, rate in {"lr": found, "deep_lr": found, "head_lr": 0.01}.items():
+        assert seen.group_rates[name] == pytest.approx([rate * (25 - step) / 25 for step in range(25)])
+
+
+def test_a_resumed_run_has_the_same_rates(text_model, data, tmp_path) -> None:
+    def fit(**options: Any) -> dict[str, list[float]]:
+        seen = Seen()
+        saved = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        module = make_module(text_model, lr=LR, head_lr=0.01, deep_lr=0.2)
+        make_trainer(tmp_path, seen, saved).fit(module, data, weights_only=True, **options)
+        return seen.group_rates
+
+    whole = fit()
+    rest = fit(ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert rest == {name: pytest.approx(rates[5:]) for name, rates in whole.items()}
 
 
 # --- averages of weights ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from petals_lightning.callbacks import LastCheckpoint
 from petals_lightning.data import TextClassificationDataModule
@@ -28,7 +29,8 @@ def test_trains_prompts_and_head_only(text_model: Path, data: TextClassification
     assert trained == {"model.model.prompts.input", "model.model.prompts.deep", "model.score.weight"}
     values = list(losses.values.values())
     assert sum(values[-5:]) < 0.8 * sum(values[:5])
-    assert {"train/loss", "val/loss", "val/accuracy"} <= trainer.callback_metrics.keys()
+    logged = {"train/loss", "val/loss", "val/accuracy", "val/macro_f1", "val/matthews"}
+    assert logged <= trainer.callback_metrics.keys()
 
 
 def test_validation_averages_over_samples(text_model: Path, texts: Path, tmp_path: Path) -> None:
@@ -119,6 +121,20 @@ def test_test_prints_and_saves_a_report(
     assert f"{metrics['test/accuracy']:.4f}" in report
 
 
+def test_scores_are_those_of_scikit_learn(text_model: Path, texts: Path, tmp_path: Path) -> None:
+    # A test part with classes of uneven sizes, in batches of 5, 5, 5 and 1.
+    data = TextClassificationDataModule(str(text_model), str(texts), eval_batch_size=5)
+    module, trainer = make_module(text_model), make_trainer(tmp_path)
+    (scores,) = trainer.test(module, datamodule=data, verbose=False)
+    batches: Any = trainer.predict(module, datamodule=data)
+    predicted = torch.cat([batch["labels"] for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in data.predict_dataloader()])
+    assert len(set(predicted.tolist())) == 2, "the test is blind"
+    assert scores["test/accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert scores["test/macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"), abs=1e-6)
+    assert scores["test/matthews"] == pytest.approx(matthews_corrcoef(labels, predicted), abs=1e-6)
+
+
 def test_predict_returns_probabilities_and_labels(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path
 ) -> None:
@@ -152,6 +168,8 @@ def test_mixed_precision_is_what_was_asked_for(
         ({"pre_seq_len": -4}, r"^pre_seq_len=-4"),
         ({"tuning_mode": "lora"}, r"^tuning_mode=lora: must be None, ptune or deep_ptune"),
         ({"lr": 0.0}, r"^lr=0\.0: must be above 0"),
+        ({"head_lr": 0.0}, r"^head_lr=0\.0: must be above 0"),
+        ({"deep_lr": -1e-3}, r"^deep_lr=-0\.001: must be above 0"),
         ({"weight_decay": -0.1}, r"^weight_decay=-0\.1: must be 0 or more"),
         ({"warmup_ratio": 2.0}, r"^warmup_ratio=2\.0"),
     ],

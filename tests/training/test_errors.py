@@ -33,6 +33,7 @@ WRONG = {
     ),
     "recipe=sst2_ptune optim.lr=-1 {model}": "error: optim.lr=-1.0: must be above 0",
     "recipe=sst2_ptune tuning.mode=lora {model}": "error: tuning.mode=lora: must be null, ptune or deep_ptune",
+    "recipe=sst2_ptune tuning.init=text {model}": "error: tuning.init=text needs a text: set tuning.init_text, e.g.",
     "recipe=dialogue_ptune tuning.mode=null": "error: tuning.mode=null: a language model has no head to train",
     "recipe=sst2_ptune data.batch_size=0": "error: data.batch_size=0: must be at least 1",
     "recipe=sst2_ptune data.encoding=klingon": "error: data.encoding=klingon: no such encoding",

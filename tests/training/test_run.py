@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SUMMARY_KEYS = {
     "val/accuracy",
+    "val/macro_f1",
+    "val/matthews",
     "val/loss",
     "train/seconds",
     "train/steps",
@@ -56,11 +58,11 @@ def test_a_run_leaves_its_summary_picture_and_checkpoints(
     assert summary["train/tokens"] > 10 * 8 * 3
     assert Path(summary["checkpoint"]) == tmp_path / "checkpoints" / "best.ckpt"
     assert {"best.ckpt", "last.ckpt"} == {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert "test/accuracy" in summary
+    assert {"test/accuracy", "test/macro_f1", "test/matthews"} <= summary.keys()
     with Image.open(tmp_path / "learning_curve.png") as picture:
         assert picture.width > 1000
     said = capsys.readouterr().out
-    assert "val/accuracy" in said
+    assert {"val/accuracy", "val/macro_f1", "test/matthews"} <= set(said.split())
     assert str(tmp_path) in said
     assert "bundled sample" not in said
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from petals_lightning.errors import CheckpointError
 
 
 def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, token: str | None = None
+    name_or_path: str, *, revision: str | None = None, token: str | bool | None = None, **hub: Any
 ) -> PreTrainedTokenizerBase:
     """A model's tokenizer, which pads on the right. If it has no pad token, it pads with eos, or else unk.
+
+    Args:
+        name_or_path: hub id or folder.
+        revision, token, hub: as in transformers.
 
     Raises:
         CheckpointError: there is no tokenizer at `name_or_path`, or none of its tokens can pad.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, token=token)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, token=token, **hub)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

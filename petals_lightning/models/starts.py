@@ -1,0 +1,94 @@
+"""First values of input prompts: random, tokens drawn from the vocabulary, or the tokens of a text.
+
+Deep prompts start at zero with each of them. They are added to the hidden states that the frozen model computes at the
+prefix's positions. If the input prompts are the embeddings of a text, these are the hidden states of that text, so that
+zero is the start from the model's own pass over it; any other value would move away from it.
+
+Shapes: P virtual tokens, E embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.hf import Checkpoint
+
+PromptInit = Literal["random", "vocabulary", "text"]
+PROMPT_INITS: tuple[PromptInit, ...] = get_args(PromptInit)
+
+_SAMPLED_TOKENS = 4096  # enough to estimate how far embeddings spread
+
+
+@dataclass(frozen=True)
+class PromptStart:
+    """First values of input prompts.
+
+    Attributes:
+        init: "random" (normally distributed, as long as embeddings of tokens), "vocabulary" (the embeddings of tokens
+            that are drawn) or "text".
+        tokens: with "text", its P tokens.
+    """
+
+    init: PromptInit = "random"
+    tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, init: PromptInit, text: str | None, pre_seq_len: int | None, checkpoint: Checkpoint) -> PromptStart:
+        """The start with a text's tokens: cut off after P, or repeated up to P, as PEFT's `PromptTuningInit.TEXT` does.
+
+        Raises:
+            ConfigurationError: as of `check_start`, or the text has no tokens.
+            CheckpointError: the model has no tokenizer.
+        """
+        check_start(init, text)
+        if init != "text" or pre_seq_len is None:
+            return cls(init)
+        tokens = checkpoint.tokenizer()(text)["input_ids"]
+        if not tokens:
+            raise ConfigurationError(f"prompt_init_text={text!r}: it has no tokens; give words, e.g. 'Good or bad?'")
+        return cls(init, tuple(islice(cycle(tokens), pre_seq_len)))
+
+    @torch.no_grad()
+    def values(self, embeddings: nn.Module, pre_seq_len: int) -> torch.Tensor:
+        """[P, E] float32, drawn from torch's global generator.
+
+        They are outputs of the embeddings' module, whose weights some families scale (Gemma 3).
+
+        Raises:
+            ConfigurationError: the model has no embedding for a token of the text.
+        """
+        weight = next(embeddings.parameters())
+        known = weight.shape[0]
+        if self.init == "random":
+            sampled = torch.linspace(0, known - 1, min(known, _SAMPLED_TOKENS)).long()
+            embedded = embeddings(sampled.to(weight.device)).float()
+            return embedded.new_empty(pre_seq_len, embedded.shape[1]).normal_(0.0, embedded.std().item())
+        if self.init == "text" and max(self.tokens) >= known:
+            raise ConfigurationError(
+                f"prompt_init_text has the token {max(self.tokens)}, the model has embeddings for 0…{known - 1}: "
+                "use words without the tokenizer's added tokens"
+            )
+        tokens = torch.tensor(self.tokens) if self.init == "text" else torch.randint(known, (pre_seq_len,))
+        return embeddings(tokens.to(weight.device)).float()
+
+
+def check_start(init: Any, text: str | None, *, loads_prompts: bool = False) -> None:
+    """Raises ConfigurationError for an unknown start, a text that is missing or not used, or a start that is not used.
+
+    Args:
+        loads_prompts: whether the prompts get values that were tuned before.
+    """
+    if init not in PROMPT_INITS:
+        raise ConfigurationError(f"prompt_init={init}: must be one of {', '.join(PROMPT_INITS)}")
+    if init == "text" and not text:
+        raise ConfigurationError("prompt_init=text needs a text: set prompt_init_text, e.g. 'Good or bad?'")
+    if init != "text" and text:
+        raise ConfigurationError(f"prompt_init_text={text!r} is not used with prompt_init={init}: set prompt_init=text")
+    if loads_prompts and init != "random":
+        raise ConfigurationError(f"prompt_init={init}: saved prompts are loaded, which replace any start; leave it off")
