@@ -33,7 +33,7 @@ SERVER_LAYERS = [
     {"access", "blocks", "execution"},  # beside each other
     {"sessions"},
     {"config", "loading", "resources"},
-    {"announcer", "memory_plan", "stream_requests", "petals"},
+    {"announcer", "memory_plan", "metrics", "stream_requests", "petals"},
     {"client_stream"},
     {"running_server"},
     {"server"},

@@ -65,6 +65,12 @@ class ServerConfig(ServerLimits):
     public_name: str | None = option(None, "Name shown to users of the swarm.")
     throughput: float | None = option(None, "Requests a second to announce.", FINITE_ABOVE_0, default_words="measured")
     update_period: float = option(60.0, "Seconds between announcements. Records live twice as long.", FINITE_ABOVE_0)
+    metrics_port: int | None = option(
+        None,
+        "Port of figures for Prometheus.",
+        Rule(lambda value: 0 < value < 1 << 16, "it is a port, from 1 to 65535"),
+    )
+    metrics_host: str = option("127.0.0.1", "Address of figures for Prometheus; 0.0.0.0 shows them to everybody.")
     allow_peers: str | None = option(
         None,
         "File of peer ids, one a line; only these may use this server.",

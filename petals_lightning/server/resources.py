@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class ServerResources:
         stream_numbers: numbers for streams, which name the graphs and caches that a stream leaves on the server.
         leaving: the server is shutting down and takes no new requests.
         open_requests: requests that are not answered yet, of all clients.
+        refusals: how many requests were refused or failed, by error code.
+        positions: of all requests that were admitted, prompts included.
     """
 
     def __init__(
@@ -72,7 +75,8 @@ class ServerResources:
         self.graphs = GraphStore(limits.graph_bytes, limits.graph_lifetime)
         self.caches = CacheStore(limits.cache_bytes, limits.cache_lifetime, limits.max_sessions_per_client)
         self.leaving = False
-        self.open_requests = 0
+        self.open_requests = self.positions = 0
+        self.refusals: Counter[ErrorCode] = Counter()
 
     def graph_size(self, request: ForwardRequest) -> int:
         """Estimated bytes of the request's autograd graph."""
@@ -137,9 +141,15 @@ class ServerResources:
                 "use smaller batches or micro-batches"
             )
         self.span.shares_prefix(_length(prefix), tokens)  # raises for a length that the model cannot run
+        self.positions += positions
 
     def refusal(self, error: Exception, peer: str) -> Refusal:
         """What to tell a client whose request ended in an error. Logs errors that are the server's own."""
+        refusal = self._refusal(error, peer)
+        self.refusals[refusal.code] += 1
+        return refusal
+
+    def _refusal(self, error: Exception, peer: str) -> Refusal:
         if isinstance(error, Refusal):
             return error
         if isinstance(error, ProtocolError):

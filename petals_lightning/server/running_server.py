@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 
 from hivemind.p2p.p2p_daemon_bindings.control import StreamHandler
@@ -35,6 +36,7 @@ class RunningServer:
 
     Attributes:
         streams: the clients' open streams, by number.
+        stop_metrics: what ends the server's figures for Prometheus, if it has any.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RunningServer:
     ):
         self.node, self.resources, self.dht_prefix = node, resources, dht_prefix
         self._announcer, self._petals_only = announcer, petals_only
+        self.stop_metrics: Callable[[], None] | None = None
         self.streams: dict[int, ClientStream] = {}
         self._stream_tasks: set[asyncio.Task[None]] = set()
         self._announcing: asyncio.Task[None] | None = None
@@ -89,6 +92,8 @@ class RunningServer:
                 self.node.run(self._leave(announcing, timeout))
         finally:
             self.resources.compute.stop(max(0.0, deadline - time.monotonic()))
+            if self.stop_metrics is not None:
+                self.stop_metrics()
             self.node.close()
 
     async def _leave(self, announcing: asyncio.Task[None], timeout: float) -> None:

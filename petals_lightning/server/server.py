@@ -25,6 +25,7 @@ from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.loading import forward_seconds, load_span, server_info
 from petals_lightning.server.memory_plan import free_memory, plan_memory
+from petals_lightning.server.metrics import ServerMetrics, serve_metrics
 from petals_lightning.server.peer_links import PeerLinks
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.running_server import RunningServer
@@ -124,6 +125,10 @@ class Server:
             entry = ModelEntry(prefix, count, record.repository)
             announcer = Announcer(directory, entry, record, resources, config.update_period)
             server = RunningServer(self.node, resources, prefix, announcer, petals_only=config.petals_only)
+            if config.metrics_port is not None:
+                metrics = ServerMetrics(resources, prefix)
+                server.stop_metrics = serve_metrics(metrics, config.metrics_host, config.metrics_port)
+                started.callback(server.stop_metrics)
             self.node.run(server.open())
             started.pop_all()
         return server

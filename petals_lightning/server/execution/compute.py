@@ -13,7 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Generic, Self, TypeVar
 
@@ -41,6 +41,20 @@ class ComputeResult(Generic[T]):
     value: T
     queued: float
     computed: float
+
+
+@dataclass
+class Usage:
+    """What has run so far, by kind of work: its number, the seconds that it waited in the queue, and that it took."""
+
+    requests: dict[Priority, int] = field(default_factory=lambda: dict.fromkeys(Priority, 0))
+    queued: dict[Priority, float] = field(default_factory=lambda: dict.fromkeys(Priority, 0.0))
+    computed: dict[Priority, float] = field(default_factory=lambda: dict.fromkeys(Priority, 0.0))
+
+    def add(self, priority: Priority, result: ComputeResult[Any]) -> None:
+        self.requests[priority] += 1
+        self.queued[priority] += result.queued
+        self.computed[priority] += result.computed
 
 
 class Batchable(ABC, Generic[T]):
@@ -120,9 +134,13 @@ class ComputeThread:
         mark: for devices where functions return before their results are there, such as GPUs (`Transfers.mark`). It is
             called after each function, and returns a callable that waits for the results. Two functions can then run
             at a time: one is launched while the other computes.
+
+    Attributes:
+        usage: of all work that has run.
     """
 
     def __init__(self, mark: Callable[[], Callable[[], None]] | None = None) -> None:
+        self.usage = Usage()
         self._queue: FairQueue[_Job[Any]] = FairQueue()
         self._changed = threading.Condition()
         self._stopping = False
@@ -162,6 +180,7 @@ class ComputeThread:
         if isinstance(work, Batchable) and work.is_brief and self._mark is None and self._is_idle():
             started = time.perf_counter()  # nothing else starts: only this thread puts work into the queue
             brief = ComputeResult(work(), 0.0, time.perf_counter() - started)
+            self.usage.add(priority, brief)
             self._heap.trim()
             return brief
         loop = asyncio.get_running_loop()
@@ -171,11 +190,13 @@ class ComputeThread:
             ticket = self._queue.put(client, priority, job, key)
             self._changed.notify()
         try:
-            return await result
+            done = await result
         except asyncio.CancelledError:
             with self._changed:
                 self._queue.discard(ticket)  # and frees the request's tensors
             raise
+        self.usage.add(priority, done)
+        return done
 
     def stop(self, timeout: float | None = None) -> None:
         """Ends the thread after the current work; waits for that up to `timeout` seconds.
