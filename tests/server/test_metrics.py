@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tools.testing.proxy import free_port
 from tools.testing.servers import start_server
 from tools.testing.swarms import PREFIX
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.ours("the servers are processes of their own")]
 
 
@@ -56,6 +58,9 @@ def test_figures_follow_what_clients_do(tiny_checkpoint):
         assert after[("graph_bytes",)] == 0
         assert after[("process_resident_memory_bytes",)] > 1 << 20
         assert not any(labels[0] == "refusals_total" for labels in after)
+        described = (ROOT / "docs" / "running-servers.md").read_text()
+        own = {labels[0] for labels in after if not labels[0].startswith(("process_", "python_"))}
+        assert {name for name in own if f"`{name}`" not in described} == set()
 
         with pytest.raises(SwarmError, match="up to 200"), torch.no_grad():
             model(input_ids=tokens.repeat(1, 80))
