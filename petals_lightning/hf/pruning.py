@@ -191,20 +191,25 @@ def _numbers_of_blocks(blocks: Sequence[nn.Module], part: ModelSlice) -> list[tu
 
 def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedConfig:
     """A copy of `config` for blocks [start, end) only: their number, and lists with one entry per block."""
-    count = num_blocks(config)
     config = copy.deepcopy(config)
-    text_config = config.get_text_config()
-    given = {name: value for name, value in vars(text_config).items() if _is_per_block(value, count)}
-    cls = type(text_config)
-    properties = [name for name in dir(cls) if isinstance(getattr(cls, name), property)]
-    computed = {name: value for name in properties if _is_per_block(value := getattr(text_config, name, None), count)}
+    text_config, lists = config.get_text_config(), per_block_lists(config)
+    cls, given = type(text_config), vars(text_config).keys() & lists.keys()
     text_config.num_hidden_layers = end - start
-    for name, value in given.items():
-        setattr(text_config, name, value[start:end])
-    if computed:  # from a period or block numbers, which would count from the first kept block
-        members = {name: _constant(value[start:end]) for name, value in computed.items()}
+    for name in given:
+        setattr(text_config, name, lists[name][start:end])
+    # The others are computed from a period or block numbers, which would count from the first kept block.
+    if computed := lists.keys() - given:
+        members = {name: _constant(lists[name][start:end]) for name in computed}
         text_config.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **members})
     return config
+
+
+def per_block_lists(config: PreTrainedConfig) -> dict[str, Sequence[Any]]:
+    """The lists of a config with one entry per block, by name; also those that it computes."""
+    text_config, count = config.get_text_config(), num_blocks(config)
+    cls = type(text_config)
+    names = [*vars(text_config), *(name for name in dir(cls) if isinstance(getattr(cls, name), property))]
+    return {name: value for name in names if _is_per_block(value := getattr(text_config, name, None), count)}
 
 
 def _constant(value: Any) -> property:

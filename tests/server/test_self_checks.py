@@ -16,8 +16,9 @@ from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.models import AutoDistributedModel, AutoDistributedModelForCausalLM, remote_blocks
 from petals_lightning.server.blocks.block_runner import BlockRunner
-from petals_lightning.server.blocks.self_checks import check_family, verify_sessions
+from petals_lightning.server.blocks.self_checks import check_family, telling_blocks, verify_sessions
 from petals_lightning.server.blocks.span import BlockSpan
+from petals_lightning.server.loading import load_span
 from tests.helpers.families import (
     COMMON,
     GROUPED,
@@ -155,3 +156,34 @@ def test_a_session_of_such_a_family_is_refused_in_one_line(tiny_checkpoint, star
     model = swarm.load(AutoDistributedModelForCausalLM)
     with pytest.raises(RemoteRequestError, match="train"):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+
+
+KINDS: dict[str, tuple[Callable[[], PreTrainedConfig], tuple[int, int]]] = {
+    "all alike": (TINY_CONFIGS["llama"], (0, 1)),
+    "by turns": (TINY_CONFIGS["gemma2"], (0, 2)),
+    "full attention in the third": (
+        lambda: tf.Gemma3TextConfig(
+            **COMMON, **GROUPED, sliding_window=5,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        (1, 3),
+    ),
+    "experts in all but the first": (
+        lambda: tf.Qwen3MoeConfig(
+            **COMMON, **GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            mlp_only_layers=[0],
+        ),
+        (0, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_block_is_among_those_that_tell_for_all(kind, tmp_path):
+    make, expected = KINDS[kind]
+    checkpoint = Checkpoint(str(save_tiny_checkpoint(make(), tmp_path)))
+    span = load_span(checkpoint, 0, NUM_BLOCKS, device=torch.device("cpu"), dtype="auto")
+    assert telling_blocks(span) == expected
+    later = load_span(checkpoint, 1, NUM_BLOCKS, device=torch.device("cpu"), dtype="auto")
+    start, end = telling_blocks(later)
+    assert 1 <= start < end <= NUM_BLOCKS

@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.checkpoint import refusing
+from petals_lightning.hf.pruning import per_block_lists
 from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
 from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
 _TOKENS, _SAME = 8, 5  # tokens of a sample; tokens that are the same in both samples
 _SHORT = 2
+_COUNTS = re.compile(r"(^|_)(idx|index|id|number)$")  # attributes that number blocks, such as layer_idx
+
+
+def telling_blocks(span: BlockSpan) -> tuple[int, int]:
+    """The shortest consecutive blocks among which each kind of the span's blocks occurs.
+
+    What holds for these holds for all. In most families that is one block.
+    """
+    lists = per_block_lists(span.model.config)
+    kinds = [_kind(block, [values[index] for values in lists.values()]) for index, block in enumerate(span.blocks)]
+    windows = [
+        (start, end)
+        for start in range(len(kinds))
+        for end in range(start + 1, len(kinds) + 1)
+        if set(kinds[start:end]) == set(kinds)
+    ]
+    start, end = min(windows, key=lambda window: window[1] - window[0])
+    return span.start + start, span.start + end
+
+
+def _kind(block: nn.Module, settings: list[Any]) -> str:
+    """Equal for blocks that compute the same with other weights.
+
+    Args:
+        settings: of the block, from the config's lists.
+    """
+    parts = []
+    for path, module in block.named_modules():
+        plain = {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, (str, int, float)) and not _COUNTS.search(name)
+        }
+        shapes = [(name, tuple(weight.shape)) for name, weight in module.named_parameters(recurse=False)]
+        parts.append((path, type(module), plain, shapes))
+    return repr((parts, settings))
 
 
 def check_family(span: BlockSpan) -> None:
@@ -61,15 +101,16 @@ def verify_sessions(span: BlockSpan) -> bool:
     """
     hidden = torch.randn(2, _TOKENS, span.hidden_size, generator=torch.Generator().manual_seed(0)).to(span.device)
 
+    start, end = telling_blocks(span)
     layers = [GrowingLayer(_TOKENS) for _ in span.blocks]
 
     def steps() -> torch.Tensor:
         pieces = hidden.split([_SAME, *[1] * (_TOKENS - _SAME)], dim=1)
-        cache = SpanCache(layers, 0)
-        return torch.cat([span.step(span.start, span.end, piece, cache) for piece in pieces], dim=1)
+        cache = SpanCache(layers, start - span.start)
+        return torch.cat([span.step(start, end, piece, cache) for piece in pieces], dim=1)
 
-    same = same_outputs(span, steps, lambda: span.forward(SpanInputs(span.start, span.end, hidden))[0])
-    return same and all(layer.get_seq_length() == _TOKENS for layer in layers)
+    same = same_outputs(span, steps, lambda: span.forward(SpanInputs(start, end, hidden))[0])
+    return same and all(layer.get_seq_length() == _TOKENS for layer in layers[start - span.start : end - span.start])
 
 
 def same_outputs(span: BlockSpan, *ways: Callable[[], torch.Tensor]) -> bool:
@@ -111,7 +152,7 @@ def _changes_nothing(span: BlockSpan, option: str, rows: list[int] | None = None
     hidden = torch.randn(3, 5, span.hidden_size, generator=generator)
     prefix = torch.randn(3, span.hidden_size, generator=generator)
     read = torch.tensor(rows) if rows is not None else None
-    inputs, chosen = SpanInputs(span.start, span.end, hidden, prefix, rows=read), getattr(span, option)
+    inputs, chosen = SpanInputs(*telling_blocks(span), hidden, prefix, rows=read), getattr(span, option)
 
     def outputs(value: bool) -> torch.Tensor:
         setattr(span, option, value)

@@ -16,7 +16,7 @@ import torch
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.blocks.kv_cache import SpanCache, StackedLayer
-from petals_lightning.server.blocks.self_checks import same_outputs
+from petals_lightning.server.blocks.self_checks import same_outputs, telling_blocks
 from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.execution.compute import Batchable, Priority
 from petals_lightning.server.refusal import Refusal
@@ -134,15 +134,16 @@ def verify_batched_decoding(span: BlockSpan) -> bool:
 
     False for families whose blocks keep another state than keys and values, or do not support padding on the left.
     """
+    start, end = telling_blocks(span)
 
     def outputs(batched: bool) -> torch.Tensor:
         steps, draw = [], torch.Generator().manual_seed(0)
         for batch, length in ((1, 2), (2, 5), (1, 5)):
             hidden = torch.randn(batch, length + 1, span.hidden_size, generator=draw)
-            opening = StepRequest(0, span.start, span.end, hidden[:, :length], 0, max_length=length + 1)
+            opening = StepRequest(0, start, end, hidden[:, :length], 0, max_length=length + 1)
             cache = SessionCache(span, opening, num_bytes=0)
             cache.step(span, opening)
-            steps.append((cache, StepRequest(0, span.start, span.end, hidden[:, length:], length)))
+            steps.append((cache, StepRequest(0, start, end, hidden[:, length:], length)))
         results = run_batched(span, steps) if batched else [cache.step(span, request) for cache, request in steps]
         return torch.cat([own["hidden"] for own in results])
 
