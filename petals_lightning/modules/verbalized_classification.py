@@ -81,9 +81,10 @@ class VerbalizedClassificationModule(SequenceClassificationModule):
 
 def _words_by_class(verbalizer: Mapping[Any, str], class_names: list[str]) -> list[str]:
     """The word of each class. Keys are all classes' names, or all numbers."""
-    example = "verbalizer={0: ' bad', 1: ' great'}"
     if not isinstance(verbalizer, Mapping) or not all(isinstance(word, str) and word for word in verbalizer.values()):
-        raise ConfigurationError(f"verbalizer={verbalizer}: must be a mapping of classes to words, e.g. {example}")
+        raise ConfigurationError(
+            f"verbalizer is {verbalizer}: it must map each class to a word, e.g. 0 to ' bad' and 1 to ' great'"
+        )
     by_name = {str(label): word for label, word in verbalizer.items()}
     numbers = [str(number) for number in range(len(class_names))]
     orders = [order for order in (class_names, numbers) if set(order) == set(by_name)]

@@ -103,8 +103,8 @@ def test_predictions_need_no_labels(text_model, answers, tmp_path) -> None:
         ({"verbalizer": {0: "w1"}}, "verbalizer has the classes 0, the data have 0, 1"),
         ({"verbalizer": {0: "w1", 2: "w2"}}, "verbalizer has the classes 0, 2, the data have 0, 1"),
         ({"verbalizer": {0: "w1", "0": "w3", 1: "w2"}}, "verbalizer has the classes 0, 0, 1, the data have 0, 1"),
-        ({"verbalizer": ["w1", "w2"]}, r"verbalizer=\['w1', 'w2'\]: must be a mapping of classes to words"),
-        ({"verbalizer": {0: "w1", 1: ""}}, "must be a mapping of classes to words"),
+        ({"verbalizer": ["w1", "w2"]}, r"verbalizer is \['w1', 'w2'\]: it must map each class to a word"),
+        ({"verbalizer": {0: "w1", 1: ""}}, "it must map each class to a word"),
         ({"class_names": ["1", "0"]}, "names and numbers in different orders"),
     ],
 )
