@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from petals_lightning.models import save_prompts as save_prompts
     from petals_lightning.modules import CausalLMModule as CausalLMModule
     from petals_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
+    from petals_lightning.modules import VerbalizedClassificationModule as VerbalizedClassificationModule
     from petals_lightning.strategies import LocalSwarm as LocalSwarm
     from petals_lightning.strategies import PrivateSwarm as PrivateSwarm
     from petals_lightning.strategies import PublicSwarm as PublicSwarm
@@ -41,7 +42,7 @@ _EXPORTS = {
     "models": "AutoDistributedConfig AutoDistributedModel AutoDistributedModelForCausalLM "
     "AutoDistributedModelForSequenceClassification "
     "export_peft load_prompts prompts_of push_prompts_to_hub save_prompts",
-    "modules": "CausalLMModule SequenceClassificationModule",
+    "modules": "CausalLMModule SequenceClassificationModule VerbalizedClassificationModule",
     "strategies": "LocalSwarm PrivateSwarm PublicSwarm RemoteBlockStrategy",
     "swarm": "SwarmNode",
 }

@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from petals_lightning.data.template import TextTemplate
 from petals_lightning.errors import DataError
 
 IGNORED = -100  # the label that losses ignore
@@ -23,6 +24,7 @@ class EncodedTexts(torch.utils.data.Dataset[Any]):
         pairs: the second text of each sample (premise and hypothesis, …), or None.
         labels: the class of each sample, or None for unlabelled data.
         max_length: maximum tokens per sample; the rest is cut off.
+        template: words around each text, or None; not with `pairs`.
 
     Raises:
         DataError: a text is missing.
@@ -35,17 +37,20 @@ class EncodedTexts(torch.utils.data.Dataset[Any]):
         pairs: Sequence[str] | None,
         labels: list[int] | None,
         max_length: int,
+        template: TextTemplate | None = None,
     ):
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise DataError(f"row {row} has {text!r} instead of a text")
         limit = min(max_length, tokenizer.model_max_length)
-        encoded = tokenizer(
-            list(texts), list(pairs) if pairs else None, truncation=True, max_length=limit, padding=False
-        )
+        if template is not None:
+            encoded = template.encode(tokenizer, texts, limit)
+        else:
+            second = list(pairs) if pairs else None
+            encoded = tokenizer(list(texts), second, truncation=True, max_length=limit, padding=False)["input_ids"]
         # A sample needs a position to classify, even if its text is empty.
         filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
-        self.input_ids: list[list[int]] = [ids or [filler] for ids in encoded["input_ids"]]
+        self.input_ids: list[list[int]] = [ids or [filler] for ids in encoded]
         self.labels = labels
 
     @property

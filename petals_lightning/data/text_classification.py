@@ -16,6 +16,7 @@ from petals_lightning.data.collate import EncodedTexts, PadRight
 from petals_lightning.data.columns import find_label_column, find_text_column
 from petals_lightning.data.labels import LabelEncoder
 from petals_lightning.data.sources import BUNDLED, LocatedSplits
+from petals_lightning.data.template import TextTemplate
 from petals_lightning.errors import ConfigurationError, DataError
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class TextClassificationDataModule(TextDataModule):
         tokenizer: the model's hub id or folder.
         source: `bundled`, or labelled texts from elsewhere; see `TextDataModule`.
         text_column: None finds it by name.
+        template: words around each text, e.g. `{text} It was`, for a model that names the class after them. If both are
+            too long, the text is cut.
         text_pair_column: the second text of a sample, for tasks on pairs.
         label_column: None finds it by name.
         num_labels: classes; None counts them in the training part.
@@ -54,6 +57,7 @@ class TextClassificationDataModule(TextDataModule):
         *,
         text_column: str | None = None,
         text_pair_column: str | None = None,
+        template: str | None = None,
         label_column: str | None = None,
         num_labels: int | None = None,
         label_map: Mapping[Any, Any] | None = None,
@@ -65,6 +69,13 @@ class TextClassificationDataModule(TextDataModule):
             raise ConfigurationError(f"num_labels={num_labels}: must be at least 2, or None to count the classes")
         if label_map is not None and not isinstance(label_map, Mapping):
             raise ConfigurationError(f"label_map={label_map}: must be a mapping of labels, e.g. label_map={{-1: 0}}")
+        if template is not None and text_pair_column is not None:
+            raise ConfigurationError(
+                f"text_pair_column={text_pair_column}: a template takes one text of each sample; join the two in one "
+                "column, or leave template off"
+            )
+        self.template = template
+        self._template = TextTemplate(template) if template is not None else None
         self.text_column, self.text_pair_column, self.label_column = text_column, text_pair_column, label_column
         self.requested_num_labels = num_labels
         self.label_map, self.drop_unlabelled = label_map, drop_unlabelled
@@ -94,6 +105,7 @@ class TextClassificationDataModule(TextDataModule):
                 rows["text_pair_column"][:] if "text_pair_column" in texts else None,
                 None if split in hidden else rows[_CLASS][:],
                 self.max_length,
+                self._template,
             )
             for split, rows in self.with_validation(checked).items()
         }

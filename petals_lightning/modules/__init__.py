@@ -3,5 +3,6 @@
 from petals_lightning.modules.causal_lm import CausalLMModule
 from petals_lightning.modules.sequence_classification import SequenceClassificationModule
 from petals_lightning.modules.tuning import TuningModule
+from petals_lightning.modules.verbalized_classification import VerbalizedClassificationModule
 
-__all__ = ["CausalLMModule", "SequenceClassificationModule", "TuningModule"]
+__all__ = ["CausalLMModule", "SequenceClassificationModule", "TuningModule", "VerbalizedClassificationModule"]

@@ -35,10 +35,9 @@ class CausalLMModule(TuningModule):
 
     monitor, monitor_mode = "val/perplexity", "min"
     saves_prompts = True
+    has_head = False
 
     def __init__(self, model_name: str, *, tuning_mode: str | None = "deep_ptune", **options: Any):
-        if tuning_mode is None:
-            raise ConfigurationError("tuning_mode=None: a language model has no head to train; set ptune or deep_ptune")
         super().__init__(model_name, tuning_mode=tuning_mode, **options)
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
@@ -72,6 +72,8 @@ class TuningModule(pl.LightningModule):
     """"max" or "min": whether a higher or a lower metric is better."""
     from_data: tuple[str, ...] = ()
     """Arguments that a run takes from attributes of the same names of its DataModule."""
+    has_head = True
+    """Whether the task's model has a head to train without prompts."""
     saves_prompts = False
     """Whether a run saves its best prompts in a folder, for `chat` and for sharing."""
 
@@ -96,6 +98,8 @@ class TuningModule(pl.LightningModule):
         super().__init__()
         if tuning_mode is not None and tuning_mode not in TUNING_MODES:
             raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, {' or '.join(TUNING_MODES)}")
+        if tuning_mode is None and not self.has_head:
+            raise ConfigurationError("tuning_mode=None: a language model has no head to train; set ptune or deep_ptune")
         if tuning_mode is not None and pre_seq_len < 1:
             raise ConfigurationError(
                 f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
@@ -199,11 +203,14 @@ class TuningModule(pl.LightningModule):
         """Arguments of `from_pretrained` for either class."""
         names = ("dtype", "revision", "tuning_mode")
         arguments = {name: self.hparams[name] for name in names} | {"token": self._token}
-        tokenizer = load_tokenizer(self.hparams["model_name"], revision=self.hparams["revision"], token=self._token)
-        arguments["pad_token_id"] = tokenizer.pad_token_id
+        arguments["pad_token_id"] = self.load_tokenizer().pad_token_id
         if self.hparams["tuning_mode"] is not None:
             arguments |= {name: self.hparams[name] for name in ("pre_seq_len", "prompt_init", "prompt_init_text")}
         return arguments
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return load_tokenizer(self.hparams["model_name"], revision=self.hparams["revision"], token=self._token)
 
     def _load(self, strategy: Any) -> PreTrainedModel:
         distributed, local = self.auto_classes()

@@ -227,8 +227,11 @@ def _save_best_prompts(module: TuningModule, folder: Path, summary: dict[str, An
         with no_code_from(best):
             weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         load_trained_weights(module, weights)
-    names = ("val/loss", "val/perplexity", "test/loss", "test/perplexity")
-    metrics = {name: summary[name] for name in names if summary.get(name) is not None}
+    metrics = {
+        name: value
+        for name, value in summary.items()
+        if name.startswith(("val/", "test/")) and name != "val/epoch" and value is not None
+    }
     save_prompts(module.model, folder / "prompts", metrics=metrics, command=command())
 
 

@@ -129,6 +129,8 @@ class LabelledDataConfig(DataConfig):
     _target_: str = "petals_lightning.data.TextClassificationDataModule"
     text_column: str | None = None
     text_pair_column: str | None = None
+    template: str | None = None
+    """Words around each text, for a model that names the class after them: "{text} It was"."""
     label_column: str | None = None
     num_labels: int | None = None
     """Classes; null counts them."""

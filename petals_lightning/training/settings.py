@@ -24,7 +24,7 @@ OF_MODULES = {
 """Arguments of every module, and the settings that they take."""
 OF_DATA = {"tokenizer": "model.name", "tokenizer_revision": "model.revision", "seed": "seed"}
 """Arguments of every DataModule besides its own group of settings."""
-_OTHERS = {"precision": "amp.precision", "path": "hydra.run.dir"}
+_OTHERS = {"verbalizer": "task.verbalizer", "precision": "amp.precision", "path": "hydra.run.dir"}
 _GROUPS = ("trainer", "swarm", "data")
 """Their settings become arguments of the same names."""
 

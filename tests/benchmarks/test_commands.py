@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import pkgutil
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import typer
 from typer.testing import CliRunner
 
 import benchmarks
-from benchmarks import sst2_epoch
+from benchmarks import quality, sst2_epoch
+from petals_lightning.sample import DIALOGUES_DIR, MODEL_DIR, REVIEWS_DIR
 
 Run = Callable[..., list[Any]]
 
@@ -32,6 +34,7 @@ COMMANDS = {
     "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
     "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",
     "pipeline": "--repeats 1 --hidden 64 --blocks 2 --servers 2 --case 4x8x2 --microbatches 2 --block-ms 1",
+    "quality": "--sets cr,dialogue --seeds 0,1 --steps 2 --batch-size 4 --pre-seq-len 2 --limit 6 --threads 1",
     "routing": "--repeats 1 --servers 50 --blocks 8",
     "slow_link": f"{TINY} --blocks 2 --servers 2 --case 4x8x2 --new-tokens 2 --round-trip 0.01",
     "sst2_epoch": "--threads 1 --hidden 64 --blocks 1 --files train.jsonl --limit 24 --batch-size 4 --pre-seq-len 2",
@@ -81,7 +84,7 @@ def test_every_module_is_imported_and_every_command_has_its_sizes() -> None:
     assert commands == list(COMMANDS)
 
 
-_WITH_TESTS_OF_THEIR_OWN = ("churn", "families", "sst2_epoch", "wire_precision")
+_WITH_TESTS_OF_THEIR_OWN = ("churn", "families", "quality", "sst2_epoch", "wire_precision")
 
 
 @pytest.mark.slow
@@ -140,6 +143,36 @@ def test_sst2_epoch_moves_fewer_bytes_than_without_its_savings(run: Run, sentenc
 def test_sst2_epoch_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match=r"train\.jsonl is not there: give the folder of SST-2 with --data"):
         sst2_epoch.read_samples(tmp_path / "train.jsonl", vocabulary=100)
+
+
+@pytest.mark.slow
+def test_quality_goes_on_where_it_ended(run: Run, tmp_path: Path) -> None:
+    for name, folder in {"cr": REVIEWS_DIR, "dialogue/self_dialogue": DIALOGUES_DIR}.items():
+        shutil.copytree(folder, tmp_path / "data" / name)
+    sizes = [*COMMANDS["quality"].split(), "--model", str(MODEL_DIR), "--accelerator", "cpu", "--shots", "2"]
+    few = run("quality", str(tmp_path / "data"), *sizes, "--methods", "head,verbalized_ptune,lora", "--starts", "text")
+    rows = run("quality", str(tmp_path / "data"), *sizes, "--starts", "text,vocabulary", "--seeds", "0")
+    assert rows[: len(few)] == few  # with the seconds that they took
+    done = [(row["set"], row["method"], row["start"]) for row in rows]
+    assert len(few) == 2 * (3 + 1)
+    assert set(done) >= {("cr", "head", None), ("cr", "lora", None), ("dialogue", "lora", None)}
+    prompts = {(name, method, start) for name, method, start in done if start}
+    assert prompts == {
+        (name, method, start)
+        for start in ("text", "vocabulary")
+        for name, methods in {"cr": quality.PROMPTS, "dialogue": quality.PROMPTS[:2]}.items()
+        for method in methods
+    }
+    parameters = {(row["set"], row["method"]): row["parameters"] for row in rows}
+    assert parameters["cr", "verbalized_ptune"] < parameters["cr", "ptune"] < parameters["cr", "deep_ptune"]
+    assert parameters["dialogue", "lora"] < parameters["cr", "lora"]  # which has a head
+    for row in rows:
+        assert ("perplexity" in row) == (row["set"] == "dialogue") != ("matthews" in row)
+
+
+def test_quality_says_which_data_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quality.main(tmp_path, output=tmp_path / "rows.json", threads=torch.get_num_threads())
+    assert f"sst2 is left out: {tmp_path / 'sst2'} has no train.jsonl" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ RECIPES = find_recipes(ROOT / "recipes")  # raises if there are none
 GROUPS = ("model", "swarm", "tuning", "amp", "task", "data", "optim", "trainer", "logger")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 NEEDED = {
+    ("task", "verbalized_classification"): ["task.verbalizer={0: no, 1: yes}"],
     ("data", "local"): ["data.source=some/folder"],
     ("swarm", "private"): ["swarm.initial_peers=[/ip4/127.0.0.1/tcp/31337/p2p/12D3Koo]"],
 }
