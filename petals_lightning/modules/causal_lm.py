@@ -18,7 +18,7 @@ from petals_lightning.modules.tuning import TuningModule
 
 
 class CausalLMModule(TuningModule):
-    """Trains prompts to predict the next token at labelled positions; everything else is frozen.
+    """Trains prompts or LoRA to predict the next token at labelled positions; everything else is frozen.
 
     Batches: `input_ids`, `attention_mask` and `labels` [B, S], padded on the right. Labels are token ids, or -100 for
     tokens without a loss. Only hidden states that predict a label are sent over the wire. Logs `train/loss`,
@@ -26,7 +26,7 @@ class CausalLMModule(TuningModule):
 
     Args:
         model_name: hub id or folder of a causal language model.
-        tuning_mode: `ptune` or `deep_ptune`; there is no head to train without prompts.
+        tuning_mode: `ptune`, `deep_ptune` or `lora`; there is no head to train alone.
         options: as for `TuningModule`.
 
     Raises:
@@ -38,7 +38,9 @@ class CausalLMModule(TuningModule):
 
     def __init__(self, model_name: str, *, tuning_mode: str | None = "deep_ptune", **options: Any):
         if tuning_mode is None:
-            raise ConfigurationError("tuning_mode=None: a language model has no head to train; set ptune or deep_ptune")
+            raise ConfigurationError(
+                "tuning_mode=None: a language model has no head to train; set ptune, deep_ptune or lora"
+            )
         super().__init__(model_name, tuning_mode=tuning_mode, **options)
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 

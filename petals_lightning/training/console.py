@@ -16,7 +16,7 @@ from petals_lightning.data.sources import BUNDLED
 from petals_lightning.sample import MODEL_DIR
 
 _REAL_THING = "python train.py recipe={recipe} model=llama3_8b {data} swarm=private 'swarm.initial_peers=[{maddr}]'"
-_FILES = "summary.json", "learning_curve.png", "prompts", "checkpoints", "fit-profile.txt"
+_FILES = "summary.json", "learning_curve.png", "prompts", "adapter", "checkpoints", "fit-profile.txt"
 _MADDR = "/ip4/HOST/tcp/PORT/p2p/ID"
 
 

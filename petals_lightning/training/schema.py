@@ -88,9 +88,17 @@ class PublicSwarmConfig(ConnectedSwarmConfig):
 @dataclass
 class TuningConfig:
     mode: str | None = MISSING
-    """ptune, deep_ptune, or null to train only the head."""
+    """ptune, deep_ptune, lora, or null to train only the head."""
     pre_seq_len: int = 16
-    """Virtual tokens, P."""
+    """Virtual tokens, P, of ptune and deep_ptune."""
+    r: int | None = None
+    """Rank of LoRA; beside ptune or deep_ptune it adds LoRA to them."""
+    alpha: float = 16.0
+    """LoRA is scaled by alpha / r."""
+    target_modules: Any = "all-linear"
+    """Linear modules that get LoRA: names, a regular expression for whole paths, or all-linear."""
+    use_rslora: bool = False
+    """Scale by alpha / √r."""
 
 
 @dataclass
