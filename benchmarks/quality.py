@@ -169,7 +169,7 @@ def run_case(case: Case, source: Path, accelerator: str) -> dict[str, Any]:
         started = time.monotonic()
         trainer.fit(module, datamodule=data)
         seconds = time.monotonic() - started
-        trainer.limit_val_batches = 1.0  # type: ignore[attr-defined]
+        trainer.limit_val_batches = 1.0
         (scores,) = trainer.validate(module, datamodule=data, verbose=False)
     return {
         **asdict(case),

@@ -76,7 +76,7 @@ class VerbalizedClassificationModule(SequenceClassificationModule):
         logits = token_logits(self.model, input_ids, last, mask)  # [B, V]
         logits = logits[:, self._word_tokens.to(logits.device)].float()
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"]) if "labels" in batch else None
-        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def _words_by_class(verbalizer: Mapping[Any, str], class_names: list[str]) -> list[str]:
