@@ -104,7 +104,8 @@ class TuningModule(pl.LightningModule):
     ):
         super().__init__()
         if tuning_mode is not None and tuning_mode not in TUNING_MODES:
-            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, {' or '.join(TUNING_MODES)}")
+            *modes, last = TUNING_MODES
+            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, {', '.join(modes)} or {last}")
         if tuning_mode is None and not self.has_head:
             raise ConfigurationError(
                 "tuning_mode=None: a language model has no head to train; set ptune, deep_ptune or lora"

@@ -91,9 +91,8 @@ def test_only_the_answers_position_is_fetched(text_model, answers, tmp_path, sta
 
 def test_predictions_need_no_labels(text_model, answers, tmp_path) -> None:
     module = make(text_model, class_names=["bad", "good"], verbalizer={"good": "w18", "bad": "w17"})
-    predicted: Any = make_trainer(tmp_path).predict(module, datamodule=answers)
-    (batch,) = predicted
-    assert batch["probabilities"].shape == (16, 2)
+    batches: Any = make_trainer(tmp_path).predict(module, datamodule=answers)
+    assert [batch["probabilities"].shape for batch in batches] == [(16, 2)]
     assert module.words == ["w17", "w18"]
 
 
