@@ -6,17 +6,23 @@ Shapes: B batch, S tokens, C classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from petals_lightning.data import TextClassificationDataModule
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models.reading import token_logits
 from petals_lightning.modules.sequence_classification import SequenceClassificationModule
+
+
+class WordScores(NamedTuple):
+    """`logits` [B, C] of the classes' words, and the `loss` (cross-entropy among these words) if there are labels."""
+
+    loss: Tensor | None
+    logits: Tensor
 
 
 class VerbalizedClassificationModule(SequenceClassificationModule):
@@ -64,8 +70,8 @@ class VerbalizedClassificationModule(SequenceClassificationModule):
         self._word_tokens = _tokens_of(self.words, self.load_tokenizer())
         return super()._load(strategy)
 
-    def forward(self, **batch: Tensor) -> Any:
-        """`logits` [B, C] of the classes' words and, given `labels` [B], `loss` (cross-entropy among these words).
+    def forward(self, **batch: Tensor) -> WordScores:
+        """The scores of the classes' words at the last token.
 
         Args:
             batch: `input_ids` and `attention_mask` [B, S], padded on the right, and `labels` [B] or none.
@@ -76,7 +82,7 @@ class VerbalizedClassificationModule(SequenceClassificationModule):
         logits = token_logits(self.model, input_ids, last, mask)  # [B, V]
         logits = logits[:, self._word_tokens.to(logits.device)].float()
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"]) if "labels" in batch else None
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return WordScores(loss, logits)
 
 
 def _words_by_class(verbalizer: Mapping[Any, str], class_names: list[str]) -> list[str]:

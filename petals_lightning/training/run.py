@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, RichModelSummary
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from transformers import PreTrainedModel
 
 from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
 from petals_lightning.data import TextDataModule
@@ -39,6 +41,8 @@ from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOIN
 from petals_lightning.training.schema import refuse_unread
 from petals_lightning.training.settings import OF_DATA, OF_MODULES
 from petals_lightning.training.targets import find_target
+
+log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig, recipe: str = "run") -> float | None:
@@ -81,7 +85,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
                     trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
     finally:
         _finish(logger)
-    if module.saves_prompts and trainer.global_step and not cfg.trainer.fast_dev_run:
+    if trainer.global_step and not cfg.trainer.fast_dev_run:
         _save_best(module, folder, summary.summary)
     print_results(summary.summary, folder)
     return summary.summary.get(module.monitor)
@@ -225,14 +229,18 @@ def _best(folder: Path) -> Path | None:
 
 def _save_best(module: TuningModule, folder: Path, summary: dict[str, Any]) -> None:
     """Saves the best prompts in `folder`/prompts, and LoRA in `folder`/adapter, for chat and for sharing."""
+    has_lora = lora_of(module.model) is not None
+    has_prompts = module.saves_prompts and prompts_of(module.model) is not None
+    if not (has_lora or has_prompts):
+        return
     best = _best(folder)
     if best is not None:
         with no_code_from(best):
             weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         load_trained_weights(module, weights)
-    if lora_of(module.model) is not None:
-        save_adapter(module.model, folder / "adapter")
-    if prompts_of(module.model) is None:
+    if has_lora:
+        _save_adapter(module.model, folder / "adapter")
+    if not has_prompts:
         return
     metrics = {
         name: value
@@ -240,6 +248,18 @@ def _save_best(module: TuningModule, folder: Path, summary: dict[str, Any]) -> N
         if name.startswith(("val/", "test/")) and name != "val/epoch" and value is not None
     }
     save_prompts(module.model, folder / "prompts", metrics=metrics, command=command())
+
+
+def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    checkpoint: Any = model.checkpoint
+    if checkpoint.is_wrapper:
+        log.warning(
+            "LoRA of %r is in checkpoints/ only: PEFT would load it into the whole multimodal model, where modules "
+            "have other names",
+            checkpoint.name_or_path,
+        )
+        return
+    save_adapter(model, folder)
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:

@@ -19,9 +19,11 @@ import pytorch_lightning as pl
 import torch
 import wandb
 from omegaconf import DictConfig
+from peft import PeftModel
 from PIL import Image
+from transformers import AutoModelForSequenceClassification
 
-from petals_lightning.data import DialogueDataModule, TextClassificationDataModule
+from petals_lightning.data import DialogueDataModule, TextClassificationDataModule, load_tokenizer
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.models import PromptCard
 from petals_lightning.models.local import LocalModelForCausalLM
@@ -325,6 +327,24 @@ def test_a_dialogue_run_leaves_its_best_prompts_for_chat(
     mean = sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
     assert math.exp(mean) == pytest.approx(perplexity, rel=1e-4)
     assert "val/perplexity" in capsys.readouterr().out
+
+
+def test_a_lora_run_leaves_an_adapter_that_peft_loads(
+    compose_run: Callable[..., DictConfig], text_model: Path, texts: Path, tmp_path: Path
+) -> None:
+    settings = ["tuning=lora", "tuning.r=2", "tuning.target_modules=[q_proj,v_proj]", "optim.lr=0.02", "test=false"]
+    accuracy = run(compose_run(*settings))
+    data = TextClassificationDataModule(str(text_model), str(texts), batch_size=8)
+    data.setup()
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        str(text_model), num_labels=2, pad_token_id=load_tokenizer(str(text_model)).pad_token_id
+    )
+    model = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    assert {name.split(".")[-4] for name, _ in model.named_parameters() if ".lora_A." in name} == {"q_proj", "v_proj"}
+    batches = list(data.val_dataloader())
+    right = sum(int((model(**batch).logits.argmax(-1) == batch["labels"]).sum()) for batch in batches)
+    assert right / sum(len(batch["labels"]) for batch in batches) == pytest.approx(accuracy)
+    assert not (tmp_path / "prompts").exists()
 
 
 class OwnData(TextClassificationDataModule):
