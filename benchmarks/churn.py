@@ -8,8 +8,9 @@ three servers are cut off, or all of them are killed at once and come back (in t
 attacks the first server all the while, each minute in another way (`tools.testing.attacks`).
 
 At the end the same steps are trained in one local process and the traces of losses compared. Memory and file
-descriptors at the end are compared with earlier ones: the client's with those after a fifth of the time, and those of
-the first server, which is never killed alone, with those after a fifth of its life.
+descriptors are compared, too: the least of the second fifth of the time with the least of the last, since attacks take
+memory while they last. They are the client's, and those of the first server, which is never killed alone, since it was
+started last.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Servers:
     processes: list[ServerProcess] = field(default_factory=list)
     down: set[int] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    """Of whoever chooses the next servers to strike."""
 
     def start(self) -> None:
         self._stop, self._random = threading.Event(), random.Random(self.seed)
@@ -86,42 +89,40 @@ class Servers:
 
     def cut_off(self, seconds: float) -> None:
         """Nobody reaches any server but the first for so long."""
-        with self._all_but({0}) as is_free:
-            if is_free:
-                self.cuts += 1
-                for proxy in self._proxies[1:]:
-                    proxy.black_hole()
-                self._stop.wait(seconds)
-                for proxy in self._proxies[1:]:
-                    proxy.heal()
+        with self._all_but({0}):
+            self.cuts += 1
+            for proxy in self._proxies[1:]:
+                proxy.black_hole()
+            self._stop.wait(seconds)
+            for proxy in self._proxies[1:]:
+                proxy.heal()
 
     def end_all(self, seconds: float) -> None:
         """All are killed at once, and are back after so long."""
-        with self._all_but(set()) as is_free:
-            if is_free:
-                self.ends += 1
-                for process in self.processes:
-                    process.signal(signal.SIGKILL)
-                for process in self.processes:
-                    process.stop()
-                self._stop.wait(seconds)
-                self.processes = [self._launch(number) for number in range(len(SPANS))]
-                for process in self.processes:
-                    process.wait_until_ready()
+        with self._all_but(set()):
+            self.ends += 1
+            for process in self.processes:
+                process.signal(signal.SIGKILL)
+            for process in self.processes:
+                process.stop()
+            self._stop.wait(seconds)
+            self.processes = [self._launch(number) for number in range(len(SPANS))]
+            for process in self.processes:
+                process.wait_until_ready()
 
     @contextmanager
-    def _all_but(self, spared: set[int]) -> Iterator[bool]:
-        """Marks the servers as down; yields False if one of them is down already."""
+    def _all_but(self, spared: set[int]) -> Iterator[None]:
+        """Waits until no server is down, and marks all others as down meanwhile. No other is struck while it waits."""
         struck = set(range(len(SPANS))) - spared
-        with self.lock:
-            is_free = not self.down
-            if is_free:
+        with self.turn:
+            while self.down:
+                time.sleep(0.1)
+            with self.lock:
                 self.down |= struck
         try:
-            yield is_free
+            yield
         finally:
-            if is_free:
-                self.down -= struck
+            self.down -= struck
 
     def _launch(self, number: int) -> ServerProcess:
         return start_server(
@@ -137,7 +138,7 @@ class Servers:
             used = [n for n, process in enumerate(self.processes) if process.peer_id in peers]
             numbers = used if used and self._random.random() < 0.7 else list(range(len(SPANS)))
             number = self._random.choice(numbers)
-            with self.lock:
+            with self.turn, self.lock:
                 rest = set(range(len(SPANS))) - self.down - {number}
                 if number in self.down or not (rest & {0, 1} or {2, 3} <= rest):
                     continue
@@ -245,6 +246,17 @@ def footprint(pid: int) -> tuple[float, int]:
     return process.memory_info().rss / 2**20, process.num_fds()
 
 
+def least(footprints: list[tuple[float, int]]) -> tuple[float, int]:
+    """The least memory, and the least number of descriptors."""
+    return min(memory for memory, _ in footprints), min(descriptors for _, descriptors in footprints)
+
+
+def written(client: list[tuple[float, int]], first: FirstServer) -> str:
+    """Memory and descriptors now."""
+    now = {"client": client[-1], "server": (first.footprints or [(0.0, 0)])[-1]}
+    return ", ".join(f"{name} {memory:.0f} MiB, {count} descriptors" for name, (memory, count) in now.items())
+
+
 class FirstServer:
     """The first server's footprints, since it was started last."""
 
@@ -290,9 +302,12 @@ def main(
         stranger = multiprocessing.get_context("spawn").Process(target=attack_forever, args=(victim, seed), daemon=True)
         stranger.start()
         client, first = [footprint(os.getpid())], FirstServer(servers)
-        began = time.monotonic()
+        began = said = time.monotonic()
         try:
             while (step_began := time.monotonic()) < began + minutes * 60:
+                if step_began > said + 60:
+                    said = step_began
+                    print(f"{(said - began) / 60:.0f} min: {len(losses)} steps, {written(client, first)}", flush=True)
                 losses.append(train_step(model, optimizer, len(losses)))
                 seconds.append(time.monotonic() - step_began)
                 client.append(footprint(os.getpid()))
@@ -316,7 +331,11 @@ def main(
     print(f"step: median {statistics.median(seconds):.3f} s, longest {max(seconds):.2f} s")
     print(f"largest relative difference of a loss from the undisturbed run: {off:.1e}")
     for name, footprints in (("client", client), ("server", first.footprints)):
-        (memory, descriptors), (later, later_descriptors) = footprints[len(footprints) // 5], footprints[-1]
+        fifth = len(footprints) // 5
+        (memory, descriptors), (later, later_descriptors) = (
+            least(footprints[fifth : 2 * fifth]),
+            least(footprints[-fifth:]),
+        )
         print(f"{name}: {memory:.0f} -> {later:.0f} MiB, {descriptors} -> {later_descriptors} file descriptors")
     if off > 1e-4:
         raise SystemExit("the run did not end as if undisturbed")

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     )
     from petals_lightning.models import export_peft as export_peft
     from petals_lightning.models import load_prompts as load_prompts
+    from petals_lightning.models import lora_of as lora_of
     from petals_lightning.models import prompts_of as prompts_of
     from petals_lightning.models import push_prompts_to_hub as push_prompts_to_hub
+    from petals_lightning.models import save_adapter as save_adapter
     from petals_lightning.models import save_prompts as save_prompts
     from petals_lightning.modules import CausalLMModule as CausalLMModule
     from petals_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
@@ -41,7 +43,7 @@ _EXPORTS = {
     "data": "DialogueDataModule PlainTextDataModule TextClassificationDataModule",
     "models": "AutoDistributedConfig AutoDistributedModel AutoDistributedModelForCausalLM "
     "AutoDistributedModelForSequenceClassification "
-    "export_peft load_prompts prompts_of push_prompts_to_hub save_prompts",
+    "export_peft load_prompts lora_of prompts_of push_prompts_to_hub save_adapter save_prompts",
     "modules": "CausalLMModule SequenceClassificationModule VerbalizedClassificationModule",
     "strategies": "LocalSwarm PrivateSwarm PublicSwarm RemoteBlockStrategy",
     "swarm": "SwarmNode",

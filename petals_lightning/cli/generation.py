@@ -39,6 +39,9 @@ class ModelOptions:
         str | None, typer.Option(help="Name of the model in the swarm; needed for a local folder.")
     ] = None
     prompts: Annotated[str | None, typer.Option(help="Folder or hub id of tuned prompts.", metavar="DIR")] = None
+    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of LoRA in PEFT's format.", metavar="DIR")] = (
+        None
+    )
     seed: Annotated[int | None, typer.Option(help="Makes random choices repeatable.")] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None
@@ -118,6 +121,7 @@ def load_model(options: ModelOptions, client: ClientConfig, terminal: Terminal) 
         initial_peers=options.initial_peers or PUBLIC_INITIAL_PEERS,
         dht_prefix=options.dht_prefix,
         prompts=options.prompts,
+        adapter=options.adapter,
         client_config=client,
         **hub,
     )

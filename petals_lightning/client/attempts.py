@@ -23,12 +23,12 @@ class Attempts:
 
     Attributes:
         not_finite: peers whose answers were not finite.
-        cache_lost: peers that had lost a session's keys and values.
+        lost: peers that had lost something of a session, and the error code that says what.
     """
 
     def __init__(self, servers: ServerPool, router: Router, stats: TransferStats):
         self.not_finite: set[str] = set()
-        self.cache_lost: set[str] = set()
+        self.lost: set[tuple[str, str]] = set()
         self._servers, self._router, self._stats = servers, router, stats
         self._failures: list[PeerFailure] = []
         self._began = time.monotonic()

@@ -13,8 +13,6 @@ import random
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-
 from petals_lightning.client.router import Router
 from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.segment_requests import Grads, Tensors
@@ -23,11 +21,15 @@ from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.validation import disagreement, tolerance
 from petals_lightning.errors import ConfigurationError, PeerFailure, WrongResult
+from petals_lightning.protocol.adapters import Adapter
 
 logger = logging.getLogger(__name__)
 
-Judge = Callable[[Segment, torch.Tensor | None, Grads | None], Tensors]
-"""Computes a segment from its deep prompts and, in backward, gradients of its outputs. Raises ConfigurationError."""
+Judge = Callable[[Segment, Adapter | None, Grads | None], Tensors]
+"""Computes a segment from its inputs, its adapter and, in backward, gradients of its outputs.
+
+Raises ConfigurationError.
+"""
 
 
 @dataclass(eq=False)
@@ -56,7 +58,7 @@ class Auditor:
     async def check(
         self,
         segment: Segment,
-        deep: torch.Tensor | None,
+        adapter: Adapter | None,
         grads: Grads | None,
         tensors: Tensors,
         recompute: Callable[[list[RouteSpan]], Awaitable[Tensors]],
@@ -65,7 +67,7 @@ class Auditor:
 
         Args:
             segment: a segment of that server only.
-            deep: [n, P, H] deep prompts of the segment's blocks, or None.
+            adapter: of the segment's blocks, or None.
             grads: gradients of the outputs; None for a forward.
             tensors: the answer.
             recompute: computes the same thing on another route.
@@ -97,7 +99,7 @@ class Auditor:
             if self._servers.is_proven_wrong(peer):
                 raise WrongResult(peer, _lie(error, "that of another server"), proven=True)
             if not any(map(self._servers.is_proven_wrong, second.peers)):
-                await self._decide(segment, deep, grads, first, second, error)
+                await self._decide(segment, adapter, grads, first, second, error)
 
     async def _ask(
         self, segment: Segment, recompute: Callable[[list[RouteSpan]], Awaitable[Tensors]]
@@ -115,7 +117,7 @@ class Auditor:
     async def _decide(
         self,
         segment: Segment,
-        deep: torch.Tensor | None,
+        adapter: Adapter | None,
         grads: Grads | None,
         first: _Answer,
         second: _Answer,
@@ -124,7 +126,7 @@ class Auditor:
         """Bans servers that the judge contradicts. Raises WrongResult for the audited server, or without a judge."""
         own = segment.peers[0]
         try:
-            truth = await self._compute(segment, deep, grads)
+            truth = await self._compute(segment, adapter, grads)
         except ConfigurationError as e:
             logger.warning(
                 "audit: servers %s and %s differ by %.2g (relative) on blocks %d:%d, and there is no judge (%s). Put "
@@ -150,11 +152,11 @@ class Auditor:
         if own in wrong:
             raise wrong[own]
 
-    async def _compute(self, segment: Segment, deep: torch.Tensor | None, grads: Grads | None) -> _Answer:
+    async def _compute(self, segment: Segment, adapter: Adapter | None, grads: Grads | None) -> _Answer:
         """The answer that this machine computes, without a peer. Raises ConfigurationError if it cannot."""
         if self._judge is None:
             raise ConfigurationError("this client has no checkpoint")
-        return _Answer([], await asyncio.to_thread(self._judge, segment, deep, grads))
+        return _Answer([], await asyncio.to_thread(self._judge, segment, adapter, grads))
 
     def _error(self, one: _Answer, other: _Answer) -> float | None:
         """The relative error between two answers; None within tolerance."""

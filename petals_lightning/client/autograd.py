@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from petals_lightning.client.pipeline import Pipeline
-from petals_lightning.client.segments import ForwardResult, MicroBatch, StepPrompts
+from petals_lightning.client.segments import ForwardResult, MicroBatch
+from petals_lightning.protocol.adapters import Adapter, sum_of
 from petals_lightning.swarm import SwarmNode
 
 
@@ -33,22 +34,22 @@ class RemoteRunner:
 
     def __init__(self, node: SwarmNode, pipeline: Pipeline):
         self._node, self._pipeline = node, pipeline
-        self._version, self._last_deep, self._lock = 0, torch.empty(0), threading.Lock()
+        self._last, self._lock = Adapter(0, 0), threading.Lock()
 
-    def prompts(self, deep: torch.Tensor, start: int) -> StepPrompts:
-        """Deep prompts [L, P, H] with a version that changes only when their values do, so they are sent once."""
-        deep = deep.detach().cpu()
+    def versioned(self, adapter: Adapter) -> Adapter:
+        """A copy of the adapter with a version that changes only when its values do, so that it is sent once."""
+        adapter = adapter.map(lambda tensor: tensor.detach().cpu())
         with self._lock:
-            if self._last_deep.shape != deep.shape or not torch.equal(self._last_deep, deep):
-                self._version, self._last_deep = self._version + 1, deep.clone()
-            return StepPrompts(self._last_deep, start, self._version)
+            if not self._last.is_same(adapter):
+                self._last = replace(adapter.map(torch.clone), version=self._last.version + 1)
+            return self._last
 
     def split(
         self,
         hidden: torch.Tensor,
         prefix: torch.Tensor | None,
         rows: torch.Tensor | None,
-        prompts: StepPrompts | None,
+        adapter: Adapter | None,
         *,
         start: int,
         size: int,
@@ -66,7 +67,7 @@ class RemoteRunner:
                 if not len(positions):
                     continue  # no output of these samples is read, so they need not run
                 own_rows = (rows[positions] - first * tokens).to(torch.int32)
-            micro_batch = MicroBatch(start, hidden[first:last], prefix, own_rows, prompts, input_grad, keep)
+            micro_batch = MicroBatch(start, hidden[first:last], prefix, own_rows, adapter, input_grad, keep)
             parts.append(_Part(micro_batch, first, last, row_positions=positions))
         return parts
 
@@ -81,8 +82,8 @@ class RemoteRunner:
 
     def backward(
         self, parts: list[_Part], grads: list[torch.Tensor], grad_prefix: torch.Tensor | None
-    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None]:
-        """Gradients of hidden (per micro-batch), and of the prefix and deep prompts (summed over micro-batches)."""
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None, Adapter | None]:
+        """Gradients of hidden (per micro-batch), and of the prefix and the adapter (summed over micro-batches)."""
 
         async def run() -> list[Any]:
             calls = []
@@ -95,30 +96,31 @@ class RemoteRunner:
 
         results = self._node.run(run())
         prefix_grads = [result.prefix.float() for result in results if result.prefix is not None]
-        deep_grads = [result.deep for result in results if result.deep is not None]
+        adapter_grads = [result.adapter for result in results if result.adapter is not None]
         return (
             [result.hidden for result in results],
             torch.stack(prefix_grads).sum(0) if prefix_grads else None,
-            torch.stack(deep_grads).sum(0) if deep_grads else None,
+            sum_of(adapter_grads) if adapter_grads else None,
         )
 
 
 class RemoteBlocks(torch.autograd.Function):
-    """`apply(runner, start, end, size, want_prefix, hidden, prefix, deep, rows)` → (hidden, prefix).
+    """`apply(runner, start, end, size, want_prefix, rows, adapter, hidden, prefix, *tensors)` → (hidden, prefix).
 
-    size: samples of a micro-batch.
+    size: samples of a micro-batch. tensors: those of the adapter, which autograd sees in this form only.
     hidden [B, S, H] → the same shape, or [N, H] with rows [N]. prefix [P, H] → the same shape, or empty if not wanted.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        runner, start, end, size, want_prefix, hidden, prefix, deep, rows = args
-        needs = dict(zip(("hidden", "prefix", "deep"), ctx.needs_input_grad[5:8], strict=True))
+        runner, start, end, size, want_prefix, rows, adapter, hidden, prefix, *_ = args
+        leaves = {"hidden": hidden, "prefix": prefix} | (adapter.tensors() if adapter is not None else {})
+        needs = dict(zip(leaves, ctx.needs_input_grad[7:], strict=True))
         parts = runner.split(
             hidden.detach().cpu(),
             prefix.detach().cpu() if prefix is not None else None,
             rows.detach().cpu() if rows is not None else None,
-            runner.prompts(deep, start) if deep is not None else None,
+            runner.versioned(adapter) if adapter is not None else None,
             start=start,
             size=size,
             input_grad=needs["hidden"],
@@ -126,7 +128,7 @@ class RemoteBlocks(torch.autograd.Function):
         )
         runner.forward(parts, end, want_prefix=want_prefix)
         ctx.runner, ctx.parts, ctx.needs, ctx.shape = runner, parts, needs, hidden.shape
-        ctx.metas = {"hidden": _TensorMeta.of(hidden), "prefix": _TensorMeta.of(prefix), "deep": _TensorMeta.of(deep)}
+        ctx.metas = {name: _TensorMeta.of(tensor) for name, tensor in leaves.items()}
         if rows is not None:
             out = hidden.new_zeros(len(rows), hidden.shape[-1])
             for part in parts:
@@ -146,7 +148,7 @@ class RemoteBlocks(torch.autograd.Function):
             for part in parts
         ]
         uses_prefix = grad_prefix_out is not None and grad_prefix_out.numel() > 0
-        hidden_grads, prefix_grad, deep_grad = ctx.runner.backward(
+        hidden_grads, prefix_grad, adapter_grads = ctx.runner.backward(
             parts, [piece.cpu() for piece in pieces], grad_prefix_out.cpu() if uses_prefix else None
         )
         hidden_grad = None
@@ -154,13 +156,13 @@ class RemoteBlocks(torch.autograd.Function):
             hidden_grad = torch.zeros(ctx.shape, dtype=kinds["hidden"].dtype, device=kinds["hidden"].device)
             for part, piece in zip(parts, hidden_grads, strict=True):
                 hidden_grad[part.first : part.last] = piece.to(hidden_grad)
-        return (
-            None, None, None, None, None,
-            hidden_grad,
-            prefix_grad.to(**vars(kinds["prefix"])) if ctx.needs["prefix"] and prefix_grad is not None else None,
-            deep_grad.to(**vars(kinds["deep"])) if ctx.needs["deep"] and deep_grad is not None else None,
-            None,
-        )  # fmt: skip
+        found = {"prefix": prefix_grad} | (adapter_grads.tensors() if adapter_grads is not None else {})
+        shared = [
+            grad.to(**vars(kinds[name])) if needed and (grad := found[name]) is not None else None
+            for name, needed in ctx.needs.items()
+            if name != "hidden"
+        ]
+        return (*[None] * 7, hidden_grad, *shared)
 
 
 @dataclass(frozen=True)

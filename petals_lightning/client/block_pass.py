@@ -9,6 +9,7 @@ import torch
 
 from petals_lightning.client.inference_session import InferenceSession
 from petals_lightning.hf.compat import Cache, CacheLayer
+from petals_lightning.protocol.adapters import Adapter
 
 
 class LengthLayer(CacheLayer):
@@ -40,7 +41,7 @@ class BlockPass(Cache):
     Args:
         length: positions that precede this pass, including the prefix.
         prefix: [P, H] hidden states before every sample, or None.
-        deep: [L, P, H] prompts added before each block, or None.
+        adapter: of the blocks, or None.
         rows: [N] indices into B·S of the positions that are read, or None for all. Other outputs are zeros.
         identity: skip the blocks, and return their input.
         session: run the input as the session's next positions, instead of as a batch of its own.
@@ -57,7 +58,7 @@ class BlockPass(Cache):
         length: int = 0,
         *,
         prefix: torch.Tensor | None = None,
-        deep: torch.Tensor | None = None,
+        adapter: Adapter | None = None,
         rows: torch.Tensor | None = None,
         identity: bool = False,
         session: InferenceSession | None = None,
@@ -67,7 +68,7 @@ class BlockPass(Cache):
         caller_cache: Cache | None = None,
     ):
         super().__init__(layers=[_Offset(length)])
-        self.prefix, self.deep, self.rows, self.identity = prefix, deep, rows, identity
+        self.prefix, self.adapter, self.rows, self.identity = prefix, adapter, rows, identity
         self.session, self.attention_mask, self.position_ids, self.keep = session, attention_mask, position_ids, keep
         self.caller_cache = caller_cache
         self.entered: torch.Tensor | None = None

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from hivemind.p2p import P2P
 
 from petals_lightning.client.config import ClientConfig
@@ -22,6 +21,7 @@ from petals_lightning.client.flow_control import RequestWindow
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.errors import PeerFailure, ProtocolError
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.auth import is_proof, new_nonce, prove
 from petals_lightning.protocol.checks import printable
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
@@ -30,7 +30,7 @@ from petals_lightning.protocol.requests import to_wire
 from petals_lightning.swarm.streams import open_stream
 
 _MAX_MESSAGE_BYTES = 4 << 30  # of all answers in flight together; each answer's limit follows from its request
-_PROMPTS_KEPT = 8  # sets of prompts, as many as a server keeps for one stream
+_ADAPTERS_KEPT = 8  # as many as a server keeps for one stream
 
 
 @dataclass
@@ -84,7 +84,7 @@ class PeerConnection:
         self._ids, self._last_id = itertools.count(1), 0
         self._pending: dict[int, _Call] = {}
         self._window = RequestWindow(max_requests=1, max_bytes=0)  # until the server has stated its limits
-        self._prompts: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Task[None]]] = OrderedDict()
+        self._adapters: OrderedDict[tuple[int, int, int], tuple[int, asyncio.Task[None]]] = OrderedDict()
         self._failure: PeerFailure | None = None
         self._pinged_at: float | None = None  # when the oldest unanswered ping was sent
         self._tasks: list[asyncio.Task[None]] = []
@@ -212,34 +212,34 @@ class PeerConnection:
         self._last_id = next(self._ids)
         return self._last_id
 
-    async def register_prompts(self, version: int, start: int, deep: torch.Tensor, wire_dtype: str) -> int:
-        """As `ServerConnection.register_prompts`: each set is sent once, even if several callers wait for it."""
-        identity = (version, start, len(deep))
-        if identity not in self._prompts:
+    async def register_adapter(self, adapter: Adapter, wire_dtype: str) -> int:
+        """As `ServerConnection.register_adapter`: each is sent once, even if several callers wait for it."""
+        identity = (adapter.version, adapter.start, adapter.end)
+        if identity not in self._adapters:
             key = self.next_id()
-            sending = asyncio.create_task(self._send_prompts(key, to_wire(deep, wire_dtype, prompts=True)))
+            message = adapter.map(lambda tensor: to_wire(tensor, wire_dtype, shared=True)).to_message(key)
+            sending = asyncio.create_task(self._send_adapter(message))
             sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # callers may be cancelled
-            self._prompts[identity] = key, sending
-            while len(self._prompts) > _PROMPTS_KEPT:
-                self._prompts.popitem(last=False)
-        key, sending = self._prompts[identity]
+            self._adapters[identity] = key, sending
+            while len(self._adapters) > _ADAPTERS_KEPT:
+                self._adapters.popitem(last=False)
+        key, sending = self._adapters[identity]
         await asyncio.shield(sending)
         return key
 
-    async def _send_prompts(self, key: int, deep: torch.Tensor) -> None:
+    async def _send_adapter(self, message: Message) -> None:
         try:
             if self._failure is not None:
                 raise self._failure
-            message = Message(Method.PROMPTS, {"key": key}, {"deep": deep})
             self._stats.bytes_sent += await self._writer.send(self.next_id(), message)
         except ConnectionError as e:
             self._fail(PeerFailure(self.peer, f"the stream broke ({e})"))
             assert self._failure is not None
             raise self._failure from None
 
-    def forget_prompts(self) -> None:
-        """Notes that the server has dropped registered prompts: they are sent again when next needed."""
-        self._prompts.clear()
+    def forget_adapters(self) -> None:
+        """Notes that the server has dropped a registered adapter: all are sent again when next needed."""
+        self._adapters.clear()
 
     def tell(self, message: Message, call_id: int = 0) -> None:
         """Sends a message that needs no answer. Does nothing if the stream is lost."""

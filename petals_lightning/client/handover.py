@@ -20,7 +20,7 @@ _OF_UNKNOWN_ORIGIN = {
     for code in (
         ErrorCode.NOT_HANDED_OVER,
         ErrorCode.GRAPH_LOST,
-        ErrorCode.PROMPTS_LOST,
+        ErrorCode.ADAPTER_LOST,
         ErrorCode.BAD_REQUEST,
         ErrorCode.INTERNAL,
     )

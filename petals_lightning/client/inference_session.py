@@ -30,12 +30,14 @@ from petals_lightning.errors import (
     PeerFailure,
     UnsupportedInputError,
 )
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode, Message
 from petals_lightning.protocol.requests import to_wire
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import is_same
 from petals_lightning.swarm import SwarmNode
 
+_LOST = {ErrorCode.CACHE_LOST.value, ErrorCode.ADAPTER_LOST.value}
 _numbers = itertools.count(1)
 
 
@@ -47,7 +49,7 @@ class InferenceSession:
         start, end: the blocks.
         max_length: positions for which servers reserve memory, without the prefix.
         prefix: [P, H] before every sample, or None.
-        deep: [L, P, H] added to the prefix before each block, or None.
+        adapter: of the blocks, or None.
         rotary_switch: positions, with the prefix, beyond which the model uses other rotary factors for all positions. A
             session that crosses this limit, in either direction, runs again from the inputs of its first leg.
     """
@@ -63,7 +65,7 @@ class InferenceSession:
         *,
         max_length: int,
         prefix: torch.Tensor | None = None,
-        deep: torch.Tensor | None = None,
+        adapter: Adapter | None = None,
         rotary_switch: int | None = None,
     ):
         if max_length < 1:
@@ -71,7 +73,7 @@ class InferenceSession:
         self._node, self._servers, self._router, self._stats = node, servers, router, stats
         self.start, self.end, self.max_length = start, end, max_length
         self._prefix = prefix.detach().cpu() if prefix is not None else None
-        self._deep = deep.detach().cpu() if deep is not None else None
+        self._adapter = adapter
         self._position, self._batch = 0, 0
         self._switch: int | None = None  # the same limit without the prefix
         if rotary_switch is not None:
@@ -269,8 +271,10 @@ class InferenceSession:
             self._router.handover.avoid([leg.peer for leg in legs], failure)
             return
         number, leg = next((n, leg) for n, leg in enumerate(legs, index) if leg.peer == failure.peer)
-        if failure.code == ErrorCode.CACHE_LOST.value and leg.peer not in attempts.cache_lost:
-            attempts.cache_lost.add(leg.peer)  # once, the same server is sent the inputs again
+        if failure.code in _LOST and (leg.peer, failure.code) not in attempts.lost:
+            attempts.lost.add((leg.peer, failure.code))  # once, the same server is sent again what it has lost
+            if failure.code == ErrorCode.ADAPTER_LOST.value and leg.connection is not None:
+                leg.connection.forget_adapters()
             leg.leave()
             attempts.count(failure)
         else:
@@ -346,10 +350,12 @@ class InferenceSession:
         start, end = first.held, first.held + hidden.shape[1]
         kept = min(max(end - first_needed, 1), hidden.shape[1])
         entering = self._servers.wire_dtype(first.peer)
-        prefix = to_wire(first.prefix, entering, prompts=True) if opens and first.prefix is not None else None
-        deep = (
-            self._deep[first.start - self.start : first.end - self.start] if opens and self._deep is not None else None
-        )
+        prefix = to_wire(first.prefix, entering, shared=True) if opens and first.prefix is not None else None
+        adapter = self._adapter.between(first.start, first.end) if opens and self._adapter is not None else None
+        key = None
+        if adapter is not None and adapter.tensors():
+            assert first.connection is not None
+            key = await first.connection.register_adapter(adapter, entering)
         position_ids = position_ids[:, :at_once] if position_ids is not None else None
         requests = []
         for leg in legs:
@@ -363,7 +369,8 @@ class InferenceSession:
                 max_length=self.max_length if opens else None,
                 keep=kept if leg is last else 0,
                 prefix=prefix,
-                deep=to_wire(deep, entering, prompts=True) if deep is not None else None,
+                adapter=adapter,
+                adapter_key=key,
                 hypo_ids=leg.reordering if not opens else None,
                 attention_mask=mask[:, :end] if mask is not None else None,
                 position_ids=position_ids,

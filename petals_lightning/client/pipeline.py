@@ -29,6 +29,7 @@ from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.errors import PeerFailure
+from petals_lightning.protocol.adapters import float_zeros
 from petals_lightning.protocol.messages import ErrorCode
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class Pipeline:
     ) -> InputGrads:
         """Gradients of the inputs of `forward`; `result` is its result for this batch. Raises as `forward`."""
         attempts, segments = self._attempts(), list(result.segments)
-        deep = torch.zeros(batch.prompts.deep.shape) if batch.prompts is not None else None
+        adapter_grads = float_zeros(batch.adapter) if batch.adapter is not None else None
         grads: Grads | None = grad, grad_prefix
         input_grads: Tensors = {}
         while segments:
@@ -76,10 +77,10 @@ class Pipeline:
                 self._failed(e, segment, attempts)
                 segments += await self._rebuild(batch, segment, attempts)
                 continue
-            if deep is not None and batch.prompts is not None:
-                deep[segment.start - batch.prompts.start : segment.end - batch.prompts.start] = input_grads["deep"]
+            if adapter_grads is not None:
+                adapter_grads.between(segment.start, segment.end).copy_(input_grads)
             grads = (input_grads["hidden"], input_grads.get("prefix")) if "hidden" in input_grads else None
-        return InputGrads(input_grads.get("hidden"), input_grads.get("prefix"), deep)
+        return InputGrads(input_grads.get("hidden"), input_grads.get("prefix"), adapter_grads)
 
     async def _forward(
         self, batch: MicroBatch, end: int, want_prefix: bool, attempts: Attempts, *, one_by_one: bool = False
@@ -133,7 +134,7 @@ class Pipeline:
         return answered, tensors
 
     async def _run_backward(self, batch: MicroBatch, segment: Segment, grads: Grads, attempts: Attempts) -> Tensors:
-        """Runs one segment backward, hedged and audited. Returns gradients of hidden, prefix and deep prompts.
+        """Runs one segment backward, hedged and audited. Returns gradients of hidden, prefix and adapter.
 
         Raises:
             PeerFailure: a server failed.
@@ -161,8 +162,8 @@ class Pipeline:
         """Audits an answer. Raises WrongResult, see `Auditor.check`."""
         if self._servers.config.audit_rate > 0:
             (segment,) = answered  # one, of one server: nothing is handed over then, and a hedge goes to one server
-            deep = batch.deep(segment.start, segment.end)
-            await self._auditor.check(segment, deep, grads, tensors, recompute)
+            adapter = batch.adapter_of(segment.start, segment.end)
+            await self._auditor.check(segment, adapter, grads, tensors, recompute)
 
     async def _forward_by(
         self, batch: MicroBatch, segment: Segment, route: Sequence[RouteSpan], want_prefix: bool
@@ -185,14 +186,16 @@ class Pipeline:
         """As `_forward_by`, with gradients of the segment's inputs."""
         done, _ = await self._forward_by(batch, segment, route, grads[1] is not None)
         result: Tensors = {}
-        deep: list[torch.Tensor] = []
+        adapter = batch.adapter_of(segment.start, segment.end)
+        adapter_grads = float_zeros(adapter) if adapter is not None else None
         for part in reversed(done):
             result = await self._requests.backward(batch, part, grads, self._attempts())
-            if "deep" in result:
-                deep.insert(0, result["deep"])
+            if adapter_grads is not None:
+                adapter_grads.between(part.start, part.end).copy_(result)
             if "hidden" in result:
                 grads = result["hidden"], result.get("prefix")
-        return done, result | ({"deep": torch.cat(deep)} if deep else {})
+        result = {name: grad for name, grad in result.items() if name in ("hidden", "prefix")}
+        return done, result | (adapter_grads.tensors() if adapter_grads is not None else {})
 
     async def _hedged(
         self,
@@ -271,8 +274,8 @@ class Pipeline:
         """Handles a segment's failure. Returns if its blocks should be tried again. Raises as `Attempts.failed`."""
         if segment.is_handed_over and may_be_anothers_fault(failure):
             for leg in segment.legs:
-                if failure.code == ErrorCode.PROMPTS_LOST.value and leg.connection is not None:
-                    leg.connection.forget_prompts()
+                if failure.code == ErrorCode.ADAPTER_LOST.value and leg.connection is not None:
+                    leg.connection.forget_adapters()
             self._router.handover.avoid(segment.peers, failure)
             return
         own = next((leg for leg in segment.legs if leg.peer == failure.peer), segment)

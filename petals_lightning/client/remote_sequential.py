@@ -25,7 +25,8 @@ from petals_lightning.client.router import Router
 from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
-from petals_lightning.errors import SwarmConnectionError, UnsupportedInputError
+from petals_lightning.errors import ProtocolError, SwarmConnectionError, UnsupportedInputError
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.swarm import SwarmNode
 
 
@@ -121,6 +122,7 @@ class RemoteSequential(nn.Module):
         owns_node: bool = False,
         rotary_switch: int | None = None,
         sliding_window: int | None = None,
+        has_lora: bool = False,
         judge: Judge | None = None,
     ) -> RemoteSequential:
         """Finds servers for all blocks of a model and opens streams to a first route.
@@ -132,6 +134,7 @@ class RemoteSequential(nn.Module):
             owns_node: close the node together with the blocks.
             rotary_switch: positions beyond which the model uses other rotary factors for all positions, if it does.
             sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
+            has_lora: the model has LoRA, which servers with Petals' methods only do not take: they are left out.
             judge: computes blocks on this machine when servers disagree; None: only trusted servers decide.
 
         Raises:
@@ -146,6 +149,7 @@ class RemoteSequential(nn.Module):
             hidden_size=hidden_size,
             fingerprint=fingerprint,
             sliding_window=sliding_window,
+            has_lora=has_lora,
             config=config,
             stats=stats,
         )
@@ -188,7 +192,7 @@ class RemoteSequential(nn.Module):
             output = self._step(hidden_states, call, call.session)
         else:
             if not call.identity:
-                output, _ = self.run(hidden_states, prefix=call.prefix, deep=call.deep, rows=call.rows)
+                output, _ = self.run(hidden_states, prefix=call.prefix, adapter=call.adapter, rows=call.rows)
             else:
                 output = hidden_states if call.rows is None else gather_positions(hidden_states, call.rows)
             if call.rows is not None:
@@ -196,24 +200,25 @@ class RemoteSequential(nn.Module):
         return (output, None) if self.returns_tuple else output
 
     def inference_session(
-        self, *, max_length: int, prefix: torch.Tensor | None = None, deep: torch.Tensor | None = None
+        self, *, max_length: int, prefix: torch.Tensor | None = None, adapter: Adapter | None = None
     ) -> InferenceSession:
         """A session in which `step(hidden_states)` runs one or more positions after all previous ones.
 
         Args:
             max_length: positions for which servers reserve memory, without the prefix.
             prefix: [P, H] before every sample.
-            deep: [L, P, H] added to the prefix before each of these blocks.
+            adapter: of these blocks.
 
         Raises:
             UnsupportedInputError: shapes do not match. (Servers are asked at the first step.)
         """
         swarm = self._swarm
         swarm.check_open()
-        self._check_prompts(prefix, deep)
+        self._check_adapter(prefix, adapter)
         return InferenceSession(
             swarm.node, swarm.servers, swarm.router, swarm.stats, self.start, self.end,
-            max_length=max_length, prefix=prefix, deep=deep, rotary_switch=swarm.rotary_switch,
+            max_length=max_length, prefix=prefix, rotary_switch=swarm.rotary_switch,
+            adapter=swarm.runner.versioned(adapter) if adapter is not None else None,
         )  # fmt: skip
 
     def run(
@@ -221,7 +226,7 @@ class RemoteSequential(nn.Module):
         hidden_states: torch.Tensor,
         *,
         prefix: torch.Tensor | None = None,
-        deep: torch.Tensor | None = None,
+        adapter: Adapter | None = None,
         rows: torch.Tensor | None = None,
         want_prefix: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -230,7 +235,7 @@ class RemoteSequential(nn.Module):
         Args:
             hidden_states: [B, S, H] that enter block `start`.
             prefix: [P, H] before every sample.
-            deep: [L, P, H] added to the prefix before each of these blocks.
+            adapter: of these blocks.
             rows: [N] indices into B·S of the positions to return.
             want_prefix: return the prefix's output too.
 
@@ -243,7 +248,7 @@ class RemoteSequential(nn.Module):
         """
         if hidden_states.ndim != 3 or not hidden_states.is_floating_point():
             raise UnsupportedInputError(f"hidden_states must be floating [B, S, H], got {tuple(hidden_states.shape)}")
-        self._check_prompts(prefix, deep)
+        self._check_adapter(prefix, adapter)
         if hidden_states.shape[0] == 0 or hidden_states.shape[1] == 0:
             return hidden_states, prefix if want_prefix else None
         if rows is not None and not len(rows):
@@ -251,15 +256,17 @@ class RemoteSequential(nn.Module):
         batch, tokens, _ = hidden_states.shape
         size = self._swarm.router.microbatch_size(self.route(), batch, tokens, len(prefix) if prefix is not None else 0)
         out, prefix_out = RemoteBlocks.apply(
-            self._swarm.runner, self.start, self.end, size, want_prefix, hidden_states, prefix, deep, rows
-        )
+            self._swarm.runner, self.start, self.end, size, want_prefix, rows, adapter, hidden_states, prefix,
+            *(adapter.tensors().values() if adapter is not None else ()),
+        )  # fmt: skip
         return out, prefix_out if want_prefix and prefix is not None else None
 
-    def _check_prompts(self, prefix: torch.Tensor | None, deep: torch.Tensor | None) -> None:
-        if deep is not None and (prefix is None or deep.shape != (len(self), *prefix.shape)):
-            raise UnsupportedInputError(
-                f"deep prompts {tuple(deep.shape)} do not match {len(self)} blocks and the prefix"
-            )
+    def _check_adapter(self, prefix: torch.Tensor | None, adapter: Adapter | None) -> None:
+        if adapter is not None:
+            try:
+                adapter.check_fits(self.start, self.end, prefix)
+            except ProtocolError as e:
+                raise UnsupportedInputError(str(e)) from e
 
     def _step(self, hidden_states: torch.Tensor, call: BlockPass, session: InferenceSession) -> torch.Tensor:
         tokens = hidden_states.shape[1]

@@ -19,6 +19,7 @@ from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.timeouts import BACKWARD_COST, RequestTimeouts, request_timeouts
 from petals_lightning.client.validation import check_backward, check_forward, reported_seconds
 from petals_lightning.errors import NonFiniteResult, PeerFailure, RetriesExhaustedError
+from petals_lightning.protocol.adapters import float_zeros
 from petals_lightning.protocol.messages import ErrorCode, Message
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
 
@@ -48,7 +49,7 @@ class SegmentRequests:
         while True:
             requests = self._forward_requests(batch, segment, want_prefix)
             try:
-                await self._register_prompts(batch, segment.legs, requests)
+                await self._register_adapter(segment.legs, requests)
                 stages = self._stages(batch, segment.legs, [request.to_message() for request in requests], 1.0)
                 for leg, stage in zip(segment.legs, stages, strict=True):
                     leg.graph = stage.call_id if batch.keep else None  # unless its server reports otherwise
@@ -57,9 +58,8 @@ class SegmentRequests:
             except PeerFailure as e:
                 self._mend(e, segment, lost, attempts)
                 continue
-            last = segment.legs[-1]
             try:
-                check_forward(last.peer, requests[-1], batch.deep(last.start, last.end), reply)
+                check_forward(segment.legs[-1].peer, requests[-1], reply)
             except NonFiniteResult as e:
                 self._confirm(e, segment, batch, attempts)
             return reply.tensors
@@ -78,7 +78,7 @@ class SegmentRequests:
             sent = [to_wire(tensor, wire) for tensor in grads if tensor is not None]
             try:
                 if is_sent:
-                    await self._register_prompts(batch, legs, forwards)
+                    await self._register_adapter(legs, forwards)
                 requests = [
                     BackwardRequest(
                         sent[0],
@@ -98,7 +98,7 @@ class SegmentRequests:
                 self._mend(e, segment, lost, attempts)
                 continue
             try:
-                self._check_grads(batch, legs, forwards, sent, replies)
+                self._check_grads(legs, forwards, sent, replies)
             except NonFiniteResult as e:
                 self._confirm(e, segment, batch, attempts)
             if segment.is_handed_over:
@@ -107,13 +107,15 @@ class SegmentRequests:
             sums = {
                 name: tensor for name in ("hidden", "prefix") if (tensor := replies[-1].tensors.get(name)) is not None
             }
-            if batch.prompts is not None:
-                sums["deep"] = torch.cat([reply.tensors["deep"].float() for reply in reversed(replies)])
+            if (adapter := batch.adapter_of(segment.start, segment.end)) is not None:
+                adapter_grads = float_zeros(adapter)
+                for leg, reply in zip(legs, replies, strict=True):
+                    adapter_grads.between(leg.start, leg.end).copy_(reply.tensors)
+                sums |= adapter_grads.tensors()
             return sums
 
     def _check_grads(
         self,
-        batch: MicroBatch,
         legs: Sequence[Leg],
         forwards: Sequence[ForwardRequest],
         sent: list[torch.Tensor],
@@ -122,10 +124,9 @@ class SegmentRequests:
         """Raises WrongResult unless each leg, from last to first, answered with gradients of its inputs."""
         dtypes = [dtype(leg.peer) for leg in legs for dtype in (self._servers.wire_dtype, self._servers.compute_dtype)]
         for leg, forward, reply in zip(legs, forwards, replies, strict=True):
-            if leg is not legs[-1]:  # these go to the previous server; only deep prompts' gradients come to the client
+            if leg is not legs[-1]:  # these go to the previous server; only the adapter's gradients come to the client
                 forward = replace(forward, prefix=None, input_grad=False)
-            deep = batch.deep(leg.start, leg.end)
-            check_backward(leg.peer, forward, deep, sent, reply, may_overflow="float16" in dtypes)
+            check_backward(leg.peer, forward, sent, reply, may_overflow="float16" in dtypes)
 
     def _mend(self, failure: PeerFailure, segment: Segment, lost: set[str], attempts: Attempts) -> None:
         """Returns if the same server should be asked again, with what it has lost (each kind of loss once).
@@ -138,8 +139,8 @@ class SegmentRequests:
             raise failure
         if failure.code == ErrorCode.GRAPH_LOST.value:
             leg.graph = None
-        elif failure.code == ErrorCode.PROMPTS_LOST.value and leg.connection is not None:
-            leg.connection.forget_prompts()
+        elif failure.code == ErrorCode.ADAPTER_LOST.value and leg.connection is not None:
+            leg.connection.forget_adapters()
         else:
             raise failure
         lost.add(failure.code)
@@ -178,13 +179,14 @@ class SegmentRequests:
         if is_sent:
             entering = self._servers.wire_dtype(segment.legs[0].peer)
             hidden = to_wire(hidden, entering)
-            prefix = to_wire(prefix, entering, prompts=True) if prefix is not None else None
+            prefix = to_wire(prefix, entering, shared=True) if prefix is not None else None
         return [
             ForwardRequest(
                 start=leg.start,
                 end=leg.end,
                 hidden=hidden,
                 prefix=prefix,
+                adapter=batch.adapter_of(leg.start, leg.end),
                 rows=segment.rows,
                 keep=batch.keep,
                 input_grad=batch.input_grad or leg.start > batch.start,
@@ -194,18 +196,12 @@ class SegmentRequests:
             for leg in segment.legs
         ]
 
-    async def _register_prompts(
-        self, batch: MicroBatch, legs: Sequence[Leg], requests: Sequence[ForwardRequest]
-    ) -> None:
-        """Registers deep prompts with the servers of their blocks, and puts their keys into the requests."""
-        if batch.prompts is None:
-            return
+    async def _register_adapter(self, legs: Sequence[Leg], requests: Sequence[ForwardRequest]) -> None:
+        """Registers each server's part of the adapter, and puts its key into the request."""
         for leg, request in zip(legs, requests, strict=True):
-            assert leg.connection is not None
-            deep = batch.prompts.between(leg.start, leg.end)
-            request.prompts_key = await leg.connection.register_prompts(
-                batch.prompts.version, leg.start, deep, request.wire_dtype
-            )
+            if request.adapter is not None:
+                assert leg.connection is not None
+                request.adapter_key = await leg.connection.register_adapter(request.adapter, request.wire_dtype)
 
     def _stages(self, batch: MicroBatch, legs: Sequence[Leg], messages: Sequence[Message], cost: float) -> list[Stage]:
         stages = []

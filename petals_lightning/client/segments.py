@@ -14,31 +14,14 @@ import torch
 
 from petals_lightning.client.server_connection import ServerConnection
 from petals_lightning.client.timeouts import ServiceTimer
-
-
-@dataclass(frozen=True)
-class StepPrompts:
-    """Deep prompts of a step, the same for all its micro-batches.
-
-    Attributes:
-        deep: [L, P, H] on the CPU, for blocks [start, start + L).
-        start: the first block they are for.
-        version: changes when the values do; servers keep prompts by version.
-    """
-
-    deep: torch.Tensor
-    start: int
-    version: int
-
-    def between(self, start: int, end: int) -> torch.Tensor:
-        """The prompts of blocks [start, end)."""
-        return self.deep[start - self.start : end - self.start]
+from petals_lightning.protocol.adapters import Adapter
 
 
 @dataclass
 class MicroBatch:
     """The inputs of block `start`: hidden [B, S, H], prefix [P, H] or None, and rows [N] to read or None for all.
 
+    `adapter`: of all blocks that the step runs, the same for all its micro-batches.
     `input_grad`: a gradient of hidden is needed. `keep`: a backward will follow.
     """
 
@@ -46,7 +29,7 @@ class MicroBatch:
     hidden: torch.Tensor
     prefix: torch.Tensor | None
     rows: torch.Tensor | None
-    prompts: StepPrompts | None
+    adapter: Adapter | None
     input_grad: bool
     keep: bool
 
@@ -54,9 +37,10 @@ class MicroBatch:
     def tokens(self) -> int:
         return self.hidden.shape[0] * self.hidden.shape[1]
 
-    def deep(self, start: int, end: int) -> torch.Tensor | None:
-        """Deep prompts [end - start, P, H] of these blocks, or None without prompts."""
-        return self.prompts.between(start, end) if self.prompts is not None else None
+    def adapter_of(self, start: int, end: int) -> Adapter | None:
+        """What is added to blocks [start, end); None if nothing is."""
+        adapter = self.adapter.between(start, end) if self.adapter is not None else None
+        return adapter if adapter is not None and adapter.tensors() else None
 
 
 @dataclass
@@ -126,8 +110,8 @@ class ForwardResult:
 
 @dataclass
 class InputGrads:
-    """Gradients of a micro-batch: hidden [B, S, H] or None, prefix [P, H] or None, deep [L, P, H] or None."""
+    """Gradients of a micro-batch: of hidden [B, S, H], prefix [P, H] and the adapter's tensors, or None."""
 
     hidden: torch.Tensor | None
     prefix: torch.Tensor | None
-    deep: torch.Tensor | None
+    adapter: Adapter | None

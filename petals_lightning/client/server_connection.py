@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
-
 from petals_lightning.client.timeouts import ServiceTimer
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import Message
 
 
@@ -56,24 +55,22 @@ class ServerConnection(Protocol):
     def next_id(self) -> int:
         """A new call id, for callers that refer to the call later."""
 
-    async def register_prompts(self, version: int, start: int, deep: torch.Tensor, wire_dtype: str) -> int:
-        """Sends deep prompts to the server before the requests that refer to them.
+    async def register_adapter(self, adapter: Adapter, wire_dtype: str) -> int:
+        """Sends an adapter to the server before the requests that refer to it.
 
         Args:
-            version: changes when the values of the prompts do.
-            start: the first block of the prompts.
-            deep: [n, P, H], for n blocks.
-            wire_dtype: the dtype in which to send them.
+            adapter: of the blocks of these requests.
+            wire_dtype: the dtype in which to send it.
 
         Returns:
-            The key by which requests on this connection refer to the prompts.
+            The key by which requests on this connection refer to the adapter.
 
         Raises:
             PeerFailure: the connection has failed.
         """
 
-    def forget_prompts(self) -> None:
-        """Notes that the server has dropped registered prompts: they are sent again when next needed."""
+    def forget_adapters(self) -> None:
+        """Notes that the server has dropped a registered adapter: all are sent again when next needed."""
 
     def tell(self, message: Message, call_id: int = 0) -> None:
         """Sends a message that needs no answer. Does nothing if the connection is lost."""

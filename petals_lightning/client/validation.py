@@ -19,19 +19,18 @@ from petals_lightning.protocol.tensors import DTYPE_NAMES, INT8_BLOCKWISE
 _TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, INT8_BLOCKWISE: 1e-1}
 
 
-def check_forward(peer: str, request: ForwardRequest, deep: torch.Tensor | None, reply: Message) -> None:
+def check_forward(peer: str, request: ForwardRequest, reply: Message) -> None:
     """Raises WrongResult unless `reply` has the requested tensors, NonFiniteResult if values cannot be right."""
     expected = {"hidden": (output_shape(request), message_dtype(request.wire_dtype))}
     if request.want_prefix and request.prefix is not None:
-        expected["prefix"] = list(request.prefix.shape), message_dtype(request.wire_dtype, prompts=True)
+        expected["prefix"] = list(request.prefix.shape), message_dtype(request.wire_dtype, shared=True)
     _check_tensors(peer, reply, expected)
-    _check_sound(peer, reply, _inputs(request, deep))
+    _check_sound(peer, reply, _inputs(request))
 
 
 def check_backward(
     peer: str,
     forward: ForwardRequest,
-    deep: torch.Tensor | None,
     grads: list[torch.Tensor],
     reply: Message,
     *,
@@ -41,16 +40,16 @@ def check_backward(
 
     Args:
         forward: the request whose gradients these are.
-        deep: [n, P, H] deep prompts of that request, or None.
         grads: the gradients that were sent. If they are not finite (the loss scale was too large), any answer passes.
         may_overflow: the answer is float16, in which scaled gradients overflow on a healthy server too.
     """
-    inputs = {"hidden": forward.hidden if forward.input_grad else None, "prefix": forward.prefix, "deep": deep}
+    inputs = {"hidden": forward.hidden if forward.input_grad else None, "prefix": forward.prefix}
+    inputs |= forward.adapter.tensors() if forward.adapter is not None else {}
     dtype = message_dtype(forward.wire_dtype)
     expected = {name: (list(tensor.shape), dtype) for name, tensor in inputs.items() if tensor is not None}
     _check_tensors(peer, reply, expected)
     if not may_overflow:
-        _check_sound(peer, reply, [*grads, *_inputs(forward, deep)])
+        _check_sound(peer, reply, [*grads, *_inputs(forward)])
 
 
 def check_step(peer: str, request: StepRequest, reply: Message) -> None:
@@ -58,9 +57,9 @@ def check_step(peer: str, request: StepRequest, reply: Message) -> None:
     batch, tokens, size = request.hidden.shape
     expected = {"hidden": ([batch, request.keep or tokens, size], message_dtype(request.wire_dtype))}
     if request.want_prefix and request.prefix is not None:
-        expected["prefix"] = list(request.prefix.shape), message_dtype(request.wire_dtype, prompts=True)
+        expected["prefix"] = list(request.prefix.shape), message_dtype(request.wire_dtype, shared=True)
     _check_tensors(peer, reply, expected)
-    _check_sound(peer, reply, [each for each in (request.hidden, request.prefix, request.deep) if each is not None])
+    _check_sound(peer, reply, _inputs(request))
 
 
 def output_shape(request: ForwardRequest) -> list[int]:
@@ -102,8 +101,9 @@ def tolerance(*dtype_names: str | None) -> float:
     return max(_TOLERANCE.get(name or "float32", _TOLERANCE["bfloat16"]) for name in dtype_names)
 
 
-def _inputs(request: ForwardRequest, deep: torch.Tensor | None) -> list[torch.Tensor]:
-    return [tensor for tensor in (request.hidden, request.prefix, deep) if tensor is not None]
+def _inputs(request: ForwardRequest | StepRequest) -> list[torch.Tensor]:
+    adapter = request.adapter.tensors().values() if request.adapter is not None else ()
+    return [tensor for tensor in (request.hidden, request.prefix, *adapter) if tensor is not None]
 
 
 def _check_tensors(peer: str, reply: Message, expected: dict[str, tuple[list[int], torch.dtype]]) -> None:

@@ -25,12 +25,13 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
 from petals_lightning.errors import UnsupportedModelError
 
-__all__ = ["GenericForSequenceClassification", "GradientCheckpointingLayer"]
+__all__ = ["Conv1D", "GenericForSequenceClassification", "GradientCheckpointingLayer"]
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 

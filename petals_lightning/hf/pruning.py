@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.compat import GradientCheckpointingLayer
+from petals_lightning.hf.linears import linear_shape
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class BlockLayout:
     Attributes:
         max_positions: positions in its tables, learned (GPT-2, OPT) or precomputed (GPT-J); None: unlimited.
         attributes: plain values that blocks have as attributes, which some decoders read (Nemotron-H).
+        linears: inputs and outputs of each linear module of the whole model, by path, in the order of `named_modules`.
     """
 
     owner_path: str
     list_name: str
     max_positions: int | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def list_path(self) -> str:
@@ -91,7 +94,8 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
         for name, value in vars(model.get_submodule(f"{found[0]}.0")).items()
         if isinstance(value, (str, int, float)) and not name.startswith("_")
     }
-    layout = BlockLayout(owner_path, list_name, _max_positions(model), plain)
+    linears = {path: shape for path, each in model.named_modules() if (shape := linear_shape(each)) is not None}
+    layout = BlockLayout(owner_path, list_name, _max_positions(model), plain, linears)
     if (reason := _why_not_split(model, layout)) is not None:
         raise UnsupportedModelError(f"{name} cannot be split into blocks on servers: {reason}")
     return layout

@@ -26,10 +26,12 @@ from petals_lightning.errors import ConfigurationError, UnsupportedInputError
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.pruning import num_blocks
+from petals_lightning.models.adapter_files import adapter_settings, base_model_of, load_adapter, save_adapter
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
 from petals_lightning.models.judge import LocalJudge
+from petals_lightning.models.lora import find_targets, lora_settings
 from petals_lightning.models.prompt_files import (
     PromptCard,
     check_base_model,
@@ -43,7 +45,14 @@ from petals_lightning.models.prompts import TuningMode
 from petals_lightning.models.reading import reading
 from petals_lightning.models.self_check import check_ends
 from petals_lightning.models.starts import PromptInit, PromptStart, check_start
-from petals_lightning.models.trainable import FrozenBackbone, attach_trainable, has_head_of_its_own, parameters_to_draw
+from petals_lightning.models.trainable import (
+    FrozenBackbone,
+    attach_trainable,
+    has_head_of_its_own,
+    lora_of,
+    parameters_to_draw,
+    prompts_of,
+)
 from petals_lightning.options import make, options_of
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
@@ -78,16 +87,27 @@ class DistributedModel(FrozenBackbone):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Saves what was trained (kilobytes); `from_pretrained(save_directory)` loads the base model with it.
 
+        LoRA is saved as PEFT does, see `adapter_files`.
+
         Args:
             save_directory: created if missing.
             options: of Hugging Face's method; those for large weights have no effect here.
 
         Raises:
-            ConfigurationError: nothing was trained.
+            ConfigurationError: nothing was trained, or prompts beside LoRA, for which there is no common format.
         """
         if options.pop("push_to_hub", False):
             raise ConfigurationError("save_pretrained(push_to_hub=True): call push_to_hub(repo_id) instead")
-        save_tuned(self, save_directory)  # type: ignore[arg-type]
+        model: Any = self
+        if lora_of(model) is None:
+            save_tuned(model, save_directory)
+        elif prompts_of(model) is None:
+            save_adapter(model, save_directory)
+        else:
+            raise ConfigurationError(
+                "this model has prompts beside LoRA, which have no common format: save_prompts(model, FOLDER) and "
+                "save_adapter(model, FOLDER) save one each"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -195,7 +215,9 @@ class _AutoDistributed:
         pre_seq_len: int | None = None,
         prompt_init: PromptInit = "random",
         prompt_init_text: str | None = None,
+        lora: Any = None,
         prompts: str | Path | None = None,
+        adapter: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         token: str | bool | None = None,
@@ -214,10 +236,12 @@ class _AutoDistributed:
             initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT in it; or `node`: a started
                 SwarmNode, which the caller closes. None of the three means the public Petals network.
             dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
-            tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens.
+            tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens; or "lora".
             prompt_init, prompt_init_text: the start of prompts: "random", "vocabulary" (the embeddings of tokens that
                 are drawn), or "text" (those of this text, cut or repeated to P tokens).
+            lora: a `peft.LoraConfig`, or a mapping with its names, for LoRA alone ("lora") or beside prompts.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
+            adapter: folder or hub id of LoRA in PEFT's format, which determines `lora`.
             dtype (or torch_dtype): of the part loaded here; "auto", the default, is the checkpoint's dtype.
             token, revision, cache_dir, local_files_only, subfolder: as in transformers.
             client_config: how to find and treat servers.
@@ -226,7 +250,8 @@ class _AutoDistributed:
 
         Returns:
             An instance of the family's own class and of `DistributedModel`: a context manager. `close`, or the
-            garbage collector, ends its connections. Only prompts and a classification head require gradients.
+            garbage collector, ends its connections. Only prompts, LoRA and a classification head require
+            gradients.
 
         Raises:
             ConfigurationError: more than one way into a swarm, an unknown argument, or a value out of range.
@@ -244,7 +269,12 @@ class _AutoDistributed:
             name, dht_prefix, subfolder = card.base_model, dht_prefix or card.dht_prefix, ""
             if card.id2label is not None:
                 options.setdefault("id2label", {int(number): label for number, label in card.id2label.items()})
+        elif (base := base_model_of(name, revision=revision, token=token, subfolder=subfolder, **hub)) is not None:
+            name, adapter, revision, subfolder = base, adapter or name, None, ""
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
+        if adapter is not None:
+            tuning_mode, lora = tuning_mode or "lora", adapter_settings(adapter, lora, token=token)
+        lora_config = lora_settings(tuning_mode, lora)
         of_client = {each.name for each in options_of(ClientConfig)}
         given = {key: options.pop(key) for key in of_client & options.keys()}
         client_config = make(ClientConfig, given, client_config)
@@ -269,16 +299,21 @@ class _AutoDistributed:
             )
         if model.can_generate() and checkpoint.generation_config is not None:
             model.generation_config = checkpoint.generation_config
-        layers = _connect(model, checkpoint, client_config, node=node, dht=dht, initial_peers=initial_peers)
+        if lora_config is not None:
+            find_targets(lora_config, layout)  # a wrong name shows before servers are sought
+        swarm: dict[str, Any] = {"node": node, "dht": dht, "initial_peers": initial_peers}
+        layers = _connect(model, checkpoint, client_config, has_lora=lora_config is not None, **swarm)
         try:
             drawn = parameters_to_draw(model, checkpoint, fresh)
-            attach_trainable(model, layout, tuning_mode, pre_seq_len, drawn, start)
+            attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start)
             _assemble(model, family, checkpoint, DecoderBridge(model, layout, layers))
         except BaseException:
             layers.close()
             raise
         if prompts is not None:
             load_prompts(model, prompts, token=token)
+        if adapter is not None:
+            load_adapter(model, adapter, token=token)
         elif card is not None:
             load_tuned(model, pretrained_model_name_or_path, token=token)
         return model
@@ -323,6 +358,7 @@ def _connect(
     checkpoint: Checkpoint,
     config: ClientConfig,
     *,
+    has_lora: bool,
     node: SwarmNode | None,
     dht: hivemind.DHT | None,
     initial_peers: str | Sequence[str] | None,
@@ -363,6 +399,7 @@ def _connect(
             owns_node=owns_node,
             rotary_switch=limit.positions if limit is not None and limit.has_one_long_form else None,
             sliding_window=sliding_window(model.config),
+            has_lora=has_lora,
             judge=LocalJudge(checkpoint),
         )
     except BaseException:

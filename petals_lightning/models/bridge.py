@@ -29,8 +29,10 @@ from petals_lightning.client.remote_sequential import RemoteSequential
 from petals_lightning.errors import UnsupportedInputError, UnsupportedModelError
 from petals_lightning.hf.compat import cache_name, pop_cache, positions_of_logits, set_cache, versions
 from petals_lightning.hf.pruning import BlockLayout, norms_of
+from petals_lightning.models.lora import Lora
 from petals_lightning.models.prompts import Prompts
 from petals_lightning.models.remote_cache import RemoteCache
+from petals_lightning.protocol.adapters import Adapter
 
 
 class _Pass(threading.local):
@@ -47,7 +49,7 @@ class DecoderBridge:
     """Hooks on the owner of the blocks, which send its passes through the remote blocks.
 
     Args:
-        model: the pruned model; its prompts, if any, are attached to the owner.
+        model: the pruned model; its prompts and LoRA, if any, are attached to the owner.
         layout: where the blocks were.
         layers: the remote blocks that replace them.
 
@@ -66,6 +68,7 @@ class DecoderBridge:
         owner = layout.owner(model)
         self.layers, self._owner = layers, owner
         self._prompts: Prompts | None = getattr(owner, "prompts", None)
+        self._lora: Lora | None = getattr(owner, "lora", None)
         self._embeddings = model.get_input_embeddings  # a method, because embeddings may be resized
         self._pass = _Pass()
         self.max_positions = layout.max_positions
@@ -101,8 +104,8 @@ class DecoderBridge:
         if self._pass.open_trial is not None:
             return self._pass.open_trial(max_length)
         with torch.no_grad():
-            prefix, deep = self._prompts_at_first_block()
-        return self.layers.inference_session(max_length=max_length, prefix=prefix, deep=deep)
+            prefix, adapter = self._prefix_at_first_block(), self._adapter()
+        return self.layers.inference_session(max_length=max_length, prefix=prefix, adapter=adapter)
 
     def own_session(self, max_length: int) -> InferenceSession:
         """The session of a single `generate`, to be closed at its end."""
@@ -179,8 +182,8 @@ class DecoderBridge:
             return (), kwargs | counted | {self._owner_cache_name: step}
         self._check_length(embeds.shape[1])
         is_trial, length = self._pass.open_trial is not None, self._prompts.pre_seq_len if self._prompts else 0
-        prefix, deep = (None, None) if is_trial else self._prompts_at_first_block()
-        call = BlockPass(length, prefix=prefix, deep=deep, rows=self.rows, identity=is_trial)
+        prefix, adapter = (None, None) if is_trial else (self._prefix_at_first_block(), self._adapter())
+        call = BlockPass(length, prefix=prefix, adapter=adapter, rows=self.rows, identity=is_trial)
         # Right padding needs no mask: no real token attends to later positions.
         return (), kwargs | {"attention_mask": None, self._owner_cache_name: call}
 
@@ -239,12 +242,18 @@ class DecoderBridge:
             return forward(hidden, *args, **kwargs)
         return scatter_positions(forward(gather_positions(hidden, rows), *args, **kwargs), rows, *hidden.shape[:2])
 
-    def _prompts_at_first_block(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The prefix's hidden states [P, H] before the first block and deep prompts [L, P, H], or None."""
+    def _prefix_at_first_block(self) -> torch.Tensor | None:
+        """The prefix's hidden states [P, H] before the first block; None without prompts."""
         if self._prompts is None:
-            return None, None
+            return None
         dtype = next(self._embeddings().parameters()).dtype
-        return self.first_block_input(self._prompts.input.to(dtype)[None])[0], self._prompts.deep
+        return self.first_block_input(self._prompts.input.to(dtype)[None])[0]
+
+    def _adapter(self) -> Adapter | None:
+        """What the model adds inside of its blocks, with the current values; None if nothing."""
+        deep = self._prompts.deep if self._prompts is not None else None
+        lora = self._lora.factors() if self._lora is not None else ()
+        return Adapter(0, len(self.layers), deep, lora) if deep is not None or lora else None
 
     def _check(self, kwargs: dict[str, Any], cache: Any) -> None:
         for name in ("output_hidden_states", "output_attentions"):

@@ -8,6 +8,7 @@ from transformers import AutoModel
 from petals_lightning.client.segments import Segment
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
+from petals_lightning.protocol.adapters import Adapter, float_zeros
 from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
 
@@ -22,17 +23,18 @@ class LocalJudge:
         self._checkpoint = checkpoint
 
     def __call__(
-        self, segment: Segment, deep: torch.Tensor | None, grads: tuple[torch.Tensor, torch.Tensor | None] | None
+        self, segment: Segment, adapter: Adapter | None, grads: tuple[torch.Tensor, torch.Tensor | None] | None
     ) -> dict[str, torch.Tensor]:
         """Computes what a server should answer.
 
         Args:
             segment: the blocks and their inputs.
-            deep: [n, P, H] prompts of the blocks, or None.
+            adapter: of the blocks, or None.
             grads: gradients of the outputs: hidden's, and [P, H] the prefix's or None. None asks for a forward.
 
         Returns:
-            hidden [B, S, H] or [N, H] and prefix [P, H] of a forward; or gradients of hidden, prefix and deep.
+            hidden [B, S, H] or [N, H] and prefix [P, H] of a forward; or gradients of hidden, prefix and the
+            adapter's tensors.
 
         Raises:
             CheckpointError: the blocks are not on this machine's disk.
@@ -40,7 +42,7 @@ class LocalJudge:
         """
         hidden, prefix, steps = segment.hidden, segment.prefix, []
         for block in range(segment.start, segment.end):
-            own = deep[block - segment.start : block - segment.start + 1] if deep is not None else None
+            own = adapter.between(block, block + 1) if adapter is not None else None
             is_last = block == segment.end - 1
             steps.append(SpanInputs(block, block + 1, hidden, prefix, own, segment.rows if is_last else None))
             if not is_last or grads is None:
@@ -49,15 +51,15 @@ class LocalJudge:
         if grads is None:
             return _given(hidden=hidden, prefix=prefix)
         grad, grad_prefix = grads
-        deep_grads: list[torch.Tensor] = []
+        adapter_grads = float_zeros(adapter) if adapter is not None else None
         for step in reversed(steps):
             span = self._load(step.start)
             graph = span.forward_with_graph(step, input_grad=True)
             result = span.backward(graph, grad.float(), grad_prefix.float() if grad_prefix is not None else None)
             grad, grad_prefix = result["hidden"], result.get("prefix")
-            if deep is not None:
-                deep_grads.insert(0, result["deep"])
-        return _given(hidden=grad, prefix=grad_prefix, deep=torch.cat(deep_grads) if deep_grads else None)
+            if adapter_grads is not None:
+                adapter_grads.between(step.start, step.end).copy_(result)
+        return _given(hidden=grad, prefix=grad_prefix) | (adapter_grads.tensors() if adapter_grads is not None else {})
 
     def _load(self, block: int) -> BlockSpan:
         checkpoint = self._checkpoint.on_disk()

@@ -20,11 +20,19 @@ from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.loading import check_pad_token, fresh_parameters
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
+from petals_lightning.models.adapter_files import adapter_settings, load_adapter
 from petals_lightning.models.arguments import config_overrides
+from petals_lightning.models.lora import lora_settings
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
-from petals_lightning.models.prompts import Prompts, TuningMode
+from petals_lightning.models.prompts import PROMPT_MODES, Prompts, TuningMode
 from petals_lightning.models.starts import PromptInit, PromptStart, check_start
-from petals_lightning.models.trainable import FrozenBackbone, attach_trainable, has_head_of_its_own, parameters_to_draw
+from petals_lightning.models.trainable import (
+    FrozenBackbone,
+    attach_trainable,
+    has_head_of_its_own,
+    lora_of,
+    parameters_to_draw,
+)
 
 
 class _LocalModel:
@@ -39,19 +47,22 @@ class _LocalModel:
         pre_seq_len: int | None = None,
         prompt_init: PromptInit = "random",
         prompt_init_text: str | None = None,
+        lora: Any = None,
         prompts: str | Path | None = None,
+        adapter: str | Path | None = None,
         dtype: torch.dtype | str = "auto",
         token: str | bool | None = None,
         revision: str | None = None,
         **config_values: Any,
     ) -> Any:
-        """Loads the whole model; everything but prompts and head is frozen.
+        """Loads the whole model; everything but prompts, LoRA and head is frozen.
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
-            tuning_mode: None, "ptune" or "deep_ptune".
+            tuning_mode: None, "ptune", "deep_ptune" or "lora".
             pre_seq_len: P, the number of virtual tokens.
             prompt_init, prompt_init_text: the start of prompts, "random", "vocabulary" or "text", and that text.
+            lora, adapter: as in the distributed classes.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
             dtype: of the frozen weights; "auto" is the checkpoint's dtype.
             token, revision: as in transformers.
@@ -62,6 +73,9 @@ class _LocalModel:
         """
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
         check_start(prompt_init, prompt_init_text, loads_prompts=prompts is not None)
+        if adapter is not None:
+            tuning_mode, lora = tuning_mode or "lora", adapter_settings(adapter, lora, token=token)
+        lora_config = lora_settings(tuning_mode, lora)
         checkpoint = Checkpoint(str(pretrained_model_name_or_path), token=token, revision=revision)
         config = copy.deepcopy(checkpoint.config)
         overrides = config_overrides(
@@ -101,12 +115,17 @@ class _LocalModel:
                 fresh = fresh_parameters(family, checkpoint, info, has_head_of_its_own(family))
         model.__class__ = type(family.__name__, (FrozenBackbone, family), {"__module__": family.__module__})
         layout = find_blocks(model)
-        attach_trainable(model, layout, tuning_mode, pre_seq_len, parameters_to_draw(model, checkpoint, fresh), start)
-        if tuning_mode is not None:
+        drawn = parameters_to_draw(model, checkpoint, fresh)
+        attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start)
+        if tuning_mode in PROMPT_MODES:
             concatenate_prompts(model, layout)
+        if (own := lora_of(model)) is not None:
+            own.adapt(layout.blocks(model))
         model.checkpoint, model.max_positions = checkpoint, layout.max_positions
         if prompts is not None:
             load_prompts(model, prompts, token=token)
+        if adapter is not None:
+            load_adapter(model, adapter, token=token)
         return model
 
 

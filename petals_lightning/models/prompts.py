@@ -12,8 +12,10 @@ from torch import nn
 
 from petals_lightning.errors import ConfigurationError
 
-TuningMode = Literal["ptune", "deep_ptune"]
+TuningMode = Literal["ptune", "deep_ptune", "lora"]
 TUNING_MODES: tuple[TuningMode, ...] = get_args(TuningMode)
+PROMPT_MODES: tuple[TuningMode, ...] = ("ptune", "deep_ptune")
+"""Those with virtual tokens."""
 
 
 class Prompts(nn.Module):
@@ -57,11 +59,11 @@ class Prompts(nn.Module):
 
 def check_tuning(tuning_mode: str | None, pre_seq_len: int | None) -> None:
     """Raises ConfigurationError unless the mode is known (or None) and P is valid for it."""
-    if tuning_mode is None:
+    if tuning_mode in (None, "lora"):
         return
     if tuning_mode not in TUNING_MODES:
         raise ConfigurationError(
-            f"tuning_mode is {tuning_mode!r}: it must be one of {', '.join(TUNING_MODES)}, or None to train no prompts"
+            f"tuning_mode is {tuning_mode!r}: it must be one of {', '.join(TUNING_MODES)}, or None for a head alone"
         )
     if not isinstance(pre_seq_len, int) or pre_seq_len < 1:
         raise ConfigurationError(

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.hf.checkpoint import Checkpoint
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
-from petals_lightning.models.prompts import Prompts, TuningMode
+from petals_lightning.models.lora import Lora, LoraConfig
+from petals_lightning.models.prompts import PROMPT_MODES, Prompts, TuningMode
 from petals_lightning.models.starts import PromptStart
 
 logger = logging.getLogger(__name__)
@@ -35,15 +36,17 @@ def attach_trainable(
     layout: BlockLayout,
     tuning_mode: TuningMode | None,
     pre_seq_len: int | None,
+    lora: LoraConfig | None,
     drawn: frozenset[str],
     start: PromptStart,
 ) -> None:
-    """Freezes the model, attaches `prompts` to its owner and makes its task head (if it has one) trainable.
+    """Freezes the model, attaches `prompts` and `lora` to its owner and makes its task head (if it has one) trainable.
 
-    Prompts and head are float32 whatever the model's dtype. They are drawn from torch's global generator, prompts
-    first, so that one seed gives one start for local and distributed models alike.
+    All are float32 whatever the model's dtype. They are drawn from torch's global generator in this order, so that one
+    seed gives one start for local and distributed models alike.
 
     Args:
+        lora: its settings; None for none.
         drawn: names of the head's parameters to draw; the others keep the checkpoint's values.
         start: the first values of prompts.
     """
@@ -51,7 +54,7 @@ def attach_trainable(
     owner = layout.owner(model)
     embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     config = model.config.get_text_config()
-    if tuning_mode is not None:
+    if tuning_mode in PROMPT_MODES:
         assert pre_seq_len is not None, "checked by check_tuning"
         prompts = Prompts(
             tuning_mode,
@@ -62,6 +65,8 @@ def attach_trainable(
         ).to(embedding.device)
         prompts.reset_parameters(start.values(model.get_input_embeddings(), pre_seq_len))
         owner.prompts = prompts
+    if lora is not None:
+        owner.lora = Lora(lora, layout).to(embedding.device)
     for head_name, head in _heads(model):
         head.float().requires_grad_(True)
         for name, parameter in head.named_parameters():
@@ -121,6 +126,21 @@ def _are_numbers(names: Mapping[int, str]) -> bool:
 def prompts_of(model: nn.Module) -> Any:
     """The `Prompts` attached to a model, or None."""
     return next((module for module in model.modules() if isinstance(module, Prompts)), None)
+
+
+def lora_of(model: nn.Module) -> Any:
+    """The `Lora` attached to a model, or None."""
+    return next((module for module in model.modules() if isinstance(module, Lora)), None)
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a trained classification head by their names in the model; empty without one."""
+    inside = [f"{path}." for path, each in model.named_modules() if isinstance(each, (Prompts, Lora))]
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith(tuple(inside))
+    }
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from petals_lightning.modules.tuning import TuningModule
 
 
 class CausalLMModule(TuningModule):
-    """Trains prompts to predict the next token at labelled positions; everything else is frozen.
+    """Trains prompts or LoRA to predict the next token at labelled positions; everything else is frozen.
 
     Batches: `input_ids`, `attention_mask` and `labels` [B, S], padded on the right. Labels are token ids, or -100 for
     tokens without a loss. Only hidden states that predict a label are sent over the wire. Logs `train/loss`,
@@ -26,7 +26,7 @@ class CausalLMModule(TuningModule):
 
     Args:
         model_name: hub id or folder of a causal language model.
-        tuning_mode: `ptune` or `deep_ptune`; there is no head to train without prompts.
+        tuning_mode: `ptune`, `deep_ptune` or `lora`; there is no head to train alone.
         options: as for `TuningModule`.
 
     Raises:

@@ -18,7 +18,8 @@ from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
 from petals_lightning.hf.pruning import vocabulary_size
 from petals_lightning.models import trainable_state_dict
-from petals_lightning.models.prompts import TUNING_MODES
+from petals_lightning.models.lora import LoraConfig, lora_settings
+from petals_lightning.models.prompts import PROMPT_MODES, TUNING_MODES
 from petals_lightning.models.starts import check_start
 from petals_lightning.models.trainable import parameters_by_kind
 from petals_lightning.strategies import (
@@ -36,7 +37,7 @@ RATES = {"input": "lr", "deep": "deep_lr", "head": "head_lr"}
 
 
 class TuningModule(pl.LightningModule):
-    """Trains prompts (and a head) of a frozen model. Subclasses define the task: its steps and the model's class.
+    """Trains prompts or LoRA (and a head) of a frozen model. Subclasses define the task: steps and the model's class.
 
     Under `RemoteBlockStrategy` the blocks are in its swarm; under any other strategy the whole model is in this
     process.
@@ -44,12 +45,14 @@ class TuningModule(pl.LightningModule):
 
     Args:
         model_name: hub id or folder of a causal language model.
-        tuning_mode: None (only a head), `ptune` (`pre_seq_len` virtual tokens before the text) or `deep_ptune` (as many
-            more for every block).
-        pre_seq_len: number of virtual tokens, P.
+        tuning_mode: None (only a head), `ptune` (`pre_seq_len` virtual tokens before the text), `deep_ptune` (as many
+            more for every block) or `lora`.
+        pre_seq_len: number of virtual tokens, P, of ptune and deep_ptune.
         prompt_init: the start of the prompts: `random`, `vocabulary` (the embeddings of tokens that are drawn), or
             `text`.
         prompt_init_text: with `text`: that text, whose tokens are cut or repeated to P.
+        r: rank of LoRA, in mode `lora` or beside prompts; None: no LoRA.
+        alpha, target_modules, use_rslora: of LoRA, as in PEFT.
         lr: AdamW's peak learning rate.
         head_lr: that of the head; None takes `lr`.
         deep_lr: that of the prompts of every block; None takes `lr`.
@@ -85,6 +88,10 @@ class TuningModule(pl.LightningModule):
         pre_seq_len: int = 16,
         prompt_init: str = "random",
         prompt_init_text: str | None = None,
+        r: int | None = None,
+        alpha: float = 16.0,
+        target_modules: list[str] | str = "all-linear",
+        use_rslora: bool = False,
         lr: float = 1e-2,
         head_lr: float | None = None,
         deep_lr: float | None = None,
@@ -97,10 +104,13 @@ class TuningModule(pl.LightningModule):
     ):
         super().__init__()
         if tuning_mode is not None and tuning_mode not in TUNING_MODES:
-            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, {' or '.join(TUNING_MODES)}")
+            *modes, last = TUNING_MODES
+            raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, {', '.join(modes)} or {last}")
         if tuning_mode is None and not self.has_head:
-            raise ConfigurationError("tuning_mode=None: a language model has no head to train; set ptune or deep_ptune")
-        if tuning_mode is not None and pre_seq_len < 1:
+            raise ConfigurationError(
+                "tuning_mode=None: a language model has no head to train; set ptune, deep_ptune or lora"
+            )
+        if tuning_mode in PROMPT_MODES and pre_seq_len < 1:
             raise ConfigurationError(
                 f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
                 "to train the head alone set tuning_mode=None"
@@ -114,6 +124,7 @@ class TuningModule(pl.LightningModule):
         if not 0 <= warmup_ratio <= 1:
             raise ConfigurationError(f"warmup_ratio={warmup_ratio}: must be between 0 and 1")
         self.save_hyperparameters(ignore=["token"])  # with a subclass's own arguments
+        self._lora()
         self.served_model = ServedModel(model_name, dtype, revision, dht_prefix)
         self._token = token
         self._connection_id: int | None = None
@@ -170,7 +181,7 @@ class TuningModule(pl.LightningModule):
             ConfigurationError: the model has no embedding for a token, or too few positions for a sample.
         """
         name: str = self.hparams["model_name"]
-        known, prefix = vocabulary_size(self.model), self.hparams["pre_seq_len"] if self.hparams["tuning_mode"] else 0
+        known, prefix = vocabulary_size(self.model), self._virtual_tokens or 0
         if data.largest_token >= known:
             raise ConfigurationError(
                 f"the tokenizer of {data.tokenizer_name!r} gives the token {data.largest_token}, "
@@ -204,13 +215,28 @@ class TuningModule(pl.LightningModule):
         names = ("dtype", "revision", "tuning_mode")
         arguments = {name: self.hparams[name] for name in names} | {"token": self._token}
         arguments["pad_token_id"] = self.load_tokenizer().pad_token_id
-        if self.hparams["tuning_mode"] is not None:
-            arguments |= {name: self.hparams[name] for name in ("pre_seq_len", "prompt_init", "prompt_init_text")}
+        arguments |= {"pre_seq_len": self._virtual_tokens, "lora": self._lora()}
+        if self._virtual_tokens is not None:
+            arguments |= {name: self.hparams[name] for name in ("prompt_init", "prompt_init_text")}
         return arguments
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return load_tokenizer(self.hparams["model_name"], revision=self.hparams["revision"], token=self._token)
+
+    @property
+    def _virtual_tokens(self) -> int | None:
+        """P; None without prompts."""
+        return self.hparams["pre_seq_len"] if self.hparams["tuning_mode"] in PROMPT_MODES else None
+
+    def _lora(self) -> LoraConfig | None:
+        """The settings of LoRA, if any. Raises ConfigurationError if one is wrong."""
+        given = self.hparams
+        if given["tuning_mode"] == "lora" and given["r"] is None:
+            raise ConfigurationError("tuning_mode=lora: set the rank too, e.g. r=8")
+        names = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules", "use_rslora": "use_rslora"}
+        config = {name: given[own] for name, own in names.items()} if given["r"] is not None else None
+        return lora_settings(given["tuning_mode"], config)
 
     def _load(self, strategy: Any) -> PreTrainedModel:
         distributed, local = self.auto_classes()

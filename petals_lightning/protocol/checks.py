@@ -56,17 +56,11 @@ def hidden(tensors: dict[str, torch.Tensor], known: Collection[str]) -> torch.Te
     return tensor
 
 
-def prompts(
-    tensors: dict[str, torch.Tensor], hidden: torch.Tensor, num_blocks: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Returns `prefix` [P, H] and `deep` [num_blocks, P, H], or None. Raises ProtocolError if they do not fit."""
-    prefix, deep = floating(tensors, "prefix", 2), floating(tensors, "deep", 3)
-    if deep is not None and prefix is None:
-        raise ProtocolError("deep prompts need a prefix")
-    if prefix is not None and prefix.shape[1] != hidden.shape[2]:
-        raise ProtocolError(f"prefix {list(prefix.shape)} and hidden {list(hidden.shape)} differ in hidden size")
-    if deep is not None and prefix is not None and list(deep.shape) != [num_blocks, *prefix.shape]:
-        raise ProtocolError(f"deep prompts {list(deep.shape)} do not fit {num_blocks} blocks and their prefix")
-    if min(hidden.shape) < 1 or (prefix is not None and min(prefix.shape) < 1):
+def prefix(tensors: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor | None:
+    """Returns `prefix` [P, H] or None. Raises ProtocolError if it does not fit, or a tensor is empty."""
+    tensor = floating(tensors, "prefix", 2)
+    if tensor is not None and tensor.shape[1] != hidden.shape[2]:
+        raise ProtocolError(f"prefix {list(tensor.shape)} and hidden {list(hidden.shape)} differ in hidden size")
+    if min(hidden.shape) < 1 or (tensor is not None and min(tensor.shape) < 1):
         raise ProtocolError("a tensor has an empty dimension")
-    return prefix, deep
+    return tensor

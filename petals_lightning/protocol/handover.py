@@ -122,7 +122,7 @@ def split_reply(
         names = ("grad", "grad_prefix") if method is Method.BACKWARD else ("hidden", "prefix")
         onward = {new: home.pop(old) for new, old in zip(names, ("hidden", "prefix"), strict=True) if old in home}
     wire_dtype = hop.fields["wire_dtype"]
-    onward = {name: to_wire(tensor, wire_dtype, prompts=name == "prefix") for name, tensor in onward.items()}
+    onward = {name: to_wire(tensor, wire_dtype, shared=name == "prefix") for name, tensor in onward.items()}
     fields = {
         "stream": hop.stream,
         "call": hop.call,

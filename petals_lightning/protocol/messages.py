@@ -13,8 +13,8 @@ the call is running or done. So a client can tell a long queue from a server tha
 
 `forward` with `keep` keeps its autograd graph on the server under the call's number; `backward` names that number and
 sends only gradients. `step` runs new positions of a session, whose keys and values the server keeps under a number
-until `end_session`. `prompts` registers deep prompts for later requests. Graphs, registered prompts and sessions belong
-to their stream, and are freed when it ends.
+until `end_session`. `adapter` registers deep prompts and LoRA factors for later requests. Graphs,
+registered adapters and sessions belong to their stream, and are freed when it ends.
 
 Servers open such streams to each other for `handover` (see the module of that name), which is answered as soon as the
 request is accepted.
@@ -54,7 +54,7 @@ class Method(StrEnum):
     BACKWARD = "backward"
     STEP = "step"
     END_SESSION = "end_session"
-    PROMPTS = "prompts"
+    ADAPTER = "adapter"
     HANDOVER = "handover"
     CANCEL = "cancel"
     OK = "ok"
@@ -66,7 +66,7 @@ class ErrorCode(StrEnum):
 
     The client always sends the request again: to another server (NOT_SERVED, OVERLOADED, LEAVING, NOT_ALLOWED; also
     BAD_REQUEST and INTERNAL, which may be either side's fault), to the same server with the missing data (GRAPH_LOST,
-    PROMPTS_LOST, CACHE_LOST), or without a route (NOT_HANDED_OVER: this server cannot reach the next one).
+    ADAPTER_LOST, CACHE_LOST), or without a route (NOT_HANDED_OVER: this server cannot reach the next one).
     """
 
     BAD_REQUEST = "bad_request"
@@ -76,7 +76,7 @@ class ErrorCode(StrEnum):
     LEAVING = "leaving"
     NOT_ALLOWED = "not_allowed"
     GRAPH_LOST = "graph_lost"
-    PROMPTS_LOST = "prompts_lost"
+    ADAPTER_LOST = "adapter_lost"
     CACHE_LOST = "cache_lost"
     NOT_HANDED_OVER = "not_handed_over"
 

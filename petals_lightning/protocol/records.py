@@ -15,7 +15,7 @@ from typing import Any
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.checks import printable
 
-STREAM_VERSION = 2
+STREAM_VERSION = 3
 MAX_WORD_LENGTH = 64
 MAX_NAME_LENGTH = 200  # of a model or a repository
 MAX_BLOCKS = 512  # of a model in the public list; the largest models have 126 blocks today

@@ -12,6 +12,7 @@ import torch
 
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol import checks
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.checks import WIRE_DTYPES, typed
 from petals_lightning.protocol.messages import Message, Method
 from petals_lightning.protocol.tensors import DTYPES, INT8_BLOCKWISE
@@ -23,11 +24,6 @@ _ANSWER_VALUE_BYTES = 8
 def answer_bytes(*tensors: torch.Tensor | None) -> int:
     """Memory limit of an answer with as many values as these tensors."""
     return _ANSWER_VALUE_BYTES * sum(tensor.numel() for tensor in tensors if tensor is not None)
-
-
-def grads_bytes(hidden: torch.Tensor, prefix: torch.Tensor | None, num_blocks: int) -> int:
-    """Memory limit of the gradients of a forward's inputs: hidden [B, S, H], prefix [P, H] and deep prompts."""
-    return answer_bytes(hidden, *[prefix] * (1 + num_blocks))
 
 
 def inputs_message(method: Method, request: Any) -> Message:
@@ -48,9 +44,9 @@ class ForwardRequest:
     Attributes:
         hidden: [B, S, H].
         prefix: [P, H], or None without prompts.
-        deep: [n, P, H] deep prompts, or None. Not sent: the receiver fills in what is registered under `prompts_key`.
+        adapter: of the blocks, or None. Not sent: the receiver fills in what is registered under `adapter_key`.
         rows: [N] int32 indices into the B·S positions whose outputs to return; None returns all.
-        prompts_key: names the deep prompts on this stream, which `prompts` registered before; None: there are none.
+        adapter_key: names the adapter on this stream, which `adapter` registered before; None: there is none.
         keep: whether to keep the autograd graph, under this call's id.
         input_grad: whether the backward needs the gradient of `hidden`.
         want_prefix: whether to return the prefix's hidden states, for a server with later blocks.
@@ -63,15 +59,15 @@ class ForwardRequest:
     end: int
     hidden: torch.Tensor
     prefix: torch.Tensor | None = None
-    deep: torch.Tensor | None = None
+    adapter: Adapter | None = None
     rows: torch.Tensor | None = None
-    prompts_key: int | None = None
+    adapter_key: int | None = None
     keep: bool = False
     input_grad: bool = False
     want_prefix: bool = False
     wire_dtype: str = "float32"
 
-    _FIELDS = ("start", "end", "prompts_key", "keep", "input_grad", "want_prefix", "wire_dtype")
+    _FIELDS = ("start", "end", "adapter_key", "keep", "input_grad", "want_prefix", "wire_dtype")
     _TENSORS = ("hidden", "prefix", "rows")
 
     def to_message(self) -> Message:
@@ -80,17 +76,15 @@ class ForwardRequest:
     @property
     def grads_bytes(self) -> int:
         """Memory limit of the answer to its backward."""
-        return grads_bytes(self.hidden, self.prefix, self.end - self.start)
+        adapter = self.adapter.tensors().values() if self.adapter is not None else ()
+        return answer_bytes(self.hidden, self.prefix, *adapter)
 
     @classmethod
     def from_message(cls, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ForwardRequest:
         """Reads a request. Raises ProtocolError if a field is missing or has the wrong type, or shapes do not fit."""
         start, end, wire_dtype = checks.span_and_dtype(fields)
         hidden = checks.hidden(tensors, cls._TENSORS)
-        prefix, _ = checks.prompts(tensors, hidden, end - start)
-        prompts_key = typed(fields, "prompts_key", (int, type(None)))
-        if prompts_key is not None and prefix is None:
-            raise ProtocolError("deep prompts need a prefix")
+        prefix = checks.prefix(tensors, hidden)
         rows = tensors.get("rows")
         if rows is not None:
             if rows.dtype != torch.int32 or rows.ndim != 1 or not len(rows):
@@ -100,7 +94,7 @@ class ForwardRequest:
             if rows.min() < 0 or rows.max() >= hidden.shape[0] * hidden.shape[1]:
                 raise ProtocolError(f"rows point outside of {hidden.shape[0]} × {hidden.shape[1]} positions")
         return cls(
-            start, end, hidden, prefix, None, rows, prompts_key,
+            start, end, hidden, prefix, None, rows, typed(fields, "adapter_key", (int, type(None))),
             typed(fields, "keep", bool), typed(fields, "input_grad", bool), typed(fields, "want_prefix", bool),
             wire_dtype,
         )  # fmt: skip
@@ -118,8 +112,8 @@ class BackwardRequest:
         wire_dtype: of the gradients in the reply; int8_blockwise also of those in the request.
         answer_bytes: from `grads_bytes`, if the request names a `graph`; not sent.
 
-    Reply: gradients of `prefix` and `deep` if the forward had them, and of `hidden` if it had `input_grad`. Those of
-    prompts are summed over the batch.
+    Reply: gradients of `prefix` and the adapter's tensors, by their names, if the forward had them, and of `hidden` if
+    it had `input_grad`. Those of prefix and adapter are summed over the batch.
     """
 
     grad: torch.Tensor
@@ -166,19 +160,19 @@ class BackwardRequest:
         return cls(grad, grad_prefix, graph, forward, wire_dtype)
 
 
-def to_wire(tensor: torch.Tensor, wire_dtype: str, *, prompts: bool = False) -> torch.Tensor:
+def to_wire(tensor: torch.Tensor, wire_dtype: str, *, shared: bool = False) -> torch.Tensor:
     """Converts a tensor for a message: to the CPU, in `message_dtype`."""
-    return tensor.detach().to(device="cpu", dtype=message_dtype(wire_dtype, prompts=prompts))
+    return tensor.detach().to(device="cpu", dtype=message_dtype(wire_dtype, shared=shared))
 
 
-def message_dtype(wire_dtype: str, *, prompts: bool = False) -> torch.dtype:
+def message_dtype(wire_dtype: str, *, shared: bool = False) -> torch.dtype:
     """The dtype of tensors in messages, on both ends.
 
     Args:
         wire_dtype: of the request.
-        prompts: whether the tensors are the prefix's hidden states or deep prompts. These are not quantised: their
-            error is the same for all samples, so it does not average out.
+        shared: whether the tensors are the prefix's hidden states or an adapter's. These are not quantised: their error
+            is the same for all samples, so it does not average out.
     """
     if wire_dtype == INT8_BLOCKWISE:
-        return torch.bfloat16 if prompts else torch.float32
+        return torch.bfloat16 if shared else torch.float32
     return DTYPES[wire_dtype]

@@ -12,7 +12,8 @@ from contextlib import suppress
 from typing import Any
 
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.checks import floating, typed
+from petals_lightning.protocol.adapters import Adapter
+from petals_lightning.protocol.checks import typed
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.handover import (
     Envelope,
@@ -29,7 +30,7 @@ from petals_lightning.server.access.rules import Gate
 from petals_lightning.server.execution.malloc_trim import trim_heap
 from petals_lightning.server.refusal import Refusal
 from petals_lightning.server.resources import ServerResources
-from petals_lightning.server.stream_requests import Handler, RegisteredPrompts, StreamRequests
+from petals_lightning.server.stream_requests import Handler, RegisteredAdapters, StreamRequests
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class ClientStream:
         self._group = asyncio.TaskGroup()  # of the requests that are not answered yet
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._sizes: dict[asyncio.Task[None], int] = {}
-        self._prompts = RegisteredPrompts(resources, self._reserve, self._release)
-        self._requests = StreamRequests(resources, peer, self._number, self._prompts)
+        self._adapters = RegisteredAdapters(resources, self._reserve, self._release)
+        self._requests = StreamRequests(resources, peer, self._number, self._adapters)
         self._used_calls = UsedCalls()  # handed over, or given up while other servers may still bring them
 
     async def serve(self) -> None:
@@ -95,7 +96,7 @@ class ClientStream:
                     self._writer.close()
         finally:
             self._reader.abandon()
-            self._prompts.clear()  # now: this object is part of reference cycles, which may live for long
+            self._adapters.clear()  # now: this object is part of reference cycles, which may live for long
             if self._reserved >= _TRIM_BYTES:
                 trim_heap()
             self._release(self._reserved)  # includes a message that broke the protocol
@@ -161,12 +162,11 @@ class ClientStream:
                     self._used_calls.add(call_id)
             case Method.END_SESSION:
                 self._resources.caches.pop((self._number, typed(message.fields, "session", int)))
-            case Method.PROMPTS:
-                if message.dropped:  # it has no answer; the requests that name these prompts get the reason
-                    self._prompts.refuse(message.dropped)
+            case Method.ADAPTER:
+                if message.dropped:  # it has no answer; the requests that name this adapter get the reason
+                    self._adapters.refuse(message.dropped)
                 else:
-                    key = typed(message.fields, "key", int)
-                    self._prompts.register(key, floating(message.tensors, "deep", 3))
+                    self._adapters.register(*Adapter.from_message(message))
             case Method.FORWARD | Method.BACKWARD | Method.STEP:
                 self._begin(call_id, message)
                 return
@@ -177,7 +177,7 @@ class ClientStream:
     def _begin(self, call_id: int, message: Message, *, handed_over: bool = False) -> None:
         if call_id in self._tasks:
             raise ProtocolError(f"call id {call_id} is used twice")
-        # Admitted here and not in the task, so that requests see prompts in the order in which both were sent.
+        # Admitted here and not in the task, so that requests see adapters in the order in which both were sent.
         handler = self._admit(call_id, message, handed_over)
         self._usage.requests += 1
         task = self._group.create_task(self._answer(call_id, handler))

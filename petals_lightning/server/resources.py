@@ -87,15 +87,23 @@ class ServerResources:
             tokens += prefix
         elif prefix:  # the prefix's own pass; later micro-batches may share it, but this may be the only one
             own = self.graph_cost.num_bytes(blocks=blocks, batch=1, queries=prefix, keys=prefix)
+        own += self._lora_size(request, batch * tokens + prefix)
         return own + self.graph_cost.num_bytes(blocks=blocks, batch=batch, queries=tokens, keys=tokens + prefix)
 
+    def _lora_size(self, request: ForwardRequest, positions: int) -> int:
+        """Bytes that LoRA adds to a graph, which keeps the inputs of its factors. A frozen linear keeps none."""
+        lora = request.adapter.lora if request.adapter is not None else ()
+        features = sum(len(factors.blocks) * sum(factors.a.shape[1:]) for factors in lora)
+        return positions * features * self.span.dtype.itemsize
+
     def cache_size(self, request: StepRequest) -> int:
-        """Bytes to reserve for the session that a request opens: its keys and values at full length."""
+        """Bytes to reserve for the session that a request opens: keys and values at full length, and LoRA."""
         assert request.max_length is not None
         positions = request.max_length + _length(request.prefix)
         blocks = request.end - request.start
         keys_and_values = int(len(request.hidden) * positions * blocks * self.cache_bytes_per_token)
-        return max(keys_and_values, SESSION_BYTES + len(self.span.blocks) * SESSION_BLOCK_BYTES)
+        kept = request.adapter.lora_only.num_bytes if request.adapter is not None else 0
+        return kept + max(keys_and_values, SESSION_BYTES + len(self.span.blocks) * SESSION_BLOCK_BYTES)
 
     @property
     def cache_tokens_left(self) -> int:

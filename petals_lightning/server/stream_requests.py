@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
@@ -23,15 +24,16 @@ from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.sessions.batched_decoding import DecodeStep
 from petals_lightning.server.sessions.session_cache import SessionCache
 
-_MAX_PROMPTS = 8  # sets of deep prompts that one stream may register; a client needs one or two at a time
-_PROMPTS_TIMEOUT = 10.0  # seconds that a handed-over request waits for prompts, which the client itself sends
+_MAX_ADAPTERS = 8  # that one stream may register; a client needs one or two at a time
+_SHARE = 4  # older adapters are dropped beyond this part of what a client may take
+_ADAPTER_TIMEOUT = 10.0  # seconds that a handed-over request waits for its adapter, which the client itself sends
 
 Handler = Callable[[], Coroutine[Any, Any, Message]]
 """Runs a request that was admitted, and returns its answer."""
 
 
-class RegisteredPrompts:
-    """Deep prompts that a client keeps on the server for later requests, at its own expense.
+class RegisteredAdapters:
+    """Adapters that a client keeps on the server for later requests, at its own expense.
 
     Args:
         resources: of the server.
@@ -43,67 +45,68 @@ class RegisteredPrompts:
         self, resources: ServerResources, reserve: Callable[[int], str | None], release: Callable[[int], None]
     ):
         self._resources, self._reserve, self._release = resources, reserve, release
-        self._prompts: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._adapters: OrderedDict[int, Adapter] = OrderedDict()
         self._registered = asyncio.Event()
-        self._full: str | None = None  # why the newest prompts were not kept
+        self._full: str | None = None  # why the newest adapter was not kept
 
     def __contains__(self, key: int) -> bool:
-        return key in self._prompts
+        return key in self._adapters
 
-    def get(self, key: int) -> torch.Tensor:
-        """Prompts [n, P, H]. Raises Refusal if there are none under the key."""
-        if key not in self._prompts:
+    def get(self, key: int) -> Adapter:
+        """The adapter under a key. Raises Refusal if there is none."""
+        if key not in self._adapters:
             if self._full is not None:
-                raise Refusal(ErrorCode.OVERLOADED, f"no room for prompts: {self._full}")
-            raise Refusal(ErrorCode.PROMPTS_LOST, "these prompts are not registered here any more")
-        return self._prompts[key]
+                raise Refusal(ErrorCode.OVERLOADED, f"no room for the adapter: {self._full}")
+            raise Refusal(ErrorCode.ADAPTER_LOST, "this adapter is not registered here any more")
+        return self._adapters[key]
 
-    def register(self, key: int, deep: torch.Tensor | None) -> None:
-        """Keeps prompts [n, P, H] under a key; drops the oldest set if there are too many.
+    def register(self, key: int, adapter: Adapter) -> None:
+        """Keeps an adapter under a key; drops the oldest if there are too many, or they take too much.
 
-        If there is no memory for them, the requests that name them are refused with the reason.
+        If there is no memory for it, the requests that name it are refused with the reason.
 
         Raises:
-            ProtocolError: no request of this server could use them.
+            ProtocolError: no request of this server could use it.
         """
-        span, most = self._resources.span, self._resources.limits.max_batch_tokens
-        if deep is None:
-            raise ProtocolError("the tensor `deep` is missing")
-        blocks, length, size = deep.shape
-        if not 1 <= blocks <= span.end - span.start or size != span.hidden_size or not 1 <= length < most:
-            raise ProtocolError(
-                f"prompts are {list(deep.shape)}, must be of up to {span.end - span.start} blocks and fewer than "
-                f"{most} positions, of hidden size {span.hidden_size}"
-            )
+        resources = self._resources
+        resources.span.check_adapter(adapter)
+        most = resources.limits.max_batch_tokens
+        if adapter.deep is not None and adapter.deep.shape[1] >= most:
+            raise ProtocolError(f"deep prompts are {list(adapter.deep.shape)}, must be of fewer than {most} positions")
         self._forget(key)
-        while len(self._prompts) >= _MAX_PROMPTS:
-            self._forget(next(iter(self._prompts)))
-        if (reason := self._reserve(deep.nbytes)) is not None:
+        share = resources.limits.max_client_bytes // _SHARE - adapter.num_bytes
+        while self._adapters and (len(self._adapters) >= _MAX_ADAPTERS or self._num_bytes > share):
+            self._forget(next(iter(self._adapters)))
+        if (reason := self._reserve(adapter.num_bytes)) is not None:
             self.refuse(reason)
             return
         self._full = None
-        self._prompts[key] = deep.clone()  # a view would keep the whole message in memory
+        self._adapters[key] = adapter.map(torch.clone)  # views would keep the whole message in memory
         self._registered.set()
 
     def refuse(self, reason: str) -> None:
-        """Notes why prompts were not kept, for the requests that name them."""
+        """Notes why an adapter was not kept, for the requests that name it."""
         self._full = reason
 
     async def wait_for(self, key: int) -> None:
-        """Returns when prompts are registered under a key, or after `_PROMPTS_TIMEOUT`."""
+        """Returns when an adapter is registered under a key, or after `_ADAPTER_TIMEOUT`."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_PROMPTS_TIMEOUT):
-                while key not in self._prompts:
+            async with asyncio.timeout(_ADAPTER_TIMEOUT):
+                while key not in self._adapters:
                     self._registered.clear()
                     await self._registered.wait()
 
     def clear(self) -> None:
         """Frees the tensors. Their bytes are released with the stream's others."""
-        self._prompts.clear()
+        self._adapters.clear()
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(adapter.num_bytes for adapter in self._adapters.values())
 
     def _forget(self, key: int) -> None:
-        if (deep := self._prompts.pop(key, None)) is not None:
-            self._release(deep.nbytes)
+        if (adapter := self._adapters.pop(key, None)) is not None:
+            self._release(adapter.num_bytes)
 
 
 class StreamRequests:
@@ -113,11 +116,11 @@ class StreamRequests:
         resources: of the server.
         peer: the client's base58 id.
         number: of the stream; names its graphs and sessions.
-        prompts: registered on the stream.
+        adapters: registered on the stream.
     """
 
-    def __init__(self, resources: ServerResources, peer: str, number: int, prompts: RegisteredPrompts):
-        self._resources, self._peer, self._number, self._prompts = resources, peer, number, prompts
+    def __init__(self, resources: ServerResources, peer: str, number: int, adapters: RegisteredAdapters):
+        self._resources, self._peer, self._number, self._adapters = resources, peer, number, adapters
         self._prefix_run: weakref.ref[PrefixRun] | None = None
 
     def admit(self, call_id: int, message: Message, *, is_last: bool, handed_over: bool) -> Handler:
@@ -136,13 +139,14 @@ class StreamRequests:
             forward = ForwardRequest.from_message(message.fields, message.tensors)
             if not is_last:
                 forward.rows = None  # only the last server selects positions
-            if handed_over and forward.prompts_key is not None and forward.prompts_key not in self._prompts:
-                return lambda: self._forward_after_prompts(call_id, forward)
+            if handed_over and forward.adapter_key is not None and forward.adapter_key not in self._adapters:
+                return lambda: self._forward_after_adapter(call_id, forward)
             self._admit_forward(forward)
             return lambda: self._forward(call_id, forward)
         if message.method is Method.STEP:
             step = StepRequest.from_message(message.fields, message.tensors)
             self._resources.check_size(step.start, step.end, step.hidden, step.prefix)
+            self._fill_in_adapter(step)
             cache = self._session_cache(call_id, step)
             return lambda: self._step(call_id, step, cache)
         backward = BackwardRequest.from_message(message.fields, message.tensors)
@@ -156,14 +160,15 @@ class StreamRequests:
         self._resources.caches.drop_stream(self._number)
 
     def _admit_forward(self, request: ForwardRequest) -> None:
-        """Checks a forward, and fills in its registered prompts."""
+        """Checks a forward, and fills in its registered adapter."""
         self._resources.check_size(request.start, request.end, request.hidden, request.prefix)
-        if request.prompts_key is not None:
-            deep = self._prompts.get(request.prompts_key)
-            assert request.prefix is not None  # `from_message` has checked it
-            if list(deep.shape) != [request.end - request.start, *request.prefix.shape]:
-                raise ProtocolError(f"registered prompts {list(deep.shape)} do not fit the request")
-            request.deep = deep
+        self._fill_in_adapter(request)
+
+    def _fill_in_adapter(self, request: ForwardRequest | StepRequest) -> None:
+        if request.adapter_key is not None:
+            adapter = self._adapters.get(request.adapter_key)
+            adapter.check_fits(request.start, request.end, request.prefix)
+            request.adapter = adapter
 
     def _session_cache(self, call_id: int, request: StepRequest) -> SessionCache:
         """The cache that a step continues; opens it if the step asks for that."""
@@ -179,10 +184,10 @@ class StreamRequests:
         cache.last_call = call_id
         return cache
 
-    async def _forward_after_prompts(self, call_id: int, request: ForwardRequest) -> Message:
-        """Runs a handed-over forward that arrived before its prompts, which the client itself sends."""
-        assert request.prompts_key is not None
-        await self._prompts.wait_for(request.prompts_key)
+    async def _forward_after_adapter(self, call_id: int, request: ForwardRequest) -> Message:
+        """Runs a handed-over forward that arrived before its adapter, which the client itself sends."""
+        assert request.adapter_key is not None
+        await self._adapters.wait_for(request.adapter_key)
         self._admit_forward(request)
         return await self._forward(call_id, request)
 
@@ -258,7 +263,7 @@ def _answer(result: ComputeResult[Any], tensors: dict[str, torch.Tensor], wire_d
 
 def _span_inputs(request: ForwardRequest) -> SpanInputs:
     rows = request.rows.long() if request.rows is not None else None
-    return SpanInputs(request.start, request.end, request.hidden, request.prefix, request.deep, rows)
+    return SpanInputs(request.start, request.end, request.hidden, request.prefix, request.adapter, rows)
 
 
 def _check_grads(request: BackwardRequest, inputs: SpanInputs) -> None:

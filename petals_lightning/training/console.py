@@ -17,7 +17,7 @@ from petals_lightning.sample import MODEL_DIR
 from petals_lightning.training.command_line import command, program
 
 _REAL_THING = "{program} recipe={recipe} model=llama3_8b {data} swarm=private 'swarm.initial_peers=[{maddr}]'"
-_FILES = "summary.json", "learning_curve.png", "prompts", "checkpoints", "fit-profile.txt"
+_FILES = "summary.json", "learning_curve.png", "prompts", "adapter", "checkpoints", "fit-profile.txt"
 _MADDR = "/ip4/HOST/tcp/PORT/p2p/ID"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, RichModelSummary
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
@@ -21,7 +21,8 @@ from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable
 from petals_lightning.data import TextDataModule
 from petals_lightning.errors import ConfigurationError, SwarmError
 from petals_lightning.library_messages import libraries_to_root_log
-from petals_lightning.models import save_prompts
+from petals_lightning.models import lora_of, prompts_of, save_adapter, save_prompts
+from petals_lightning.models.prompts import PROMPT_MODES
 from petals_lightning.modules import TuningModule
 from petals_lightning.strategies import (
     RemoteBlockStrategy,
@@ -81,7 +82,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     finally:
         _finish(logger)
     if module.saves_prompts and trainer.global_step and not cfg.trainer.fast_dev_run:
-        _save_best_prompts(module, folder, summary.summary)
+        _save_best(module, folder, summary.summary)
     print_results(summary.summary, folder)
     return summary.summary.get(module.monitor)
 
@@ -128,6 +129,8 @@ def build_module(cfg: DictConfig, data: Any) -> TuningModule:
             )
         facts[argument] = list(value) if isinstance(value, tuple) else value
     settings = {argument: OmegaConf.select(cfg, key) for argument, key in OF_MODULES.items()}
+    if isinstance(names := settings["target_modules"], ListConfig):
+        settings["target_modules"] = list(names)
     module: TuningModule = unmade(**settings, **facts)
     return module
 
@@ -220,13 +223,17 @@ def _best(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _save_best_prompts(module: TuningModule, folder: Path, summary: dict[str, Any]) -> None:
-    """Saves the best prompts in `folder`/prompts, for chat and for sharing."""
+def _save_best(module: TuningModule, folder: Path, summary: dict[str, Any]) -> None:
+    """Saves the best prompts in `folder`/prompts, and LoRA in `folder`/adapter, for chat and for sharing."""
     best = _best(folder)
     if best is not None:
         with no_code_from(best):
             weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         load_trained_weights(module, weights)
+    if lora_of(module.model) is not None:
+        save_adapter(module.model, folder / "adapter")
+    if prompts_of(module.model) is None:
+        return
     metrics = {
         name: value
         for name, value in summary.items()
@@ -250,8 +257,10 @@ def _device_type(accelerator: str) -> str:
 
 
 def _title(cfg: DictConfig, recipe: str) -> str:
-    tuning = f"{cfg.tuning.mode}, P={cfg.tuning.pre_seq_len}" if cfg.tuning.mode else "head only"
-    return f"{recipe}: {Path(cfg.model.name).name}, {tuning}, lr {cfg.optim.lr:g}, seed {cfg.seed}"
+    tuning = [cfg.tuning.mode or "head only"]
+    tuning += [f"P={cfg.tuning.pre_seq_len}"] if cfg.tuning.mode in PROMPT_MODES else []
+    tuning += [f"r={cfg.tuning.r}"] if cfg.tuning.r is not None else []
+    return f"{recipe}: {Path(cfg.model.name).name}, {', '.join(tuning)}, lr {cfg.optim.lr:g}, seed {cfg.seed}"
 
 
 def _finish(logger: Logger | None) -> None:

@@ -86,13 +86,21 @@ class PublicSwarmConfig(ConnectedSwarmConfig):
 @dataclass
 class TuningConfig:
     mode: str | None = MISSING
-    """ptune, deep_ptune, or null to train only the head."""
+    """ptune, deep_ptune, lora, or null to train only the head."""
     pre_seq_len: int = 16
-    """Virtual tokens, P."""
+    """Virtual tokens, P, of ptune and deep_ptune."""
     init: str = "random"
     """The start of the prompts: random, vocabulary (the embeddings of tokens that are drawn) or text."""
     init_text: str | None = None
     """With init=text: that text, whose tokens are cut or repeated to P."""
+    r: int | None = None
+    """Rank of LoRA; beside ptune or deep_ptune it adds LoRA to them."""
+    alpha: float = 16.0
+    """LoRA is scaled by alpha / r."""
+    target_modules: Any = "all-linear"
+    """Linear modules that get LoRA: names, a regular expression for whole paths, or all-linear."""
+    use_rslora: bool = False
+    """Scale by alpha / √r."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.ours("servers are told what to answer"), pytest.mark.s
 ERRORS: dict[str, Exception] = {
     "a sick GPU": RuntimeError("CUDA error: an illegal memory access was encountered"),
     "bad request": Refusal(ErrorCode.BAD_REQUEST, "your tensors are wrong"),
-    "prompts lost": Refusal(ErrorCode.PROMPTS_LOST, "these prompts are not registered here any more"),
+    "adapter lost": Refusal(ErrorCode.ADAPTER_LOST, "this adapter is not registered here any more"),
     "graph lost": Refusal(ErrorCode.GRAPH_LOST, "the kept graph is gone"),
 }
 

@@ -9,6 +9,7 @@ import torch
 
 from petals_lightning.errors import CacheFullError, UnsupportedInputError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.server.access.limits import ServerLimits
 from tests.helpers.families import HIDDEN, TINY_CONFIGS
 from tests.helpers.parity import P
@@ -46,10 +47,12 @@ def test_going_back_reordering_and_keeping_few_outputs(tiny_checkpoint, start_sw
 def test_a_slice_of_blocks_has_sessions_of_its_own(tiny_checkpoint, start_swarm):
     layers = layers_of(start_swarm(tiny_checkpoint("llama"), [(0, 4)]))
     hidden, deep = torch.randn(2, 6, HIDDEN), torch.randn(2, P, HIDDEN)
-    expected, _ = layers[1:3].run(hidden, prefix=torch.ones(P, HIDDEN), deep=deep)
+    expected, _ = layers[1:3].run(hidden, prefix=torch.ones(P, HIDDEN), adapter=Adapter(1, 3, deep))
     whole = layers.inference_session(max_length=6)
     whole.step(hidden)
-    with layers[1:3].inference_session(max_length=6, prefix=torch.ones(P, HIDDEN), deep=deep) as session:
+    with layers[1:3].inference_session(
+        max_length=6, prefix=torch.ones(P, HIDDEN), adapter=Adapter(1, 3, deep)
+    ) as session:
         outputs = [session.step(piece) for piece in hidden.split(2, dim=1)]
     assert relative_error(torch.cat(outputs, dim=1), expected) < 1e-4
     whole.close()

@@ -168,6 +168,6 @@ def test_prompts_travel_in_16_bits(tiny_checkpoint, start_swarm):
         server.span.forward = lambda inputs, *cached, run=received: seen.append(inputs) or run(inputs, *cached)
     remote, _ = load_pair(checkpoint, swarm)
     step(remote, right_padded_batch())
-    assert relative_error(torch.cat([inputs.deep for inputs in seen]), prompts_of(remote).deep.detach()) < 2**-8
+    assert relative_error(torch.cat([inputs.adapter.deep for inputs in seen]), prompts_of(remote).deep.detach()) < 2**-8
     assert all(inputs.prefix.shape == (P, HIDDEN) and not is_quantised(inputs.prefix) for inputs in seen)
     assert all(is_quantised(inputs.hidden) for inputs in seen)

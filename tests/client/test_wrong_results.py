@@ -28,6 +28,7 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.judge import LocalJudge
 from petals_lightning.models.local import LocalModelForSequenceClassification
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.server.server import Server
 from tests.helpers.families import ALL, HIDDEN, NUM_BLOCKS
 from tests.helpers.requests import peer_with_the_graph
@@ -240,17 +241,20 @@ def test_the_judge_computes_what_an_honest_server_answers(has_prompts, family, t
     names = ["hidden", "prefix", "deep"] if has_prompts else ["hidden"]
     given = {name: torch.randn(shapes[name], requires_grad=True) for name in names}
     values = {name: tensor.detach() for name, tensor in given.items()}
-    rows, prompts = torch.tensor([2, 9]), {name: given[name] for name in names[1:]}
-    outputs = layers[start:end].run(given["hidden"], rows=rows, want_prefix=has_prompts, **prompts)
+    rows, prefix = torch.tensor([2, 9]), given.get("prefix")
+    adapters = [Adapter(start, end, each["deep"]) if has_prompts else None for each in (given, values)]
+    outputs = layers[start:end].run(
+        given["hidden"], rows=rows, want_prefix=has_prompts, prefix=prefix, adapter=adapters[0]
+    )
     answer = dict(zip(names[:2], outputs, strict=False))
     segment = Segment([Leg(start, end, "")], values["hidden"], values.get("prefix"), rows)
     judge = LocalJudge(Checkpoint(str(checkpoint)))
-    judged = judge(segment, values.get("deep"), None)
+    judged = judge(segment, adapters[1], None)
     assert judged.keys() == answer.keys()
     assert disagreement(judged, answer) < 1e-5
     grads = {name: torch.randn_like(output) for name, output in answer.items()}
     torch.autograd.backward(list(answer.values()), list(grads.values()))
-    judged = judge(segment, values.get("deep"), (grads["hidden"], grads.get("prefix")))
+    judged = judge(segment, adapters[1], (grads["hidden"], grads.get("prefix")))
     assert judged.keys() == given.keys()
     assert disagreement(judged, {name: tensor.grad for name, tensor in given.items() if tensor.grad is not None}) < 1e-5
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from petals_lightning.protocol.adapters import Adapter
 from tests.helpers.families import HIDDEN
 from tests.helpers.parity import P
 from tools.testing.tensors import relative_error
@@ -17,8 +18,11 @@ GENERATING = {
 
 
 def random_prompts(num_blocks: int) -> dict[str, Any]:
-    """`prefix` and `deep`, as `RemoteSequential.run` and sessions take them."""
-    return {"prefix": torch.randn(P, HIDDEN), "deep": 0.3 * torch.randn(num_blocks, P, HIDDEN)}
+    """`prefix` and `adapter`, as `RemoteSequential.run` and sessions take them."""
+    return {
+        "prefix": torch.randn(P, HIDDEN),
+        "adapter": Adapter(0, num_blocks, 0.3 * torch.randn(num_blocks, P, HIDDEN)),
+    }
 
 
 def assert_steps_equal_one_forward(layers) -> None:

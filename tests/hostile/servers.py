@@ -78,7 +78,7 @@ def loses_all_graphs() -> None:
 
 
 def loses_all_prompts() -> None:
-    _serve(_forward=_raising(Refusal(ErrorCode.PROMPTS_LOST, "these prompts are not registered here any more")))
+    _serve(_forward=_raising(Refusal(ErrorCode.ADAPTER_LOST, "this adapter is not registered here any more")))
 
 
 def refuses_everybody() -> None:

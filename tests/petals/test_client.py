@@ -19,6 +19,7 @@ from hivemind.utils.timed_storage import get_dht_time
 from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.client.petals import calls as petals_calls
 from petals_lightning.errors import PeerFailure, PetalsLightningError, RemoteRequestError, RetriesExhaustedError
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import Parts, RequestJoiner, read_response
 from petals_lightning.protocol.petals.metadata import error_text
@@ -202,7 +203,7 @@ def test_prompts_are_sent_once_for_all_samples_and_their_gradients_are_summed(ca
         tensor.clone().requires_grad_() for tensor in (whole[0, :length], prompts[:, 0], whole[:, length:])
     )
     served.play(forward)
-    out, _ = layers.run(hidden, prefix=prefix, deep=deep)
+    out, _ = layers.run(hidden, prefix=prefix, adapter=Adapter(0, len(layers), deep))
     (request,) = map(parts, served.requests)
     assert torch.equal(request.tensors[0], whole)
     assert torch.equal(request.tensors[1], prompts[:, :1])

@@ -16,7 +16,7 @@ B, S, P, H = 2, 3, 4, 8
 def forward_request() -> ForwardRequest:
     return ForwardRequest(
         1, 3, torch.randn(B, S, H), torch.randn(P, H), rows=torch.tensor([0, 5], dtype=torch.int32),
-        prompts_key=7, keep=True, input_grad=True, want_prefix=True, wire_dtype="bfloat16",
+        adapter_key=7, keep=True, input_grad=True, want_prefix=True, wire_dtype="bfloat16",
     )  # fmt: skip
 
 
@@ -32,7 +32,8 @@ def assert_same(got, sent) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"rows": None}, {"prompts_key": None}, {"prefix": None, "prompts_key": None, "rows": None},
+        {}, {"rows": None}, {"adapter_key": None}, {"prefix": None},
+        {"prefix": None, "adapter_key": None, "rows": None},
     ],
     ids=lambda changes: ",".join(changes) or "full",
 )  # fmt: skip
@@ -61,8 +62,8 @@ WRONG_FIELDS = {
     "wire_dtype unknown": ({"wire_dtype": "float64"}, "wire_dtype"),
     "wire_dtype no float": ({"wire_dtype": "int64"}, "wire_dtype"),
     "wire_dtype missing": ({"wire_dtype": None}, "'wire_dtype'"),
-    "prompts_key a text": ({"prompts_key": "x"}, "'prompts_key'"),
-    "prompts_key a bool": ({"prompts_key": True}, "'prompts_key'"),
+    "adapter_key a text": ({"adapter_key": "x"}, "'adapter_key'"),
+    "adapter_key a bool": ({"adapter_key": True}, "'adapter_key'"),
     "keep no bool": ({"keep": 1}, "'keep'"),
     "input_grad missing": ({"input_grad": None}, "'input_grad'"),
     "want_prefix no bool": ({"want_prefix": "yes"}, "'want_prefix'"),
@@ -89,7 +90,6 @@ WRONG_TENSORS = {
     "prefix of 3 dimensions": ({"prefix": torch.zeros(1, P, H)}, "'prefix'"),
     "prefix empty": ({"prefix": torch.zeros(0, H)}, "empty dimension"),
     "prefix of bools": ({"prefix": torch.zeros(P, H, dtype=torch.bool)}, "'prefix' is bool"),
-    "key without prefix": ({"prefix": None}, "need a prefix"),
     "deep prompts, which are registered by themselves": ({"deep": torch.zeros(2, P, H)}, "unknown tensors"),
     "rows of int64": ({"rows": torch.tensor([0])}, "int32"),
     "rows of 2 dimensions": ({"rows": ints(0)[None]}, "int32"),

@@ -14,7 +14,7 @@ from petals_lightning.protocol.steps import StepRequest
 H, P = 8, 2
 OPENING = StepRequest(
     session=3, start=1, end=4, hidden=torch.randn(2, 5, H), position=0, max_length=20, keep=1,
-    prefix=torch.randn(P, H), deep=torch.randn(3, P, H), want_prefix=True, wire_dtype="bfloat16",
+    prefix=torch.randn(P, H), adapter_key=7, want_prefix=True, wire_dtype="bfloat16",
     attention_mask=torch.tensor([[False, True, True, True, True], [True] * 5]),
     position_ids=torch.tensor([[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]),
 )  # fmt: skip
@@ -48,7 +48,7 @@ def test_a_decode_step_carries_hardly_more_than_its_activations():
         (OPENING, {"keep": 6}, "keep 6"),
         (OPENING, {"attention_mask": torch.ones(2, 4, dtype=torch.bool)}, "attention_mask"),
         (OPENING, {"position_ids": torch.ones(2, 5)}, "position_ids"),
-        (OPENING, {"deep": torch.randn(2, P, H)}, "do not fit 3 blocks"),
+        (LATER, {"adapter_key": 7}, "when a session is opened"),
         (OPENING, {"start": 4}, "not a span"),
         (LATER, {"hypo_ids": torch.tensor([0, 2])}, "outside of 2 samples"),
         (LATER, {"position": -1}, "position -1"),

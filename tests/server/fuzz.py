@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import msgpack
 import torch
 
+from petals_lightning.protocol.adapters import Adapter, LoraFactors
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import FRAME_PREFIX, FrameKind, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
@@ -68,11 +69,10 @@ class Mutator:
         hidden = torch.randn(batch, tokens, HIDDEN, generator=self._generator)
         prefix = torch.randn(2, HIDDEN, generator=self._generator) if choose([True, False]) else None
         start, end = choose([(1, 3), (1, 2), (2, 3)])
-        key = choose([None, 1, 2]) if prefix is not None else None
-        deep = torch.randn(end - start, 2, HIDDEN) if prefix is not None and choose([True, False]) else None
+        key = choose([None, 1, 2])
         rows = torch.tensor([0], dtype=torch.int32) if choose([True, False]) else None
         forward = ForwardRequest(
-            start, end, hidden, prefix, deep, rows, key, keep=choose([True, False]), input_grad=choose([True, False]),
+            start, end, hidden, prefix, None, rows, key, keep=choose([True, False]), input_grad=choose([True, False]),
             want_prefix=choose([True, False]), wire_dtype=choose(["float32", "float16", "bfloat16", "int8_blockwise"]),
         )  # fmt: skip
         grad = torch.randn(1, HIDDEN) if rows is not None else torch.randn_like(hidden)
@@ -90,7 +90,7 @@ class Mutator:
                 fields |= {"method": choose(["forward", "step", "info"]), "fields": inner.fields}
                 return Message(Method.HANDOVER, fields, inner.tensors)
             case 9:
-                message = forward.to_message() if choose([True, False]) else Message(Method.PROMPTS, {"key": 1})
+                message = forward.to_message() if choose([True, False]) else self._adapter()
                 hop = {"peer": "Qm", "stream": choose(INTS), "call": choose(INTS), "permit": b"", "fields": {}}
                 message.fields["route"] = choose([[hop], [hop | {"fields": message.fields.copy()}], hop, []])
                 return message
@@ -98,6 +98,16 @@ class Mutator:
                 return Message(choose([Method.CANCEL, Method.PING, Method.INFO]))
             case _:
                 return Message(Method.AUTH, {"nonce": self._random.randbytes(32)})
+
+    def _adapter(self) -> Message:
+        """Registers deep prompts and LoRA, under a key that forwards name."""
+        choose = self._random.choice
+        start, end = choose([(1, 3), (1, 2), (2, 3)])
+        deep = torch.randn(end - start, 2, HIDDEN) if choose([True, False]) else None
+        blocks = tuple(range(start, end))
+        a, b = torch.randn(len(blocks), 2, HIDDEN), torch.randn(len(blocks), HIDDEN, 2)
+        lora = LoraFactors(choose(["self_attn.q_proj", "self_attn.o_proj", "x"]), blocks, a, b)
+        return Adapter(start, end, deep, choose([(lora,), (lora, lora), ()])).to_message(choose([1, 2]))
 
     def _mutate(self, message: Message) -> None:
         """Changes up to three fields and tensors; the frame stays well-formed."""

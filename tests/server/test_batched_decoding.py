@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from petals_lightning.models import AutoDistributedModel, remote_blocks
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.blocks.kv_cache import StackedLayer
 from petals_lightning.server.blocks.span import BlockSpan
@@ -144,8 +145,8 @@ def test_steps_that_are_of_another_kind_do_not_join(load_span):
     again = other.step(position=8)
     assert again.can_batch([])
     assert not again.can_batch([step]), "the same session"
-    deep = torch.zeros(NUM_BLOCKS, 1, HIDDEN)
-    assert not talk.step(deep=deep).can_batch([step])
+    deep = Adapter(0, NUM_BLOCKS, torch.zeros(NUM_BLOCKS, 1, HIDDEN))
+    assert not talk.step(adapter=deep).can_batch([step])
     assert not talk.step(hidden=torch.ones(1, 2, HIDDEN)).can_batch([step]), "more positions"
     assert not talk.step(position=50).can_batch([step]), "positions are lost"
     large = Talk(span, 2, batch=31)

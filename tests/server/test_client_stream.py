@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest
 from petals_lightning.server.access.limits import ServerLimits
@@ -18,7 +19,7 @@ from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 from petals_lightning.server.client_stream import ClientStream
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.resources import ServerResources
-from petals_lightning.server.stream_requests import RegisteredPrompts
+from petals_lightning.server.stream_requests import RegisteredAdapters
 from tests.helpers.families import HIDDEN
 from tests.helpers.streams import LIMITS, Client, forward
 
@@ -70,7 +71,7 @@ def test_a_kept_graph_serves_one_backward_and_ends_with_its_stream(span):
         (forward(hidden=torch.ones(2, 3, HIDDEN + 1)), ErrorCode.BAD_REQUEST),
         (forward(hidden=torch.ones(5, 13, HIDDEN)), ErrorCode.BAD_REQUEST),
         (forward(hidden=torch.ones(8, 7, HIDDEN), prefix=torch.ones(2, HIDDEN)), ErrorCode.BAD_REQUEST),
-        (forward(prefix=torch.ones(2, HIDDEN), prompts_key=9), ErrorCode.PROMPTS_LOST),
+        (forward(prefix=torch.ones(2, HIDDEN), adapter_key=9), ErrorCode.ADAPTER_LOST),
         (Message(Method.FORWARD), ErrorCode.BAD_REQUEST),
         (Message(Method.BACKWARD), ErrorCode.BAD_REQUEST),
     ],
@@ -84,14 +85,14 @@ def test_a_wrong_request_is_answered_and_the_stream_goes_on(message, code, span)
     assert with_stream(span, talk).open_requests == 0
 
 
-def test_registered_prompts_serve_later_requests_on_their_stream(span):
+def test_a_registered_adapter_serves_later_requests_on_its_stream(span):
     async def talk(client, resources):
         prefix, deep = torch.ones(2, HIDDEN), torch.randn(2, 2, HIDDEN)
-        await client.writer.send(100, Message(Method.PROMPTS, {"key": 5}, {"deep": deep}))
-        out, _ = span.forward(SpanInputs(1, 3, torch.ones(2, 3, HIDDEN), prefix, deep))
+        await client.writer.send(100, Adapter(1, 3, deep).to_message(5))
+        out, _ = span.forward(SpanInputs(1, 3, torch.ones(2, 3, HIDDEN), prefix, Adapter(1, 3, deep)))
         for _ in range(2):
-            assert torch.equal((await client.ask(forward(prefix=prefix, prompts_key=5))).tensors["hidden"], out)
-        reply = await client.ask(forward(prefix=torch.ones(3, HIDDEN), prompts_key=5))
+            assert torch.equal((await client.ask(forward(prefix=prefix, adapter_key=5))).tensors["hidden"], out)
+        reply = await client.ask(forward(prefix=torch.ones(3, HIDDEN), adapter_key=5))
         assert reply.fields["code"] == ErrorCode.BAD_REQUEST
 
     with_stream(span, talk)
@@ -166,26 +167,26 @@ def test_an_answer_larger_than_its_request_is_charged_too(span):
     assert with_stream(span, talk, limits).quotas.num_bytes == 0
 
 
-def test_registered_prompts_are_charged_until_they_are_dropped(span):
+def test_registered_adapters_are_charged_until_they_are_dropped(span):
     deep = torch.ones(2, 3, HIDDEN)
 
     async def talk(client, resources):
         for key in range(20):
-            await client.writer.send(100, Message(Method.PROMPTS, {"key": key % 10}, {"deep": deep}))
+            await client.writer.send(100, Adapter(1, 3, deep).to_message(key % 10))
         assert (await client.ask(Message(Method.PING))).method is Method.OK
         assert resources.quotas.num_bytes == 8 * deep.nbytes
 
     assert with_stream(span, talk).quotas.num_bytes == 0
 
 
-def test_a_request_whose_prompts_found_no_room_says_so(span):
+def test_a_request_whose_adapter_found_no_room_says_so(span):
     deep, prefix, hidden = torch.ones(2, 20, HIDDEN), torch.ones(20, HIDDEN), torch.ones(1, 1, HIDDEN)
 
     async def talk(client, resources):
-        await client.writer.send(100, Message(Method.PROMPTS, {"key": 1}, {"deep": deep}))
-        reply = await client.ask(forward(hidden=hidden, prefix=prefix, prompts_key=1))
+        await client.writer.send(100, Adapter(1, 3, deep).to_message(1))
+        reply = await client.ask(forward(hidden=hidden, prefix=prefix, adapter_key=1))
         assert reply.fields["code"] == ErrorCode.OVERLOADED
-        assert "no room for prompts: " in reply.fields["message"]
+        assert "no room for the adapter: " in reply.fields["message"]
         assert (await client.ask(forward(hidden=hidden, prefix=prefix))).method is Method.OK
 
     # Room for the message as it comes and for the forward, and not for the message and a copy that is kept.
@@ -195,17 +196,16 @@ def test_a_request_whose_prompts_found_no_room_says_so(span):
 def test_what_a_session_was_sent_lives_no_longer_than_its_use(span):
     """No garbage collection is needed, neither between messages nor at the end of a stream."""
     kept: list[weakref.ref[torch.Tensor]] = []
-    honest = RegisteredPrompts.register
+    honest = RegisteredAdapters.register
 
-    def register(prompts: RegisteredPrompts, key: int, deep: torch.Tensor | None) -> None:
-        honest(prompts, key, deep)
-        assert deep is not None
-        kept.extend([weakref.ref(deep), weakref.ref(prompts._prompts[key])])
+    def register(adapters: RegisteredAdapters, key: int, adapter: Adapter) -> None:
+        honest(adapters, key, adapter)
+        kept.extend(weakref.ref(each.deep) for each in (adapter, adapters.get(key)) if each.deep is not None)
 
     async def talk(client, resources):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RegisteredPrompts, "register", register)
-            await client.writer.send(100, Message(Method.PROMPTS, {"key": 1}, {"deep": torch.ones(2, 3, HIDDEN)}))
+            patch.setattr(RegisteredAdapters, "register", register)
+            await client.writer.send(100, Adapter(1, 3, torch.ones(2, 3, HIDDEN)).to_message(1))
             await client.ask(Message(Method.PING))
         sent, registered = kept
         assert sent() is None

@@ -14,6 +14,7 @@ import torch
 from petals_lightning.cli.main import main
 from petals_lightning.options import command_line
 from petals_lightning.protocol import framing, uploads
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
@@ -177,7 +178,7 @@ def test_registered_prompts_are_the_clients_and_end_with_its_stream(server, peer
         for stream in streams:
             for key in range(8):
                 deep = torch.ones(NUM_BLOCKS, 30_000, HIDDEN)  # 15 MiB
-                await stream.send(100 + key, Message(Method.PROMPTS, {"key": key}, {"deep": deep}))
+                await stream.send(100 + key, Adapter(0, NUM_BLOCKS, deep).to_message(key))
             await stream.ask(2, Message(Method.PING))
         return streams
 
@@ -190,20 +191,28 @@ def test_registered_prompts_are_the_clients_and_end_with_its_stream(server, peer
 
 
 @pytest.mark.parametrize(
-    "shape", [(NUM_BLOCKS + 1, 2, HIDDEN), (1, 2, HIDDEN + 1), (1, 1 << 17, HIDDEN), (0, 2, HIDDEN)], ids=str
+    ("end", "shape", "words"),
+    [
+        (NUM_BLOCKS + 1, (NUM_BLOCKS + 1, 2, HIDDEN), "an adapter of blocks 0:5, this server has 0:4"),
+        (1, (1, 2, HIDDEN + 1), "must be of hidden size"),
+        (1, (1, 1 << 17, HIDDEN), "must be of fewer than"),
+        (1, (0, 2, HIDDEN), "for blocks 0:1"),
+        (2, (1, 2, HIDDEN), "for blocks 0:2"),
+    ],
+    ids=str,
 )
-def test_prompts_that_no_request_could_use_are_refused(shape, server, peers):
+def test_prompts_that_no_request_could_use_are_refused(end, shape, words, server, peers):
     (attacker,) = peers(server, 1)
 
     async def register() -> Message:
         stream = await attacker.stream()
-        await stream.send(1, Message(Method.PROMPTS, {"key": 1}, {"deep": torch.ones(shape, dtype=torch.float16)}))
+        await stream.send(1, Adapter(0, end, torch.ones(shape, dtype=torch.float16)).to_message(1))
         told = await stream.reply()
         stream.writer.close()
         assert told is not None
         return told
 
-    assert "prompts are" in attacker.run(register()).fields["message"]
+    assert words in attacker.run(register()).fields["message"]
 
 
 def test_one_client_can_neither_fill_the_cache_nor_open_sessions_without_end(server, peers):

@@ -7,49 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.server.blocks.graphs import measure_graph_cost
 from petals_lightning.server.blocks.prefix_cache import PrefixLayer, TakingLayer
 from petals_lightning.server.blocks.self_checks import verify_shared_prefix, verify_skipping
-from petals_lightning.server.blocks.span import BlockSpan, SpanGraph, SpanInputs
+from petals_lightning.server.blocks.span import SpanInputs
 from tests.helpers.families import HIDDEN, NUM_BLOCKS, TINY_CONFIGS
+from tests.helpers.spans import B, P, S, assert_same, finish, inputs, run
 
-B, S, P = 3, 6, 4
 FAMILIES = ["llama", "bloom", "falcon_alibi", "gemma2", "mixtral", "gpt2"]
-
-
-def inputs(start: int, end: int, *, prefix: bool = True, deep: bool = True, rows: list[int] | None = None):
-    draw = torch.Generator().manual_seed(0)
-    return SpanInputs(
-        start,
-        end,
-        torch.randn(B, S, HIDDEN, generator=draw),
-        torch.randn(P, HIDDEN, generator=draw) if prefix else None,
-        torch.randn(end - start, P, HIDDEN, generator=draw) if deep else None,
-        torch.tensor(rows) if rows is not None else None,
-    )
-
-
-def run(span: BlockSpan, given: SpanInputs) -> dict[str, torch.Tensor]:
-    """Outputs and the gradients of a fixed loss on them."""
-    return finish(span, given, span.forward_with_graph(given, input_grad=True))
-
-
-def finish(span: BlockSpan, given: SpanInputs, graph: SpanGraph) -> dict[str, torch.Tensor]:
-    out = graph.outputs[0].detach()
-    weights = [torch.linspace(-1, 1, t.numel()).cos().view_as(t) for t in graph.outputs]
-    grads = span.backward(graph, weights[0], weights[1] if given.prefix is not None else None)
-    found = {"out": out, **{f"grad of {name}": grad for name, grad in grads.items()}}
-    if given.prefix is not None:
-        found["prefix out"] = graph.outputs[1].detach()
-    return found
-
-
-def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert set(got) == set(expected)
-    for name, value in expected.items():
-        assert got[name].shape == value.shape, name
-        assert value.norm() > 1e-6, f"the test is blind: {name} is zero"
-        assert ((got[name] - value).norm() / value.norm()).item() < 1e-5, name
 
 
 @pytest.mark.parametrize("deep", [True, False], ids=["deep_ptune", "ptune"])
@@ -80,7 +46,8 @@ def test_micro_batches_that_share_one_run_of_the_prefix_equal_those_that_do_not(
     for part, graph, alone in zip(parts, graphs, expected, strict=True):
         assert_same(finish(span, part, graph), alone)
     for changed in (whole.prefix + 1, whole.prefix.bfloat16(), whole.prefix[:-1]):
-        other = replace(parts[1], prefix=changed, deep=whole.deep[:, : len(changed)] if deep else None)
+        adapter = Adapter(0, NUM_BLOCKS, whole.adapter.deep[:, : len(changed)]) if deep else None
+        other = replace(parts[1], prefix=changed, adapter=adapter)
         graph = span.forward_with_graph(other, input_grad=True, prefix_run=graphs[0].prefix_run)
         assert_same(finish(span, other, graph), run(span, other))
 
@@ -168,8 +135,8 @@ def test_a_sub_span_equals_a_server_of_these_blocks_alone(family, share, load_sp
 def test_two_spans_in_a_chain_equal_one(family, load_span):
     first, second, whole = load_span(family, 0, 1), load_span(family, 1, 4), load_span(family)
     given = inputs(0, 4)
-    hidden, prefix = first.forward(SpanInputs(0, 1, given.hidden, given.prefix, given.deep[:1]))
-    hidden, prefix = second.forward(SpanInputs(1, 4, hidden, prefix, given.deep[1:]))
+    hidden, prefix = first.forward(SpanInputs(0, 1, given.hidden, given.prefix, given.adapter.between(0, 1)))
+    hidden, prefix = second.forward(SpanInputs(1, 4, hidden, prefix, given.adapter.between(1, 4)))
     expected, expected_prefix = whole.forward(given)
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prefix, expected_prefix, rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.handover import Hop, UsedCalls, carried_tensors, make_permit, read_route, split_reply
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.protocol.requests import ForwardRequest
@@ -181,19 +182,19 @@ def test_a_step_that_comes_after_a_newer_one_is_refused(span):
     with_streams(span, talk)
 
 
-def test_a_request_waits_for_prompts_that_come_another_way(span, monkeypatch):
+def test_a_request_waits_for_an_adapter_that_comes_another_way(span, monkeypatch):
     prefix, deep = torch.ones(2, HIDDEN), torch.randn(2, 2, HIDDEN)
 
     async def talk(client, server, resources):
-        expected, _ = span.forward(SpanInputs(1, 3, torch.ones(2, 3, HIDDEN), prefix, deep))
-        await server.ask(await permitted(client, forward(prefix=prefix, prompts_key=5), 50))
-        await client.writer.send(51, Message(Method.PROMPTS, {"key": 5}, {"deep": deep}))
+        expected, _ = span.forward(SpanInputs(1, 3, torch.ones(2, 3, HIDDEN), prefix, Adapter(1, 3, deep)))
+        await server.ask(await permitted(client, forward(prefix=prefix, adapter_key=5), 50))
+        await client.writer.send(51, Adapter(1, 3, deep).to_message(5))
         call, reply, _ = await client.next()
         assert call == 50
         assert torch.equal(reply.tensors["hidden"], expected)
-        monkeypatch.setattr("petals_lightning.server.stream_requests._PROMPTS_TIMEOUT", 0.05)
-        await server.ask(await permitted(client, forward(prefix=prefix, prompts_key=6), 60))
-        assert (await client.next())[1].fields["code"] == ErrorCode.PROMPTS_LOST
+        monkeypatch.setattr("petals_lightning.server.stream_requests._ADAPTER_TIMEOUT", 0.05)
+        await server.ask(await permitted(client, forward(prefix=prefix, adapter_key=6), 60))
+        assert (await client.next())[1].fields["code"] == ErrorCode.ADAPTER_LOST
 
     with_streams(span, talk)
 

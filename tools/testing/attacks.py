@@ -12,6 +12,7 @@ import torch
 from hivemind.dht.routing import DHTID
 from hivemind.utils.timed_storage import get_dht_time
 
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.identity import Identity
 from petals_lightning.protocol.messages import Message, Method
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
@@ -118,7 +119,7 @@ def prompts_that_nobody_uses(victim: Victim, attackers: list[Attacker]) -> Round
         deep = torch.ones(victim.num_blocks, 2000, victim.hidden_size)
         for stream in [await peer.stream() for _ in range(4)]:
             for key in range(8):
-                await stream.send(100 + key, Message(Method.PROMPTS, {"key": key}, {"deep": deep}))
+                await stream.send(100 + key, Adapter(0, victim.num_blocks, deep).to_message(key))
             await stream.ask(2, Message(Method.PING))
 
     return _once(lambda: [peer.run(register(peer)) for peer in attackers])

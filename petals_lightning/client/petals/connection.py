@@ -28,6 +28,7 @@ from petals_lightning.client.petals.shapes import input_grads, output_grad, outp
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.errors import PeerFailure
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.petals.calls import PetalsBackward, PetalsForward
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest, to_wire
@@ -35,7 +36,7 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.uids import block_uid
 
 _MAX_REQUESTS, _MAX_BYTES = 16, 256 << 20  # in flight together: such servers do not state their limits
-_PROMPTS_KEPT = 8  # sets of prompts
+_ADAPTERS_KEPT = 8
 
 
 class PetalsConnection:
@@ -71,7 +72,7 @@ class PetalsConnection:
         self.sliding_window: int | None = None
         self._ids = itertools.count(1)
         self._window = RequestWindow(_MAX_REQUESTS, _MAX_BYTES)
-        self._prompts: OrderedDict[tuple[int, int, int], tuple[int, torch.Tensor]] = OrderedDict()
+        self._adapters: OrderedDict[tuple[int, int, int], tuple[int, Adapter]] = OrderedDict()
         self._sessions: dict[int, PetalsSession] = {}
         self._failure: PeerFailure | None = None
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -154,17 +155,19 @@ class PetalsConnection:
     def next_id(self) -> int:
         return next(self._ids)
 
-    async def register_prompts(self, version: int, start: int, deep: torch.Tensor, wire_dtype: str) -> int:
-        """Keeps the prompts here: such servers store none, so they are sent with every request."""
-        identity = (version, start, len(deep))
-        if identity not in self._prompts:
-            self._prompts[identity] = self.next_id(), to_wire(deep, wire_dtype, prompts=True)
-            while len(self._prompts) > _PROMPTS_KEPT:
-                self._prompts.popitem(last=False)
-        return self._prompts[identity][0]
+    async def register_adapter(self, adapter: Adapter, wire_dtype: str) -> int:
+        """Keeps deep prompts here: such servers store none, so they are sent with every request."""
+        assert not adapter.lora, "these servers are left out where there is LoRA"
+        identity = (adapter.version, adapter.start, adapter.end)
+        if identity not in self._adapters:
+            sent = adapter.map(lambda tensor: to_wire(tensor, wire_dtype, shared=True))
+            self._adapters[identity] = self.next_id(), sent
+            while len(self._adapters) > _ADAPTERS_KEPT:
+                self._adapters.popitem(last=False)
+        return self._adapters[identity][0]
 
-    def forget_prompts(self) -> None:
-        self._prompts.clear()
+    def forget_adapters(self) -> None:
+        self._adapters.clear()
 
     def tell(self, message: Message, call_id: int = 0) -> None:
         if message.method is Method.END_SESSION:
@@ -185,7 +188,7 @@ class PetalsConnection:
         raise AssertionError(f"{message.method} has no equivalent in Petals' protocol")
 
     async def _forward(self, request: ForwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
-        self._find_prompts(request)
+        self._find_adapter(request)
         hidden, prompts = with_prefix(request.hidden, request.prefix), prompts_of(request)
         outputs = [
             await self._calls.forward(PetalsForward(self._prefix, request.start, request.end, piece, prompts), on_sent)
@@ -196,7 +199,7 @@ class PetalsConnection:
     async def _backward(self, request: BackwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         forward = request.forward
         assert forward is not None, "such servers keep no graphs, so no request names one"
-        self._find_prompts(forward)
+        self._find_adapter(forward)
         hidden, prompts = with_prefix(forward.hidden, forward.prefix), prompts_of(forward)
         grad, size = output_grad(request, forward), _samples_at_once(hidden)
         answers = [
@@ -212,13 +215,15 @@ class PetalsConnection:
             torch.cat(grad_prompts, 1) if prompts is not None else None,
         )
 
-    def _find_prompts(self, request: ForwardRequest) -> None:
-        if request.prompts_key is not None:
-            request.deep = next((deep for key, deep in self._prompts.values() if key == request.prompts_key), None)
-            if request.deep is None:
-                raise PeerFailure(self.peer, "these prompts are not kept any more", ErrorCode.PROMPTS_LOST.value)
+    def _find_adapter(self, request: ForwardRequest | StepRequest) -> None:
+        if request.adapter_key is not None:
+            kept = self._adapters.values()
+            request.adapter = next((adapter for key, adapter in kept if key == request.adapter_key), None)
+            if request.adapter is None:
+                raise PeerFailure(self.peer, "this adapter is not kept any more", ErrorCode.ADAPTER_LOST.value)
 
     async def _step(self, request: StepRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
+        self._find_adapter(request)
         if request.max_length is not None:
             self._end_session(request.session)
             self._sessions[request.session] = PetalsSession(self._calls, self._prefix, request, self.sliding_window)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, InferenceCall, PetalsCalls
-from petals_lightning.client.petals.shapes import with_prefix
+from petals_lightning.client.petals.shapes import prompts_of, with_prefix
 from petals_lightning.errors import PeerFailure, UnsupportedInputError
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.steps import PetalsStep
@@ -57,7 +57,7 @@ class PetalsSession:
         assert request.max_length is not None
         self._calls, self._peer = calls, calls.peer
         self._batch, self._prefix = len(request.hidden), request.prefix
-        self._deep = request.deep[:, None] if request.deep is not None else None
+        self._deep = prompts_of(request)
         room = request.max_length + self._prefix_length
         self._first = PetalsStep(
             dht_prefix, request.start, request.end, request.hidden, max_length=room, alloc_timeout=_ROOM_PATIENCE

@@ -12,6 +12,7 @@ import torch
 
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
+from petals_lightning.protocol.steps import StepRequest
 
 
 def with_prefix(hidden: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
@@ -21,9 +22,10 @@ def with_prefix(hidden: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tens
     return torch.cat([prefix.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
 
 
-def prompts_of(request: ForwardRequest) -> torch.Tensor | None:
+def prompts_of(request: ForwardRequest | StepRequest) -> torch.Tensor | None:
     """[n, 1, P, H]: servers add it to every sample."""
-    return request.deep[:, None] if request.deep is not None else None
+    adapter = request.adapter
+    return adapter.deep[:, None] if adapter is not None and adapter.deep is not None else None
 
 
 def output_of(request: ForwardRequest, out: torch.Tensor) -> dict[str, torch.Tensor]:

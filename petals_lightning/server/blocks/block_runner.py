@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.compat import cache_name
+from petals_lightning.hf.linears import add_low_rank, linears_of
 from petals_lightning.hf.pruning import BlockLayout, sliced_config
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.server.blocks.kv_cache import SpanCache
 
 
@@ -24,19 +26,21 @@ class BlockPass:
 
     Attributes:
         hidden: [B, S, H] enters the first block.
-        deep: [blocks, P, H] or [blocks, B, P, H] added before each block to the first P positions, or None.
+        adapter: of these blocks or more, on the model's device, or None. Deep prompts are for the first P positions.
         output: [B, S, H] of the last block, once it has run.
     """
 
     start: int
     end: int
     hidden: torch.Tensor
-    deep: torch.Tensor | None
+    adapter: Adapter | None
     output: torch.Tensor | None = None
 
 
 class BlockRunner:
     """Runs blocks of a pruned model. Hooks on the blocks set their inputs and collect the output.
+
+    LoRA is in hooks that live for one pass: no other client's pass can meet it.
 
     Args:
         model: the pruned model.
@@ -47,6 +51,7 @@ class BlockRunner:
     def __init__(self, model: PreTrainedModel, layout: BlockLayout, start: int):
         self._model, self._layout, self._start = model, layout, start
         self._blocks, self._config = list(layout.blocks(model)), model.config
+        self._linears = {number: linears_of(block) for number, block in enumerate(self._blocks, start)}
         self._cache_name = cache_name(model)
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self._slices: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
@@ -76,7 +81,7 @@ class BlockRunner:
             padding["attention_mask"] = attention_mask.long()
         if position_ids is not None and self._takes_position_ids:
             padding["position_ids"] = position_ids
-        with self._sliced(blocks.start, blocks.end):
+        with self._sliced(blocks.start, blocks.end), self._with_lora(blocks):
             self._running = blocks
             try:
                 cached = {self._cache_name: cache, "use_cache": cache is not None}
@@ -86,6 +91,23 @@ class BlockRunner:
         if blocks.output is None:
             raise UnsupportedModelError(f"{type(self._model).__name__} left out its last block")
         return blocks.output
+
+    def linears(self, block: int) -> dict[str, nn.Module]:
+        """The linear modules of a hosted block, by path."""
+        return self._linears[block]
+
+    @contextmanager
+    def _with_lora(self, blocks: BlockPass) -> Iterator[None]:
+        """Adds the adapter's LoRA to the linears of a pass, until that ends, however it ends."""
+        with ExitStack() as hooks:
+            for factors in blocks.adapter.lora if blocks.adapter is not None else ():
+                own = factors.between(blocks.start, blocks.end)
+                # Unbound, not indexed: the gradient of an index is as large as the whole tensor, for each block.
+                a, b = (tensor.to(blocks.hidden.dtype).unbind() for tensor in (own.a, own.b))
+                for number, *pair in zip(own.blocks, a, b, strict=True):
+                    linear = self._linears[number][own.target]
+                    hooks.callback(linear.register_forward_hook(_low_rank(*pair), with_kwargs=True).remove)
+            yield
 
     @contextmanager
     def _sliced(self, start: int, end: int) -> Iterator[None]:
@@ -115,8 +137,8 @@ class BlockRunner:
             assert running is not None
             # The first block takes the hidden states as they arrived, not as the owner scaled or normalised them.
             hidden = running.hidden if number == running.start else args[0]
-            if running.deep is not None:
-                deep = running.deep[number - running.start]
+            if (adapter := running.adapter) is not None and adapter.deep is not None:
+                deep = adapter.deep[number - adapter.start].to(hidden.dtype)
                 hidden = hidden + nn.functional.pad(deep, (0, 0, 0, hidden.shape[1] - deep.shape[-2]))
             return (hidden, *args[1:])
 
@@ -130,3 +152,10 @@ class BlockRunner:
                 running.output = output[0] if isinstance(output, tuple) else output
 
         return hook
+
+
+def _low_rank(a: torch.Tensor, b: torch.Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        return add_low_rank(args[0] if args else kwargs["input"], output, a, b)
+
+    return hook

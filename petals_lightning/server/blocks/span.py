@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
+from petals_lightning.errors import ProtocolError
 from petals_lightning.hf.context_limits import rotary_limit, sliding_window
+from petals_lightning.hf.linears import linear_shape
 from petals_lightning.hf.pruning import BlockLayout
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
 from petals_lightning.server.blocks.cpu_decoding import threads_for
@@ -34,8 +38,7 @@ class SpanInputs:
     Attributes:
         hidden: [B, S, H].
         prefix: [P, H] hidden states of the prefix, or None without prompts.
-        deep: [n, P, H] prompts added before each block, or None. Without a prefix they are added to the first P
-            positions of `hidden`, and may be [n, B, P, H].
+        adapter: of these blocks, or None. Without a prefix, deep prompts are for the first P positions of `hidden`.
         rows: [N] indices into the B·S positions whose outputs to return, on the host; None returns all.
     """
 
@@ -43,7 +46,7 @@ class SpanInputs:
     end: int
     hidden: torch.Tensor
     prefix: torch.Tensor | None = None
-    deep: torch.Tensor | None = None
+    adapter: Adapter | None = None
     rows: torch.Tensor | None = None
 
 
@@ -53,7 +56,7 @@ class PrefixRun:
 
     Attributes:
         inputs: of the request that it was run for.
-        leaves: with a graph, the tensors that gradients are computed for: `prefix`, and `deep` if there is one.
+        leaves: with a graph, the tensors that gradients are computed for: `prefix`, and the adapter's.
         output: [P, H].
     """
 
@@ -65,8 +68,9 @@ class PrefixRun:
     def fits(self, other: SpanInputs) -> bool:
         """Whether the prefix of other inputs would give the same result."""
         own = self.inputs
-        same_prompts = is_same(own.prefix, other.prefix) and is_same(own.deep, other.deep)
-        return (own.start, own.end) == (other.start, other.end) and same_prompts
+        same_adapter = own.adapter.is_same(other.adapter) if own.adapter is not None else other.adapter is None
+        same_blocks = (own.start, own.end) == (other.start, other.end)
+        return same_blocks and is_same(own.prefix, other.prefix) and same_adapter
 
 
 @dataclass
@@ -112,6 +116,7 @@ class BlockSpan:
         self.rotary_limit, self._window = rotary_limit(model.config), sliding_window(model.config)
         self._weight_bytes = [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
         self._runner = BlockRunner(model, layout, start)
+        self._copies: WeakKeyDictionary[Adapter, Adapter] = WeakKeyDictionary()  # on the device
 
     def weight_bytes(self, start: int, end: int) -> int:
         """Bytes of the weights of blocks [start, end)."""
@@ -127,18 +132,18 @@ class BlockSpan:
         hidden, prefix = self._moved(inputs.hidden), inputs.prefix
         prefix_out = None
         if prefix is None:
-            out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._deep(inputs)), None)
+            out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._placed(inputs.adapter)), None)
         elif self.shares_prefix(len(prefix), hidden.shape[1]):
             if prefix_cache is None:
                 run = self.run_prefix(inputs, {})
                 prefix_cache, prefix_out = run.cache, run.output
             if self.skips_unread and self._reads_one_each(inputs, len(prefix)):
                 return self._run_skipping_unread(inputs, hidden, prefix_cache), prefix_out
-            out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, None), prefix_cache)
+            out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._lora(inputs)), prefix_cache)
         else:
             count = len(prefix)
             both = torch.cat([self._moved(prefix).expand(len(hidden), -1, -1), hidden], dim=1)
-            both = self._runner.run(BlockPass(inputs.start, inputs.end, both, self._deep(inputs)), None)
+            both = self._runner.run(BlockPass(inputs.start, inputs.end, both, self._placed(inputs.adapter)), None)
             # Every sample carries the same prefix, so each has its output. The mean splits its gradient among them.
             prefix_out, out = both[:, :count].mean(0), both[:, count:]
         if inputs.rows is not None:
@@ -150,7 +155,8 @@ class BlockSpan:
         tracked = _with_leaves(inputs, leaves)
         assert tracked.prefix is not None
         cache = PrefixCache(len(self.blocks), inputs.start - self.start)
-        call = BlockPass(inputs.start, inputs.end, self._moved(tracked.prefix)[None], self._deep(tracked))
+        adapter = self._placed(tracked.adapter)
+        call = BlockPass(inputs.start, inputs.end, self._moved(tracked.prefix)[None], adapter)
         return PrefixRun(inputs, leaves, cache, self._runner.run(call, cache)[0])
 
     def _reads_one_each(self, inputs: SpanInputs, prefix: int) -> bool:
@@ -177,28 +183,68 @@ class BlockSpan:
             cache: of the prefix, which has run.
         """
         assert inputs.rows is not None
-        (batch, tokens, _), last = hidden.shape, inputs.end - 1
+        (batch, tokens, _), last, lora = hidden.shape, inputs.end - 1, self._lora(inputs)
         if last > inputs.start:
-            hidden = self._runner.run(BlockPass(inputs.start, last, hidden, None), cache)
+            hidden = self._runner.run(BlockPass(inputs.start, last, hidden, lora), cache)
         taken = cache.taking(last - self.start)
         with suppress(KeysTaken):
-            self._runner.run(BlockPass(last, inputs.end, hidden, None), taken)
+            self._runner.run(BlockPass(last, inputs.end, hidden, lora), taken)
             raise NotImplementedError("the block keeps no keys and values")
         at, held = self.transfers.to_device(inputs.rows % tokens), taken.get_seq_length() + 1
         positions = (held - tokens + at)[:, None]
         mask = torch.arange(held, device=at.device) <= positions
         read = hidden[torch.arange(batch, device=at.device), at][:, None]
-        return self.step(last, inputs.end, read, taken, attention_mask=mask, position_ids=positions)[:, 0]
+        out = self.step(last, inputs.end, read, taken, adapter=lora, attention_mask=mask, position_ids=positions)
+        return out[:, 0]
 
-    def _deep(self, inputs: SpanInputs) -> torch.Tensor | None:
-        return self._moved(inputs.deep) if inputs.deep is not None else None
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Raises ProtocolError unless the adapter's tensors fit hosted blocks and linears that these have."""
+        if not self.start <= adapter.start < adapter.end <= self.end:
+            raise ProtocolError(
+                f"an adapter of blocks {adapter.start}:{adapter.end}, this server has {self.start}:{self.end}"
+            )
+        if adapter.deep is not None and adapter.deep.shape[-1] != self.hidden_size:
+            raise ProtocolError(
+                f"deep prompts are {list(adapter.deep.shape)}, must be of hidden size {self.hidden_size}"
+            )
+        for factors in adapter.lora:
+            for block in factors.blocks:
+                linears = self._runner.linears(block)
+                if factors.target not in linears:
+                    raise ProtocolError(
+                        f"block {block} has no linear {factors.target!r:.60}; its linears are {', '.join(linears)}"
+                    )
+                given, own = (factors.a.shape[2], factors.b.shape[1]), linear_shape(linears[factors.target])
+                if given != own:
+                    raise ProtocolError(
+                        f"LoRA of {factors.target!r} has inputs and outputs {given}, in block {block} they are {own}"
+                    )
+
+    def _placed(self, adapter: Adapter | None) -> Adapter | None:
+        """The adapter on the span's device. What is sent once is copied there once."""
+        if adapter is None or all(tensor.device == self.device for tensor in adapter.tensors().values()):
+            return adapter
+        if adapter not in self._copies:
+            self._copies[adapter] = adapter.map(self.transfers.to_device)
+        return self._copies[adapter]
+
+    def _lora(self, inputs: SpanInputs) -> Adapter | None:
+        """The part of an adapter that acts on samples whose prefix runs by itself."""
+        adapter = self._placed(inputs.adapter)
+        return adapter.lora_only if adapter is not None else None
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.transfers.to_device(tensor).to(self.dtype)
 
-    def _leaves(self, inputs: SpanInputs, *names: str) -> dict[str, torch.Tensor]:
-        given = {name: tensor for name in names if (tensor := getattr(inputs, name)) is not None}
-        return {name: self.transfers.to_device(tensor).detach().requires_grad_() for name, tensor in given.items()}
+    def _leaves(self, inputs: SpanInputs) -> dict[str, torch.Tensor]:
+        """Prefix and adapter on the device, as leaves of a new graph."""
+        adapter = self._placed(inputs.adapter)
+        given = {} if inputs.prefix is None else {"prefix": inputs.prefix}
+        given |= adapter.tensors() if adapter is not None else {}
+        return {name: self._leaf(tensor) for name, tensor in given.items()}
+
+    def _leaf(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.transfers.to_device(tensor).detach().requires_grad_()
 
     def shares_prefix(self, prefix: int, tokens: int) -> bool:
         """Whether a prefix of this many positions runs once for samples of this many tokens.
@@ -220,14 +266,14 @@ class BlockSpan:
             input_grad: whether `hidden` needs a gradient.
             prefix_run: of an earlier call; reused if its inputs are the same.
         """
-        leaves = self._leaves(inputs, "hidden") if input_grad else {}
+        leaves = {"hidden": self._leaf(inputs.hidden)} if input_grad else {}
         with torch.enable_grad():
             if inputs.prefix is None or not self.shares_prefix(len(inputs.prefix), inputs.hidden.shape[1]):
-                leaves |= self._leaves(inputs, "prefix", "deep")
+                leaves |= self._leaves(inputs)
                 out, prefix_out = self.forward(_with_leaves(inputs, leaves))
                 return SpanGraph(inputs, [out] if prefix_out is None else [out, prefix_out], leaves)
             if prefix_run is None or not prefix_run.fits(inputs):
-                prefix_run = self.run_prefix(inputs, self._leaves(inputs, "prefix", "deep"))
+                prefix_run = self.run_prefix(inputs, self._leaves(inputs))
             leaves |= prefix_run.leaves
             cut = prefix_run.cache.detached()
             out, _ = self.forward(_with_leaves(inputs, leaves), cut)
@@ -236,7 +282,7 @@ class BlockSpan:
     def backward(
         self, graph: SpanGraph, grad: torch.Tensor, grad_prefix: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Returns gradients by leaf name, in the leaves' shapes. Those of prompts are summed over the batch.
+        """Returns gradients by leaf name, in the leaves' shapes. Those of prefix and adapter are summed over the batch.
 
         Args:
             graph: consumed by the call.
@@ -251,11 +297,12 @@ class BlockSpan:
             grads = _gradients([*pairs, *of_prefix], leaves)
         else:
             assert graph.keys_and_values is not None
-            ends = {name: leaf for name, leaf in leaves.items() if name == "hidden"}
-            found = _gradients(pairs, ends | dict(enumerate(graph.keys_and_values.tensors())))
-            grads = {name: grad for name, grad in found.items() if name == "hidden"}
+            found = _gradients(pairs, leaves | dict(enumerate(graph.keys_and_values.tensors())))
+            grads = {name: grad for name, grad in found.items() if name in leaves}
             of_prefix += [(made, found[i]) for i, made in enumerate(run.cache.tensors()) if i in found]
-            grads |= _gradients(of_prefix, run.leaves, retain_graph=True)  # other micro-batches may need this graph
+            # Other micro-batches may need this graph. LoRA acts on samples and prefix, so its gradients add up.
+            for name, grad in _gradients(of_prefix, run.leaves, retain_graph=True).items():
+                grads[name] = grads[name] + grad if name in grads else grad
         return {name: grads[name] if name in grads else torch.zeros_like(leaf) for name, leaf in leaves.items()}
 
     def step(
@@ -265,24 +312,26 @@ class BlockSpan:
         hidden: torch.Tensor,
         cache: SpanCache,
         *,
-        deep: torch.Tensor | None = None,
+        adapter: Adapter | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs new positions [B, n, H] after those in `cache`, and adds their keys and values to it.
 
         Args:
-            deep: [blocks, P, H] or [blocks, B, P, H] added before each block to the first P of the new positions.
+            adapter: of these blocks. Deep prompts are added to the first P of the new positions.
             attention_mask: [B, positions in the cache and new], 0 at padding; None: no padding.
             position_ids: [B, n]; None: they follow the cache. Ignored by families that take positions from the mask.
         """
-        blocks = BlockPass(start, end, hidden.to(self.dtype), deep.to(self.dtype) if deep is not None else None)
+        blocks = BlockPass(start, end, hidden.to(self.dtype), self._placed(adapter))
         with threads_for(blocks.hidden, cache.get_seq_length()):
             return self._runner.run(blocks, cache, attention_mask=attention_mask, position_ids=position_ids)
 
 
 def _with_leaves(inputs: SpanInputs, leaves: dict[str, torch.Tensor]) -> SpanInputs:
-    return SpanInputs(**{**vars(inputs), **leaves})
+    adapter = inputs.adapter.with_tensors(leaves) if inputs.adapter is not None else None
+    hidden, prefix = leaves.get("hidden", inputs.hidden), leaves.get("prefix", inputs.prefix)
+    return replace(inputs, hidden=hidden, prefix=prefix, adapter=adapter)
 
 
 def _gradients(

@@ -38,11 +38,11 @@ class Transfers:
         moved.record_stream(computing)  # otherwise the next input could reuse its memory while kernels still read it
         return moved
 
-    def to_wire(self, tensor: torch.Tensor, wire_dtype: str, *, prompts: bool = False) -> torch.Tensor:
+    def to_wire(self, tensor: torch.Tensor, wire_dtype: str, *, shared: bool = False) -> torch.Tensor:
         """As `protocol.requests.to_wire`, but without waiting: read the result after the next mark is reached."""
         if self._outward is None:
-            return to_wire(tensor, wire_dtype, prompts=prompts)
-        tensor = tensor.detach().to(message_dtype(wire_dtype, prompts=prompts)).contiguous()
+            return to_wire(tensor, wire_dtype, shared=shared)
+        tensor = tensor.detach().to(message_dtype(wire_dtype, shared=shared)).contiguous()
         self._outward.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._outward):
             sent = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -52,7 +52,7 @@ class Transfers:
 
     def outputs_to_wire(self, outputs: dict[str, torch.Tensor], wire_dtype: str) -> dict[str, torch.Tensor]:
         """`to_wire` for the outputs of a forward or a step: `hidden`, and `prefix` if there is one."""
-        return {name: self.to_wire(tensor, wire_dtype, prompts=name == "prefix") for name, tensor in outputs.items()}
+        return {name: self.to_wire(tensor, wire_dtype, shared=name == "prefix") for name, tensor in outputs.items()}
 
     @property
     def is_asynchronous(self) -> bool:

@@ -17,6 +17,7 @@ import torch
 from hivemind.proto.runtime_pb2 import ExpertRequest
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import RequestJoiner, to_response
 from petals_lightning.protocol.petals.steps import PetalsStep
@@ -129,7 +130,8 @@ class InferenceStream:
             self._max_length = step.max_length
         request = StepRequest(
             0, step.start, step.end, step.hidden, position, self._max_length,
-            deep=step.prompts, hypo_ids=step.hypo_ids, wire_dtype=DTYPE_NAMES[span.dtype],
+            adapter=Adapter(step.start, step.end, step.prompts) if step.prompts is not None else None,
+            hypo_ids=step.hypo_ids, wire_dtype=DTYPE_NAMES[span.dtype],
         )  # fmt: skip
         if opens:
             await self._open_cache(request, step.alloc_timeout)

@@ -16,6 +16,7 @@ from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse
 
 from petals_lightning import __version__
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
 from petals_lightning.protocol.petals.calls import (
     Parts,
@@ -243,7 +244,8 @@ class PetalsMethods:
         prompts = request.prompts
         if prompts is not None:  # gradients are per sample, even if samples share prompts
             prompts = self._resources.span.transfers.to_device(prompts).expand(-1, len(request.hidden), -1, -1)
-        return SpanInputs(request.start, request.end, request.hidden, deep=prompts)
+        adapter = Adapter(request.start, request.end, prompts) if prompts is not None else None
+        return SpanInputs(request.start, request.end, request.hidden, adapter=adapter)
 
     async def _inference(self, stream: CallStream, peer: str) -> None:
         await InferenceStream(

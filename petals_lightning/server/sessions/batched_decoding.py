@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.blocks.kv_cache import SpanCache, StackedLayer
@@ -63,7 +64,7 @@ class DecodeStep(Batchable[Outputs]):
 
     def can_batch(self, others: Sequence[Batchable[Outputs]]) -> bool:
         cache, request = self._cache, self._request
-        if not (self._span.batches_sessions and cache.is_open and request.deep is None and cache.holds(request)):
+        if not (self._span.batches_sessions and cache.is_open and request.adapter is None and cache.holds(request)):
             return False
         steps = [*(other for other in others if isinstance(other, DecodeStep)), self]
         if len({step._kind for step in steps}) > 1 or len({id(step._cache) for step in steps}) < len(steps):
@@ -80,9 +81,10 @@ class DecodeStep(Batchable[Outputs]):
         return [step._on_the_wire(own) for step, own in zip(steps, outputs, strict=True)]
 
     @property
-    def _kind(self) -> tuple[int, int, int, bool]:
+    def _kind(self) -> tuple[int, int, int, bool, Adapter | None]:
         """Equal for steps that can be one batch."""
-        return self._request.start, self._request.end, self._request.hidden.shape[1], self._uses_long_factors
+        request, lora = self._request, self._cache.lora
+        return request.start, request.end, request.hidden.shape[1], self._uses_long_factors, lora
 
     def _bytes_moved(self, steps: Sequence[DecodeStep]) -> float:
         """Bytes that a batch of steps reads and writes in memory; its run time is proportional."""
@@ -106,7 +108,7 @@ class DecodeStep(Batchable[Outputs]):
 
 @torch.inference_mode()
 def run_batched(span: BlockSpan, steps: Sequence[tuple[SessionCache, StepRequest]]) -> list[dict[str, torch.Tensor]]:
-    """Runs steps of several open sessions as one batch. All have the same blocks and n.
+    """Runs steps of several open sessions as one batch. All have the same blocks, n and LoRA.
 
     Sessions of different lengths are aligned at the end, like samples padded on the left.
 
@@ -125,7 +127,9 @@ def run_batched(span: BlockSpan, steps: Sequence[tuple[SessionCache, StepRequest
     layers = zip(*(cache.cache.attention_layers for cache, _ in steps), strict=True)
     stacked = SpanCache([StackedLayer(own, batches, scratch) for own in layers], first.start - span.start)
     hidden = torch.cat([inputs.hidden.to(span.dtype) for inputs in begun])
-    out = span.step(first.start, first.end, hidden, stacked, attention_mask=mask, position_ids=positions)
+    out = span.step(
+        first.start, first.end, hidden, stacked, adapter=first.lora, attention_mask=mask, position_ids=positions
+    )
     return [cache.finish(request, own) for (cache, request), own in zip(steps, out.split(batches), strict=True)]
 
 

@@ -66,6 +66,9 @@ class SessionCache:
         span: the server's blocks.
         request: the step that opens the session.
         num_bytes: reserved for it.
+
+    Attributes:
+        lora: the adapter that acts in every step; sessions with the same one may run as one batch. None: there is none.
     """
 
     def __init__(self, span: BlockSpan, request: StepRequest, num_bytes: int):
@@ -76,6 +79,8 @@ class SessionCache:
         self.last_call = 0  # id of the newest step
         self.last_size, self.last_seconds = 0, 0.0  # of the last step: positions of all samples, compute time
         self.prefix_length = len(request.prefix) if request.prefix is not None else 0
+        adapter = request.adapter
+        self.lora = adapter.lora_only if adapter is not None and adapter.lora else None
         self.is_open, self._uses_long_factors = False, False
         self.position_bytes = 0.0  # keys and values of one position of all samples, once the session is open
         self._limit = span.rotary_limit
@@ -143,9 +148,9 @@ class SessionCache:
             if positions is not None:
                 counted = torch.arange(length, device=span.device).expand(self.batch, -1)
                 positions = torch.cat([counted, positions], dim=1)
-        deep = span.transfers.to_device(request.deep) if request.deep is not None else None
+        adapter = request.adapter if request.adapter is not None else self.lora
         out = span.step(
-            self.start, self.end, hidden, self.cache, deep=deep, attention_mask=mask, position_ids=positions
+            self.start, self.end, hidden, self.cache, adapter=adapter, attention_mask=mask, position_ids=positions
         )
         outputs = self.finish(request, out)
         if request.want_prefix and request.prefix is not None:

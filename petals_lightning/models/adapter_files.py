@@ -1,0 +1,153 @@
+"""LoRA in PEFT's format: folders that `peft.PeftModel.from_pretrained(local_model, folder)` loads, or that PEFT wrote.
+
+adapter_config.json         settings, with the names of `peft.LoraConfig`
+adapter_model.safetensors   the factors, and a classification head, by their paths in the whole model
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from petals_lightning.errors import CheckpointError, ConfigurationError
+from petals_lightning.hf import Checkpoint
+from petals_lightning.hf.compat import find_file
+from petals_lightning.models.lora import Lora, LoraConfig
+from petals_lightning.models.trainable import head_parameters, lora_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Writes a model's LoRA, and its head if it has one, into `folder`, which is created if missing.
+
+    Args:
+        model: local or distributed, loaded with `lora`.
+
+    Raises:
+        ConfigurationError: the model has no LoRA, or PEFT would load it into another class.
+    """
+    lora, checkpoint = lora_of(model), getattr(model, "checkpoint", None)
+    if lora is None:
+        raise ConfigurationError(f"{type(model).__name__} has no LoRA: load it with tuning_mode='lora' to train one")
+    assert isinstance(checkpoint, Checkpoint), "set by from_pretrained of local and distributed models"
+    if checkpoint.is_wrapper:
+        raise ConfigurationError(
+            f"{checkpoint.name_or_path!r} is multimodal, and only its text decoder is trained here: in the "
+            "whole model, which PEFT would load, its modules have other names"
+        )
+    heads = head_parameters(model)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "base_model_name_or_path": checkpoint.name_or_path,
+        "revision": checkpoint.revision,
+        "inference_mode": True,
+        "r": lora.config.r,
+        "lora_alpha": lora.config.lora_alpha,
+        "lora_dropout": 0.0,
+        "target_modules": lora.target_modules,
+        "use_rslora": lora.config.use_rslora,
+        "bias": "none",
+        "modules_to_save": sorted({name.partition(".")[0] for name in heads}) or None,
+    }
+    tensors = {_PREFIX + name: parameter for name, parameter in heads.items()}
+    tensors |= {f"{_PREFIX}{lora.list_path}.{name}.weight": factor for name, factor in lora.named_parameters()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+def adapter_settings(source: str | Path, given: Any = None, **hub: Any) -> LoraConfig:
+    """The settings of an adapter, in a folder or a hub repository.
+
+    Args:
+        source: folder or hub id.
+        given: other settings of the caller, of which there may be none.
+        hub: as in transformers.
+
+    Raises:
+        CheckpointError: there is no adapter.
+        ConfigurationError: a setting is not supported here, or settings are given twice.
+    """
+    if given is not None:
+        raise ConfigurationError(f"lora and adapter={str(source)!r} are both given: leave lora off")
+    return LoraConfig.of(_read(source, **hub) | {"init_lora_weights": True})  # its values are read, not drawn
+
+
+def base_model_of(source: str | Path, **hub: Any) -> str | None:
+    """The model of an adapter's folder or hub repository; None if `source` is a plain model."""
+    try:
+        is_model = find_file(str(source), "config.json", **hub) is not None
+        if is_model or find_file(str(source), CONFIG, **hub) is None:
+            return None
+    except (OSError, ValueError):
+        return None  # loading reports what is wrong
+    return _read(source, **hub).get("base_model_name_or_path")
+
+
+def _read(source: str | Path, **hub: Any) -> dict[str, Any]:
+    path = _find(source, CONFIG, **hub)
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not the config of an adapter: {e}") from e
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{path} is not the config of an adapter")
+    return said
+
+
+def load_adapter(model: nn.Module, source: str | Path, **hub: Any) -> None:
+    """Loads the factors of a folder or a hub repository, and its head, into a model with the same settings.
+
+    Raises:
+        CheckpointError: they are for another model or class, or there are more than these.
+    """
+    lora, path = lora_of(model), _find(source, WEIGHTS, **hub)
+    assert isinstance(lora, Lora), "the model was loaded with the adapter's settings"
+    own: dict[str, torch.Tensor] = {f"{lora.list_path}.{name}.weight": each for name, each in lora.named_parameters()}
+    own |= head_parameters(model)
+    try:
+        saved = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    except SafetensorError as e:
+        raise CheckpointError(f"{path} cannot be read: {str(e).splitlines()[0]}") from e
+    for names, what in (
+        (own.keys() - saved.keys(), "lacks"),
+        (saved.keys() - own.keys(), "has, besides LoRA of the blocks,"),
+        ({name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape}, "has other shapes of"),
+    ):
+        if names:
+            raise CheckpointError(
+                f"adapter {str(source)!r} does not fit this {type(model).__name__}: it {what} "
+                f"{', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}"
+            )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+
+
+def _find(source: str | Path, name: str, **hub: Any) -> Path:
+    path = Path(source) / name
+    if path.is_file():
+        return path
+    if Path(source).is_dir():
+        raise CheckpointError(f"folder {str(source)!r} has no {name}: give a folder that save_pretrained or PEFT wrote")
+    try:
+        found = find_file(str(source), name, **hub)
+        reason = f"it has no {name}"
+    except (OSError, ValueError) as e:
+        found, reason = None, str(e).strip().splitlines()[0]
+    if found is None:
+        raise CheckpointError(
+            f"no adapter at {str(source)!r}: neither a folder that PEFT or save_pretrained wrote, nor such a "
+            f"repository on the hub that can be reached from here ({reason})"
+        )
+    return found

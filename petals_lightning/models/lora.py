@@ -1,0 +1,273 @@
+"""LoRA: low-rank matrices that are trained beside the frozen linear modules of the blocks.
+
+Settings, initial values and the order in which they are drawn are PEFT's, so that one seed gives PEFT's start; PEFT
+itself is not needed.
+
+Shapes: r rank, K inputs and O outputs of a linear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from petals_lightning.errors import ConfigurationError
+from petals_lightning.hf.linears import add_low_rank
+from petals_lightning.hf.pruning import BlockLayout
+from petals_lightning.protocol.adapters import LoraFactors
+
+ALL_LINEAR = "all-linear"
+_HEADS = {"score", "classifier"}  # a classification head is trained here anyway
+_WITHOUT_EFFECT = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size", "layers_pattern",
+}  # fmt: skip
+"""Settings of PEFT that say what an adapter is for, or that have no meaning without others."""
+_USUAL = {"bias": "none", "init_lora_weights": True, "layers_to_transform": None}
+"""Settings of PEFT for which an empty value would be another one than the default."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which linear modules get LoRA, with the names of `peft.LoraConfig`.
+
+    Args:
+        r: the rank.
+        lora_alpha: the product of the factors is scaled by lora_alpha / r.
+        target_modules: names of linear modules, or ends of their paths; or one regular expression for whole paths; or
+            "all-linear": those of all blocks.
+        use_rslora: scale by lora_alpha / √r.
+
+    Raises:
+        ConfigurationError: a value is out of range.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: tuple[str, ...] | str = ()
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        targets = self.target_modules
+        object.__setattr__(self, "target_modules", targets if isinstance(targets, str) else tuple(sorted(targets)))
+        if type(self.r) is not int or self.r < 1:
+            raise ConfigurationError(f"LoRA: r is {self.r!r}, the rank is a whole number above 0, e.g. 8")
+        if not self.target_modules:
+            raise ConfigurationError(
+                "LoRA: target_modules is empty; name linear modules of the blocks, e.g. ['q_proj', 'v_proj'], or take "
+                f"{ALL_LINEAR!r}"
+            )
+
+    @classmethod
+    def of(cls, given: Any) -> LoraConfig:
+        """The settings in a `peft.LoraConfig`, a mapping with its names, or one of these.
+
+        Raises:
+            ConfigurationError: a setting is not supported here. The message names it.
+        """
+        if isinstance(given, cls):
+            return given
+        if dataclasses.is_dataclass(given) and not isinstance(given, type):
+            settings = {each.name: getattr(given, each.name) for each in dataclasses.fields(given)}
+        elif isinstance(given, Mapping):
+            settings = dict(given)
+        else:
+            raise ConfigurationError(f"lora is {given!r:.60}: give a peft.LoraConfig, or a mapping with its names")
+        own = {name: settings.pop(name) for name in cls.__dataclass_fields__ if name in settings}
+        if settings.get("lora_dropout"):
+            raise ConfigurationError(
+                f"LoRA: lora_dropout is {settings['lora_dropout']}, and must be 0: servers and a local run would drop "
+                "other values"
+            )
+        if (kind := getattr(settings.get("peft_type"), "value", settings.get("peft_type"))) not in (None, "LORA"):
+            raise ConfigurationError(f"LoRA: peft_type is {kind!r}, only LORA is supported")
+        for name, value in settings.items():
+            if name in _USUAL:
+                is_usual = value == _USUAL[name]
+            else:
+                is_head = name == "modules_to_save" and set(value or ()) <= _HEADS
+                is_usual = not value or name in _WITHOUT_EFFECT or is_head
+            if not is_usual:
+                raise ConfigurationError(
+                    f"LoRA: {name} is {value!r:.60}, which is not supported: set only "
+                    f"{', '.join(cls.__dataclass_fields__)}"
+                )
+        if own.get("target_modules") is None:
+            own["target_modules"] = ()
+        return cls(**own)
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def lora_settings(tuning_mode: str | None, given: Any) -> LoraConfig | None:
+    """The LoRA of a model that is loaded with this mode; None if it has none.
+
+    Raises:
+        ConfigurationError: mode and settings contradict each other, or a setting is not supported.
+    """
+    if tuning_mode == "lora" and given is None:
+        raise ConfigurationError(
+            "tuning_mode is 'lora', and no lora is given: e.g. lora=peft.LoraConfig(r=8, lora_alpha=16, "
+            "target_modules=['q_proj', 'v_proj'])"
+        )
+    if tuning_mode is None and given is not None:
+        raise ConfigurationError("lora is given, and tuning_mode is None: set tuning_mode='lora' to train it")
+    return LoraConfig.of(given) if given is not None else None
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """A linear module of a block: the block's number, its path in the block, inputs K and outputs O."""
+
+    block: int
+    path: str
+    inputs: int
+    outputs: int
+
+
+def find_targets(config: LoraConfig, layout: BlockLayout) -> list[LoraTarget]:
+    """The linear modules that get LoRA, in the model's order.
+
+    Args:
+        config: the settings.
+        layout: of the whole model.
+
+    Raises:
+        ConfigurationError: a name fits no linear module, or one outside of the blocks; or the rank is too large.
+    """
+    wanted, inside = config.target_modules, re.compile(rf"{re.escape(layout.list_path)}\.(\d+)\.(.+)")
+    is_all = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+    owner = f"{layout.owner_path}." if layout.owner_path else ""
+    found, targets, of_blocks = set(), [], dict[str, None]()
+    for path, (inputs, outputs) in layout.linears.items():
+        match = inside.fullmatch(path)
+        if match is not None:
+            of_blocks[match[2]] = None
+        if is_all:
+            fits = {ALL_LINEAR} if path.startswith(owner) else set()  # heads are outside of the blocks' owner
+        elif isinstance(wanted, str):
+            fits = {wanted} if re.fullmatch(wanted, path) else set()
+        else:
+            fits = {name for name in wanted if path == name or path.endswith(f".{name}")}
+        found |= fits
+        if not fits:
+            continue
+        if match is None:
+            raise ConfigurationError(
+                f"LoRA: {path!r} is outside of the blocks; name linear modules inside: {_shortest(of_blocks)}"
+            )
+        if config.r > min(inputs, outputs):
+            raise ConfigurationError(
+                f"LoRA: r is {config.r}, and {path!r} has {inputs} inputs and {outputs} outputs: the rank is at most "
+                f"{min(inputs, outputs)}"
+            )
+        targets.append(LoraTarget(int(match[1]), match[2], inputs, outputs))
+    missing = sorted({ALL_LINEAR if is_all else wanted} - found if isinstance(wanted, str) else set(wanted) - found)
+    if missing:
+        raise ConfigurationError(
+            f"LoRA: no linear module is called {', '.join(map(repr, missing))}; the blocks of this model have "
+            f"{_shortest(of_blocks)}"
+        )
+    return targets
+
+
+def _in_names(config: LoraConfig, targets: list[LoraTarget], layout: BlockLayout) -> list[str] | str:
+    """`target_modules` without "all-linear": last parts of paths, or whole paths if these mean other modules too."""
+    if not isinstance(config.target_modules, str):
+        return list(config.target_modules)
+    if config.target_modules.lower() != ALL_LINEAR:
+        return config.target_modules
+    whole = {f"{layout.list_path}.{target.block}.{target.path}" for target in targets}
+    names = {path.rpartition(".")[2] for path in whole}
+    is_unique = {path for path in layout.linears if path.rpartition(".")[2] in names} == whole
+    return sorted(names if is_unique else whole)
+
+
+def _shortest(paths: Mapping[str, None]) -> str:
+    """The last parts of paths, each once."""
+    return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths)) or "none"
+
+
+class LoraLinear(nn.Module):
+    """The factors of one linear: A [r, K] and B [O, r], float32, drawn as PEFT does (B is 0)."""
+
+    def __init__(self, config: LoraConfig, target: LoraTarget):
+        super().__init__()
+        # PEFT makes two linears, whose values it draws, before it draws A again.
+        a, b = nn.Linear(target.inputs, config.r, bias=False), nn.Linear(config.r, target.outputs, bias=False)
+        nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+        nn.init.zeros_(b.weight)
+        self.lora_A, self.lora_B, self.scale = a.weight, b.weight, config.scale
+
+    def adapt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
+        """A forward hook of a linear in this process."""
+        return add_low_rank(args[0] if args else kwargs["input"], output, self.lora_A, self.lora_B * self.scale)
+
+
+class Lora(nn.Module):
+    """LoRA of a model. Parameters are named by block and path: `3.self_attn.q_proj.lora_A`.
+
+    Args:
+        config: the settings.
+        layout: of the whole model.
+
+    Attributes:
+        list_path: of the blocks in the whole model.
+        target_modules: the setting in names, which mean the same to every program.
+
+    Raises:
+        ConfigurationError: see `find_targets`.
+    """
+
+    def __init__(self, config: LoraConfig, layout: BlockLayout):
+        super().__init__()
+        self.config, self.list_path = config, layout.list_path
+        targets = find_targets(config, layout)  # in the model's order, in which PEFT draws, too
+        self.target_modules = _in_names(config, targets, layout)
+        for target in targets:
+            module: nn.Module = self
+            *parents, name = [str(target.block), *target.path.split(".")]
+            for parent in parents:
+                if parent not in module._modules:
+                    module.add_module(parent, nn.Module())
+                module = module.get_submodule(parent)
+            module.add_module(name, LoraLinear(config, target))
+
+    def linears(self) -> Iterator[tuple[int, str, LoraLinear]]:
+        """Block, path in the block, and factors of each linear."""
+        for path, module in self.named_modules():
+            if isinstance(module, LoraLinear):
+                block, _, inside = path.partition(".")
+                yield int(block), inside, module
+
+    def factors(self) -> tuple[LoraFactors, ...]:
+        """The current values as servers take them, with gradients: blocks in which a linear has one shape together."""
+        groups: dict[Any, list[tuple[int, LoraLinear]]] = {}
+        for block, path, own in self.linears():
+            groups.setdefault((path, own.lora_A.shape, own.lora_B.shape), []).append((block, own))
+        return tuple(
+            LoraFactors(
+                path,
+                tuple(block for block, _ in group),
+                torch.stack([own.lora_A for _, own in group]),
+                torch.stack([own.lora_B for _, own in group]) * self.config.scale,
+            )
+            for (path, *_), group in groups.items()
+        )
+
+    def adapt(self, blocks: Any) -> None:
+        """Adds hooks to the linears of a model's blocks in this process."""
+        for block, path, own in self.linears():
+            blocks[block].get_submodule(path).register_forward_hook(own.adapt, with_kwargs=True)
+
+    def extra_repr(self) -> str:
+        return repr(self.config)
