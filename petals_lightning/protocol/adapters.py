@@ -99,10 +99,14 @@ class Adapter:
         deep = self.deep[start - self.start : end - self.start] if self.deep is not None else None
         return Adapter(start, end, deep, tuple(part for part in parts if part.blocks), self.version)
 
-    @cached_property
+    @property
     def lora_only(self) -> Adapter:
         """Its part that acts on all positions: always the same object, so that passes with it may be one batch."""
-        return replace(self, deep=None) if self.deep is not None else self
+        return self._without_deep if self.deep is not None else self  # caching itself, it would be a reference cycle
+
+    @cached_property
+    def _without_deep(self) -> Adapter:
+        return replace(self, deep=None)
 
     def copy_(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrites the tensors' values, by name."""
@@ -138,21 +142,24 @@ class Adapter:
 
     def to_message(self, key: int) -> Message:
         """The message that registers it under a key."""
-        fields = {"key": key, "start": self.start, "end": self.end, "lora": self._layout}
+        fields = {"key": key, "span": [self.start, self.end]} | ({"lora": self._layout} if self.lora else {})
         return Message(Method.ADAPTER, fields, self.tensors())
 
     @classmethod
     def from_message(cls, message: Message) -> tuple[int, Adapter]:
         """Key and adapter. Raises ProtocolError if a part is missing, or shapes contradict each other."""
         fields, tensors = message.fields, message.tensors
-        key, start, end = (typed(fields, name, int) for name in ("key", "start", "end"))
-        if not 0 <= start < end:
-            raise ProtocolError(f"blocks {start}:{end} are not a span")
+        key = typed(fields, "key", int)
+        match fields.get("span"):
+            case [int(start), int(end)] if 0 <= start < end:
+                pass
+            case other:
+                raise ProtocolError(f"the blocks of an adapter are {other!r:.60}")
         deep = checks.floating(tensors, "deep", 3)
         if deep is not None and (len(deep) != end - start or 0 in deep.shape):
             raise ProtocolError(f"deep prompts are {list(deep.shape)} for blocks {start}:{end}")
         lora = []
-        for number, entry in enumerate(typed(fields, "lora", list)):
+        for number, entry in enumerate(typed({"lora": [], **fields}, "lora", list)):
             match entry:
                 case [str(target), list(blocks)] if all(type(block) is int for block in blocks):
                     a, b = (checks.floating(tensors, f"lora.{number}.{name}", 3) for name in "ab")

@@ -19,6 +19,7 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 from petals_lightning.server.blocks.span import PrefixRun, SpanGraph, SpanInputs
 from petals_lightning.server.execution.compute import ComputeResult, Priority
+from petals_lightning.server.execution.malloc_trim import trim_heap
 from petals_lightning.server.refusal import Refusal
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.sessions.batched_decoding import DecodeStep
@@ -26,6 +27,7 @@ from petals_lightning.server.sessions.session_cache import SessionCache
 
 _MAX_ADAPTERS = 8  # that one stream may register; a client needs one or two at a time
 _SHARE = 4  # older adapters are dropped beyond this part of what a client may take
+_TRIM_BYTES = 4 << 20  # of dropped adapters, after which the heap is trimmed
 _ADAPTER_TIMEOUT = 10.0  # seconds that a handed-over request waits for its adapter, which the client itself sends
 
 Handler = Callable[[], Coroutine[Any, Any, Message]]
@@ -73,10 +75,12 @@ class RegisteredAdapters:
         most = resources.limits.max_batch_tokens
         if adapter.deep is not None and adapter.deep.shape[1] >= most:
             raise ProtocolError(f"deep prompts are {list(adapter.deep.shape)}, must be of fewer than {most} positions")
+        before, share = self._num_bytes, resources.limits.max_client_bytes // _SHARE - adapter.num_bytes
         self._forget(key)
-        share = resources.limits.max_client_bytes // _SHARE - adapter.num_bytes
         while self._adapters and (len(self._adapters) >= _MAX_ADAPTERS or self._num_bytes > share):
             self._forget(next(iter(self._adapters)))
+        if before - self._num_bytes >= _TRIM_BYTES:  # no request need follow, after which the heap would be trimmed
+            trim_heap()
         if (reason := self._reserve(adapter.num_bytes)) is not None:
             self.refuse(reason)
             return

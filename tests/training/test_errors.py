@@ -32,7 +32,9 @@ WRONG = {
         "tuning.mode=null"
     ),
     "recipe=sst2_ptune optim.lr=-1 {model}": "error: optim.lr=-1.0: must be above 0",
-    "recipe=sst2_ptune tuning.mode=bitfit {model}": "error: tuning.mode=bitfit: must be null, ptune, deep_ptune or lora",
+    "recipe=sst2_ptune tuning.mode=bitfit {model}": (
+        "error: tuning.mode=bitfit: must be null, ptune, deep_ptune or lora"
+    ),
     "recipe=sst2_ptune tuning.mode=lora {model}": "error: tuning.mode=lora: set the rank too, e.g. tuning.r=8",
     "recipe=sst2_ptune tuning.init=text {model}": "error: tuning.init=text needs a text: set tuning.init_text, e.g.",
     "recipe=dialogue_ptune tuning.mode=null": "error: tuning.mode=null: a language model has no head to train",
