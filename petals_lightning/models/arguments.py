@@ -19,7 +19,7 @@ _NOT_HERE = {
     "load_in_4bit": "blocks are on the servers; only embeddings, norm and head are held here",
     "config": "the checkpoint's own config is used; change single values by their names, e.g. num_labels=3",
     "state_dict": "weights are read from the checkpoint",
-    "adapter_kwargs": "adapters are not supported",
+    "adapter_kwargs": "an adapter is given by adapter=FOLDER or a hub id",
 }
 """Arguments of Hugging Face's `from_pretrained` that have no meaning here, and why."""
 
