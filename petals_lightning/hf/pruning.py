@@ -30,6 +30,8 @@ class BlockLayout:
         max_positions: positions in its tables, learned (GPT-2, OPT) or precomputed (GPT-J); None: unlimited.
         attributes: plain values that blocks have as attributes, which some decoders read (Nemotron-H).
         linears: inputs and outputs of each linear module of the whole model, by path, in the order of `named_modules`.
+        experts: paths of modules that hold the weights of several experts as one tensor.
+        model_type: of the config.
     """
 
     owner_path: str
@@ -37,6 +39,8 @@ class BlockLayout:
     max_positions: int | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
+    model_type: str = ""
 
     @property
     def list_path(self) -> str:
@@ -95,10 +99,20 @@ def find_blocks(model: PreTrainedModel) -> BlockLayout:
         if isinstance(value, (str, int, float)) and not name.startswith("_")
     }
     linears = {path: shape for path, each in model.named_modules() if (shape := linear_shape(each)) is not None}
-    layout = BlockLayout(owner_path, list_name, _max_positions(model), plain, linears)
+    layout = BlockLayout(
+        owner_path, list_name, _max_positions(model), plain, linears, _experts_in(model), model.config.model_type
+    )
     if (reason := _why_not_split(model, layout)) is not None:
         raise UnsupportedModelError(f"{name} cannot be split into blocks on servers: {reason}")
     return layout
+
+
+def _experts_in(model: nn.Module) -> tuple[str, ...]:
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d) and any(weight.ndim == 3 for weight in module.parameters(recurse=False))
+    )
 
 
 def _why_not_split(model: PreTrainedModel, layout: BlockLayout) -> str | None:

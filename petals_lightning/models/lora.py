@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from petals_lightning.hf.pruning import BlockLayout
 from petals_lightning.protocol.adapters import LoraFactors
 
 ALL_LINEAR = "all-linear"
+_BYPASSED = "out_proj"
+_BYPASSING = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+"""Families whose kernels read the weight of `out_proj` and skip the module. PEFT refuses LoRA there, too."""
 _HEADS = {"score", "classifier"}  # a classification head is trained here anyway
 _WITHOUT_EFFECT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -147,11 +150,13 @@ def find_targets(config: LoraConfig, layout: BlockLayout) -> list[LoraTarget]:
     wanted, inside = config.target_modules, re.compile(rf"{re.escape(layout.list_path)}\.(\d+)\.(.+)")
     is_all = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
     owner = f"{layout.owner_path}." if layout.owner_path else ""
-    found, targets, of_blocks = set(), [], dict[str, None]()
+    found, targets = set(), []
+    mixtures = tuple(f"{path.rpartition('.')[0]}." for path in layout.experts)  # the experts' router and shared experts
+    of_blocks = dict.fromkeys(
+        match[2] for path in layout.linears if (match := inside.fullmatch(path)) and not path.startswith(mixtures)
+    )
     for path, (inputs, outputs) in layout.linears.items():
         match = inside.fullmatch(path)
-        if match is not None:
-            of_blocks[match[2]] = None
         if is_all:
             fits = {ALL_LINEAR} if path.startswith(owner) else set()  # heads are outside of the blocks' owner
         elif isinstance(wanted, str):
@@ -165,10 +170,16 @@ def find_targets(config: LoraConfig, layout: BlockLayout) -> list[LoraTarget]:
             raise ConfigurationError(
                 f"LoRA: {path!r} is outside of the blocks; name linear modules inside: {_shortest(of_blocks)}"
             )
-        if config.r > min(inputs, outputs):
+        if path.startswith(mixtures) or (is_all and mixtures):
+            what = ALL_LINEAR if is_all else path
             raise ConfigurationError(
-                f"LoRA: r is {config.r}, and {path!r} has {inputs} inputs and {outputs} outputs: the rank is at most "
-                f"{min(inputs, outputs)}"
+                f"LoRA: {what!r} includes experts, or what is beside them; their weights are one tensor, of which LoRA "
+                f"is not supported. Name others: {_shortest(of_blocks)}"
+            )
+        if layout.model_type in _BYPASSING and path.endswith(f".{_BYPASSED}"):
+            raise ConfigurationError(
+                f"LoRA: {path!r} of {layout.model_type} cannot have it, because kernels read its weight and skip the "
+                f"module; name others: {_shortest([other for other in of_blocks if not other.endswith(_BYPASSED)])}"
             )
         targets.append(LoraTarget(int(match[1]), match[2], inputs, outputs))
     missing = sorted({ALL_LINEAR if is_all else wanted} - found if isinstance(wanted, str) else set(wanted) - found)
@@ -176,6 +187,12 @@ def find_targets(config: LoraConfig, layout: BlockLayout) -> list[LoraTarget]:
         raise ConfigurationError(
             f"LoRA: no linear module is called {', '.join(map(repr, missing))}; the blocks of this model have "
             f"{_shortest(of_blocks)}"
+        )
+    largest = max(min(target.inputs, target.outputs) for target in targets)
+    if config.r > largest:  # smaller ones, such as a gate with one output, get as much as PEFT gives them
+        raise ConfigurationError(
+            f"LoRA: r is {config.r}, and the largest of the chosen linear modules has {largest} inputs or outputs: the "
+            f"rank is at most {largest}"
         )
     return targets
 
@@ -192,7 +209,7 @@ def _in_names(config: LoraConfig, targets: list[LoraTarget], layout: BlockLayout
     return sorted(names if is_unique else whole)
 
 
-def _shortest(paths: Mapping[str, None]) -> str:
+def _shortest(paths: Iterable[str]) -> str:
     """The last parts of paths, each once."""
     return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths)) or "none"
 

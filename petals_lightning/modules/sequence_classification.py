@@ -74,14 +74,14 @@ class SequenceClassificationModule(TuningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         output = self(**batch)
-        self.val_scores.update(output.logits, batch["labels"])
+        self.val_scores(output.logits, batch["labels"])
         # Weighted by the samples of each batch, so that a short last batch does not count as much as a full one.
         self.log("val/loss", output.loss, prog_bar=True, batch_size=len(batch["labels"]))
         self.log_dict(self.val_scores, prog_bar=True, batch_size=len(batch["labels"]))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         output = self(**batch)
-        self.test_scores.update(output.logits, batch["labels"])
+        self.test_scores(output.logits, batch["labels"])
         self.log("test/loss", output.loss, batch_size=len(batch["labels"]))
         self.log_dict(self.test_scores, batch_size=len(batch["labels"]))
         self._test_labels.append(batch["labels"].cpu())

@@ -183,8 +183,8 @@ def _checked(
     rank = a.shape[1]
     if not len(a) == len(b) == len(blocks) or b.shape[2] != rank:
         raise ProtocolError(f"{name}: factors {list(a.shape)} and {list(b.shape)} do not fit {len(blocks)} blocks")
-    if not 1 <= rank <= min(a.shape[2], b.shape[1]):
-        raise ProtocolError(f"{name} has rank {rank}, must be 1 to {min(a.shape[2], b.shape[1])}")
+    if not 1 <= rank <= max(a.shape[2], b.shape[1]):  # PEFT gives a gate with one output the rank of all others
+        raise ProtocolError(f"{name} has rank {rank}, must be 1 to {max(a.shape[2], b.shape[1])}")
     return LoraFactors(target, tuple(blocks), a, b)
 
 

@@ -31,6 +31,22 @@ DISTRIBUTED: dict[str, Any] = {
     "causal": AutoDistributedModelForCausalLM,
 }
 ALL_LINEAR = LoraConfig(r=2, lora_alpha=8, target_modules="all-linear")
+ALL_IS_TOO_MUCH = {  # experts whose weights are one tensor; kernels that skip a linear's module
+    "mixtral": ["q_proj", "v_proj"],
+    "qwen3_moe": ["q_proj", "o_proj"],
+    "qwen3_next": ["q_proj", "in_proj_qkvz"],
+    "granitemoehybrid": ["q_proj", "in_proj"],
+    "jamba": ["q_proj", "in_proj"],
+    "falcon_h1": ["q_proj", "in_proj", "gate_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "mamba2": ["in_proj"],
+}
+
+BOUNDS = {"qwen3_5": 1e-4}  # of gradients; in one process those of float32 are 7e-5 off those of float64
+pytestmark = [  # what PEFT says of models that it is made for
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
 
 
 def by_peft(checkpoint: Path | str, config: LoraConfig, auto: Any = AutoModelForCausalLM, **options: Any) -> PeftModel:
@@ -99,9 +115,14 @@ def causal_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
 @pytest.mark.parametrize("family", [*TINY_CONFIGS, *RECURRENT_CONFIGS])
 def test_every_family_equals_peft(family, tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint(family), right_padded_batch()
+    config = ALL_LINEAR
+    if family in ALL_IS_TOO_MUCH:
+        with pytest.raises(ConfigurationError, match=r"LoRA: .* (experts|kernels).*q_proj|in_proj"):
+            LocalModelForCausalLM.from_pretrained(str(checkpoint), tuning_mode="lora", lora=ALL_LINEAR)
+        config = LoraConfig(r=2, lora_alpha=8, target_modules=ALL_IS_TOO_MUCH[family])
     swarm, real = start_swarm(checkpoint, UNEVEN), batch["attention_mask"].bool()
-    remote, local = remote_and_local("causal", checkpoint, swarm, ALL_LINEAR)
-    peft = by_peft(checkpoint, ALL_LINEAR).eval()
+    remote, local = remote_and_local("causal", checkpoint, swarm, config)
+    peft = by_peft(checkpoint, config).eval()
     loss, logits = causal_loss(peft, batch)
     loss.backward()
     expected = factors_of_peft(peft)
@@ -110,10 +131,11 @@ def test_every_family_equals_peft(family, tiny_checkpoint, start_swarm):
         own_loss.backward()
         assert relative_error(own_logits[real], logits[real]) < 1e-5
         assert own_loss.item() == pytest.approx(loss.item(), rel=1e-5)
-        assert_factors_have_the_gradients(model, expected)
+        assert_factors_have_the_gradients(model, expected, BOUNDS.get(family, 1e-5))
     if family not in CAUSAL_ONLY:
-        remote, _ = remote_and_local("classifier", checkpoint, swarm, ALL_LINEAR, num_labels=3)
-        config = LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS")
+        remote, _ = remote_and_local("classifier", checkpoint, swarm, config, num_labels=3)
+        config = copy.deepcopy(config)
+        config.task_type = "SEQ_CLS"
         peft = by_peft(checkpoint, config, AutoModelForSequenceClassification, num_labels=3).eval()
         head: Any = peft.get_submodule("base_model.model.score.modules_to_save.default")
         head.load_state_dict(remote.score.state_dict())
@@ -123,7 +145,7 @@ def test_every_family_equals_peft(family, tiny_checkpoint, start_swarm):
         assert relative_error(outputs[0].logits, outputs[1].logits) < 1e-5
         assert outputs[0].loss.item() == pytest.approx(outputs[1].loss.item(), rel=1e-5)
         assert relative_error(remote.score.weight.grad, head.weight.grad) < 1e-5
-        assert_factors_have_the_gradients(remote, factors_of_peft(peft))
+        assert_factors_have_the_gradients(remote, factors_of_peft(peft), BOUNDS.get(family, 1e-5))
 
 
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])

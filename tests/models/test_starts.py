@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, save_prompts
 from petals_lightning.models.local import LocalModelForCausalLM
-from petals_lightning.models.prompts import TUNING_MODES, TuningMode
+from petals_lightning.models.prompts import PROMPT_MODES, TuningMode
 from petals_lightning.models.starts import PromptStart
 from petals_lightning.modules import SequenceClassificationModule
 from tests.helpers.families import RECURRENT_CONFIGS, TINY_CONFIGS, VOCAB
@@ -58,7 +58,7 @@ def logits_after_the_text(checkpoint: Path) -> torch.Tensor:
 def test_a_text_start_is_the_text_in_front(family, tiny_checkpoint):
     checkpoint = tiny_checkpoint(family)
     expected = logits_after_the_text(checkpoint)
-    for mode in TUNING_MODES:
+    for mode in PROMPT_MODES:
         model = load(checkpoint, mode)
         start = PromptStart("text", tuple(TOKENS))  # not from a tokenizer, as families insist on classes of their own
         prompts_of(model).reset_parameters(start.values(model.get_input_embeddings(), P))
