@@ -49,6 +49,11 @@ pytestmark = [  # what PEFT says of models that it is made for
 ]
 
 
+def widest(family: str) -> LoraConfig:
+    """LoRA of as many linears as the family allows."""
+    return LoraConfig(r=2, lora_alpha=8, target_modules=ALL_IS_TOO_MUCH.get(family, "all-linear"))
+
+
 def by_peft(checkpoint: Path | str, config: LoraConfig, auto: Any = AutoModelForCausalLM, **options: Any) -> PeftModel:
     """PEFT's model on the local one, with B moved off zero; without the head, which is compared by itself."""
     model = auto.from_pretrained(str(checkpoint), **options)
@@ -115,11 +120,10 @@ def causal_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
 @pytest.mark.parametrize("family", [*TINY_CONFIGS, *RECURRENT_CONFIGS])
 def test_every_family_equals_peft(family, tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint(family), right_padded_batch()
-    config = ALL_LINEAR
+    config = widest(family)
     if family in ALL_IS_TOO_MUCH:
         with pytest.raises(ConfigurationError, match=r"LoRA: .* (experts|kernels).*q_proj|in_proj"):
             LocalModelForCausalLM.from_pretrained(str(checkpoint), tuning_mode="lora", lora=ALL_LINEAR)
-        config = LoraConfig(r=2, lora_alpha=8, target_modules=ALL_IS_TOO_MUCH[family])
     swarm, real = start_swarm(checkpoint, UNEVEN), batch["attention_mask"].bool()
     remote, local = remote_and_local("causal", checkpoint, swarm, config)
     peft = by_peft(checkpoint, config).eval()
@@ -154,7 +158,7 @@ def test_lora_beside_prompts_equals_the_local_model(family, mode, tiny_checkpoin
     """The prefix runs once and the samples run without it; gradients of LoRA come from both passes."""
     checkpoint = tiny_checkpoint(family)
     swarm = start_swarm(checkpoint, UNEVEN)
-    pair = remote_and_local("classifier", checkpoint, swarm, ALL_LINEAR, mode, num_labels=3)
+    pair = remote_and_local("classifier", checkpoint, swarm, widest(family), mode, num_labels=3)
     outputs = [model(**right_padded_batch()) for model in pair]
     for output in outputs:
         output.loss.backward()
