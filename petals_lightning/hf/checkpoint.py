@@ -251,6 +251,36 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
 
 
+def find_saved(source: str | Path, name: str, *, what: str, writers: str, **hub: Any) -> Path:
+    """A file of a folder, or of a hub repository, that somebody has saved.
+
+    Args:
+        source: folder or hub id.
+        name: of the file.
+        what, writers: of the error: what is sought, and the functions that write it.
+        hub: as in transformers.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    path = Path(source) / name
+    if path.is_file():
+        return path
+    if Path(source).is_dir():
+        raise CheckpointError(f"folder {str(source)!r} has no {name}: give a folder written by {writers}")
+    try:
+        found = find_file(str(source), name, **hub)
+        reason = f"it has no {name}"
+    except (OSError, ValueError) as e:
+        found, reason = None, str(e).strip().splitlines()[0]
+    if found is None:
+        raise CheckpointError(
+            f"no {what} at {str(source)!r}: neither a folder written by {writers} nor such a repository on the hub "
+            f"that can be reached from here ({reason})"
+        )
+    return found
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Context for a family's own code: turns its errors into refusals.

@@ -33,6 +33,7 @@ from petals_lightning.errors import UnsupportedModelError
 
 __all__ = ["Conv1D", "GenericForSequenceClassification", "GradientCheckpointingLayer"]
 
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
@@ -223,3 +224,11 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bar:
             hf_logging.enable_progress_bar()
+
+
+def is_bypassed(model_type: str, path: str) -> bool:
+    """Whether a family's kernels read the weight of a linear and skip the module, so that its hooks do not run.
+
+    Mamba's fused kernels do so with `out_proj` (as of 5.24). PEFT refuses LoRA there, too.
+    """
+    return model_type in _MAMBAS and path.rpartition(".")[2] == "out_proj"

@@ -17,6 +17,7 @@ from torch import nn
 
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.hf import Checkpoint
+from petals_lightning.hf.checkpoint import find_saved
 from petals_lightning.hf.compat import find_file
 from petals_lightning.models.lora import Lora, LoraConfig
 from petals_lightning.models.trainable import head_parameters, lora_of
@@ -135,19 +136,4 @@ def load_adapter(model: nn.Module, source: str | Path, **hub: Any) -> None:
 
 
 def _find(source: str | Path, name: str, **hub: Any) -> Path:
-    path = Path(source) / name
-    if path.is_file():
-        return path
-    if Path(source).is_dir():
-        raise CheckpointError(f"folder {str(source)!r} has no {name}: give a folder that save_pretrained or PEFT wrote")
-    try:
-        found = find_file(str(source), name, **hub)
-        reason = f"it has no {name}"
-    except (OSError, ValueError) as e:
-        found, reason = None, str(e).strip().splitlines()[0]
-    if found is None:
-        raise CheckpointError(
-            f"no adapter at {str(source)!r}: neither a folder that PEFT or save_pretrained wrote, nor such a "
-            f"repository on the hub that can be reached from here ({reason})"
-        )
-    return found
+    return find_saved(source, name, what="adapter", writers="save_pretrained or PEFT", **hub)

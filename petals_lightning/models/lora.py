@@ -19,14 +19,12 @@ import torch
 from torch import nn
 
 from petals_lightning.errors import ConfigurationError
+from petals_lightning.hf.compat import is_bypassed
 from petals_lightning.hf.linears import add_low_rank
 from petals_lightning.hf.pruning import BlockLayout
 from petals_lightning.protocol.adapters import LoraFactors
 
 ALL_LINEAR = "all-linear"
-_BYPASSED = "out_proj"
-_BYPASSING = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-"""Families whose kernels read the weight of `out_proj` and skip the module. PEFT refuses LoRA there, too."""
 _HEADS = {"score", "classifier"}  # a classification head is trained here anyway
 _WITHOUT_EFFECT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -176,10 +174,11 @@ def find_targets(config: LoraConfig, layout: BlockLayout) -> list[LoraTarget]:
                 f"LoRA: {what!r} includes experts, or what is beside them; their weights are one tensor, of which LoRA "
                 f"is not supported. Name others: {_shortest(of_blocks)}"
             )
-        if layout.model_type in _BYPASSING and path.endswith(f".{_BYPASSED}"):
+        if is_bypassed(layout.model_type, path):
+            others = _shortest(other for other in of_blocks if not is_bypassed(layout.model_type, other))
             raise ConfigurationError(
                 f"LoRA: {path!r} of {layout.model_type} cannot have it, because kernels read its weight and skip the "
-                f"module; name others: {_shortest([other for other in of_blocks if not other.endswith(_BYPASSED)])}"
+                f"module; name others: {others}"
             )
         targets.append(LoraTarget(int(match[1]), match[2], inputs, outputs))
     missing = sorted({ALL_LINEAR if is_all else wanted} - found if isinstance(wanted, str) else set(wanted) - found)

@@ -24,6 +24,7 @@ from torch import nn
 from petals_lightning import __version__
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.hf import Checkpoint
+from petals_lightning.hf.checkpoint import find_saved
 from petals_lightning.hf.compat import find_file
 from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
 from petals_lightning.models.trainable import prompts_of, trainable_state_dict
@@ -287,22 +288,7 @@ def _checkpoint(model: nn.Module) -> Checkpoint:
 
 
 def _find(source: str | Path, name: str, token: str | bool | None) -> Path:
-    path = Path(source) / name
-    if path.is_file():
-        return path
-    if Path(source).is_dir():
-        raise CheckpointError(f"folder {str(source)!r} has no {name}: give a folder written by save_prompts")
-    try:
-        found = find_file(str(source), name, token=token)
-        reason = f"it has no {name}"
-    except (OSError, ValueError) as e:
-        found, reason = None, str(e).strip().splitlines()[0]
-    if found is None:
-        raise CheckpointError(
-            f"no prompts at {str(source)!r}: neither a folder written by save_prompts nor such a repository on the hub "
-            f"that can be reached from here ({reason})"
-        )
-    return found
+    return find_saved(source, name, what="prompts", writers="save_prompts", token=token)
 
 
 def _readme(card: PromptCard, checkpoint: Checkpoint) -> str:

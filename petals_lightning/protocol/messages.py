@@ -13,8 +13,8 @@ the call is running or done. So a client can tell a long queue from a server tha
 
 `forward` with `keep` keeps its autograd graph on the server under the call's number; `backward` names that number and
 sends only gradients. `step` runs new positions of a session, whose keys and values the server keeps under a number
-until `end_session`. `adapter` registers deep prompts and LoRA factors for later requests. Graphs,
-registered adapters and sessions belong to their stream, and are freed when it ends.
+until `end_session`. `adapter` registers deep prompts and LoRA factors for later requests. Graphs, registered adapters
+and sessions belong to their stream, and are freed when it ends.
 
 Servers open such streams to each other for `handover` (see the module of that name), which is answered as soon as the
 request is accepted.

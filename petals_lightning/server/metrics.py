@@ -57,7 +57,7 @@ class ServerMetrics(Collector):
             "open_requests": ("Requests that are not answered yet.", resources.open_requests),
             "clients": ("Clients with anything open.", len(resources.quotas.clients)),
             "streams": ("Streams of clients.", resources.quotas.streams),
-            "request_bytes": ("Memory of requests and registered prompts.", resources.quotas.num_bytes),
+            "request_bytes": ("Memory of requests and registered adapters.", resources.quotas.num_bytes),
             "request_bytes_limit": ("The most that it may be.", resources.limits.max_total_bytes),
             "graph_bytes": ("Memory of kept autograd graphs.", resources.graphs.num_bytes),
             "graph_bytes_limit": ("The most that it may be.", resources.graphs.max_bytes),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from petals_lightning.models import prompts_of, trainable_state_dict
@@ -48,3 +51,16 @@ def assert_same_gradients(remote: torch.nn.Module, local: torch.nn.Module, toler
     for name, grad in expected.items():
         assert grad.norm() > 1e-6, f"the test is blind: no gradient reaches {name}"
         assert relative_error(got[name], grad) < tolerance, name
+
+
+def loss_trace(model: Any, loss_of: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]) -> list[float]:
+    """The losses of twenty steps of AdamW, on two batches by turns."""
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    trace = []
+    for step in range(20):
+        loss = loss_of(model, right_padded_batch(step % 2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        trace.append(loss.item())
+    return trace

@@ -18,7 +18,7 @@ from petals_lightning.models import (
 )
 from petals_lightning.models.local import LocalModel, LocalModelForCausalLM, LocalModelForSequenceClassification
 from tests.helpers.families import CAUSAL_ONLY, HIDDEN, NUM_BLOCKS, RECURRENT_CONFIGS, TINY_CONFIGS
-from tests.helpers.parity import UNEVEN, P, assert_same_gradients, pair, right_padded_batch
+from tests.helpers.parity import UNEVEN, P, assert_same_gradients, loss_trace, pair, right_padded_batch
 from tools.testing.swarms import PREFIX
 from tools.testing.tensors import relative_error
 
@@ -64,16 +64,7 @@ def test_twenty_training_steps_give_the_local_losses(mode, tiny_checkpoint, star
     classes = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
     losses = []
     for model in pair(*classes, checkpoint, swarm, mode, num_labels=3):
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=1e-2)
-        trace = []
-        for step in range(20):
-            loss = model(**right_padded_batch(step % 2)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            trace.append(loss.item())
-        losses.append(trace)
+        losses.append(loss_trace(model, lambda model, batch: model(**batch).loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < 0.98 * losses[0][1], "the test is blind: nothing was learnt"
 

@@ -51,7 +51,7 @@ class ServerLimits:
     max_sessions_per_client: int = option(256, "Inference sessions of one client.", FROM_0)
     max_client_bytes: int = option(
         2 * GIB,
-        "Bytes of one client's requests and answers under way and of its registered prompts, all its streams together.",
+        "Bytes of one client's requests and answers under way and of its adapters, all its streams together.",
         ABOVE_0,
     )
     max_total_bytes: int = option(8 * GIB, "The same of all clients together.", ABOVE_0)

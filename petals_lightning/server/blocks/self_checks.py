@@ -27,14 +27,12 @@ def telling_blocks(span: BlockSpan) -> tuple[int, int]:
     """
     lists = per_block_lists(span.model.config)
     kinds = [_kind(block, [values[index] for values in lists.values()]) for index, block in enumerate(span.blocks)]
-    windows = [
-        (start, end)
-        for start in range(len(kinds))
-        for end in range(start + 1, len(kinds) + 1)
-        if set(kinds[start:end]) == set(kinds)
-    ]
-    start, end = min(windows, key=lambda window: window[1] - window[0])
-    return span.start + start, span.start + end
+    wanted = len(set(kinds))
+    for length in range(wanted, len(kinds) + 1):
+        for start in range(len(kinds) - length + 1):
+            if len(set(kinds[start : start + length])) == wanted:
+                return span.start + start, span.start + start + length
+    raise AssertionError("the whole span has all its kinds")
 
 
 def _kind(block: nn.Module, settings: list[Any]) -> str:
