@@ -341,6 +341,9 @@ class ServerPool:
             logger.info("server …%s is back", peer[-6:])
         except PeerFailure as e:
             self.report_failure(e)
+        except Exception as e:  # whatever it was, the other servers must still be tried
+            logger.exception("server …%s could not be tried", peer[-6:])
+            self.report_failure(PeerFailure(peer, f"could not be tried ({type(e).__name__})"))
 
     async def _refresh_if_possible(self) -> None:
         try:

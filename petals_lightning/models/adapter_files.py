@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from transformers import PreTrainedModel
 
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.hf import Checkpoint
@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Writes a model's LoRA, and its head if it has one, into `folder`, which is created if missing.
 
     Args:
@@ -106,7 +106,7 @@ def _read(source: str | Path, **hub: Any) -> dict[str, Any]:
     return said
 
 
-def load_adapter(model: nn.Module, source: str | Path, **hub: Any) -> None:
+def load_adapter(model: PreTrainedModel, source: str | Path, **hub: Any) -> None:
     """Loads the factors of a folder or a hub repository, and its head, into a model with the same settings.
 
     Raises:

@@ -99,7 +99,7 @@ def parameters_to_draw(model: PreTrainedModel, checkpoint: Checkpoint, fresh: fr
     Args:
         fresh: parameters that the checkpoint lacks, see `LoadedPart`.
     """
-    head = {f"{path}.{name}" for path, module in _heads(model) for name, _ in module.named_parameters()}
+    head = head_parameters(model).keys()
     if not any(name in checkpoint.shard_of for name in head):
         return fresh
     saved, expected = _class_names(checkpoint.config), _class_names(model.config)
@@ -133,14 +133,9 @@ def lora_of(model: nn.Module) -> Any:
     return next((module for module in model.modules() if isinstance(module, Lora)), None)
 
 
-def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a trained classification head by their names in the model; empty without one."""
-    inside = [f"{path}." for path, each in model.named_modules() if isinstance(each, (Prompts, Lora))]
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not name.startswith(tuple(inside))
-    }
+def head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters of the classification head by their names in the model; empty without one."""
+    return {f"{path}.{name}": weight for path, head in _heads(model) for name, weight in head.named_parameters()}
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -153,7 +148,7 @@ def parameters_by_kind(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
 
     Kinds without parameters are left out.
     """
-    in_head = {id(parameter) for _, head in _heads(model) for parameter in head.parameters()}
+    in_head = {id(parameter) for parameter in head_parameters(model).values()}
     prompts = prompts_of(model)
     kinds: dict[str, list[nn.Parameter]] = {"input": [], "deep": [], "head": []}
     for parameter in model.parameters():

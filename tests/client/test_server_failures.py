@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 import time
@@ -178,3 +179,38 @@ def test_failures_of_long_ago_do_not_count(tiny_checkpoint, start_swarm):
 
     assert servers.node.run(ban_again(ended_ago=10.0)) > 100
     assert servers.node.run(ban_again(ended_ago=600.0)) < 2
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "breaks"])
+def test_a_banned_server_is_back_whatever_happens_when_others_are_tried(
+    trouble, tiny_checkpoint, start_swarm, monkeypatch
+):
+    swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4), (0, 4), (0, 4)])
+    model = swarm.load(AutoDistributedModelForSequenceClassification, client_config=ClientConfig(ban_period=0.2))
+    servers = remote_blocks(model)._swarm.servers
+    *bad, good = sorted(servers.spans)  # in this order the good one would be the last
+    honest, end = servers._open, asyncio.Event()
+    tried: set[str] = set()
+
+    async def open_in_trouble(peer: str) -> Any:
+        if peer == good:
+            while tried != set(bad):  # only then it can be told whether they keep it waiting
+                await asyncio.sleep(0.05)
+            return await honest(peer)
+        tried.add(peer)
+        if trouble == "breaks":
+            servers._opening.pop(peer)
+            raise ValueError("what nobody expects")
+        return await end.wait()
+
+    async def ban_all() -> None:
+        for peer in servers.spans:
+            servers.report_failure(PeerFailure(peer, "broken on purpose"))
+
+    monkeypatch.setattr(servers, "_open", open_in_trouble)
+    servers.node.run(ban_all())
+    deadline = time.monotonic() + 30
+    while good not in servers.usable():
+        assert time.monotonic() < deadline, "it is not tried while others are in trouble"
+        time.sleep(0.05)
+    assert tried == set(bad)
