@@ -29,8 +29,8 @@ class VerbalizedClassificationModule(SequenceClassificationModule):
     """Classifies a text by the language model's logits of one word for each class, at the text's last token.
 
     The texts of the data end where the answer follows: `TextClassificationDataModule(…, template="{text} It was")`.
-    Only the hidden state of the last token is fetched from servers. No head has to be learned, which helps with few
-    labelled texts. Logs the same as `SequenceClassificationModule`.
+    Only the hidden state of the last token is fetched from servers. No head has to be learned. Logs
+    the same as `SequenceClassificationModule`.
 
     Args:
         model_name: hub id or folder of a causal language model.
