@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from typing import Any
@@ -57,6 +58,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"only on our servers: {mark.args[0]}"))
         if _is_variant(item):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Loading a model collects garbage, which takes 0.4 s if it looks at everything that libraries have created."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # hypothesis, which may be imported now, looks for referrers
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:
