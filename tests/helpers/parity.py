@@ -55,7 +55,7 @@ def assert_same_gradients(remote: torch.nn.Module, local: torch.nn.Module, toler
 
 def loss_trace(model: Any, loss_of: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]) -> list[float]:
     """The losses of twenty steps of AdamW, on two batches by turns."""
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=5e-3)
     trace = []
     for step in range(20):
         loss = loss_of(model, right_padded_batch(step % 2))
