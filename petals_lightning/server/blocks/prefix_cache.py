@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from petals_lightning.hf.compat import CacheLayer
+from petals_lightning.protocol.adapters import PastKeyValues
 from petals_lightning.server.blocks.kv_cache import SpanCache
 
 
@@ -34,6 +36,14 @@ class PrefixLayer(CacheLayer):
 
     def get_seq_length(self) -> int:
         return self.keys.shape[-2] if self.keys is not None else 0
+
+
+def unbound(
+    past: Iterable[PastKeyValues], dtype: torch.dtype
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Blocks with their keys [h, P, D] and values [h, P, E]."""
+    for each in past:  # unbound, not indexed: the gradient of an index is as large as the whole tensor, for each block
+        yield from zip(each.blocks, each.keys.to(dtype).unbind(), each.values.to(dtype).unbind(), strict=True)
 
 
 class KeysTaken(Exception):
@@ -67,8 +77,31 @@ class TakingLayer(PrefixLayer):
 class PrefixCache(SpanCache):
     """One PrefixLayer per hosted block; a pass runs blocks from `first` on."""
 
+    attention_layers: list[PrefixLayer]
+
     def __init__(self, num_blocks: int, first: int):
         super().__init__([PrefixLayer() for _ in range(num_blocks)], first)
+
+    def fill(self, past: Sequence[PastKeyValues], dtype: torch.dtype, first_hosted: int) -> PrefixCache:
+        """Puts keys and values that were given in place of a prefix's; returns itself.
+
+        Args:
+            first_hosted: number of the first hosted block in the full model.
+        """
+        for block, keys, values in unbound(past, dtype):
+            self.attention_layers[block - first_hosted].lazy_initialization(keys[None], values[None])
+        return self
+
+    def past(self, first_hosted: int) -> tuple[PastKeyValues, ...]:
+        """Keys and values of the blocks that have run."""
+        held = enumerate(self.attention_layers, first_hosted)
+        return PastKeyValues.grouped(
+            {
+                block: (layer.keys[0], layer.values[0])
+                for block, layer in held
+                if layer.keys is not None and layer.values is not None
+            }
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         """Keys and values of the blocks that have run."""
