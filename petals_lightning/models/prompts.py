@@ -13,7 +13,7 @@ from torch import nn
 
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.hf.past_shapes import PastShape
-from petals_lightning.protocol.adapters import PastKeyValues
+from petals_lightning.protocol.adapters import PastKeyValues, by_block
 
 TuningMode = Literal["ptune", "deep_ptune", "prefix", "lora"]
 TUNING_MODES: tuple[TuningMode, ...] = get_args(TuningMode)
@@ -89,12 +89,7 @@ class Prompts(nn.Module):
 
     def past_by_block(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The prefix's keys [h, P, D] and values [h, P, E] in each block, in order."""
-        of_block = {
-            block: pair
-            for part in self.past_parts()
-            for block, *pair in zip(part.blocks, part.keys.unbind(), part.values.unbind(), strict=True)
-        }
-        return [(keys, values) for _, (keys, values) in sorted(of_block.items())]
+        return by_block(self.past_parts())
 
     @torch.no_grad()
     def set_past(self, of_block: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

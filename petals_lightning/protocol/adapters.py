@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import pairwise
@@ -243,6 +243,19 @@ def _checked(
     if not 1 <= rank <= max(a.shape[2], b.shape[1]):  # PEFT gives a gate with one output the rank of all others
         raise ProtocolError(f"{name} has rank {rank}, must be 1 to {max(a.shape[2], b.shape[1])}")
     return LoraFactors(target, tuple(blocks), a, b)
+
+
+def by_block(past: Iterable[PastKeyValues]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys [h, P, D] and values [h, P, E] of each block, in order.
+
+    They are unbound, not indexed: the gradient of an index is as large as the whole tensor, for each block.
+    """
+    of_block = {
+        block: pair
+        for each in past
+        for block, pair in zip(each.blocks, zip(each.keys.unbind(), each.values.unbind(), strict=True), strict=True)
+    }
+    return [pair for _, pair in sorted(of_block.items(), key=operator.itemgetter(0))]
 
 
 def _checked_past(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from petals_lightning.hf.compat import CacheLayer
-from petals_lightning.protocol.adapters import PastKeyValues
+from petals_lightning.protocol.adapters import PastKeyValues, by_block
 from petals_lightning.server.blocks.kv_cache import SpanCache
 
 
@@ -38,12 +38,9 @@ class PrefixLayer(CacheLayer):
         return self.keys.shape[-2] if self.keys is not None else 0
 
 
-def unbound(
-    past: Iterable[PastKeyValues], dtype: torch.dtype
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Blocks with their keys [h, P, D] and values [h, P, E]."""
-    for each in past:  # unbound, not indexed: the gradient of an index is as large as the whole tensor, for each block
-        yield from zip(each.blocks, each.keys.to(dtype).unbind(), each.values.to(dtype).unbind(), strict=True)
+def shapes_of(past: Sequence[PastKeyValues]) -> list[tuple[int, int, int]]:
+    """Heads, size of a key and size of a value of each block, in order."""
+    return [(keys.shape[0], keys.shape[2], values.shape[2]) for keys, values in by_block(past)]
 
 
 class KeysTaken(Exception):
@@ -82,14 +79,10 @@ class PrefixCache(SpanCache):
     def __init__(self, num_blocks: int, first: int):
         super().__init__([PrefixLayer() for _ in range(num_blocks)], first)
 
-    def fill(self, past: Sequence[PastKeyValues], dtype: torch.dtype, first_hosted: int) -> PrefixCache:
-        """Puts keys and values that were given in place of a prefix's; returns itself.
-
-        Args:
-            first_hosted: number of the first hosted block in the full model.
-        """
-        for block, keys, values in unbound(past, dtype):
-            self.attention_layers[block - first_hosted].lazy_initialization(keys[None], values[None])
+    def fill(self, past: Sequence[PastKeyValues], dtype: torch.dtype) -> PrefixCache:
+        """Puts keys and values that were given in place of a prefix's, from block `first` on; returns itself."""
+        for layer, pair in zip(self.attention_layers[self.first :], by_block(past), strict=False):
+            layer.lazy_initialization(*(tensor[None].to(dtype) for tensor in pair))
         return self
 
     def past(self, first_hosted: int) -> tuple[PastKeyValues, ...]:

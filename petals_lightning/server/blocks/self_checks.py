@@ -13,7 +13,7 @@ from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.checkpoint import refusing
 from petals_lightning.hf.pruning import per_block_lists
 from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
-from petals_lightning.server.blocks.prefix_cache import unbound
+from petals_lightning.server.blocks.prefix_cache import shapes_of
 from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
 _TOKENS, _SAME = 8, 5  # tokens of a sample; tokens that are the same in both samples
@@ -153,8 +153,7 @@ def measure_past_shapes(span: BlockSpan) -> dict[int, tuple[int, int, int]]:
     """
     hidden = torch.zeros(1, span.hidden_size, device=span.device, dtype=span.dtype)
     cache = span.run_prefix(SpanInputs(span.start, span.end, hidden[None], hidden), {}).cache
-    held = unbound(cache.past(span.start), span.dtype)
-    return {block: (keys.shape[0], keys.shape[2], values.shape[2]) for block, keys, values in held}
+    return dict(zip(range(span.start, span.end), shapes_of(cache.past(span.start)), strict=True))
 
 
 @torch.no_grad()

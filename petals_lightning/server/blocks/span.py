@@ -27,7 +27,7 @@ from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
 from petals_lightning.server.blocks.cpu_decoding import threads_for
 from petals_lightning.server.blocks.kv_cache import SpanCache
-from petals_lightning.server.blocks.prefix_cache import KeysTaken, PrefixCache, unbound
+from petals_lightning.server.blocks.prefix_cache import KeysTaken, PrefixCache, shapes_of
 from petals_lightning.server.blocks.transfers import Transfers
 
 
@@ -171,7 +171,7 @@ class BlockSpan:
         """A cache with the adapter's keys and values."""
         adapter, cache = self._placed(inputs.adapter), PrefixCache(len(self.blocks), inputs.start - self.start)
         assert adapter is not None
-        return cache.fill(adapter.past, self.dtype, self.start)
+        return cache.fill(adapter.past, self.dtype)
 
     def prefix_past(self, inputs: SpanInputs) -> dict[str, torch.Tensor]:
         """Keys and values of the prefix of `inputs` in its blocks, named as an adapter's.
@@ -240,16 +240,11 @@ class BlockSpan:
             )
         if adapter.past:
             self._check_takes_past()
-            own = {block: shapes for block, shapes in self.past_shapes.items() if adapter.start <= block < adapter.end}
-            given = {
-                block: (keys.shape[0], keys.shape[2], values.shape[2])
-                for block, keys, values in unbound(adapter.past, torch.float32)
-            }
-            if given != own:
-                block = next(block for block in own if given[block] != own[block])
-                raise ProtocolError(
-                    f"keys and values of block {block} have heads and sizes {given[block]}, here they are {own[block]}"
-                )
+            for block, shape in zip(range(adapter.start, adapter.end), shapes_of(adapter.past), strict=True):
+                if shape != (own := self.past_shapes[block]):
+                    raise ProtocolError(
+                        f"keys and values of block {block} have heads and sizes {shape}, here they are {own}"
+                    )
         for factors in adapter.lora:
             for block in factors.blocks:
                 linears = self._runner.linears(block)

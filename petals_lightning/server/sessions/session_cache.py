@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.adapters import Adapter
+from petals_lightning.protocol.adapters import Adapter, by_block
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.access.limits import room_for
 from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
-from petals_lightning.server.blocks.prefix_cache import unbound
 from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.blocks.transfers import Transfers
 
@@ -165,11 +164,10 @@ class SessionCache:
 
     def _fill(self, span: BlockSpan, adapter: Adapter) -> None:
         """Empties the session, and puts an adapter's keys and values in place of its prefix."""
-        for block, keys, values in unbound(adapter.past, span.dtype):
-            layer = self._layers[block - self.start]
+        for layer, pair in zip(self._layers, by_block(adapter.past), strict=True):
             layer.crop(-layer.get_seq_length())
-            keys, values = (span.transfers.to_device(tensor).expand(self.batch, -1, -1, -1) for tensor in (keys, values))
-            layer.update(keys, values)
+            moved = (span.transfers.to_device(tensor).to(span.dtype) for tensor in pair)
+            layer.update(*(tensor.expand(self.batch, -1, -1, -1) for tensor in moved))
 
     def begin(self, transfers: Transfers, request: StepRequest) -> StepInputs:
         """Moves a step's inputs to the device, and drops positions that are held after the step's first."""
