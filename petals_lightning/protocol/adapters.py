@@ -1,7 +1,7 @@
 """Adapters: tensors of a client that act inside blocks.
 
-Deep prompts, LoRA factors and a trained prefix's keys and values have one life. The client makes them, and registers them with each server of a route, once
-per version. The server keeps them on the client's stream, at the client's expense. Requests name them by a key. They
+Deep prompts, LoRA factors and a trained prefix's keys and values have one life. The client makes them, and registers
+them with each server of a route, once per version. The server keeps them on the client's stream, at the client's expense. Requests name them by a key. They
 are leaves of the server's autograd graph, so their gradients come home with the backward, summed over the batch.
 
 Shapes: see the legend in `petals_lightning.protocol`; n is the number of an adapter's blocks, m the number of those in

@@ -54,7 +54,8 @@ class ForwardRequest:
         past: with `want_past`, an adapter of the shapes that are expected. Not sent.
         wire_dtype: of the tensors in the reply; int8_blockwise also of `hidden`.
 
-    Reply: `hidden` [B, S, H] or [N, H]; `prefix` [P, H] and `past.…` if requested; fields `kept`, `compute` and `queue` (seconds).
+    Reply: `hidden` [B, S, H] or [N, H]; `prefix` [P, H] and `past.…` if requested; fields `kept`, `compute` and `queue`
+    (seconds).
     """
 
     start: int
@@ -100,10 +101,13 @@ class ForwardRequest:
                 raise ProtocolError(f"{len(rows)} rows of {hidden.shape[0]} × {hidden.shape[1]} positions")
             if rows.min() < 0 or rows.max() >= hidden.shape[0] * hidden.shape[1]:
                 raise ProtocolError(f"rows point outside of {hidden.shape[0]} × {hidden.shape[1]} positions")
+        want_past = typed({"want_past": False, **fields}, "want_past", bool)
+        if want_past and prefix is None:
+            raise ProtocolError("keys and values of a prefix are wanted, and there is none")
         return cls(
             start, end, hidden, prefix, None, rows, typed(fields, "adapter_key", (int, type(None))),
             typed(fields, "keep", bool), typed(fields, "input_grad", bool), typed(fields, "want_prefix", bool),
-            wire_dtype, typed({"want_past": False, **fields}, "want_past", bool),
+            wire_dtype, want_past,
         )  # fmt: skip
 
 

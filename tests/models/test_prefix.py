@@ -27,7 +27,16 @@ from petals_lightning.models import (
     remote_blocks,
 )
 from petals_lightning.models.local import LocalModelForCausalLM, LocalModelForSequenceClassification
-from tests.helpers.families import CAUSAL_ONLY, HIDDEN, NUM_BLOCKS, RECURRENT_CONFIGS, TINY_CONFIGS, VOCAB
+from tests.helpers.families import (
+    CAUSAL_ONLY,
+    HIDDEN,
+    NUM_BLOCKS,
+    RECURRENT_CONFIGS,
+    TINY_CONFIGS,
+    VOCAB,
+    longrope_config,
+    save_tiny_checkpoint,
+)
 from tests.helpers.parity import UNEVEN, P, assert_same_gradients, loss_trace, pair, right_padded_batch
 from tests.helpers.requests import micro_batches, peer_with_the_graph, segment_sizes
 from tools.testing.tensors import relative_error
@@ -200,6 +209,20 @@ def test_a_server_lost_in_a_generation_changes_no_token(beams, tiny_checkpoint, 
         got = remote.generate(**options, stopping_criteria=StoppingCriteriaList([stop_a_server]))
     assert torch.equal(got, local.generate(**options, use_cache=False))
     assert remote_blocks(remote).stats.retries == 1
+
+
+def test_factors_that_depend_on_the_length_count_the_prefix(tmp_path, start_swarm):
+    """Keys that are given stay as they are, as in Hugging Face's cache; only tokens are rotated by other factors."""
+    checkpoint = save_tiny_checkpoint(longrope_config(switch=12), tmp_path)
+    remote, local = pair(*CAUSAL, checkpoint, start_swarm(checkpoint, UNEVEN), "prefix")
+    logits = []
+    for length in (9, 10):  # with the prefix 12 and 13
+        ids = torch.randint(2, VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
+        logits.append(local(ids).logits)
+        assert relative_error(remote(ids).logits, logits[-1]) < 1e-5
+        options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+        assert torch.equal(remote.generate(ids, **options), local.generate(ids, **options, use_cache=False))
+    assert relative_error(logits[1][:, :9], logits[0]) > 1e-3, "the test is blind: the factors do not differ"
 
 
 def test_a_conversation_goes_back_to_its_prefix(tiny_checkpoint, start_swarm):
