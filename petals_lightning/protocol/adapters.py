@@ -277,7 +277,8 @@ def _checked_past(
     if found:
         named, lengths = [block for each in found for block in each.blocks], {each.keys.shape[2] for each in found}
         in_order = all(x < y for each in found for x, y in pairwise(each.blocks))
-        if sorted(named) != list(range(start, end)) or not in_order or len(lengths) > 1:
+        is_all = len(named) == end - start and sorted(named) == list(range(start, end))
+        if not is_all or not in_order or len(lengths) > 1:
             raise ProtocolError(f"keys and values are for blocks {named!r:.60}, must be for {start}:{end}, for one P")
     return tuple(found)
 
