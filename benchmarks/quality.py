@@ -13,8 +13,8 @@ Each finished run is appended to the results file and not run again, so that a b
 
 Methods: `head` (the classification head alone), `ptune`, `deep_ptune` and `prefix` (with a head, or on dialogues
 without), `verbalized_ptune`, `verbalized_deep_ptune` and `verbalized_prefix` (words of the language model instead of a
-head), and `lora`: PEFT's LoRA on its usual targets (queries and values), rank 8, of a local copy, with a head. The start
-`zero` is for a prefix, and skipped for other methods.
+head), and `lora`: PEFT's LoRA on its usual targets (queries and values), rank 8, of a local copy, with a head. The
+start `zero` is for a prefix, and skipped for other methods.
 """
 
 from __future__ import annotations

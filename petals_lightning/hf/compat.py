@@ -137,7 +137,7 @@ class CacheLayer(CacheLayerMixin):
 
 
 def cache_of(past: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()) -> DynamicCache:
-    """transformers' own cache, with keys [B, h, P, D] and values [B, h, P, E] of each block; by default empty.
+    """A cache of transformers' own, with keys [B, h, P, D] and values [B, h, P, E] of each block; by default empty.
 
     It is not told the model's config, and so keeps all positions; masks apply sliding windows. This is what PEFT passes
     on, too. Its first argument takes pairs since 4.56.

@@ -1,4 +1,4 @@
-"""What a family's blocks keep of each position: found by running them until they hand keys and values to their cache."""
+"""What a family's blocks keep of each position, found by running them until they hand it to their cache."""
 
 from __future__ import annotations
 

@@ -164,7 +164,9 @@ def prepend_past(model: PreTrainedModel, layout: BlockLayout, tokens: torch.Tens
     def add_past(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if pop_cache(kwargs) is not None:
             raise UnsupportedInputError("this model passes its own cache, with the prefix: leave it off")
-        batch = len(next(each for each in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None))
+        batch = len(
+            next(each for each in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None)
+        )
         pairs = [[tensor.to(dtype).expand(batch, -1, -1, -1) for tensor in pair] for pair in prompts.past_by_block()]
         kwargs |= {name: cache_of((keys, values) for keys, values in pairs), "use_cache": True}
         if (mask := kwargs.get("attention_mask")) is not None:

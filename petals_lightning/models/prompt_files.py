@@ -126,7 +126,8 @@ def save_tuned(model: nn.Module, folder: str | Path) -> PromptCard:
     if not trained:
         raise ConfigurationError(
             f"{type(model).__name__} has nothing of its own to save: its weights are those of "
-            f"{_checkpoint(model).name_or_path!r}; load it with tuning_mode='ptune', 'deep_ptune' or 'prefix' to train prompts"
+            f"{_checkpoint(model).name_or_path!r}; load it with tuning_mode='ptune', 'deep_ptune' or 'prefix' to train "
+            "prompts"
         )
     card = _write_card(model, prompts, Path(folder), id2label=_class_names(model, trained))
     _save(trained, Path(folder) / TRAINED)
@@ -310,8 +311,8 @@ def _prompts(model: nn.Module, source: str | Path = "DIR") -> Prompts:
     prompts = prompts_of(model)
     if prompts is None:
         raise ConfigurationError(
-            f"{type(model).__name__} has no prompts: load it with tuning_mode='ptune', 'deep_ptune' or 'prefix' to train "
-            f"some, or with prompts={str(source)!r} to use saved ones"
+            f"{type(model).__name__} has no prompts: load it with tuning_mode='ptune', 'deep_ptune' or 'prefix' to "
+            f"train some, or with prompts={str(source)!r} to use saved ones"
         )
     return prompts
 

@@ -1,8 +1,9 @@
 """Adapters: tensors of a client that act inside blocks.
 
 Deep prompts, LoRA factors and a trained prefix's keys and values have one life. The client makes them, and registers
-them with each server of a route, once per version. The server keeps them on the client's stream, at the client's expense. Requests name them by a key. They
-are leaves of the server's autograd graph, so their gradients come home with the backward, summed over the batch.
+them with each server of a route, once per version. The server keeps them on the client's stream, at the client's
+expense. Requests name them by a key. They are leaves of the server's autograd graph, so their gradients come home with
+the backward, summed over the batch.
 
 Shapes: see the legend in `petals_lightning.protocol`; n is the number of an adapter's blocks, m the number of those in
 which a linear has LoRA or keys and values have one shape, r the rank, K and O the linear's inputs and outputs, h heads,

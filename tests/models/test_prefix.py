@@ -18,7 +18,7 @@ from petals_lightning.errors import (
     UnsupportedInputError,
     UnsupportedModelError,
 )
-from petals_lightning.hf.compat import quiet_transformers
+from petals_lightning.hf.compat import cache_name, quiet_transformers
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
@@ -57,8 +57,7 @@ def with_past(model: Any, prompts: Any, batch: dict[str, torch.Tensor]) -> Any:
     pairs = [tuple(tensor.expand(size, -1, -1, -1) for tensor in each) for each in prompts.past_by_block()]
     ones = torch.ones(size, prompts.pre_seq_len, dtype=torch.long)
     mask = torch.cat([ones, batch["attention_mask"]], dim=1)
-    name = "cache" if "cache" in model.forward.__code__.co_varnames else "past_key_values"
-    return model(**batch | {"attention_mask": mask, name: DynamicCache(pairs)})
+    return model(**batch | {"attention_mask": mask, cache_name(model): DynamicCache(pairs)})
 
 
 def assert_prefix_has_the_gradients(model: Any, prompts: Any) -> None:
@@ -309,7 +308,7 @@ def test_adapters_of_peft_that_are_no_prompts_are_refused(tiny_checkpoint, tmp_p
 def test_a_caller_of_the_local_model_passes_no_cache(tiny_checkpoint):
     model = LocalModelForCausalLM.from_pretrained(str(tiny_checkpoint("llama")), tuning_mode="prefix", pre_seq_len=P)
     with pytest.raises(UnsupportedInputError, match="passes its own cache"):
-        model(torch.ones(1, 3, dtype=torch.long), past_key_values=DynamicCache())
+        model(torch.ones(1, 3, dtype=torch.long), **{cache_name(model): DynamicCache()})
 
 
 def test_servers_with_petals_methods_alone_are_left_out(tiny_checkpoint, start_swarm):

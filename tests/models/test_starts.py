@@ -79,8 +79,8 @@ def test_a_start_is_the_same_in_a_swarm(family, mode, with_tokenizer, start_swar
         for own, expected in zip(prompts_of(model).parameters(), prompts_of(local).parameters(), strict=True):
             assert torch.allclose(own, expected, rtol=0, atol=1e-6 if mode == "prefix" and start else 0)
     with torch.no_grad():
-        for model in (model, local):
-            assert relative_error(model(IDS).logits[:, -IDS.shape[1] :], logits_after_the_text(checkpoint)) < 1e-5
+        for each in (model, local):
+            assert relative_error(each(IDS).logits[:, -IDS.shape[1] :], logits_after_the_text(checkpoint)) < 1e-5
 
 
 def test_a_text_start_is_that_of_peft(with_tokenizer):

@@ -63,7 +63,10 @@ def test_keys_and_values_of_a_prefix_do_what_it_does(rows, load_span):
 
 
 WRONG = {
-    "another number of heads": (past(heads=4), r"of block 0 have heads and sizes \(4, 8, 8\), here they are \(2, 8, 8\)"),
+    "another number of heads": (
+        past(heads=4),
+        r"of block 0 have heads and sizes \(4, 8, 8\), here they are \(2, 8, 8\)",
+    ),
     "another size": (past(size=16), r"of block 0 have heads and sizes \(2, 16, 16\)"),
     "no position": (past(length=0), r"do not fit 4 blocks"),
     "some blocks only": (replace(past(range(1, 4)), start=0), r"are for blocks \[1, 2, 3\], must be for 0:4"),
