@@ -314,9 +314,10 @@ class _AutoDistributed:
         try:
             drawn = parameters_to_draw(model, checkpoint, fresh)
             tokens = attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start, shapes)
-            _assemble(model, family, checkpoint, DecoderBridge(model, layout, layers))
+            bridge = DecoderBridge(model, layout, layers)
+            _assemble(model, family, checkpoint, bridge)
             if tokens is not None:
-                model.bridge.past_after(tokens)
+                bridge.past_after(tokens)
         except BaseException:
             layers.close()
             raise

@@ -194,6 +194,7 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
         input_ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         if embeds is None:
             embeds = model.get_input_embeddings()(input_ids)
+        assert prompts.input is not None
         prefix = prompts.input.to(embeds.dtype).expand(len(embeds), -1, -1)
         kwargs["inputs_embeds"] = torch.cat([prefix, embeds], dim=1)
         if (mask := kwargs.get("attention_mask")) is not None:

@@ -291,7 +291,7 @@ def export_peft(model: nn.Module, folder: str | Path) -> None:
         "num_layers": text_config.num_hidden_layers,
     }
     if prompts.input is not None:
-        tensor, heads = prompts.input, text_config.num_attention_heads
+        tensor, heads = prompts.input.detach(), text_config.num_attention_heads
         config |= {"peft_type": "PROMPT_TUNING", "token_dim": tensor.shape[1], "prompt_tuning_init": "RANDOM"}
     else:
         shapes = {tensor.shape for pair in prompts.past_by_block() for tensor in pair}

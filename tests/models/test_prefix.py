@@ -8,8 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
-from transformers.generation import StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    StoppingCriteriaList,
+)
 
 from petals_lightning.client import ClientConfig
 from petals_lightning.errors import (
@@ -46,7 +50,7 @@ CAUSAL = AutoDistributedModelForCausalLM, LocalModelForCausalLM
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21
 
 
-def plain(auto: Any, checkpoint: Path, **options: Any) -> Any:
+def plain(auto: Any, checkpoint: Path | str, **options: Any) -> Any:
     with quiet_transformers():
         return auto.from_pretrained(str(checkpoint), **options).eval().requires_grad_(False)
 
@@ -100,7 +104,8 @@ def test_every_family_equals_hugging_face_with_the_same_keys_and_values(family, 
 
 @pytest.mark.parametrize("family", RECURRENT_CONFIGS)
 def test_a_family_that_keeps_something_else_is_refused(family, tiny_checkpoint):
-    checkpoint, options = str(tiny_checkpoint(family)), {"tuning_mode": "prefix", "pre_seq_len": P}
+    checkpoint = str(tiny_checkpoint(family))
+    options: dict[str, Any] = {"tuning_mode": "prefix", "pre_seq_len": P}
     with pytest.raises(UnsupportedModelError, match=r"has no trained prefix: .*; use tuning_mode='deep_ptune'") as e:
         LocalModelForCausalLM.from_pretrained(checkpoint, **options)
     assert "\n" not in str(e.value)
@@ -268,7 +273,7 @@ def test_a_server_lost_at_the_start_changes_nothing(tiny_checkpoint, start_swarm
             swarm.by_id[remote_blocks(remote).route()[0].peer_id].stop(timeout=0)
         remote.bridge.past_after(tokens)
         found.append(prompts_of(remote).flat_past())
-    assert torch.allclose(*found, atol=1e-6)
+    assert torch.allclose(found[0], found[1], atol=1e-6)
     assert remote_blocks(remote).stats.retries == 1
 
 

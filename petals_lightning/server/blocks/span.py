@@ -241,9 +241,9 @@ class BlockSpan:
         if adapter.past:
             self._check_takes_past()
             for block, shape in zip(range(adapter.start, adapter.end), shapes_of(adapter.past), strict=True):
-                if shape != (own := self.past_shapes[block]):
+                if shape != (held := self.past_shapes[block]):
                     raise ProtocolError(
-                        f"keys and values of block {block} have heads and sizes {shape}, here they are {own}"
+                        f"keys and values of block {block} have heads and sizes {shape}, here they are {held}"
                     )
         for factors in adapter.lora:
             for block in factors.blocks:
