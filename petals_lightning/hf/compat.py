@@ -147,7 +147,8 @@ def cache_of(past: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()) -> DynamicC
 
 def past_of(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values that a cache holds, by block."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = list(cache.layers)  # of several classes, by their types
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 class CacheFromOutside:

@@ -47,7 +47,10 @@ from tools.testing.tensors import relative_error
 
 CLASSIFIERS = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
 CAUSAL = AutoDistributedModelForCausalLM, LocalModelForCausalLM
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21
+pytestmark = [  # what PEFT 0.21 meets in transformers 5.24
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
+]
 
 
 def plain(auto: Any, checkpoint: Path | str, **options: Any) -> Any:
