@@ -171,7 +171,7 @@ def test_mixed_precision_is_what_was_asked_for(
     [
         ({"pre_seq_len": 0}, r"^pre_seq_len=0: must be at least 1"),
         ({"pre_seq_len": -4}, r"^pre_seq_len=-4"),
-        ({"tuning_mode": "bitfit"}, r"^tuning_mode=bitfit: must be None, ptune, deep_ptune or lora"),
+        ({"tuning_mode": "bitfit"}, r"^tuning_mode=bitfit: must be None, ptune, deep_ptune, prefix or lora"),
         ({"tuning_mode": "lora"}, r"^tuning_mode=lora: set the rank too, e\.g\. r=8"),
         ({"lr": 0.0}, r"^lr=0\.0: must be above 0"),
         ({"head_lr": 0.0}, r"^head_lr=0\.0: must be above 0"),
