@@ -11,9 +11,10 @@ A run trains for a fixed number of steps and is scored once, at its end, on the 
 Matthews correlation of classes; perplexity of the assistant's tokens of dialogues. Nothing is chosen by looking at it.
 Each finished run is appended to the results file and not run again, so that a benchmark of hours can be interrupted.
 
-Methods: `head` (the classification head alone), `ptune` and `deep_ptune` (with a head, or on dialogues without),
-`verbalized_ptune` and `verbalized_deep_ptune` (words of the language model instead of a head), and `lora`: PEFT's LoRA
-on its usual targets (queries and values), rank 8, of a local copy, with a head.
+Methods: `head` (the classification head alone), `ptune`, `deep_ptune` and `prefix` (with a head, or on dialogues
+without), `verbalized_ptune`, `verbalized_deep_ptune` and `verbalized_prefix` (words of the language model instead of a
+head), and `lora`: PEFT's LoRA on its usual targets (queries and values), rank 8, of a local copy, with a head. The
+start `zero` is for a prefix, and skipped for other methods.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ from petals_lightning.modules import (
     VerbalizedClassificationModule,
 )
 
-PROMPTS = ("ptune", "deep_ptune", "verbalized_ptune", "verbalized_deep_ptune")
+MODES = ("ptune", "deep_ptune", "prefix")
+PROMPTS = (*MODES, *(f"verbalized_{mode}" for mode in MODES))
 METHODS = ("head", *PROMPTS, "lora")
-STARTS = ("random", "vocabulary", "text")
+STARTS = ("random", "vocabulary", "text", "zero")
 SCORES = ("accuracy", "macro_f1", "matthews", "perplexity")
 WORDS = {0: " bad", 1: " great"}
 TEMPLATE = "{text} It was"
@@ -193,7 +195,8 @@ def cases_of(
     for seed, name, few, method in itertools.product(seeds, sets, shots, methods):
         if name == "dialogue" and (method == "head" or method.startswith("verbalized")):
             continue  # nothing to classify
-        for start in starts if method in PROMPTS else [None]:
+        fitting = [start for start in starts if start != "zero" or method.endswith("prefix")]
+        for start in fitting if method in PROMPTS else [None]:
             own = {**same, "lr": rates.get(method, same["lr"])}
             if method not in PROMPTS:
                 own["pre_seq_len"] = None
@@ -258,6 +261,7 @@ def main(
     pre_seq_len: int = 16,
     lr: Annotated[float, typer.Option(help="of prompts, and of a head alone")] = 1e-2,
     lora_lr: Annotated[float, typer.Option(help="of LoRA and its head")] = 1e-3,
+    prefix_lr: Annotated[float | None, typer.Option(help="of a prefix; none: as the rest")] = None,
     head_lr: Annotated[float | None, typer.Option(help="of heads; none: as the rest")] = None,
     deep_lr: Annotated[float | None, typer.Option(help="of the prompts of every block; none: as the rest")] = None,
     clip: Annotated[float | None, typer.Option(help="norm to which gradients are clipped")] = None,
@@ -273,9 +277,10 @@ def main(
         if not (data / VALIDATION[name] / "train.jsonl").is_file():
             print(f"{name} is left out: {data / VALIDATION[name]} has no train.jsonl")
             chosen.remove(name)
+    rates = {"lora": lora_lr} | ({"prefix": prefix_lr, "verbalized_prefix": prefix_lr} if prefix_lr else {})
     cases = cases_of(
         chosen, _chosen(methods, METHODS, "--methods"), _chosen(starts, STARTS, "--starts"), parse_numbers(shots),
-        parse_numbers(seeds), {"lora": lora_lr}, model=model, steps=steps, batch_size=batch_size,
+        parse_numbers(seeds), rates, model=model, steps=steps, batch_size=batch_size,
         pre_seq_len=pre_seq_len, lr=lr, head_lr=head_lr, deep_lr=deep_lr, clip=clip, limit=limit,
     )  # fmt: skip
     rows = read_rows(output)

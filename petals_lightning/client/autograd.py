@@ -80,6 +80,10 @@ class RemoteRunner:
         for part, result in zip(parts, self._node.run(run()), strict=True):
             part.result = result
 
+    def past(self, prefix: torch.Tensor, past: Adapter) -> None:
+        """See `Pipeline.past`."""
+        self._node.run(self._pipeline.past(prefix.detach().cpu(), past))
+
     def backward(
         self, parts: list[_Part], grads: list[torch.Tensor], grad_prefix: torch.Tensor | None
     ) -> tuple[list[torch.Tensor | None], torch.Tensor | None, Adapter | None]:

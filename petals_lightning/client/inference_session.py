@@ -77,7 +77,8 @@ class InferenceSession:
         self._position, self._batch = 0, 0
         self._switch: int | None = None  # the same limit without the prefix
         if rotary_switch is not None:
-            self._switch = rotary_switch - (len(prefix) if prefix is not None else 0)
+            past = adapter.past_length if adapter is not None else 0
+            self._switch = rotary_switch - (len(prefix) if prefix is not None else past)
         self._uses_long_factors = False
         self._legs: list[SessionLeg] = []
         self._full: dict[str, PeerFailure] = {}

@@ -29,7 +29,7 @@ from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.errors import PeerFailure
-from petals_lightning.protocol.adapters import float_zeros
+from petals_lightning.protocol.adapters import Adapter, float_zeros
 from petals_lightning.protocol.messages import ErrorCode
 
 T = TypeVar("T")
@@ -56,6 +56,11 @@ class Pipeline:
             RetriesExhaustedError, NoServersError, RemoteRequestError: see `errors`.
         """
         return await self._forward(batch, end, want_prefix, self._attempts())
+
+    async def past(self, prefix: torch.Tensor, past: Adapter) -> None:
+        """Fills `past` with the keys and values that its blocks make of a prefix [P, H]. Raises as `forward`."""
+        batch = MicroBatch(past.start, prefix[None, -1:], prefix, None, None, input_grad=False, keep=False, past=past)
+        await self._forward(batch, past.end, True, self._attempts(), one_by_one=True)  # each server answers
 
     async def backward(
         self, batch: MicroBatch, result: ForwardResult, grad: torch.Tensor, grad_prefix: torch.Tensor | None

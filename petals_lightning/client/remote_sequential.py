@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ from petals_lightning.client.routing import RouteSpan
 from petals_lightning.client.servers import ServerPool
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.errors import ProtocolError, SwarmConnectionError, UnsupportedInputError
-from petals_lightning.protocol.adapters import Adapter
+from petals_lightning.protocol.adapters import Adapter, PastKeyValues
 from petals_lightning.swarm import SwarmNode
 
 
@@ -122,7 +122,7 @@ class RemoteSequential(nn.Module):
         owns_node: bool = False,
         rotary_switch: int | None = None,
         sliding_window: int | None = None,
-        has_lora: bool = False,
+        beyond_petals: str | None = None,
         judge: Judge | None = None,
     ) -> RemoteSequential:
         """Finds servers for all blocks of a model and opens streams to a first route.
@@ -134,7 +134,8 @@ class RemoteSequential(nn.Module):
             owns_node: close the node together with the blocks.
             rotary_switch: positions beyond which the model uses other rotary factors for all positions, if it does.
             sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
-            has_lora: the model has LoRA, which servers with Petals' methods only do not take: they are left out.
+            beyond_petals: what the model has that servers with Petals' methods only do not take, e.g. "LoRA": they are
+                left out. None: nothing.
             judge: computes blocks on this machine when servers disagree; None: only trusted servers decide.
 
         Raises:
@@ -149,7 +150,7 @@ class RemoteSequential(nn.Module):
             hidden_size=hidden_size,
             fingerprint=fingerprint,
             sliding_window=sliding_window,
-            has_lora=has_lora,
+            beyond_petals=beyond_petals,
             config=config,
             stats=stats,
         )
@@ -220,6 +221,16 @@ class RemoteSequential(nn.Module):
             max_length=max_length, prefix=prefix, rotary_switch=swarm.rotary_switch,
             adapter=swarm.runner.versioned(adapter) if adapter is not None else None,
         )  # fmt: skip
+
+    def fill_past(self, prefix: torch.Tensor, past: Sequence[PastKeyValues]) -> None:
+        """Overwrites `past`, of these blocks, with the keys and values that they make of a prefix [P, H].
+
+        Raises:
+            SwarmError: servers failed beyond what retries can mend.
+        """
+        self._swarm.check_open()
+        found = Adapter(self.start, self.end, past=tuple(past))
+        self._swarm.runner.past(prefix, found)
 
     def run(
         self,

@@ -62,6 +62,8 @@ class SegmentRequests:
                 check_forward(segment.legs[-1].peer, requests[-1], reply)
             except NonFiniteResult as e:
                 self._confirm(e, segment, batch, attempts)
+            if (past := requests[-1].past) is not None:
+                past.copy_(reply.tensors)
             return reply.tensors
 
     async def backward(self, batch: MicroBatch, segment: Segment, grads: Grads, attempts: Attempts) -> Tensors:
@@ -192,6 +194,8 @@ class SegmentRequests:
                 input_grad=batch.input_grad or leg.start > batch.start,
                 want_prefix=prefix is not None and (want_prefix or leg is not segment.legs[-1]),
                 wire_dtype=self._servers.wire_dtype(leg.peer),
+                want_past=batch.past is not None,
+                past=batch.past.between(leg.start, leg.end) if batch.past is not None else None,
             )
             for leg in segment.legs
         ]

@@ -23,6 +23,7 @@ class MicroBatch:
 
     `adapter`: of all blocks that the step runs, the same for all its micro-batches.
     `input_grad`: a gradient of hidden is needed. `keep`: a backward will follow.
+    `past`: collects the prefix's keys and values in the blocks that run, from their servers; None: they are not wanted.
     """
 
     start: int
@@ -32,6 +33,7 @@ class MicroBatch:
     adapter: Adapter | None
     input_grad: bool
     keep: bool
+    past: Adapter | None = None
 
     @property
     def tokens(self) -> int:

@@ -55,7 +55,7 @@ class ServerPool:
         dht_prefix, num_blocks, hidden_size: identify the model.
         fingerprint: of the model's weights here; servers with another fingerprint are not used.
         sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
-        has_lora: servers that offer only Petals' methods are not used.
+        beyond_petals: what the model has that servers with Petals' methods only do not take; they are not used then.
         config: timeouts and filters.
         stats: counts bytes and retries.
 
@@ -73,7 +73,7 @@ class ServerPool:
         hidden_size: int,
         fingerprint: str | None,
         sliding_window: int | None,
-        has_lora: bool,
+        beyond_petals: str | None,
         config: ClientConfig,
         stats: TransferStats,
     ):
@@ -81,7 +81,7 @@ class ServerPool:
         self.spans: dict[str, tuple[int, int]] = {}
         self.speeds = SpeedEstimates()
         self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
-        self._window, self._has_lora = sliding_window, has_lora
+        self._window, self._beyond_petals = sliding_window, beyond_petals
         self._directory = SwarmDirectory(node, config.swarm_token)
         self._records: dict[str, ServerRecord] = {}
         self._incompatible: dict[str, str] = {}
@@ -279,10 +279,10 @@ class ServerPool:
                 f"{name} offers only Petals' methods, which cannot prove that it knows the swarm's token. Use "
                 "servers of petals-lightning, or no token"
             )
-        if record.stream_version is None and self._has_lora:
+        if record.stream_version is None and self._beyond_petals is not None:
             return (
-                f"{name} offers only Petals' methods, which take no LoRA. Use servers of petals-lightning, or train "
-                "prompts"
+                f"{name} offers only Petals' methods, which take no {self._beyond_petals}. Use servers of "
+                "petals-lightning, or train prompts with ptune or deep_ptune"
             )
         if record.stream_version not in (None, STREAM_VERSION):
             return (

@@ -24,6 +24,9 @@ def check_forward(peer: str, request: ForwardRequest, reply: Message) -> None:
     expected = {"hidden": (output_shape(request), message_dtype(request.wire_dtype))}
     if request.want_prefix and request.prefix is not None:
         expected["prefix"] = list(request.prefix.shape), message_dtype(request.wire_dtype, shared=True)
+    if request.past is not None:
+        dtype = message_dtype(request.wire_dtype, shared=True)
+        expected |= {name: (list(tensor.shape), dtype) for name, tensor in request.past.tensors().items()}
     _check_tensors(peer, reply, expected)
     _check_sound(peer, reply, _inputs(request))
 

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache as TheirCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from transformers.conversion_mapping import (
     extract_weight_conversions_for_model,
     get_model_conversion_mapping,
@@ -133,6 +134,21 @@ class CacheLayer(CacheLayerMixin):
     def keep_first(self, length: int) -> None:
         """Drops all positions after the first `length`."""
         raise NotImplementedError
+
+
+def cache_of(past: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()) -> DynamicCache:
+    """A cache of transformers' own, with keys [B, h, P, D] and values [B, h, P, E] of each block; by default empty.
+
+    It is not told the model's config, and so keeps all positions; masks apply sliding windows. This is what PEFT passes
+    on, too. Its first argument takes pairs since 4.56.
+    """
+    return DynamicCache(list(past) or None)
+
+
+def past_of(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values that a cache holds, by block."""
+    layers: list[Any] = list(cache.layers)  # of several classes, by their types
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 class CacheFromOutside:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.errors import CheckpointError, ConfigurationError, UnsupportedModelError
@@ -108,11 +109,19 @@ def block_bytes(cls: type[PreTrainedModel], checkpoint: Checkpoint, dtype: torch
     Raises:
         UnsupportedModelError: the family cannot be cut into blocks.
     """
+    size = _resolve_dtype(dtype, checkpoint, {}).itemsize
+    return [size * sum(weight.numel() for weight in block.parameters()) for block in outline_blocks(cls, checkpoint)]
+
+
+def outline_blocks(cls: type[PreTrainedModel], checkpoint: Checkpoint) -> list[nn.Module]:
+    """All blocks of a model without their weights, on the `meta` device.
+
+    Raises:
+        UnsupportedModelError: the family cannot be cut into blocks.
+    """
     with refusing(f"{cls.__name__} cannot be cut into blocks"), torch.device("meta"), quiet_transformers():
         outline = cls(copy.deepcopy(checkpoint.decoder_config))
-        blocks = find_blocks(outline).blocks(outline)
-    size = _resolve_dtype(dtype, checkpoint, {}).itemsize
-    return [size * sum(weight.numel() for weight in block.parameters()) for block in blocks]
+        return list(find_blocks(outline).blocks(outline))
 
 
 def check_pad_token(config: PreTrainedConfig) -> None:

@@ -25,6 +25,8 @@ from petals_lightning.client import ClientConfig, RemoteSequential
 from petals_lightning.errors import ConfigurationError, UnsupportedInputError
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned, rotary_limit, sliding_window
 from petals_lightning.hf.decoder import model_class
+from petals_lightning.hf.loading import outline_blocks
+from petals_lightning.hf.past_shapes import past_shapes
 from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.models.adapter_files import adapter_settings, base_model_of, load_adapter, save_adapter
 from petals_lightning.models.arguments import config_overrides
@@ -236,9 +238,10 @@ class _AutoDistributed:
             initial_peers: multiaddresses of the swarm; or `dht`: a running hivemind.DHT in it; or `node`: a started
                 SwarmNode, which the caller closes. None of the three means the public Petals network.
             dht_prefix: the model's name in the swarm; derived for hub ids, needed for folders.
-            tuning_mode, pre_seq_len: None, "ptune" or "deep_ptune", and the number of virtual tokens; or "lora".
+            tuning_mode, pre_seq_len: None, "ptune", "deep_ptune" or "prefix" (keys and values for every block), and the
+                number of virtual tokens; or "lora".
             prompt_init, prompt_init_text: the start of prompts: "random", "vocabulary" (the embeddings of tokens that
-                are drawn), or "text" (those of this text, cut or repeated to P tokens).
+                are drawn), or "text" (those of this text, cut or repeated to P tokens); of a prefix also "zero".
             lora: a `peft.LoraConfig`, or a mapping with its names, for LoRA alone ("lora") or beside prompts.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
             adapter: folder or hub id of LoRA in PEFT's format, which determines `lora`.
@@ -263,7 +266,6 @@ class _AutoDistributed:
         name = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
         card = find_card(name, revision=revision, token=token, subfolder=subfolder, **hub)
-        check_start(prompt_init, prompt_init_text, loads_prompts=card is not None or prompts is not None)
         if card is not None:
             tuning_mode, pre_seq_len, revision = card.tuning_mode, card.pre_seq_len, card.revision
             name, dht_prefix, subfolder = card.base_model, dht_prefix or card.dht_prefix, ""
@@ -274,6 +276,8 @@ class _AutoDistributed:
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
         if adapter is not None:
             tuning_mode, lora = tuning_mode or "lora", adapter_settings(adapter, lora, token=token)
+        loads_prompts = card is not None or prompts is not None
+        check_start(prompt_init, prompt_init_text, tuning_mode, loads_prompts=loads_prompts)
         lora_config = lora_settings(tuning_mode, lora)
         of_client = {each.name for each in options_of(ClientConfig)}
         given = {key: options.pop(key) for key in of_client & options.keys()}
@@ -299,14 +303,21 @@ class _AutoDistributed:
             )
         if model.can_generate() and checkpoint.generation_config is not None:
             model.generation_config = checkpoint.generation_config
+        beyond_petals = shapes = None
+        if tuning_mode == "prefix":
+            shapes, beyond_petals = past_shapes(model, layout, outline_blocks(family, checkpoint)), "trained prefix"
         if lora_config is not None:
             find_targets(lora_config, layout)  # a wrong name shows before servers are sought
+            beyond_petals = "LoRA"
         swarm: dict[str, Any] = {"node": node, "dht": dht, "initial_peers": initial_peers}
-        layers = _connect(model, checkpoint, client_config, has_lora=lora_config is not None, **swarm)
+        layers = _connect(model, checkpoint, client_config, beyond_petals=beyond_petals, **swarm)
         try:
             drawn = parameters_to_draw(model, checkpoint, fresh)
-            attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start)
-            _assemble(model, family, checkpoint, DecoderBridge(model, layout, layers))
+            tokens = attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start, shapes)
+            bridge = DecoderBridge(model, layout, layers)
+            _assemble(model, family, checkpoint, bridge)
+            if tokens is not None:
+                bridge.past_after(tokens)
         except BaseException:
             layers.close()
             raise
@@ -358,7 +369,7 @@ def _connect(
     checkpoint: Checkpoint,
     config: ClientConfig,
     *,
-    has_lora: bool,
+    beyond_petals: str | None,
     node: SwarmNode | None,
     dht: hivemind.DHT | None,
     initial_peers: str | Sequence[str] | None,
@@ -399,7 +410,7 @@ def _connect(
             owns_node=owns_node,
             rotary_switch=limit.positions if limit is not None and limit.has_one_long_form else None,
             sliding_window=sliding_window(model.config),
-            has_lora=has_lora,
+            beyond_petals=beyond_petals,
             judge=LocalJudge(checkpoint),
         )
     except BaseException:

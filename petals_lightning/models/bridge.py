@@ -32,7 +32,7 @@ from petals_lightning.hf.pruning import BlockLayout, norms_of
 from petals_lightning.models.lora import Lora
 from petals_lightning.models.prompts import Prompts
 from petals_lightning.models.remote_cache import RemoteCache
-from petals_lightning.protocol.adapters import Adapter
+from petals_lightning.protocol.adapters import Adapter, PastKeyValues, by_block
 
 
 class _Pass(threading.local):
@@ -243,8 +243,8 @@ class DecoderBridge:
         return scatter_positions(forward(gather_positions(hidden, rows), *args, **kwargs), rows, *hidden.shape[:2])
 
     def _prefix_at_first_block(self) -> torch.Tensor | None:
-        """The prefix's hidden states [P, H] before the first block; None without prompts."""
-        if self._prompts is None:
+        """The prefix's hidden states [P, H] before the first block; None without prompts, or if no block runs them."""
+        if self._prompts is None or self._prompts.input is None:
             return None
         dtype = next(self._embeddings().parameters()).dtype
         return self.first_block_input(self._prompts.input.to(dtype)[None])[0]
@@ -253,7 +253,21 @@ class DecoderBridge:
         """What the model adds inside of its blocks, with the current values; None if nothing."""
         deep = self._prompts.deep if self._prompts is not None else None
         lora = self._lora.factors() if self._lora is not None else ()
-        return Adapter(0, len(self.layers), deep, lora) if deep is not None or lora else None
+        past = self._prompts.past_parts() if self._prompts is not None else ()
+        adapter = Adapter(0, len(self.layers), deep, lora, past=past)
+        return adapter if adapter.tensors() else None
+
+    @torch.no_grad()
+    def past_after(self, embeds: torch.Tensor) -> None:
+        """Sets the trained prefix to the keys and values that the blocks make of embeddings [P, E]."""
+        assert self._prompts is not None
+        found = [
+            PastKeyValues(part.blocks, part.keys.cpu().clone(), part.values.cpu().clone())
+            for part in self._prompts.past_parts()
+        ]
+        dtype = next(self._embeddings().parameters()).dtype
+        self.layers.fill_past(self.first_block_input(embeds.to(dtype)[None])[0], found)
+        self._prompts.set_past(by_block(found))
 
     def _check(self, kwargs: dict[str, Any], cache: Any) -> None:
         for name in ("output_hidden_states", "output_attentions"):

@@ -1,4 +1,4 @@
-"""The same models without a swarm: all blocks in this process, plain Hugging Face, with the prefix concatenated.
+"""The same models without a swarm: all blocks in this process, plain Hugging Face, with the prefix in front.
 
 The reference for distributed training in tests and benchmarks, and for anyone with a small model (`swarm=none`).
 Parameters have the same names and, for a given seed, the same initial values as in the distributed classes.
@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.hf import Checkpoint, ModelSlice, find_blocks, load_pruned
-from petals_lightning.hf.compat import quiet_transformers
+from petals_lightning.hf.compat import cache_name, cache_of, past_of, pop_cache, quiet_transformers, set_cache
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.loading import check_pad_token, fresh_parameters
+from petals_lightning.hf.past_shapes import past_shapes
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
 from petals_lightning.models.adapter_files import adapter_settings, load_adapter
 from petals_lightning.models.arguments import config_overrides
@@ -59,9 +61,9 @@ class _LocalModel:
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
-            tuning_mode: None, "ptune", "deep_ptune" or "lora".
+            tuning_mode: None, "ptune", "deep_ptune", "prefix" or "lora".
             pre_seq_len: P, the number of virtual tokens.
-            prompt_init, prompt_init_text: the start of prompts, "random", "vocabulary" or "text", and that text.
+            prompt_init, prompt_init_text: the start of prompts, as in the distributed classes.
             lora, adapter: as in the distributed classes.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
             dtype: of the frozen weights; "auto" is the checkpoint's dtype.
@@ -72,9 +74,9 @@ class _LocalModel:
             ConfigurationError, CheckpointError, UnsupportedModelError: as the distributed classes.
         """
         tuning_mode, pre_seq_len = tuning_of(prompts, tuning_mode, pre_seq_len, token=token)
-        check_start(prompt_init, prompt_init_text, loads_prompts=prompts is not None)
         if adapter is not None:
             tuning_mode, lora = tuning_mode or "lora", adapter_settings(adapter, lora, token=token)
+        check_start(prompt_init, prompt_init_text, tuning_mode, loads_prompts=prompts is not None)
         lora_config = lora_settings(tuning_mode, lora)
         checkpoint = Checkpoint(str(pretrained_model_name_or_path), token=token, revision=revision)
         config = copy.deepcopy(checkpoint.config)
@@ -116,8 +118,11 @@ class _LocalModel:
         model.__class__ = type(family.__name__, (FrozenBackbone, family), {"__module__": family.__module__})
         layout = find_blocks(model)
         drawn = parameters_to_draw(model, checkpoint, fresh)
-        attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start)
-        if tuning_mode in PROMPT_MODES:
+        shapes = past_shapes(model, layout, layout.blocks(model)) if tuning_mode == "prefix" else None
+        tokens = attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start, shapes)
+        if tuning_mode == "prefix":
+            prepend_past(model, layout, tokens)
+        elif tuning_mode in PROMPT_MODES:
             concatenate_prompts(model, layout)
         if (own := lora_of(model)) is not None:
             own.adapt(layout.blocks(model))
@@ -141,6 +146,43 @@ class LocalModelForSequenceClassification(_LocalModel):
     auto_class = AutoModelForSequenceClassification
 
 
+def prepend_past(model: PreTrainedModel, layout: BlockLayout, tokens: torch.Tensor | None) -> None:
+    """Adds a hook that passes the owner's prefix to it, as a cache that holds its keys and values.
+
+    Args:
+        tokens: [P, E] embeddings whose keys and values are the first ones; None: those are set.
+    """
+    owner = layout.owner(model)
+    prompts, name = owner.prompts, cache_name(owner)
+    dtype = next(model.get_input_embeddings().parameters()).dtype
+    if tokens is not None:
+        cache = cache_of()
+        with torch.no_grad():
+            owner(inputs_embeds=tokens.to(dtype)[None], use_cache=True, **{name: cache})
+        prompts.set_past([(keys[0], values[0]) for keys, values in past_of(cache)])
+
+    def add_past(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if pop_cache(kwargs) is not None:
+            raise UnsupportedInputError("this model passes its own cache, with the prefix: leave it off")
+        batch = len(
+            next(each for each in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None)
+        )
+        pairs = [[tensor.to(dtype).expand(batch, -1, -1, -1) for tensor in pair] for pair in prompts.past_by_block()]
+        kwargs |= {name: cache_of((keys, values) for keys, values in pairs), "use_cache": True}
+        if (mask := kwargs.get("attention_mask")) is not None:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), prompts.pre_seq_len), mask], dim=1)
+        if (positions := kwargs.get("position_ids")) is not None:
+            kwargs["position_ids"] = positions + prompts.pre_seq_len
+        return args, kwargs
+
+    def drop_cache(module: nn.Module, args: Any, output: Any) -> Any:
+        set_cache(output, None)
+        return output
+
+    owner.register_forward_pre_hook(add_past, with_kwargs=True)
+    owner.register_forward_hook(drop_cache)
+
+
 def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
     """Adds hooks that run the owner's `prompts`: before the input as a prefix, and added to it before each block."""
     owner = layout.owner(model)
@@ -152,6 +194,7 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
         input_ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         if embeds is None:
             embeds = model.get_input_embeddings()(input_ids)
+        assert prompts.input is not None
         prefix = prompts.input.to(embeds.dtype).expand(len(embeds), -1, -1)
         kwargs["inputs_embeds"] = torch.cat([prefix, embeds], dim=1)
         if (mask := kwargs.get("attention_mask")) is not None:

@@ -1,9 +1,15 @@
 """Saved tuned weights: a folder with their values, and a card that says which model they are for.
 
-    prompts.safetensors   `input` [P, E], and with deep_ptune `deep` [L, P, H]
+    prompts.safetensors   `input` [P, E], with deep_ptune also `deep` [L, P, H]; with prefix instead `past.0.keys` and
+                          `past.0.values` [m, h, P, D] of m blocks with h heads, `past.1…` of blocks of another shape
     prompts.json          the card, for programs
     README.md             the card, for people and the hub
     model.safetensors     by `save_tuned` only: everything that was trained, including a head, by parameter name
+
+Prompts of ptune and prefix are also written and read in PEFT's format:
+
+    adapter_config.json         the settings, with the names of PEFT's `PromptTuningConfig` or `PrefixTuningConfig`
+    adapter_model.safetensors   `prompt_embeddings`: [P, E], or [P, L·2·h·D], keys before values of each block
 
 Shapes: P virtual tokens, E embedding width, L blocks, H hidden size.
 """
@@ -29,6 +35,8 @@ from petals_lightning.hf.compat import find_file
 from petals_lightning.models.prompts import Prompts, TuningMode, check_tuning
 from petals_lightning.models.trainable import prompts_of, trainable_state_dict
 
+PEFT_CONFIG, PEFT_WEIGHTS, PEFT_TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
+_PEFT_TYPES: dict[str, TuningMode] = {"PROMPT_TUNING": "ptune", "PREFIX_TUNING": "prefix"}
 WEIGHTS, CARD, README, TRAINED = "prompts.safetensors", "prompts.json", "README.md", "model.safetensors"
 THIS_FOLDER = "THIS_FOLDER"  # in the README, until it has a repository on the hub
 
@@ -39,8 +47,9 @@ class PromptCard:
 
     Attributes:
         base_model, revision: hub id or folder of the model for which they were trained.
-        fingerprint: digest of that model's config and tensor names; prompts fit no other model.
-        tuning_mode, pre_seq_len: "ptune" or "deep_ptune", and P; None if only a head was tuned.
+        fingerprint: digest of that model's config and tensor names; prompts fit no other model. None: PEFT has written
+            them, which notes none.
+        tuning_mode, pre_seq_len: "ptune", "deep_ptune" or "prefix", and P; None if only a head was tuned.
         dht_prefix: the name of that model's blocks in the swarm; None: derived from `base_model`.
         id2label: names of a head's classes by number, as in Hugging Face's configs; None without a head.
         metrics: metrics reached, by name, e.g. {"val/perplexity": 21.3}.
@@ -50,7 +59,7 @@ class PromptCard:
 
     base_model: str
     revision: str | None
-    fingerprint: str
+    fingerprint: str | None
     tuning_mode: TuningMode | None
     pre_seq_len: int | None
     dht_prefix: str | None = None
@@ -61,11 +70,20 @@ class PromptCard:
 
     @classmethod
     def read(cls, source: str | Path, *, token: str | bool | None = None) -> PromptCard:
-        """The card of a folder, or of a repository on the hub.
+        """The card of a folder, or of a repository on the hub; of PEFT's prompts, what their config says.
 
         Raises:
             CheckpointError: there is no card, or this version cannot read it.
+            ConfigurationError: PEFT's prompts are of a kind that is not supported here.
         """
+        if (config := _peft_config(source, token)) is not None:
+            return cls(
+                base_model=str(config.get("base_model_name_or_path")),
+                revision=config.get("revision"),
+                fingerprint=None,
+                tuning_mode=_PEFT_TYPES[config["peft_type"]],
+                pre_seq_len=config.get("num_virtual_tokens"),
+            )
         path = _find(source, CARD, token)
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +126,8 @@ def save_tuned(model: nn.Module, folder: str | Path) -> PromptCard:
     if not trained:
         raise ConfigurationError(
             f"{type(model).__name__} has nothing of its own to save: its weights are those of "
-            f"{_checkpoint(model).name_or_path!r}; load it with tuning_mode='ptune' or 'deep_ptune' to train prompts"
+            f"{_checkpoint(model).name_or_path!r}; load it with tuning_mode='ptune', 'deep_ptune' or 'prefix' to train "
+            "prompts"
         )
     card = _write_card(model, prompts, Path(folder), id2label=_class_names(model, trained))
     _save(trained, Path(folder) / TRAINED)
@@ -193,10 +212,17 @@ def load_prompts(model: nn.Module, source: str | Path, *, token: str | bool | No
             f"prompts {str(source)!r} are {card.tuning_mode} with pre_seq_len={card.pre_seq_len}, the model has "
             f"{prompts.tuning_mode} with pre_seq_len={prompts.pre_seq_len}: load the model with prompts={str(source)!r}"
         )
-    path = _find(source, WEIGHTS, token)
+    is_peft = card.fingerprint is None
+    path = _find(source, PEFT_WEIGHTS if is_peft else WEIGHTS, token)
     try:
-        prompts.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as e:
+        tensors = load_file(path)
+        if not is_peft:
+            prompts.load_state_dict(tensors)
+        elif prompts.past is None:
+            prompts.load_state_dict({"input": tensors[PEFT_TENSOR]})
+        else:
+            prompts.set_flat_past(tensors[PEFT_TENSOR])
+    except (SafetensorError, RuntimeError, KeyError) as e:
         raise CheckpointError(f"{path} does not hold what its card says: {str(e).splitlines()[0]}") from e
     return card
 
@@ -232,7 +258,7 @@ def tuning_of(
 
 def check_base_model(card: PromptCard, checkpoint: Checkpoint, source: str | Path) -> None:
     """Raises CheckpointError if prompts are for another model than `checkpoint`."""
-    if card.fingerprint != checkpoint.fingerprint:
+    if card.fingerprint not in (None, checkpoint.fingerprint):
         raise CheckpointError(
             f"prompts {str(source)!r} were trained for {card.base_model!r}, not for {checkpoint.name_or_path!r}: their "
             "config or tensor names differ. Load that model, or train prompts for this one"
@@ -240,43 +266,53 @@ def check_base_model(card: PromptCard, checkpoint: Checkpoint, source: str | Pat
 
 
 def export_peft(model: nn.Module, folder: str | Path) -> None:
-    """Writes ptune prompts as an adapter that PEFT loads: `PeftModel.from_pretrained(local_model, folder)`.
+    """Writes ptune or prefix prompts as an adapter that PEFT loads: `PeftModel.from_pretrained(local_model, folder)`.
 
     Raises:
         ConfigurationError: the model has no prompts, is not a causal language model, or was tuned with deep_ptune, for
-            which PEFT has no format (its prefix tuning replaces keys and values, and adds nothing to hidden states).
+            which PEFT has no format (its prefix tuning has keys and values, and adds nothing to hidden states); or a
+            prefix's keys and values differ in shape, among themselves or from block to block.
     """
     prompts, checkpoint = _prompts(model), _checkpoint(model)
-    if prompts.tuning_mode != "ptune":
-        raise ConfigurationError(f"tuning_mode is {prompts.tuning_mode!r}: PEFT has a format for ptune prompts only")
+    if prompts.tuning_mode == "deep_ptune":
+        raise ConfigurationError("tuning_mode is 'deep_ptune': PEFT has a format for ptune and prefix prompts only")
     if not getattr(model, "can_generate", lambda: False)():
         raise ConfigurationError(f"{type(model).__name__} is not a causal language model: PEFT has no format for it")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text_config = checkpoint.config.get_text_config()
     config = {
-        "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": checkpoint.name_or_path,
         "revision": checkpoint.revision,
         "inference_mode": True,
         "num_virtual_tokens": prompts.pre_seq_len,
-        "token_dim": prompts.input.shape[1],
         "num_transformer_submodules": 1,
-        "num_attention_heads": text_config.num_attention_heads,
         "num_layers": text_config.num_hidden_layers,
-        "prompt_tuning_init": "RANDOM",
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file({"prompt_embeddings": prompts.input.detach().cpu().contiguous()}, folder / "adapter_model.safetensors")
+    if prompts.input is not None:
+        tensor, heads = prompts.input.detach(), text_config.num_attention_heads
+        config |= {"peft_type": "PROMPT_TUNING", "token_dim": tensor.shape[1], "prompt_tuning_init": "RANDOM"}
+    else:
+        shapes = {tensor.shape for pair in prompts.past_by_block() for tensor in pair}
+        if len(shapes) > 1:
+            raise ConfigurationError(
+                f"keys and values are {', '.join(str(tuple(shape)) for shape in sorted(shapes))}: PEFT's format needs "
+                "one shape for all"
+            )
+        tensor, (heads, _, size) = prompts.flat_past(), shapes.pop()
+        config |= {"peft_type": "PREFIX_TUNING", "token_dim": heads * size, "prefix_projection": False}
+    config["num_attention_heads"] = heads
+    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _save({PEFT_TENSOR: tensor}, folder / PEFT_WEIGHTS)
 
 
 def _prompts(model: nn.Module, source: str | Path = "DIR") -> Prompts:
     prompts = prompts_of(model)
     if prompts is None:
         raise ConfigurationError(
-            f"{type(model).__name__} has no prompts: load it with tuning_mode='ptune' or 'deep_ptune' to train some, "
-            f"or with prompts={str(source)!r} to use saved ones"
+            f"{type(model).__name__} has no prompts: load it with tuning_mode='ptune', 'deep_ptune' or 'prefix' to "
+            f"train some, or with prompts={str(source)!r} to use saved ones"
         )
     return prompts
 
@@ -285,6 +321,29 @@ def _checkpoint(model: nn.Module) -> Checkpoint:
     checkpoint = getattr(model, "checkpoint", None)
     assert isinstance(checkpoint, Checkpoint), "set by from_pretrained of local and distributed models"
     return checkpoint
+
+
+def _peft_config(source: str | Path, token: str | bool | None) -> dict[str, Any] | None:
+    """The config of prompts in PEFT's format, if `source` has these and no card of ours.
+
+    Raises:
+        ConfigurationError: it is an adapter of another kind.
+    """
+    try:
+        path = find_file(str(source), PEFT_CONFIG, token=token)
+        if path is None or find_file(str(source), CARD, token=token) is not None:
+            return None
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # reading the card reports what is wrong
+    kind = config.get("peft_type")
+    if kind not in _PEFT_TYPES or config.get("prefix_projection"):
+        what = "PREFIX_TUNING with prefix_projection" if config.get("prefix_projection") else kind
+        raise ConfigurationError(
+            f"{str(source)!r} is PEFT's {what}: prompts are {', '.join(_PEFT_TYPES)} without a projection"
+            + ("; give adapter= for LoRA" if kind == "LORA" else "")
+        )
+    return config
 
 
 def _find(source: str | Path, name: str, token: str | bool | None) -> Path:

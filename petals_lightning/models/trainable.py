@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.hf.checkpoint import Checkpoint
+from petals_lightning.hf.past_shapes import PastShape
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
 from petals_lightning.models.lora import Lora, LoraConfig
 from petals_lightning.models.prompts import PROMPT_MODES, Prompts, TuningMode
-from petals_lightning.models.starts import PromptStart
+from petals_lightning.models.starts import PromptStart, start_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def attach_trainable(
     lora: LoraConfig | None,
     drawn: frozenset[str],
     start: PromptStart,
-) -> None:
+    past_shapes: Mapping[int, PastShape] | None = None,
+) -> torch.Tensor | None:
     """Freezes the model, attaches `prompts` and `lora` to its owner and makes its task head (if it has one) trainable.
 
     All are float32 whatever the model's dtype. They are drawn from torch's global generator in this order, so that one
@@ -49,7 +51,12 @@ def attach_trainable(
         lora: its settings; None for none.
         drawn: names of the head's parameters to draw; the others keep the checkpoint's values.
         start: the first values of prompts.
+        past_shapes: of a prefix.
+
+    Returns:
+        As `start_prompts`.
     """
+    tokens = None
     model.requires_grad_(False)
     owner = layout.owner(model)
     embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
@@ -62,8 +69,9 @@ def attach_trainable(
             embedding_size=embedding.shape[1],
             hidden_size=config.hidden_size,
             num_blocks=num_blocks(config),
+            past_shapes=past_shapes,
         ).to(embedding.device)
-        prompts.reset_parameters(start.values(model.get_input_embeddings(), pre_seq_len))
+        tokens = start_prompts(prompts, start, model.get_input_embeddings())
         owner.prompts = prompts
     if lora is not None:
         owner.lora = Lora(lora, layout).to(embedding.device)
@@ -78,6 +86,7 @@ def attach_trainable(
                 else:
                     parameter.normal_(0.0, getattr(config, "initializer_range", None) or 0.02)
         head.register_forward_pre_hook(_cast_to_weight)
+    return tokens
 
 
 def has_head_of_its_own(family: type[PreTrainedModel]) -> Callable[[str], bool]:
@@ -144,7 +153,7 @@ def trainable_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def parameters_by_kind(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters: `head`, `deep` (prompts of every block) and `input`, which is all others.
+    """Trainable parameters: `head`, `deep` (prompts that are added in every block) and `input`, which is all others.
 
     Kinds without parameters are left out.
     """

@@ -46,10 +46,10 @@ class TuningModule(pl.LightningModule):
     Args:
         model_name: hub id or folder of a causal language model.
         tuning_mode: None (only a head), `ptune` (`pre_seq_len` virtual tokens before the text), `deep_ptune` (as many
-            more for every block) or `lora`.
-        pre_seq_len: number of virtual tokens, P, of ptune and deep_ptune.
+            more for every block), `prefix` (keys and values of as many positions for every block) or `lora`.
+        pre_seq_len: number of virtual tokens, P, of ptune, deep_ptune and prefix.
         prompt_init: the start of the prompts: `random`, `vocabulary` (the embeddings of tokens that are drawn), or
-            `text`.
+            `text`; of a prefix also `zero`.
         prompt_init_text: with `text`: that text, whose tokens are cut or repeated to P.
         r: rank of LoRA, in mode `lora` or beside prompts; None: no LoRA.
         alpha, target_modules, use_rslora: of LoRA, as in PEFT.
@@ -108,14 +108,14 @@ class TuningModule(pl.LightningModule):
             raise ConfigurationError(f"tuning_mode={tuning_mode}: must be None, {', '.join(modes)} or {last}")
         if tuning_mode is None and not self.has_head:
             raise ConfigurationError(
-                "tuning_mode=None: a language model has no head to train; set ptune, deep_ptune or lora"
+                "tuning_mode=None: a language model has no head to train; set ptune, deep_ptune, prefix or lora"
             )
         if tuning_mode in PROMPT_MODES and pre_seq_len < 1:
             raise ConfigurationError(
                 f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
                 "to train the head alone set tuning_mode=None"
             )
-        check_start(prompt_init, prompt_init_text)
+        check_start(prompt_init, prompt_init_text, tuning_mode)
         for name, rate in {"lr": lr, "head_lr": head_lr, "deep_lr": deep_lr}.items():
             if rate is not None and rate <= 0:
                 raise ConfigurationError(f"{name}={rate}: must be above 0")

@@ -1,18 +1,20 @@
 """Adapters: tensors of a client that act inside blocks.
 
-Deep prompts and LoRA factors have one life. The client makes them, and registers them with each server of a route, once
-per version. The server keeps them on the client's stream, at the client's expense. Requests name them by a key. They
-are leaves of the server's autograd graph, so their gradients come home with the backward, summed over the batch.
+Deep prompts, LoRA factors and a trained prefix's keys and values have one life. The client makes them, and registers
+them with each server of a route, once per version. The server keeps them on the client's stream, at the client's
+expense. Requests name them by a key. They are leaves of the server's autograd graph, so their gradients come home with
+the backward, summed over the batch.
 
 Shapes: see the legend in `petals_lightning.protocol`; n is the number of an adapter's blocks, m the number of those in
-which a linear has LoRA, r the rank, K and O the linear's inputs and outputs.
+which a linear has LoRA or keys and values have one shape, r the rank, K and O the linear's inputs and outputs, h heads,
+D and E the sizes of a key and a value.
 """
 
 from __future__ import annotations
 
 import operator
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import pairwise
@@ -50,6 +52,37 @@ class LoraFactors:
 
 
 @dataclass(frozen=True, eq=False)
+class PastKeyValues:
+    """Keys and values of P positions before every sample, for several blocks: what a cache would hold of them.
+
+    Attributes:
+        blocks: numbers of the m blocks, in order.
+        keys: [m, h, P, D], after rotary embeddings.
+        values: [m, h, P, E].
+    """
+
+    blocks: tuple[int, ...]
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def grouped(cls, of_block: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> tuple[PastKeyValues, ...]:
+        """Keys [h, P, D] and values [h, P, E] by block, as one of these for each pair of shapes, in order of shapes."""
+        groups: dict[Any, list[int]] = {}
+        for block, pair in sorted(of_block.items()):
+            groups.setdefault(tuple(tuple(tensor.shape) for tensor in pair), []).append(block)
+        return tuple(
+            cls(tuple(blocks), *(torch.stack([of_block[block][which] for block in blocks]) for which in (0, 1)))
+            for _, blocks in sorted(groups.items())
+        )
+
+    def between(self, start: int, end: int) -> PastKeyValues:
+        """Those of blocks in [start, end), as views."""
+        own = slice(bisect_left(self.blocks, start), bisect_left(self.blocks, end))
+        return PastKeyValues(self.blocks[own], self.keys[own], self.values[own])
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """What a client adds to blocks [start, end).
 
@@ -58,6 +91,7 @@ class Adapter:
             add them to the first P positions of each sample, and may give [n, B, P, H].)
         lora: for some linears of the blocks.
         version: changes when the values do.
+        past: the prefix's keys and values in every block, in place of a prefix that is run; empty: there are none.
     """
 
     start: int
@@ -65,12 +99,15 @@ class Adapter:
     deep: torch.Tensor | None = None
     lora: tuple[LoraFactors, ...] = ()
     version: int = 0
+    past: tuple[PastKeyValues, ...] = ()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name; their gradients have the same names in answers. Empty if the blocks have none."""
         named = {"deep": self.deep} if self.deep is not None else {}
         for number, factors in enumerate(self.lora):
             named |= {f"lora.{number}.a": factors.a, f"lora.{number}.b": factors.b}
+        for number, past in enumerate(self.past):
+            named |= {f"past.{number}.keys": past.keys, f"past.{number}.values": past.values}
         return named
 
     def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Adapter:
@@ -87,6 +124,14 @@ class Adapter:
                 )
                 for number, factors in enumerate(self.lora)
             ),
+            past=tuple(
+                PastKeyValues(
+                    past.blocks,
+                    tensors.get(f"past.{number}.keys", past.keys),
+                    tensors.get(f"past.{number}.values", past.values),
+                )
+                for number, past in enumerate(self.past)
+            ),
         )
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Adapter:
@@ -97,16 +142,23 @@ class Adapter:
         """What is added to blocks [start, end), as views of these tensors."""
         parts = [factors.between(start, end) for factors in self.lora]
         deep = self.deep[start - self.start : end - self.start] if self.deep is not None else None
-        return Adapter(start, end, deep, tuple(part for part in parts if part.blocks), self.version)
+        past = tuple(part for each in self.past if (part := each.between(start, end)).blocks)
+        return Adapter(start, end, deep, tuple(part for part in parts if part.blocks), self.version, past)
+
+    @property
+    def past_length(self) -> int:
+        """Positions of the prefix whose keys and values these are, P; 0 if there are none."""
+        return self.past[0].keys.shape[2] if self.past else 0
 
     @property
     def lora_only(self) -> Adapter:
         """Its part that acts on all positions: always the same object, so that passes with it may be one batch."""
-        return self._without_deep if self.deep is not None else self  # caching itself, it would be a reference cycle
+        is_all = self.deep is None and not self.past
+        return self if is_all else self._only_lora  # caching itself, it would be a reference cycle
 
     @cached_property
-    def _without_deep(self) -> Adapter:
-        return replace(self, deep=None)
+    def _only_lora(self) -> Adapter:
+        return replace(self, deep=None, past=())
 
     def copy_(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrites the tensors' values, by name."""
@@ -127,9 +179,11 @@ class Adapter:
         return own.keys() == others.keys() and all(is_same(tensor, others[name]) for name, tensor in own.items())
 
     @property
-    def _layout(self) -> list[list[Any]]:
-        """Target and blocks of each of `lora`."""
-        return [[factors.target, list(factors.blocks)] for factors in self.lora]
+    def _layout(self) -> dict[str, list[Any]]:
+        """Target and blocks of each of `lora`, and blocks of each of `past`, if there are any."""
+        lora = [[factors.target, list(factors.blocks)] for factors in self.lora]
+        past = [list(past.blocks) for past in self.past]
+        return {name: each for name, each in (("lora", lora), ("past", past)) if each}
 
     def check_fits(self, start: int, end: int, prefix: torch.Tensor | None) -> None:
         """Raises ProtocolError unless a request for blocks [start, end) with this prefix can use it."""
@@ -139,11 +193,12 @@ class Adapter:
             raise ProtocolError("deep prompts need a prefix")
         if self.deep is not None and prefix is not None and self.deep.shape[1:] != prefix.shape:
             raise ProtocolError(f"deep prompts {list(self.deep.shape)} do not fit a prefix {list(prefix.shape)}")
+        if self.past and prefix is not None:
+            raise ProtocolError("a prefix is given twice: as hidden states, and as keys and values")
 
     def to_message(self, key: int) -> Message:
         """The message that registers it under a key."""
-        fields = {"key": key, "span": [self.start, self.end]} | ({"lora": self._layout} if self.lora else {})
-        return Message(Method.ADAPTER, fields, self.tensors())
+        return Message(Method.ADAPTER, {"key": key, "span": [self.start, self.end], **self._layout}, self.tensors())
 
     @classmethod
     def from_message(cls, message: Message) -> tuple[int, Adapter]:
@@ -166,7 +221,10 @@ class Adapter:
                     lora.append(_checked(target, blocks, a, b, start, end))
                 case _:
                     raise ProtocolError(f"malformed LoRA: {entry!r:.60}")
-        adapter = cls(start, end, deep, tuple(lora))
+        past = _checked_past(typed({"past": [], **fields}, "past", list), tensors, start, end)
+        adapter = cls(start, end, deep, tuple(lora), past=past)
+        if adapter.past and adapter.deep is not None:
+            raise ProtocolError("an adapter has deep prompts, or keys and values, not both")
         if not adapter.tensors() or adapter.tensors().keys() != tensors.keys():
             raise ProtocolError(f"an adapter's tensors are {sorted(tensors)!r:.100}")
         return key, adapter
@@ -186,6 +244,44 @@ def _checked(
     if not 1 <= rank <= max(a.shape[2], b.shape[1]):  # PEFT gives a gate with one output the rank of all others
         raise ProtocolError(f"{name} has rank {rank}, must be 1 to {max(a.shape[2], b.shape[1])}")
     return LoraFactors(target, tuple(blocks), a, b)
+
+
+def by_block(past: Iterable[PastKeyValues]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys [h, P, D] and values [h, P, E] of each block, in order.
+
+    They are unbound, not indexed: the gradient of an index is as large as the whole tensor, for each block.
+    """
+    of_block = {
+        block: pair
+        for each in past
+        for block, pair in zip(each.blocks, zip(each.keys.unbind(), each.values.unbind(), strict=True), strict=True)
+    }
+    return [pair for _, pair in sorted(of_block.items(), key=operator.itemgetter(0))]
+
+
+def _checked_past(
+    layout: list[Any], tensors: dict[str, torch.Tensor], start: int, end: int
+) -> tuple[PastKeyValues, ...]:
+    """Keys and values of all blocks [start, end). Raises ProtocolError unless every block has them once, for one P."""
+    found: list[PastKeyValues] = []
+    for number, blocks in enumerate(layout):
+        if not isinstance(blocks, list) or not blocks or not all(type(block) is int for block in blocks):
+            raise ProtocolError(f"malformed keys and values: {blocks!r:.60}")
+        keys, values = (checks.floating(tensors, f"past.{number}.{name}", 4) for name in ("keys", "values"))
+        if keys is None or values is None:
+            raise ProtocolError("keys or values are missing")
+        if len(keys) != len(blocks) or keys.shape[:3] != values.shape[:3] or 0 in (*keys.shape, *values.shape):
+            raise ProtocolError(
+                f"keys {list(keys.shape)} and values {list(values.shape)} do not fit {len(blocks)} blocks"
+            )
+        found.append(PastKeyValues(tuple(blocks), keys, values))
+    if found:
+        named, lengths = [block for each in found for block in each.blocks], {each.keys.shape[2] for each in found}
+        in_order = all(x < y for each in found for x, y in pairwise(each.blocks))
+        is_all = len(named) == end - start and sorted(named) == list(range(start, end))
+        if not is_all or not in_order or len(lengths) > 1:
+            raise ProtocolError(f"keys and values are for blocks {named!r:.60}, must be for {start}:{end}, for one P")
+    return tuple(found)
 
 
 def float_zeros(adapter: Adapter) -> Adapter:

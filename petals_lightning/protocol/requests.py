@@ -50,9 +50,12 @@ class ForwardRequest:
         keep: whether to keep the autograd graph, under this call's id.
         input_grad: whether the backward needs the gradient of `hidden`.
         want_prefix: whether to return the prefix's hidden states, for a server with later blocks.
+        want_past: whether to return the prefix's keys and values in the blocks too, under the names of an `Adapter`'s.
+        past: with `want_past`, an adapter of the shapes that are expected. Not sent.
         wire_dtype: of the tensors in the reply; int8_blockwise also of `hidden`.
 
-    Reply: `hidden` [B, S, H] or [N, H]; `prefix` [P, H] if requested; fields `kept`, `compute` and `queue` (seconds).
+    Reply: `hidden` [B, S, H] or [N, H]; `prefix` [P, H] and `past.…` if requested; fields `kept`, `compute` and `queue`
+    (seconds).
     """
 
     start: int
@@ -66,12 +69,17 @@ class ForwardRequest:
     input_grad: bool = False
     want_prefix: bool = False
     wire_dtype: str = "float32"
+    want_past: bool = False
+    past: Adapter | None = None
 
-    _FIELDS = ("start", "end", "adapter_key", "keep", "input_grad", "want_prefix", "wire_dtype")
+    _FIELDS = ("start", "end", "adapter_key", "keep", "input_grad", "want_prefix", "want_past", "wire_dtype")
     _TENSORS = ("hidden", "prefix", "rows")
 
     def to_message(self) -> Message:
-        return inputs_message(Method.FORWARD, self)
+        message = inputs_message(Method.FORWARD, self)
+        if self.past is not None:
+            message.answer_bytes += answer_bytes(*self.past.tensors().values())
+        return message
 
     @property
     def grads_bytes(self) -> int:
@@ -93,10 +101,13 @@ class ForwardRequest:
                 raise ProtocolError(f"{len(rows)} rows of {hidden.shape[0]} × {hidden.shape[1]} positions")
             if rows.min() < 0 or rows.max() >= hidden.shape[0] * hidden.shape[1]:
                 raise ProtocolError(f"rows point outside of {hidden.shape[0]} × {hidden.shape[1]} positions")
+        want_past = typed({"want_past": False, **fields}, "want_past", bool)
+        if want_past and prefix is None:
+            raise ProtocolError("keys and values of a prefix are wanted, and there is none")
         return cls(
             start, end, hidden, prefix, None, rows, typed(fields, "adapter_key", (int, type(None))),
             typed(fields, "keep", bool), typed(fields, "input_grad", bool), typed(fields, "want_prefix", bool),
-            wire_dtype,
+            wire_dtype, want_past,
         )  # fmt: skip
 
 

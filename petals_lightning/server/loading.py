@@ -19,6 +19,7 @@ from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.blocks.cpu_decoding import order_weights_for_decoding
 from petals_lightning.server.blocks.self_checks import (
     check_family,
+    measure_past_shapes,
     verify_sessions,
     verify_shared_prefix,
     verify_skipping,
@@ -62,8 +63,9 @@ def load_span(
     order_weights_for_decoding(model.to(device))  # type: ignore[arg-type]
     span = BlockSpan(model, layout, start)
     check_family(span)
-    span.share_prefix = share_prefix and verify_shared_prefix(span)
-    if share_prefix and not span.share_prefix:
+    may_share = verify_shared_prefix(span)
+    span.share_prefix = share_prefix and may_share
+    if not may_share:
         logger.info("the prefix runs once per sample: this family gave different results when samples shared it")
     span.skips_unread = span.share_prefix and verify_skipping(span)
     if span.share_prefix and not span.skips_unread:
@@ -71,6 +73,8 @@ def load_span(
     span.has_sessions = verify_sessions(span)
     if not span.has_sessions:
         logger.warning("this family keeps more than keys and values: it is served for training and evaluation only")
+    if may_share and span.has_sessions:
+        span.past_shapes = measure_past_shapes(span)
     span.batches_sessions = span.has_sessions and verify_batched_decoding(span)
     if span.has_sessions and not span.batches_sessions:
         logger.info("steps of several sessions are not batched: this family gave different results when they were")

@@ -82,8 +82,10 @@ class ServerResources:
         """Estimated bytes of the request's autograd graph."""
         batch, tokens, _ = request.hidden.shape
         prefix, blocks = _length(request.prefix), request.end - request.start
-        own = 0
-        if not self.span.shares_prefix(prefix, tokens):
+        own, past = 0, request.adapter.past_length if request.adapter is not None else 0
+        if past:
+            prefix = past
+        elif not self.span.shares_prefix(prefix, tokens):
             tokens += prefix
         elif prefix:  # the prefix's own pass; later micro-batches may share it, but this may be the only one
             own = self.graph_cost.num_bytes(blocks=blocks, batch=1, queries=prefix, keys=prefix)
@@ -99,7 +101,8 @@ class ServerResources:
     def cache_size(self, request: StepRequest) -> int:
         """Bytes to reserve for the session that a request opens: keys and values at full length, and LoRA."""
         assert request.max_length is not None
-        positions = request.max_length + _length(request.prefix)
+        past = request.adapter.past_length if request.adapter is not None else 0
+        positions = request.max_length + _length(request.prefix) + past
         blocks = request.end - request.start
         keys_and_values = int(len(request.hidden) * positions * blocks * self.cache_bytes_per_token)
         kept = request.adapter.lora_only.num_bytes if request.adapter is not None else 0

@@ -75,6 +75,8 @@ class RegisteredAdapters:
         most = resources.limits.max_batch_tokens
         if adapter.deep is not None and adapter.deep.shape[1] >= most:
             raise ProtocolError(f"deep prompts are {list(adapter.deep.shape)}, must be of fewer than {most} positions")
+        if adapter.past_length >= most:
+            raise ProtocolError(f"keys and values of {adapter.past_length} positions, must be fewer than {most}")
         before, share = self._num_bytes, resources.limits.max_client_bytes // _SHARE - adapter.num_bytes
         self._forget(key)
         while self._adapters and (len(self._adapters) >= _MAX_ADAPTERS or self._num_bytes > share):
@@ -201,16 +203,19 @@ class StreamRequests:
         keeps_graph = request.keep and resources.graphs.make_room(size)
 
         def compute() -> tuple[SpanGraph | None, dict[str, torch.Tensor]]:
+            past: dict[str, torch.Tensor] = {}
             if keeps_graph:
                 graph = self._run_with_graph(request)
                 graph.num_bytes = size
                 outputs = graph.outputs
             else:
-                graph = None
+                graph, inputs = None, _span_inputs(request)
                 with torch.no_grad():
-                    out, prefix = resources.span.forward(_span_inputs(request))
+                    out, prefix = resources.span.forward(inputs)
+                    if request.want_past:
+                        past = resources.span.prefix_past(inputs)
                 outputs = [out] if prefix is None else [out, prefix]
-            named = {"hidden": outputs[0]}
+            named = {"hidden": outputs[0], **past}
             if request.want_prefix and len(outputs) > 1:
                 named["prefix"] = outputs[1]
             return graph, resources.span.transfers.outputs_to_wire(named, request.wire_dtype)

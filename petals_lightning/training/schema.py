@@ -86,11 +86,12 @@ class PublicSwarmConfig(ConnectedSwarmConfig):
 @dataclass
 class TuningConfig:
     mode: str | None = MISSING
-    """ptune, deep_ptune, lora, or null to train only the head."""
+    """ptune, deep_ptune, prefix, lora, or null to train only the head."""
     pre_seq_len: int = 16
-    """Virtual tokens, P, of ptune and deep_ptune."""
+    """Virtual tokens, P, of ptune, deep_ptune and prefix."""
     init: str = "random"
-    """The start of the prompts: random, vocabulary (the embeddings of tokens that are drawn) or text."""
+    """The start of the prompts: random, vocabulary (the embeddings of tokens that are drawn) or text; of a prefix also
+    zero."""
     init_text: str | None = None
     """With init=text: that text, whose tokens are cut or repeated to P."""
     r: int | None = None

@@ -160,7 +160,7 @@ def test_quality_goes_on_where_it_ended(run: Run, tmp_path: Path) -> None:
     assert prompts == {
         (name, method, start)
         for start in ("text", "vocabulary")
-        for name, methods in {"cr": quality.PROMPTS, "dialogue": quality.PROMPTS[:2]}.items()
+        for name, methods in {"cr": quality.PROMPTS, "dialogue": quality.MODES}.items()
         for method in methods
     }
     parameters = {(row["set"], row["method"]): row["parameters"] for row in rows}

@@ -19,6 +19,7 @@ from transformers import AutoModel
 
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
+from petals_lightning.server.blocks.self_checks import measure_past_shapes
 from petals_lightning.server.blocks.span import BlockSpan
 from tests.helpers.families import TINY_CONFIGS, save_tiny_checkpoint
 
@@ -51,7 +52,9 @@ def make_span(folder: Path) -> BlockSpan:
     model, layout, _ = load_pruned(
         model_class(AutoModel, checkpoint), checkpoint, ModelSlice(1, 3, with_embeddings_and_head=False)
     )
-    return BlockSpan(model, layout, 1)
+    span = BlockSpan(model, layout, 1)
+    span.past_shapes = measure_past_shapes(span)
+    return span
 
 
 async def run_clients(

@@ -19,7 +19,7 @@ from petals_lightning.models import (
     save_prompts,
 )
 from petals_lightning.models.local import LocalModelForCausalLM
-from petals_lightning.models.prompts import TuningMode
+from petals_lightning.models.prompts import PROMPT_MODES, TuningMode
 from tests.helpers.families import VOCAB
 
 IDS = torch.randint(1, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -34,7 +34,7 @@ def tuned(checkpoint, mode: TuningMode):
     return model
 
 
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+@pytest.mark.parametrize("mode", PROMPT_MODES)
 def test_saved_prompts_give_the_same_logits_elsewhere(mode, tiny_checkpoint, start_swarm, tmp_path):
     checkpoint = tiny_checkpoint("llama")
     local = tuned(checkpoint, mode)
@@ -60,7 +60,7 @@ def test_ptune_prompts_give_the_same_logits_in_peft(tiny_checkpoint, tmp_path):
         plain = AutoModelForCausalLM.from_pretrained(str(checkpoint))
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path)(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     assert torch.allclose(theirs[:, P:], local(IDS).logits, atol=1e-5)
-    with pytest.raises(ConfigurationError, match="ptune prompts only"):
+    with pytest.raises(ConfigurationError, match="ptune and prefix prompts only"):
         export_peft(tuned(checkpoint, "deep_ptune"), tmp_path)
 
 

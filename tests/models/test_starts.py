@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of, save_prompts
 from petals_lightning.models.local import LocalModelForCausalLM
-from petals_lightning.models.prompts import PROMPT_MODES, TuningMode
+from petals_lightning.models.prompts import TuningMode
 from petals_lightning.models.starts import PromptStart
 from petals_lightning.modules import SequenceClassificationModule
 from tests.helpers.families import RECURRENT_CONFIGS, TINY_CONFIGS, VOCAB
@@ -58,7 +58,7 @@ def logits_after_the_text(checkpoint: Path) -> torch.Tensor:
 def test_a_text_start_is_the_text_in_front(family, tiny_checkpoint):
     checkpoint = tiny_checkpoint(family)
     expected = logits_after_the_text(checkpoint)
-    for mode in PROMPT_MODES:
+    for mode in ("ptune", "deep_ptune"):
         model = load(checkpoint, mode)
         start = PromptStart("text", tuple(TOKENS))  # not from a tokenizer, as families insist on classes of their own
         prompts_of(model).reset_parameters(start.values(model.get_input_embeddings(), P))
@@ -66,20 +66,21 @@ def test_a_text_start_is_the_text_in_front(family, tiny_checkpoint):
             assert relative_error(model(IDS).logits[:, -IDS.shape[1] :], expected) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
-def test_a_start_is_the_same_in_a_swarm(family, with_tokenizer, start_swarm):
+@pytest.mark.parametrize("mode", ["deep_ptune", "prefix"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "bloom", "falcon_new", "mistral"])
+def test_a_start_is_the_same_in_a_swarm(family, mode, with_tokenizer, start_swarm):
     checkpoint = with_tokenizer(family)
     swarm = start_swarm(checkpoint, UNEVEN)
     text: dict[str, Any] = {"prompt_init": "text", "prompt_init_text": TEXT}
     for start in ({}, {"prompt_init": "vocabulary"}, text):
         torch.manual_seed(1)
-        model = swarm.load(
-            AutoDistributedModelForCausalLM, shared_peer=True, tuning_mode="deep_ptune", pre_seq_len=P, **start
-        )
-        local = load(checkpoint, "deep_ptune", **start)
-        assert torch.equal(prompts_of(model).input, prompts_of(local).input)
+        model = swarm.load(AutoDistributedModelForCausalLM, shared_peer=True, tuning_mode=mode, pre_seq_len=P, **start)
+        local = load(checkpoint, mode, **start)
+        for own, expected in zip(prompts_of(model).parameters(), prompts_of(local).parameters(), strict=True):
+            assert torch.allclose(own, expected, rtol=0, atol=1e-6 if mode == "prefix" and start else 0)
     with torch.no_grad():
-        assert relative_error(model(IDS).logits, logits_after_the_text(checkpoint)) < 1e-5
+        for each in (model, local):
+            assert relative_error(each(IDS).logits[:, -IDS.shape[1] :], logits_after_the_text(checkpoint)) < 1e-5
 
 
 def test_a_text_start_is_that_of_peft(with_tokenizer):

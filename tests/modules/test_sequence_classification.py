@@ -59,21 +59,26 @@ def test_learning_rate_warms_up_and_falls_to_zero(
     assert rates[-1] == 0.0
 
 
-@pytest.mark.parametrize("stop_at", [2, 5, 7], ids=["mid-epoch", "between epochs", "second epoch"])
+@pytest.mark.parametrize(
+    ("stop_at", "mode"),
+    [(2, "deep_ptune"), (5, "deep_ptune"), (7, "deep_ptune"), (7, "prefix")],
+    ids=["mid-epoch", "between epochs", "second epoch", "a prefix"],
+)
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(
-    text_model: Path, data: TextClassificationDataModule, tmp_path: Path, stop_at: int
+    text_model: Path, data: TextClassificationDataModule, tmp_path: Path, stop_at: int, mode: str
 ) -> None:
     undisturbed = Losses()
-    make_trainer(tmp_path, undisturbed).fit(make_module(text_model), datamodule=data)
+    make_trainer(tmp_path, undisturbed).fit(make_module(text_model, tuning_mode=mode), datamodule=data)
 
     first, path = Losses(stop_at), tmp_path / "last.ckpt"
+    module, trainer = make_module(text_model, tuning_mode=mode), make_trainer(tmp_path, first, LastCheckpoint(path))
     with pytest.raises(SystemExit):  # what Lightning makes of Ctrl-C
-        make_trainer(tmp_path, first, LastCheckpoint(path)).fit(make_module(text_model), datamodule=data)
+        trainer.fit(module, datamodule=data)
     torch.manual_seed(1)
     second = Losses()
     again = TextClassificationDataModule(str(text_model), data.source, batch_size=8)
-    make_trainer(tmp_path, second).fit(SequenceClassificationModule(str(text_model), pre_seq_len=3), datamodule=again,
-                                       ckpt_path=path)  # fmt: skip
+    module = SequenceClassificationModule(str(text_model), tuning_mode=mode, pre_seq_len=3)
+    make_trainer(tmp_path, second).fit(module, datamodule=again, ckpt_path=path)
     assert sorted(first.values) + sorted(second.values) == sorted(undisturbed.values)
     assert {**first.values, **second.values} == pytest.approx(undisturbed.values, abs=1e-6)
 
@@ -166,7 +171,7 @@ def test_mixed_precision_is_what_was_asked_for(
     [
         ({"pre_seq_len": 0}, r"^pre_seq_len=0: must be at least 1"),
         ({"pre_seq_len": -4}, r"^pre_seq_len=-4"),
-        ({"tuning_mode": "bitfit"}, r"^tuning_mode=bitfit: must be None, ptune, deep_ptune or lora"),
+        ({"tuning_mode": "bitfit"}, r"^tuning_mode=bitfit: must be None, ptune, deep_ptune, prefix or lora"),
         ({"tuning_mode": "lora"}, r"^tuning_mode=lora: set the rank too, e\.g\. r=8"),
         ({"lr": 0.0}, r"^lr=0\.0: must be above 0"),
         ({"head_lr": 0.0}, r"^head_lr=0\.0: must be above 0"),

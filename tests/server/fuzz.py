@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import msgpack
 import torch
 
-from petals_lightning.protocol.adapters import Adapter, LoraFactors
+from petals_lightning.protocol.adapters import Adapter, LoraFactors, PastKeyValues
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
 from petals_lightning.protocol.messages import FRAME_PREFIX, FrameKind, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
@@ -73,7 +73,8 @@ class Mutator:
         rows = torch.tensor([0], dtype=torch.int32) if choose([True, False]) else None
         forward = ForwardRequest(
             start, end, hidden, prefix, None, rows, key, keep=choose([True, False]), input_grad=choose([True, False]),
-            want_prefix=choose([True, False]), wire_dtype=choose(["float32", "float16", "bfloat16", "int8_blockwise"]),
+            want_prefix=choose([True, False]), want_past=choose([True, False, False]),
+            wire_dtype=choose(["float32", "float16", "bfloat16", "int8_blockwise"]),
         )  # fmt: skip
         grad = torch.randn(1, HIDDEN) if rows is not None else torch.randn_like(hidden)
         match self._random.randrange(10):
@@ -100,14 +101,16 @@ class Mutator:
                 return Message(Method.AUTH, {"nonce": self._random.randbytes(32)})
 
     def _adapter(self) -> Message:
-        """Registers deep prompts and LoRA, under a key that forwards name."""
+        """Registers deep prompts or a prefix's keys and values, and LoRA, under a key that forwards name."""
         choose = self._random.choice
         start, end = choose([(1, 3), (1, 2), (2, 3)])
         deep = torch.randn(end - start, 2, HIDDEN) if choose([True, False]) else None
         blocks = tuple(range(start, end))
         a, b = torch.randn(len(blocks), 2, HIDDEN), torch.randn(len(blocks), HIDDEN, 2)
         lora = LoraFactors(choose(["self_attn.q_proj", "self_attn.o_proj", "x"]), blocks, a, b)
-        return Adapter(start, end, deep, choose([(lora,), (lora, lora), ()])).to_message(choose([1, 2]))
+        keys, values = (torch.randn(len(blocks), 2, 2, choose([8, 8, 8, 4])) for _ in range(2))
+        past = choose([(), (PastKeyValues(blocks, keys, values),)])
+        return Adapter(start, end, deep, choose([(lora,), (lora, lora), ()]), past=past).to_message(choose([1, 2]))
 
     def _mutate(self, message: Message) -> None:
         """Changes up to three fields and tensors; the frame stays well-formed."""

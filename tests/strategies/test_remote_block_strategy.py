@@ -38,14 +38,28 @@ def test_two_devices_are_refused_before_anything_starts(
         trainer.fit(make_module(text_model), datamodule=data)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tuning_mode": "prefix"},
+        {"tuning_mode": "prefix", "prompt_init": "zero"},
+        {"tuning_mode": "prefix", "prompt_init": "text", "prompt_init_text": "w1 w2"},
+    ],
+    ids=["deep_ptune", "prefix", "prefix from zero", "prefix from a text"],
+)
 def test_training_equals_a_local_run(
-    text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
+    text_model: Path,
+    data: TextClassificationDataModule,
+    tmp_path: Path,
+    start_swarm: Callable[..., InProcessSwarm],
+    settings: dict[str, Any],
 ) -> None:
     swarm = start_swarm(text_model, [(0, 1), (1, 4)])
     remote, local = Losses(), Losses()
-    make_trainer(tmp_path, local).fit(make_module(text_model), datamodule=data)
+    make_trainer(tmp_path, local).fit(make_module(text_model, **settings), datamodule=data)
     strategy = RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers))
-    make_trainer(tmp_path, remote, strategy=strategy).fit(make_module(text_model), datamodule=data)
+    make_trainer(tmp_path, remote, strategy=strategy).fit(make_module(text_model, **settings), datamodule=data)
     assert remote.values == pytest.approx(local.values, abs=1e-4)
 
 

@@ -33,7 +33,7 @@ WRONG = {
     ),
     "recipe=sst2_ptune optim.lr=-1 {model}": "error: optim.lr=-1.0: must be above 0",
     "recipe=sst2_ptune tuning.mode=bitfit {model}": (
-        "error: tuning.mode=bitfit: must be null, ptune, deep_ptune or lora"
+        "error: tuning.mode=bitfit: must be null, ptune, deep_ptune, prefix or lora"
     ),
     "recipe=sst2_ptune tuning.mode=lora {model}": "error: tuning.mode=lora: set the rank too, e.g. tuning.r=8",
     "recipe=sst2_ptune tuning.init=text {model}": "error: tuning.init=text needs a text: set tuning.init_text, e.g.",

@@ -158,6 +158,7 @@ class PetalsConnection:
     async def register_adapter(self, adapter: Adapter, wire_dtype: str) -> int:
         """Keeps deep prompts here: such servers store none, so they are sent with every request."""
         assert not adapter.lora, "these servers are left out where there is LoRA"
+        assert not adapter.past, "these servers are left out where there is a trained prefix"
         identity = (adapter.version, adapter.start, adapter.end)
         if identity not in self._adapters:
             sent = adapter.map(lambda tensor: to_wire(tensor, wire_dtype, shared=True))

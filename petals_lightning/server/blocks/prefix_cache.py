@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from petals_lightning.hf.compat import CacheLayer
+from petals_lightning.protocol.adapters import PastKeyValues, by_block
 from petals_lightning.server.blocks.kv_cache import SpanCache
 
 
@@ -34,6 +36,11 @@ class PrefixLayer(CacheLayer):
 
     def get_seq_length(self) -> int:
         return self.keys.shape[-2] if self.keys is not None else 0
+
+
+def shapes_of(past: Sequence[PastKeyValues]) -> list[tuple[int, int, int]]:
+    """Heads, size of a key and size of a value of each block, in order."""
+    return [(keys.shape[0], keys.shape[2], values.shape[2]) for keys, values in by_block(past)]
 
 
 class KeysTaken(Exception):
@@ -67,8 +74,27 @@ class TakingLayer(PrefixLayer):
 class PrefixCache(SpanCache):
     """One PrefixLayer per hosted block; a pass runs blocks from `first` on."""
 
+    attention_layers: list[PrefixLayer]
+
     def __init__(self, num_blocks: int, first: int):
         super().__init__([PrefixLayer() for _ in range(num_blocks)], first)
+
+    def fill(self, past: Sequence[PastKeyValues], dtype: torch.dtype) -> PrefixCache:
+        """Puts keys and values that were given in place of a prefix's, from block `first` on; returns itself."""
+        for layer, pair in zip(self.attention_layers[self.first :], by_block(past), strict=False):
+            layer.lazy_initialization(*(tensor[None].to(dtype) for tensor in pair))
+        return self
+
+    def past(self, first_hosted: int) -> tuple[PastKeyValues, ...]:
+        """Keys and values of the blocks that have run."""
+        held = enumerate(self.attention_layers, first_hosted)
+        return PastKeyValues.grouped(
+            {
+                block: (layer.keys[0], layer.values[0])
+                for block, layer in held
+                if layer.keys is not None and layer.values is not None
+            }
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         """Keys and values of the blocks that have run."""

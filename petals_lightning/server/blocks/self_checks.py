@@ -13,6 +13,7 @@ from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.checkpoint import refusing
 from petals_lightning.hf.pruning import per_block_lists
 from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
+from petals_lightning.server.blocks.prefix_cache import shapes_of
 from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
 
 _TOKENS, _SAME = 8, 5  # tokens of a sample; tokens that are the same in both samples
@@ -141,6 +142,18 @@ def verify_skipping(span: BlockSpan) -> bool:
     False for families whose last block keeps no keys and values; it then runs on all positions.
     """
     return _changes_nothing(span, "skips_unread", rows=[2, 5, 14])
+
+
+@torch.no_grad()
+def measure_past_shapes(span: BlockSpan) -> dict[int, tuple[int, int, int]]:
+    """Heads, size of a key and size of a value that each block keeps of a position.
+
+    Args:
+        span: one that has sessions and may share a prefix.
+    """
+    hidden = torch.zeros(1, span.hidden_size, device=span.device, dtype=span.dtype)
+    cache = span.run_prefix(SpanInputs(span.start, span.end, hidden[None], hidden), {}).cache
+    return dict(zip(range(span.start, span.end), shapes_of(cache.past(span.start)), strict=True))
 
 
 @torch.no_grad()

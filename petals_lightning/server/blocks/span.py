@@ -27,7 +27,7 @@ from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
 from petals_lightning.server.blocks.cpu_decoding import threads_for
 from petals_lightning.server.blocks.kv_cache import SpanCache
-from petals_lightning.server.blocks.prefix_cache import KeysTaken, PrefixCache
+from petals_lightning.server.blocks.prefix_cache import KeysTaken, PrefixCache, shapes_of
 from petals_lightning.server.blocks.transfers import Transfers
 
 
@@ -101,6 +101,8 @@ class BlockSpan:
         share_prefix: whether the prefix may run once for the batch (tested by `verify_shared_prefix`).
         skips_unread: whether the last block may skip positions that are not read (`verify_skipping`).
         has_sessions: whether the blocks keep nothing but keys and values (`verify_sessions`).
+        past_shapes: heads, size of a key and size of a value by block, where keys and values may be given in place of a
+            prefix (`measure_past_shapes`); empty if the family keeps more than these.
         batches_sessions: whether sessions of different lengths may run as one batch (`verify_batched_decoding`).
     """
 
@@ -109,6 +111,7 @@ class BlockSpan:
         self.blocks = list(layout.blocks(model))
         self.end = start + len(self.blocks)
         self.share_prefix = self.skips_unread = self.batches_sessions = self.has_sessions = True
+        self.past_shapes: dict[int, tuple[int, int, int]] = {}
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self.transfers = Transfers(self.device)
@@ -131,7 +134,12 @@ class BlockSpan:
         """
         hidden, prefix = self._moved(inputs.hidden), inputs.prefix
         prefix_out = None
-        if prefix is None:
+        if prefix is None and inputs.adapter is not None and inputs.adapter.past:
+            prefix_cache = self._past_cache(inputs)
+            if self.skips_unread and self._reads_one_each(inputs, inputs.adapter.past_length):
+                return self._run_skipping_unread(inputs, hidden, prefix_cache), None
+            out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._lora(inputs)), prefix_cache)
+        elif prefix is None:
             out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._placed(inputs.adapter)), None)
         elif self.shares_prefix(len(prefix), hidden.shape[1]):
             if prefix_cache is None:
@@ -158,6 +166,29 @@ class BlockSpan:
         adapter = self._placed(tracked.adapter)
         call = BlockPass(inputs.start, inputs.end, self._moved(tracked.prefix)[None], adapter)
         return PrefixRun(inputs, leaves, cache, self._runner.run(call, cache)[0])
+
+    def _past_cache(self, inputs: SpanInputs) -> PrefixCache:
+        """A cache with the adapter's keys and values."""
+        adapter, cache = self._placed(inputs.adapter), PrefixCache(len(self.blocks), inputs.start - self.start)
+        assert adapter is not None
+        return cache.fill(adapter.past, self.dtype)
+
+    def prefix_past(self, inputs: SpanInputs) -> dict[str, torch.Tensor]:
+        """Keys and values of the prefix of `inputs` in its blocks, named as an adapter's.
+
+        Raises:
+            ProtocolError: the family keeps more than these.
+        """
+        self._check_takes_past()
+        past = self.run_prefix(inputs, {}).cache.past(self.start)
+        return Adapter(inputs.start, inputs.end, past=past).tensors()
+
+    def _check_takes_past(self) -> None:
+        if not self.past_shapes:
+            raise ProtocolError(
+                f"{type(self.model).__name__} ({self.model.config.model_type}) keeps more than keys and values of what "
+                "precedes a sample, so that they cannot be given or taken: use tuning_mode='deep_ptune'"
+            )
 
     def _reads_one_each(self, inputs: SpanInputs, prefix: int) -> bool:
         """Whether one position of each sample is read, as by a classifier, and no sliding window is in effect.
@@ -207,6 +238,13 @@ class BlockSpan:
             raise ProtocolError(
                 f"deep prompts are {list(adapter.deep.shape)}, must be of hidden size {self.hidden_size}"
             )
+        if adapter.past:
+            self._check_takes_past()
+            for block, shape in zip(range(adapter.start, adapter.end), shapes_of(adapter.past), strict=True):
+                if shape != (held := self.past_shapes[block]):
+                    raise ProtocolError(
+                        f"keys and values of block {block} have heads and sizes {shape}, here they are {held}"
+                    )
         for factors in adapter.lora:
             for block in factors.blocks:
                 linears = self._runner.linears(block)

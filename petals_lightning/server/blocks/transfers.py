@@ -51,8 +51,8 @@ class Transfers:
         return sent
 
     def outputs_to_wire(self, outputs: dict[str, torch.Tensor], wire_dtype: str) -> dict[str, torch.Tensor]:
-        """`to_wire` for the outputs of a forward or a step: `hidden`, and `prefix` if there is one."""
-        return {name: self.to_wire(tensor, wire_dtype, shared=name == "prefix") for name, tensor in outputs.items()}
+        """`to_wire` for the outputs of a forward or a step: `hidden`, and those of the prefix, which samples share."""
+        return {name: self.to_wire(tensor, wire_dtype, shared=name != "hidden") for name, tensor in outputs.items()}
 
     @property
     def is_asynchronous(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.protocol.adapters import Adapter, by_block
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.server.access.limits import room_for
 from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
@@ -78,8 +79,10 @@ class SessionCache:
         self._max_length = request.max_length
         self.last_call = 0  # id of the newest step
         self.last_size, self.last_seconds = 0, 0.0  # of the last step: positions of all samples, compute time
-        self.prefix_length = len(request.prefix) if request.prefix is not None else 0
         adapter = request.adapter
+        self.prefix_length = len(request.prefix) if request.prefix is not None else 0
+        if adapter is not None and adapter.past:
+            self.prefix_length = adapter.past_length
         self.lora = adapter.lora_only if adapter is not None and adapter.lora else None
         self.is_open, self._uses_long_factors = False, False
         self.position_bytes = 0.0  # keys and values of one position of all samples, once the session is open
@@ -140,6 +143,8 @@ class SessionCache:
         Returns:
             `hidden` [B, request.keep or n, H], and `prefix` [P, H] if requested.
         """
+        if request.adapter is not None and request.adapter.past:
+            self._fill(span, request.adapter)
         inputs, length = self.begin(span.transfers, request), self.prefix_length
         hidden, mask, positions = inputs.hidden, inputs.attention_mask, inputs.position_ids
         if request.prefix is not None:
@@ -156,6 +161,13 @@ class SessionCache:
         if request.want_prefix and request.prefix is not None:
             outputs["prefix"] = out[0, :length]  # all samples have the same
         return outputs
+
+    def _fill(self, span: BlockSpan, adapter: Adapter) -> None:
+        """Empties the session, and puts an adapter's keys and values in place of its prefix."""
+        for layer, pair in zip(self._layers, by_block(adapter.past), strict=True):
+            layer.crop(-layer.get_seq_length())
+            moved = (span.transfers.to_device(tensor).to(span.dtype) for tensor in pair)
+            layer.update(*(tensor.expand(self.batch, -1, -1, -1) for tensor in moved))
 
     def begin(self, transfers: Transfers, request: StepRequest) -> StepInputs:
         """Moves a step's inputs to the device, and drops positions that are held after the step's first."""
