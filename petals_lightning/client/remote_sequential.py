@@ -123,6 +123,7 @@ class RemoteSequential(nn.Module):
         rotary_switch: int | None = None,
         sliding_window: int | None = None,
         has_lora: bool = False,
+        active_adapter: Adapter | None = None,
         judge: Judge | None = None,
     ) -> RemoteSequential:
         """Finds servers for all blocks of a model and opens streams to a first route.
@@ -135,6 +136,7 @@ class RemoteSequential(nn.Module):
             rotary_switch: positions beyond which the model uses other rotary factors for all positions, if it does.
             sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
             has_lora: the model has LoRA, which servers with Petals' methods only do not take: they are left out.
+            active_adapter: acts in the blocks; servers that do not hold it and cannot be sent it are left out.
             judge: computes blocks on this machine when servers disagree; None: only trusted servers decide.
 
         Raises:
@@ -150,6 +152,7 @@ class RemoteSequential(nn.Module):
             fingerprint=fingerprint,
             sliding_window=sliding_window,
             has_lora=has_lora,
+            active_adapter=active_adapter,
             config=config,
             stats=stats,
         )

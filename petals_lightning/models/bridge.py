@@ -52,6 +52,7 @@ class DecoderBridge:
         model: the pruned model; its prompts and LoRA, if any, are attached to the owner.
         layout: where the blocks were.
         layers: the remote blocks that replace them.
+        active: an adapter of all blocks that acts in them without being trained, or None.
 
     Attributes:
         rows: [N] indices into B·S that the next pass of this thread reads, or None for all.
@@ -60,7 +61,9 @@ class DecoderBridge:
         max_positions: virtual tokens and tokens for which the model has positions; None: any number.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential):
+    def __init__(
+        self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential, active: Adapter | None = None
+    ):
         layout.set_blocks(model, layers)
         for name, value in layout.attributes.items():
             if not hasattr(layers, name):
@@ -69,6 +72,7 @@ class DecoderBridge:
         self.layers, self._owner = layers, owner
         self._prompts: Prompts | None = getattr(owner, "prompts", None)
         self._lora: Lora | None = getattr(owner, "lora", None)
+        self._active = active
         self._embeddings = model.get_input_embeddings  # a method, because embeddings may be resized
         self._pass = _Pass()
         self.max_positions = layout.max_positions
@@ -253,7 +257,8 @@ class DecoderBridge:
         """What the model adds inside of its blocks, with the current values; None if nothing."""
         deep = self._prompts.deep if self._prompts is not None else None
         lora = self._lora.factors() if self._lora is not None else ()
-        return Adapter(0, len(self.layers), deep, lora) if deep is not None or lora else None
+        adapter = Adapter(0, len(self.layers), deep, lora, active=self._active)
+        return adapter if not adapter.is_empty else None
 
     def _check(self, kwargs: dict[str, Any], cache: Any) -> None:
         for name in ("output_hidden_states", "output_attentions"):

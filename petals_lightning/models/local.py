@@ -20,9 +20,9 @@ from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.loading import check_pad_token, fresh_parameters
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
-from petals_lightning.models.adapter_files import adapter_settings, load_adapter
+from petals_lightning.models.adapter_files import adapter_settings, find_active_adapter, load_adapter
 from petals_lightning.models.arguments import config_overrides
-from petals_lightning.models.lora import lora_settings
+from petals_lightning.models.lora import add_frozen, lora_settings
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import PROMPT_MODES, Prompts, TuningMode
 from petals_lightning.models.starts import PromptInit, PromptStart, check_start
@@ -50,6 +50,7 @@ class _LocalModel:
         lora: Any = None,
         prompts: str | Path | None = None,
         adapter: str | Path | None = None,
+        active_adapter: str | Path | None = None,
         dtype: torch.dtype | str = "auto",
         token: str | bool | None = None,
         revision: str | None = None,
@@ -63,6 +64,7 @@ class _LocalModel:
             pre_seq_len: P, the number of virtual tokens.
             prompt_init, prompt_init_text: the start of prompts, "random", "vocabulary" or "text", and that text.
             lora, adapter: as in the distributed classes.
+            active_adapter: folder or hub id of LoRA in PEFT's format that acts without being trained.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
             dtype: of the frozen weights; "auto" is the checkpoint's dtype.
             token, revision: as in transformers.
@@ -119,6 +121,9 @@ class _LocalModel:
         attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start)
         if tuning_mode in PROMPT_MODES:
             concatenate_prompts(model, layout)
+        if active_adapter is not None:
+            active = find_active_adapter(active_adapter, layout, num_blocks(config), needs_copy=True, token=token)
+            add_frozen(active.lora, layout.blocks(model))
         if (own := lora_of(model)) is not None:
             own.adapt(layout.blocks(model))
         model.checkpoint, model.max_positions = checkpoint, layout.max_positions

@@ -279,7 +279,11 @@ def _device_type(accelerator: str) -> str:
 def _title(cfg: DictConfig, recipe: str) -> str:
     tuning = [cfg.tuning.mode or "head only"]
     tuning += [f"P={cfg.tuning.pre_seq_len}"] if cfg.tuning.mode in PROMPT_MODES else []
-    tuning += [f"r={cfg.tuning.r}"] if cfg.tuning.r is not None else []
+    if cfg.tuning.adapter is not None:
+        tuning += [f"from {cfg.tuning.adapter}"]
+    elif cfg.tuning.r is not None:
+        tuning += [f"r={cfg.tuning.r}"]
+    tuning += [f"beside {cfg.tuning.active_adapter}"] if cfg.tuning.active_adapter is not None else []
     return f"{recipe}: {Path(cfg.model.name).name}, {', '.join(tuning)}, lr {cfg.optim.lr:g}, seed {cfg.seed}"
 
 

@@ -101,6 +101,10 @@ class TuningConfig:
     """Linear modules that get LoRA: names, a regular expression for whole paths, or all-linear."""
     use_rslora: bool = False
     """Scale by alpha / √r."""
+    adapter: str | None = None
+    """With mode=lora: folder or hub id of LoRA in PEFT's format to start from; it has r, alpha and target_modules."""
+    active_adapter: str | None = None
+    """LoRA that acts without being trained: the name of one that servers hold, or a folder in PEFT's format."""
 
 
 @dataclass

@@ -19,6 +19,8 @@ OF_MODULES = {
     "alpha": "tuning.alpha",
     "target_modules": "tuning.target_modules",
     "use_rslora": "tuning.use_rslora",
+    "adapter": "tuning.adapter",
+    "active_adapter": "tuning.active_adapter",
     "lr": "optim.lr",
     "head_lr": "optim.head_lr",
     "deep_lr": "optim.deep_lr",

@@ -21,6 +21,7 @@ from petals_lightning.models import (
 from petals_lightning.models.local import LocalModelForCausalLM, LocalModelForSequenceClassification
 from petals_lightning.models.trainable import lora_of, trainable_state_dict
 from tests.helpers.families import CAUSAL_ONLY, RECURRENT_CONFIGS, TINY_CONFIGS
+from tests.helpers.lora import by_peft, causal_loss, factors_of_peft, move_off_zero
 from tests.helpers.parity import UNEVEN, P, assert_same_gradients, loss_trace, right_padded_batch
 from tests.helpers.requests import micro_batches, peer_with_the_graph, segment_sizes
 from tools.testing.tensors import relative_error
@@ -54,33 +55,6 @@ def widest(family: str) -> LoraConfig:
     return LoraConfig(r=2, lora_alpha=8, target_modules=ALL_IS_TOO_MUCH.get(family, "all-linear"))
 
 
-def by_peft(checkpoint: Path | str, config: LoraConfig, auto: Any = AutoModelForCausalLM, **options: Any) -> PeftModel:
-    """PEFT's model on the local one, with B moved off zero; without the head, which is compared by itself."""
-    model = auto.from_pretrained(str(checkpoint), **options)
-    torch.manual_seed(1)
-    model = get_peft_model(model, copy.deepcopy(config))
-    move_off_zero(dict(factors_of_peft(model)))
-    return model
-
-
-def factors_of_peft(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """PEFT's factors by the names of ours, from the block's number on."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parts = name.removesuffix(".default.weight").split(".")
-            first = next(place for place, part in enumerate(parts) if part.isdigit())
-            found[".".join(parts[first:])] = parameter
-    return found
-
-
-def move_off_zero(factors: dict[str, torch.nn.Parameter]) -> None:
-    """Draws every B, so that A has a gradient; by name, so that all models draw the same."""
-    with torch.no_grad():
-        for number, name in enumerate(sorted(name for name in factors if name.endswith("lora_B"))):
-            factors[name].normal_(0, 0.3, generator=torch.Generator().manual_seed(number))
-
-
 def load(load_model: Any, config: Any, mode: str = "lora", **options: Any) -> Any:
     torch.manual_seed(1)
     model = load_model(tuning_mode=mode, pre_seq_len=P if mode != "lora" else None, lora=config, **options).train()
@@ -108,13 +82,6 @@ def assert_factors_have_the_gradients(model: Any, expected: dict[str, torch.nn.P
             continue
         assert relative_error(own[name].grad, parameter.grad) < tolerance, name
     assert blind < len(expected) / 2, "the test is blind"
-
-
-def causal_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the real tokens, and all logits."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten()), logits
 
 
 @pytest.mark.parametrize("family", [*TINY_CONFIGS, *RECURRENT_CONFIGS])

@@ -207,7 +207,7 @@ class BlockSpan:
             raise ProtocolError(
                 f"deep prompts are {list(adapter.deep.shape)}, must be of hidden size {self.hidden_size}"
             )
-        for factors in adapter.lora:
+        for factors in adapter.all_lora:
             for block in factors.blocks:
                 linears = self._runner.linears(block)
                 if factors.target not in linears:
@@ -222,7 +222,7 @@ class BlockSpan:
 
     def _placed(self, adapter: Adapter | None) -> Adapter | None:
         """The adapter on the span's device. What is sent once is copied there once."""
-        if adapter is None or all(tensor.device == self.device for tensor in adapter.tensors().values()):
+        if adapter is None or all(tensor.device == self.device for tensor in adapter.all_tensors().values()):
             return adapter
         if adapter not in self._copies:
             self._copies[adapter] = adapter.map(self.transfers.to_device)
