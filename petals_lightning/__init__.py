@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from petals_lightning.models import load_prompts as load_prompts
     from petals_lightning.models import lora_of as lora_of
     from petals_lightning.models import prompts_of as prompts_of
+    from petals_lightning.models import push_adapter_to_hub as push_adapter_to_hub
     from petals_lightning.models import push_prompts_to_hub as push_prompts_to_hub
     from petals_lightning.models import save_adapter as save_adapter
     from petals_lightning.models import save_prompts as save_prompts
@@ -43,7 +44,7 @@ _EXPORTS = {
     "data": "DialogueDataModule PlainTextDataModule TextClassificationDataModule",
     "models": "AutoDistributedConfig AutoDistributedModel AutoDistributedModelForCausalLM "
     "AutoDistributedModelForSequenceClassification "
-    "export_peft load_prompts lora_of prompts_of push_prompts_to_hub save_adapter save_prompts",
+    "export_peft load_prompts lora_of prompts_of push_adapter_to_hub push_prompts_to_hub save_adapter save_prompts",
     "modules": "CausalLMModule SequenceClassificationModule VerbalizedClassificationModule",
     "strategies": "LocalSwarm PrivateSwarm PublicSwarm RemoteBlockStrategy",
     "swarm": "SwarmNode",

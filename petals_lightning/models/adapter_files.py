@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,24 @@ from petals_lightning.hf.compat import find_file
 from petals_lightning.hf.lora import LoraConfig
 from petals_lightning.hf.pruning import BlockLayout
 from petals_lightning.models.lora import Lora
+from petals_lightning.models.prompt_files import README, THIS_FOLDER, model_card
 from petals_lightning.models.trainable import head_parameters, lora_of
 from petals_lightning.protocol.adapters import Adapter
 
 
-def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Writes a model's LoRA, and its head if it has one, into `folder`, which is created if missing.
+def save_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    command: str | None = None,
+) -> None:
+    """Writes a model's LoRA, its head if it has one, and a card into `folder`, which is created if missing.
 
     Args:
         model: local or distributed, loaded with `lora`.
+        metrics: of the adapter, for the card.
+        command: that trained it, for the card.
 
     Raises:
         ConfigurationError: the model has no LoRA, or PEFT would load it into another class.
@@ -73,6 +83,23 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    readme = _readme(lora, checkpoint, metrics, command, has_head=bool(heads))
+    (folder / README).write_text(readme, encoding="utf-8")
+
+
+def _readme(
+    lora: Lora, checkpoint: Checkpoint, metrics: Mapping[str, float] | None, command: str | None, *, has_head: bool
+) -> str:
+    kind = "SequenceClassification" if has_head else "CausalLM"
+    use = ["Load it:", "", f'    AutoDistributedModelFor{kind}.from_pretrained("{THIS_FOLDER}")']
+    use += ["", f'    PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained(…), "{THIS_FOLDER}")']
+    if not has_head:
+        chat = f"petals-lightning chat {checkpoint.name_or_path} --adapter {THIS_FOLDER} --initial-peers …"
+        use += ["", "Talk to the model with it:", "", f"    {chat}"]
+    names = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    what = f"LoRA of rank {lora.config.r} ({names}){' and a classification head' if has_head else ''}"
+    metadata = {"library_name": "peft", "tags": ["lora"]}
+    return model_card("Adapter", what, use, metadata, checkpoint, metrics=metrics, command=command)
 
 
 def adapter_settings(source: str | Path, given: Any = None, **hub: Any) -> LoraConfig:

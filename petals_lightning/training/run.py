@@ -238,19 +238,18 @@ def _save_best(module: TuningModule, folder: Path, summary: dict[str, Any]) -> N
         with no_code_from(best):
             weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         load_trained_weights(module, weights)
-    if has_lora:
-        _save_adapter(module.model, folder / "adapter")
-    if not has_prompts:
-        return
     metrics = {
         name: value
         for name, value in summary.items()
         if name.startswith(("val/", "test/")) and name != "val/epoch" and value is not None
     }
-    save_prompts(module.model, folder / "prompts", metrics=metrics, command=command())
+    if has_lora:
+        _save_adapter(module.model, folder / "adapter", metrics)
+    if has_prompts:
+        save_prompts(module.model, folder / "prompts", metrics=metrics, command=command())
 
 
-def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
+def _save_adapter(model: PreTrainedModel, folder: Path, metrics: dict[str, float]) -> None:
     checkpoint: Any = model.checkpoint
     if checkpoint.is_wrapper:
         log.warning(
@@ -259,7 +258,7 @@ def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
             checkpoint.name_or_path,
         )
         return
-    save_adapter(model, folder)
+    save_adapter(model, folder, metrics=metrics, command=command())
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:
