@@ -31,11 +31,11 @@ def factors_of_peft(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-def move_off_zero(factors: dict[str, torch.nn.Parameter]) -> None:
+def move_off_zero(factors: dict[str, torch.nn.Parameter], std: float = 0.3) -> None:
     """Draws every B, so that A has a gradient; by name, so that all models draw the same."""
     with torch.no_grad():
         for number, name in enumerate(sorted(name for name in factors if name.endswith("lora_B"))):
-            factors[name].normal_(0, 0.3, generator=torch.Generator().manual_seed(number))
+            factors[name].normal_(0, std, generator=torch.Generator().manual_seed(number))
 
 
 def causal_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,7 @@ from tests.helpers.families import CAUSAL_ONLY, RECURRENT_CONFIGS, TINY_CONFIGS
 from tests.helpers.lora import by_peft, causal_loss, factors_of_peft, move_off_zero
 from tests.helpers.parity import UNEVEN, P, assert_same_gradients, loss_trace, right_padded_batch
 from tests.helpers.requests import micro_batches, peer_with_the_graph, segment_sizes
+from tests.helpers.tampering import chosen
 from tools.testing.tensors import relative_error
 
 ATTENTION = LoraConfig(r=3, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "v_proj"])
@@ -328,3 +329,51 @@ def test_an_adapter_goes_to_peft_and_comes_back(kind, family, tiny_checkpoint, s
             assert torch.equal(trainable_state_dict(loaded)[name], value), name
     with pytest.raises(ConfigurationError, match=r"it lacks|has other shapes|no linear module"):
         LocalModelForCausalLM.from_pretrained(str(tiny_checkpoint("bloom")), adapter=tmp_path / "ours")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "deep_ptune"])
+def test_audits_and_the_judge_compute_with_the_factors(mode, tiny_checkpoint, start_swarm, caplog):
+    """Three servers, one of which lies, forward or backward: found, and the step is PEFT's."""
+    checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
+    swarm = start_swarm(checkpoint, [(0, 4), (0, 4), (0, 4)])
+    options = {"client_config": ClientConfig(audit_rate=1.0, ban_period=60.0)}
+    remote = load(lambda **given: swarm.load(AutoDistributedModelForCausalLM, **options, **given), ALL_LINEAR, mode)
+    local = load(lambda **given: LocalModelForCausalLM.from_pretrained(str(checkpoint), **given), ALL_LINEAR, mode)
+    expected, _ = causal_loss(local, batch)
+    expected.backward()
+    for is_tampered in (False, True):
+        if is_tampered:
+            span: Any = chosen(remote, swarm).span
+            honest = span.backward
+            span.backward = lambda *args: {name: 1.5 * grad for name, grad in honest(*args).items()}
+        remote.zero_grad()
+        loss, _ = causal_loss(remote, batch)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert_same_gradients(remote, local, 1e-5)
+        assert ("lies" in caplog.text) == is_tampered
+    assert remote_blocks(remote).stats.audits >= 4
+
+
+@pytest.mark.slow
+def test_eight_bits_on_the_wire_leave_factors_in_16(tiny_checkpoint, start_swarm):
+    checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
+    swarm = start_swarm(checkpoint, UNEVEN)
+    seen = []
+    for server in swarm.servers:
+        received = server.span.forward
+        server.span.forward = lambda inputs, *cached, run=received: seen.append(inputs) or run(inputs, *cached)
+    model = remote_causal(swarm, ATTENTION, client_config=ClientConfig(wire_dtype="int8_blockwise"))
+    loss, _ = causal_loss(model, batch)
+    loss.backward()
+    expected_loss, expected = peft_step(checkpoint, ATTENTION, batch)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-2)
+    for name, factor in lora_of(model).named_parameters():
+        assert relative_error(factor.grad, expected[name].grad) < 0.1, name
+    given = {number: own for inputs in seen for own in inputs.adapter.lora for number in own.blocks}
+    for number, own in given.items():
+        query = lora_of(model).get_submodule(f"{number}.{own.target}")
+        a = own.a[own.blocks.index(number)]
+        assert 0 < relative_error(a.detach(), query.lora_A.detach()) < 2**-8, "bfloat16"
+
