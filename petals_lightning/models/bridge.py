@@ -70,8 +70,8 @@ class DecoderBridge:
                 setattr(layers, name, value)
         owner = layout.owner(model)
         self.layers, self._owner = layers, owner
-        self._prompts: Prompts | None = getattr(owner, "prompts", None)
-        self._lora: Lora | None = getattr(owner, "lora", None)
+        self._own_prompts: Prompts | None = getattr(owner, "prompts", None)
+        self._own_lora: Lora | None = getattr(owner, "lora", None)
         self._active = active
         self._embeddings = model.get_input_embeddings  # a method, because embeddings may be resized
         self._pass = _Pass()
@@ -87,6 +87,16 @@ class DecoderBridge:
         layers.returns_tuple = self._expects_tuple()
         for norm in norms_of(owner, model.config.get_text_config().hidden_size):
             norm.forward = functools.partial(self._normalise, norm.forward)
+
+    @property
+    def _prompts(self) -> Prompts | None:
+        """Those that act in the next pass."""
+        return self._own_prompts if self._own_prompts is not None and not self._own_prompts.is_off else None
+
+    @property
+    def _lora(self) -> Lora | None:
+        """That which acts in the next pass."""
+        return self._own_lora if self._own_lora is not None and not self._own_lora.is_off else None
 
     @property
     def rows(self) -> torch.Tensor | None:

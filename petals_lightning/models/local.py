@@ -151,7 +151,9 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
     owner = layout.owner(model)
     prompts: Prompts = owner.prompts
 
-    def add_prefix(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def add_prefix(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if prompts.is_off:
+            return None
         if args:
             kwargs["input_ids"], args = args[0], args[1:]
         input_ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
@@ -167,6 +169,8 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
         return args, kwargs
 
     def strip_prefix(module: nn.Module, args: Any, output: Any) -> Any:
+        if prompts.is_off:
+            return None
         output.last_hidden_state = output.last_hidden_state[:, prompts.pre_seq_len :]
         return output
 
@@ -176,7 +180,9 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
         return
 
     def add_deep(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if prompts.is_off:
+                return None
             hidden = args[0]
             assert prompts.deep is not None
             deep = prompts.deep[index].to(hidden.dtype)

@@ -130,10 +130,15 @@ def _shortest(paths: Iterable[str]) -> str:
 
 
 class LoraLinear(nn.Module):
-    """The factors of one linear: A [r, K] and B [O, r], float32, drawn as PEFT does (B is 0)."""
+    """The factors of one linear: A [r, K] and B [O, r], float32, drawn as PEFT does (B is 0).
+
+    Attributes:
+        is_off: as of `Lora`.
+    """
 
     def __init__(self, config: LoraConfig, target: LoraTarget):
         super().__init__()
+        self.is_off = False
         # PEFT makes two linears, whose values it draws, before it draws A again.
         a, b = nn.Linear(target.inputs, config.r, bias=False), nn.Linear(config.r, target.outputs, bias=False)
         nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
@@ -142,6 +147,8 @@ class LoraLinear(nn.Module):
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
         """A forward hook of a linear in this process."""
+        if self.is_off:
+            return None
         return add_low_rank(args[0] if args else kwargs["input"], output, self.lora_A, self.lora_B * self.scale)
 
 
@@ -155,6 +162,7 @@ class Lora(nn.Module):
     Attributes:
         list_path: of the blocks in the whole model.
         target_modules: the setting in names, which mean the same to every program.
+        is_off: passes are made without it; see `without_tuning`.
 
     Raises:
         ConfigurationError: see `find_targets`.
@@ -162,7 +170,7 @@ class Lora(nn.Module):
 
     def __init__(self, config: LoraConfig, layout: BlockLayout):
         super().__init__()
-        self.config, self.list_path = config, layout.list_path
+        self.config, self.list_path, self.is_off = config, layout.list_path, False
         targets = find_targets(config, layout)  # in the model's order, in which PEFT draws, too
         self.target_modules = _in_names(config, targets, layout)
         for target in targets:

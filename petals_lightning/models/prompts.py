@@ -24,6 +24,7 @@ class Prompts(nn.Module):
     Attributes:
         input: [P, E] float32, in place of token embeddings (their width E is H in nearly all families).
         deep: [L, P, H] float32, added to the prefix's hidden states before block i; None with `ptune`.
+        is_off: passes are made without them; see `without_tuning`.
 
     Args:
         tuning_mode: "ptune" or "deep_ptune".
@@ -41,6 +42,7 @@ class Prompts(nn.Module):
     ):
         super().__init__()
         check_tuning(tuning_mode, pre_seq_len)
+        self.is_off = False
         self.tuning_mode, self.pre_seq_len = tuning_mode, pre_seq_len
         self.input = nn.Parameter(torch.zeros(pre_seq_len, embedding_size, dtype=torch.float32))
         deep = torch.zeros(num_blocks, pre_seq_len, hidden_size, dtype=torch.float32)

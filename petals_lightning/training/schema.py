@@ -153,6 +153,16 @@ class LabelledDataConfig(DataConfig):
 
 
 @dataclass
+class NumberDataConfig(LabelledDataConfig):
+    _target_: str = "petals_lightning.data.TextNumberDataModule"
+
+
+@dataclass
+class LabelSetDataConfig(LabelledDataConfig):
+    _target_: str = "petals_lightning.data.TextLabelSetDataModule"
+
+
+@dataclass
 class DialogueColumns:
     """Columns of dialogues that are called otherwise: data.columns={prompt: question, completion: reply}."""
 
@@ -178,6 +188,32 @@ class DialogueDataConfig(DataConfig):
     merge_system: bool = False
     """True puts the system text before the first user turn, for templates without a system turn."""
     batch_size: int = 16
+
+
+@dataclass
+class PreferenceColumns:
+    """Columns of preferences that are called otherwise: data.columns={chosen: better, rejected: worse}."""
+
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    system: str | None = None
+
+
+@dataclass
+class PreferenceDataConfig(DataConfig):
+    _target_: str = "petals_lightning.data.PreferenceDataModule"
+    limit: int | None = None
+    """Pairs a split at most."""
+    max_length: int = 256
+    """Tokens a sample at most; a longer answer is cut off."""
+    columns: PreferenceColumns = field(default_factory=PreferenceColumns)
+    use_chat_template: bool = True
+    """False takes the simple form even if the tokenizer has a chat template."""
+    merge_system: bool = False
+    """True puts the system text before the first user turn, for templates without a system turn."""
+    batch_size: int = 16
+    """Pairs a batch."""
 
 
 @dataclass
@@ -310,6 +346,9 @@ _OPTIONS: dict[str, type] = {
     "amp": AmpConfig,
     "data": LabelledDataConfig,
     "dialogue_data": DialogueDataConfig,
+    "preference_data": PreferenceDataConfig,
+    "number_data": NumberDataConfig,
+    "label_set_data": LabelSetDataConfig,
     "plain_text_data": PlainTextDataConfig,
     "optim": OptimConfig,
     "trainer": TrainerConfig,
