@@ -132,12 +132,15 @@ class BlockSpan:
         hidden, prefix = self._moved(inputs.hidden), inputs.prefix
         prefix_out = None
         if prefix is None:
+            is_plain = inputs.adapter is None or inputs.adapter.deep is None  # deep prompts are for certain positions
+            if is_plain and self.shares_prefix(0, hidden.shape[1]) and self._may_skip(inputs, 0):
+                return self._run_skipping_unread(inputs, hidden, None), None
             out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._placed(inputs.adapter)), None)
         elif self.shares_prefix(len(prefix), hidden.shape[1]):
             if prefix_cache is None:
                 run = self.run_prefix(inputs, {})
                 prefix_cache, prefix_out = run.cache, run.output
-            if self.skips_unread and self._reads_one_each(inputs, len(prefix)):
+            if self._may_skip(inputs, len(prefix)):
                 return self._run_skipping_unread(inputs, hidden, prefix_cache), prefix_out
             out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._lora(inputs)), prefix_cache)
         else:
@@ -159,6 +162,9 @@ class BlockSpan:
         call = BlockPass(inputs.start, inputs.end, self._moved(tracked.prefix)[None], adapter)
         return PrefixRun(inputs, leaves, cache, self._runner.run(call, cache)[0])
 
+    def _may_skip(self, inputs: SpanInputs, prefix: int) -> bool:
+        return self.skips_unread and self._reads_one_each(inputs, prefix)
+
     def _reads_one_each(self, inputs: SpanInputs, prefix: int) -> bool:
         """Whether one position of each sample is read, as by a classifier, and no sliding window is in effect.
 
@@ -172,7 +178,9 @@ class BlockSpan:
             return False
         return torch.equal(rows // tokens, torch.arange(batch))
 
-    def _run_skipping_unread(self, inputs: SpanInputs, hidden: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
+    def _run_skipping_unread(
+        self, inputs: SpanInputs, hidden: torch.Tensor, cache: PrefixCache | None
+    ) -> torch.Tensor:
         """Outputs [B, H] of the one position of each sample that is read.
 
         In the last block it needs only the keys and values of the others. So that block runs on all positions until it
@@ -180,13 +188,14 @@ class BlockSpan:
 
         Args:
             hidden: [B, S, H], the inputs' in the blocks' dtype.
-            cache: of the prefix, which has run.
+            cache: of the prefix, which has run; None: there is no prefix.
         """
         assert inputs.rows is not None
         (batch, tokens, _), last, lora = hidden.shape, inputs.end - 1, self._lora(inputs)
         if last > inputs.start:
             hidden = self._runner.run(BlockPass(inputs.start, last, hidden, lora), cache)
-        taken = cache.taking(last - self.start)
+        of_last = cache if cache is not None else PrefixCache(len(self.blocks), last - self.start)
+        taken = of_last.taking(last - self.start)
         with suppress(KeysTaken):
             self._runner.run(BlockPass(last, inputs.end, hidden, lora), taken)
             raise NotImplementedError("the block keeps no keys and values")
