@@ -26,8 +26,8 @@ class DistillationModule(CausalLMModule):
 
     Args:
         model_name: hub id or folder of a causal language model.
-        teacher: hub id or folder of a causal language model with the same tokens, or of a tuned one that
-            `save_pretrained` wrote.
+        teacher: hub id or folder of a causal language model with the same tokens; may be the same model.
+        teacher_adapter: LoRA that acts in the teacher; see `active_adapter`.
         teacher_dht_prefix: the name under which the run's swarm serves the teacher's blocks; None: the whole teacher is
             loaded into this process.
         temperature: T, by which logits are divided.
@@ -44,6 +44,7 @@ class DistillationModule(CausalLMModule):
         model_name: str,
         *,
         teacher: str,
+        teacher_adapter: str | None = None,
         teacher_dht_prefix: str | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -95,11 +96,12 @@ class DistillationModule(CausalLMModule):
                 "the same tokenizer"
             )
         distributed, local = self.auto_classes()
+        given = {"dtype": self.hparams["dtype"], "active_adapter": self.hparams["teacher_adapter"]}
+        given["token"] = self._token
         if prefix is None:
-            teacher = local.from_pretrained(name, dtype=self.hparams["dtype"], token=self._token)
+            teacher = local.from_pretrained(name, **given)
         elif isinstance(strategy, RemoteBlockStrategy):
-            connection = strategy.client_arguments | {"dht_prefix": prefix}
-            teacher = distributed.from_pretrained(name, dtype=self.hparams["dtype"], token=self._token, **connection)
+            teacher = distributed.from_pretrained(name, **given, **strategy.client_arguments | {"dht_prefix": prefix})
         else:
             raise ConfigurationError(
                 f"teacher_dht_prefix={prefix}: there is no swarm; leave it off to load the teacher into this process"

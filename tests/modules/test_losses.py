@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from petals_lightning.data import PreferenceDataModule, TextLabelSetDataModule, TextNumberDataModule
+from petals_lightning.data import DialogueDataModule, PreferenceDataModule, TextLabelSetDataModule, TextNumberDataModule
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.models import (
     AutoDistributedModelForCausalLM,
@@ -187,19 +187,14 @@ def test_a_distilled_model_comes_closer_to_its_teacher(where, start_swarm, tmp_p
     """The teacher is the bundled model with LoRA, which the student has to find."""
     teacher = get_peft_model(AutoModelForCausalLM.from_pretrained(str(MODEL_DIR)), LORA)
     move_off_zero(dict(factors_of_peft(teacher)), 0.05)
-    teacher.merge_and_unload().save_pretrained(str(tmp_path / "teacher"))
-    for file in MODEL_DIR.glob("tokenizer*"):
-        (tmp_path / "teacher" / file.name).write_bytes(file.read_bytes())
+    teacher.save_pretrained(str(tmp_path / "teacher"))
     swarm = start_swarm(MODEL_DIR, UNEVEN)
-    taught = start_swarm(
-        tmp_path / "teacher", UNEVEN, prefix="teacher", initial_peers=swarm.initial_peers
-    )  # another swarm of the same peers
-    assert taught.servers
-    data = PreferenceDataModule(str(MODEL_DIR), limit=24, batch_size=4)
+    data = DialogueDataModule(str(MODEL_DIR), limit=24, batch_size=4)
     torch.manual_seed(0)
     module = DistillationModule(
-        str(MODEL_DIR), teacher=str(tmp_path / "teacher"), dht_prefix=PREFIX, tuning_mode="lora", r=4, lr=5e-3,
-        teacher_dht_prefix="teacher" if where == "swarm" else None, share=0.9, top_k=50, temperature=2.0,
+        str(MODEL_DIR), teacher=str(MODEL_DIR), teacher_adapter=str(tmp_path / "teacher"), dht_prefix=PREFIX,
+        teacher_dht_prefix=PREFIX if where == "swarm" else None, tuning_mode="lora", r=4, lr=5e-3,
+        share=0.9, top_k=50, temperature=2.0,
     )  # fmt: skip
     trainer = make_trainer(tmp_path, strategy=RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)), max_epochs=8)
     losses: list[float] = []
