@@ -67,7 +67,7 @@ class DistillationModule(CausalLMModule):
 
     def distil(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch: share · `distillation_loss` + (1 − share) · cross-entropy of the labels."""
-        targets, rows = labelled_tokens(labels)
+        targets, rows = labelled_tokens(self, input_ids, labels)
         with torch.no_grad():
             (teacher,) = self._teacher
             device = next(teacher.parameters()).device

@@ -78,11 +78,22 @@ class PreferenceModule(_PairModule):
             raise ConfigurationError(f"beta={beta}: must be above 0, e.g. 0.1")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PairLoss:
-        """The loss of a batch; see `preference_loss`."""
-        given = self.model, input_ids, attention_mask, labels
+        """The loss of a batch; see `preference_loss`.
+
+        Raises:
+            ConfigurationError: labels are not token ids.
+        """
         with torch.no_grad(), without_tuning(self.model):
-            reference = answer_log_probabilities(*given)
-        return preference_loss(answer_log_probabilities(*given), reference, self.hparams["beta"])
+            reference = self.answer_log_probabilities(input_ids, attention_mask, labels)
+        policy = self.answer_log_probabilities(input_ids, attention_mask, labels)
+        return preference_loss(policy, reference, self.hparams["beta"])
+
+    def answer_log_probabilities(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """The log-probability [2·B] of the labelled tokens of each sample, summed."""
+        targets, rows = labelled_tokens(self, input_ids, labels)
+        logits = token_logits(self.model, input_ids, rows, attention_mask)
+        each = -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return each.new_zeros(len(labels)).index_add(0, rows // labels.shape[1], each)
 
 
 def preference_loss(policy: Tensor, reference: Tensor, beta: float) -> PairLoss:
@@ -97,14 +108,6 @@ def preference_loss(policy: Tensor, reference: Tensor, beta: float) -> PairLoss:
     chosen, rejected = (beta * (policy - reference)).chunk(2)
     margins = chosen - rejected
     return PairLoss(-torch.nn.functional.logsigmoid(margins).mean(), margins.detach())
-
-
-def answer_log_probabilities(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """The log-probability [2·B] of the labelled tokens of each sample, summed."""
-    targets, rows = labelled_tokens(labels)
-    logits = token_logits(model, input_ids, rows, attention_mask)
-    each = -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return each.new_zeros(len(labels)).index_add(0, rows // labels.shape[1], each)
 
 
 class RewardModule(_PairModule):

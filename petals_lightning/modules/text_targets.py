@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MultilabelAccuracy, MultilabelExactMatch, MultilabelF1Score
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef
 
+from petals_lightning.errors import ConfigurationError
 from petals_lightning.modules.sequence_classification import SequenceClassificationModule
 from petals_lightning.modules.tuning import TuningModule
 
@@ -112,6 +113,15 @@ class MultiLabelModule(_TextTargetModule):
         self._num_labels = num_labels
         super().__init__(model_name, **options)
         self.class_names = class_names or [str(label) for label in range(num_labels)]
+
+    def forward(self, **batch: Tensor) -> Any:
+        """As of the base. Raises ConfigurationError if labels are not vectors of 0 and 1."""
+        if (labels := batch.get("labels")) is not None and labels.ndim != 2:
+            raise ConfigurationError(
+                f"labels have shape {list(labels.shape)}: {type(self).__name__} needs a vector of 0 and 1 for each text;"
+                " use TextLabelSetDataModule (data=label_sets), or a task for one class"
+            )
+        return super().forward(**batch)
 
     def _scores(self) -> dict[str, Any]:
         return {
