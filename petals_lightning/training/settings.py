@@ -30,7 +30,8 @@ OF_MODULES = {
 """Arguments of every module, and the settings that they take."""
 OF_DATA = {"tokenizer": "model.name", "tokenizer_revision": "model.revision", "seed": "seed"}
 """Arguments of every DataModule besides its own group of settings."""
-_OTHERS = {"verbalizer": "task.verbalizer", "precision": "amp.precision", "path": "hydra.run.dir"}
+_OF_TASKS = ("verbalizer", "beta", "teacher", "teacher_dht_prefix", "temperature", "top_k", "share")
+_OTHERS = {name: f"task.{name}" for name in _OF_TASKS} | {"precision": "amp.precision", "path": "hydra.run.dir"}
 _GROUPS = ("trainer", "swarm", "data")
 """Their settings become arguments of the same names."""
 
