@@ -82,7 +82,8 @@ def main(
         ("batch×tokens×P", "LoRA ms", "deep_ptune ms", "PEFT ms", "/ deep_ptune", "/ PEFT", "MB", "/ needed"),
         [
             (
-                row.case, *(f"{1e3 * each:.0f}" for each in (row.lora_seconds, row.deep_ptune_seconds, row.peft_seconds)),
+                row.case,
+                *(f"{1e3 * each:.0f}" for each in (row.lora_seconds, row.deep_ptune_seconds, row.peft_seconds)),
                 f"{row.by_deep_ptune:.2f}", f"{row.by_peft:.2f}", f"{row.bytes_moved / 1e6:.2f}",
                 f"{row.bytes_moved / row.bytes_needed:.3f}",
             )

@@ -217,7 +217,8 @@ class PeerConnection:
         identity = (adapter.version, adapter.start, adapter.end)
         if identity not in self._adapters:
             key = self.next_id()
-            message = self._as_sent(adapter).map(lambda tensor: to_wire(tensor, wire_dtype, shared=True)).to_message(key)
+            sent = self._as_sent(adapter).map(lambda tensor: to_wire(tensor, wire_dtype, shared=True))
+            message = sent.to_message(key)
             sending = asyncio.create_task(self._send_adapter(message))
             sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # callers may be cancelled
             self._adapters[identity] = key, sending

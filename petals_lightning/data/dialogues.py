@@ -236,7 +236,7 @@ class DialogueDataModule(TextDataModule):
             for split, rows in self.with_validation(numbered).items()
         }
 
-    def collate(self, pad_token_id: int) -> PadLabelled:
+    def collate(self, pad_token_id: int) -> Any:
         return PadLabelled(pad_token_id)
 
     @property
@@ -266,7 +266,7 @@ class DialogueDataModule(TextDataModule):
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
 
-    def _dataset(self, found: list[Any], split: str, rows: datasets.Dataset) -> LabelledTokens:
+    def _dataset(self, found: list[Any], split: str, rows: datasets.Dataset) -> Any:
         """The samples of a split. Raises DataError if there are none."""
         if not found:
             raise DataError(

@@ -103,7 +103,7 @@ class PreferenceDataModule(DialogueDataModule):
     def description(self) -> str:
         return f"pairs of answers, dialogues of up to {self.max_length} tokens"
 
-    def collate(self, pad_token_id: int) -> PadPairs:  # type: ignore[override]
+    def collate(self, pad_token_id: int) -> Any:
         return PadPairs(pad_token_id)
 
     def _encoded_row(self, row: dict[str, Any], form: DialogueFormat, where: str) -> list[Any]:
@@ -119,7 +119,7 @@ class PreferenceDataModule(DialogueDataModule):
         labels = [IGNORED] * answer.start + answer.ids[answer.start : answer.end]
         return answer.ids[: answer.end][: self.max_length], labels[: self.max_length]
 
-    def _dataset(self, found: list[Any], split: str, rows: datasets.Dataset) -> PreferencePairs:  # type: ignore[override]
+    def _dataset(self, found: list[Any], split: str, rows: datasets.Dataset) -> Any:
         if not found:
             raise DataError(
                 f"{split} of {self.source}: no answer of {len(rows)} pairs begins within max_length={self.max_length} "

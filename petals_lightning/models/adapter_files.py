@@ -159,7 +159,9 @@ def load_adapter(model: PreTrainedModel, source: str | Path, **hub: Any) -> None
             parameter.copy_(saved[name])
 
 
-def find_active_adapter(source: str | Path, layout: BlockLayout, count: int, *, needs_copy: bool, **hub: Any) -> Adapter:
+def find_active_adapter(
+    source: str | Path, layout: BlockLayout, count: int, *, needs_copy: bool, **hub: Any
+) -> Adapter:
     """An adapter that acts in a model without being trained there, and that servers may hold.
 
     Args:

@@ -1,4 +1,4 @@
-"""Uploads saved prompts and adapters to the Hugging Face hub, from where `prompts=` and `adapter="org/name"` load them."""
+"""Uploads saved prompts and adapters to the Hugging Face hub, for `prompts="org/name"` and `adapter="org/name"`."""
 
 from __future__ import annotations
 

@@ -110,7 +110,6 @@ class MultiLabelModule(_TextTargetModule):
     from_data = ("num_labels", "class_names")
 
     def __init__(self, model_name: str, *, num_labels: int, class_names: list[str] | None = None, **options: Any):
-        self._num_labels = num_labels
         super().__init__(model_name, **options)
         self.class_names = class_names or [str(label) for label in range(num_labels)]
 
@@ -118,16 +117,16 @@ class MultiLabelModule(_TextTargetModule):
         """As of the base. Raises ConfigurationError if labels are not vectors of 0 and 1."""
         if (labels := batch.get("labels")) is not None and labels.ndim != 2:
             raise ConfigurationError(
-                f"labels have shape {list(labels.shape)}: {type(self).__name__} needs a vector of 0 and 1 for each text;"
-                " use TextLabelSetDataModule (data=label_sets), or a task for one class"
+                f"labels have shape {list(labels.shape)}: {type(self).__name__} needs a vector of 0 and 1 for each "
+                "text; use TextLabelSetDataModule (data=label_sets), or a task for one class"
             )
         return super().forward(**batch)
 
     def _scores(self) -> dict[str, Any]:
         return {
-            "micro_f1": MultilabelF1Score(self._num_labels, average="micro"),
-            "accuracy": MultilabelAccuracy(self._num_labels, average="micro"),
-            "exact": MultilabelExactMatch(self._num_labels),
+            "micro_f1": MultilabelF1Score(self.hparams["num_labels"], average="micro"),
+            "accuracy": MultilabelAccuracy(self.hparams["num_labels"], average="micro"),
+            "exact": MultilabelExactMatch(self.hparams["num_labels"]),
         }
 
     def _outputs(self, logits: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Adapter:
         return named
 
     def all_tensors(self) -> dict[str, torch.Tensor]:
-        """`tensors`, and those of an active adapter that is not named: what a client sends and a server keeps for it."""
+        """`tensors`, and those of an active adapter that is not named: what a client sends, and a server keeps."""
         active = self.active.tensors() if self.active is not None and self.active.name is None else {}
         return self.tensors() | {f"active.{name}": tensor for name, tensor in active.items()}
 

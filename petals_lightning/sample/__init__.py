@@ -1,4 +1,4 @@
-"""The bundled sample: a small causal LM, labelled reviews in SST-2's form, dialogues and preferences, for first runs and tests.
+"""The bundled sample, for first runs and tests: a small causal LM, labelled reviews, dialogues and preferences.
 
 All are synthetic. `tools/sample` of the repository makes them.
 """

@@ -199,7 +199,8 @@ def test_audits_and_the_judge_apply_it(tiny_checkpoint, saved, start_swarm, capl
 
 def of_another_model(folder: Path) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({name: tensor[:, :5].contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    cut = {name: tensor[:, :5].contiguous() for name, tensor in tensors.items()}
+    save_file(cut, folder / "adapter_model.safetensors")
 
 
 def of_more_blocks(folder: Path) -> None:

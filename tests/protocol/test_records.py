@@ -110,7 +110,9 @@ _values = st.recursive(
     max_leaves=12,
 )
 _extras = st.dictionaries(
-    st.sampled_from(["start_block", "end_block", "public_name", "version", "torch_dtype", "forward_rps", "adapters", "lightning"]),
+    st.sampled_from(
+        ["start_block", "end_block", "public_name", "version", "torch_dtype", "forward_rps", "adapters", "lightning"]
+    ),
     _values | st.dictionaries(st.sampled_from(["stream", "hidden_size", "fingerprint"]), _scalars),
 )
 

@@ -98,7 +98,7 @@ class BlockRunner:
 
     @contextmanager
     def _with_lora(self, blocks: BlockPass) -> Iterator[None]:
-        """Adds the adapter's LoRA, and that of an active one, to the linears of a pass, until that ends, however it ends."""
+        """Adds the adapter's LoRA, and an active one's, to the linears of a pass, until that ends, however it ends."""
         with ExitStack() as hooks:
             for factors in blocks.adapter.all_lora if blocks.adapter is not None else ():
                 own = factors.between(blocks.start, blocks.end)
