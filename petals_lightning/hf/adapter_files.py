@@ -83,7 +83,7 @@ def read_adapter(source: str | Path, layout: BlockLayout, count: int, start: int
     in_blocks = re.compile(rf"(?:.*\.)?{re.escape(layout.list_path)}\.(\d+)\.(.+)\.lora_([AB])\.weight")
     found: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     with _opened(path) as file:
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
             match = in_blocks.fullmatch(name)
             if match is None:
                 if name.removeprefix(PREFIX).partition(".")[0] in HEADS:

@@ -70,9 +70,7 @@ class PreferenceModule(_PairModule):
     has_head = False
     auto_classes = CausalLMModule.auto_classes
 
-    def __init__(
-        self, model_name: str, *, beta: float = 0.1, tuning_mode: str | None = "deep_ptune", **options: Any
-    ):
+    def __init__(self, model_name: str, *, beta: float = 0.1, tuning_mode: str | None = "deep_ptune", **options: Any):
         super().__init__(model_name, tuning_mode=tuning_mode, **options)
         if beta <= 0:
             raise ConfigurationError(f"beta={beta}: must be above 0, e.g. 0.1")

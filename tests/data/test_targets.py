@@ -92,9 +92,7 @@ def test_numbers_are_read_and_gaps_are_named(text_model, tmp_path):
     assert data.collate(0)([data._splits["train"][0]])["labels"].is_floating_point()
     rows[1]["score"] = None
     for drops in (False, True):
-        data = TextNumberDataModule(
-            str(text_model), write(tmp_path, rows), label_column="score", drop_unlabelled=drops
-        )
+        data = TextNumberDataModule(str(text_model), write(tmp_path, rows), label_column="score", drop_unlabelled=drops)
         if drops:
             data.setup()
             assert sum(data.sizes.values()) == 3

@@ -123,7 +123,7 @@ def test_petals_servers_that_lack_an_adapter_are_left_out(tiny_checkpoint, saved
 @pytest.mark.parametrize("phase", ["forward", "backward", "session"])
 def test_whatever_replaces_a_lost_server_has_the_adapter(phase, tiny_checkpoint, saved, start_swarm):
     """The server that is left does not hold it."""
-    peft, folder = saved("llama")
+    _, folder = saved("llama")
     batch, spans = right_padded_batch(), [(0, 2), (2, 4), (2, 4)]
     swarm = start_swarm(tiny_checkpoint("llama"), spans, adapters=[[folder], [folder], []])
     local = LocalModelForCausalLM.from_pretrained(

@@ -346,7 +346,7 @@ def test_audits_and_the_judge_compute_with_the_factors(mode, tiny_checkpoint, st
         if is_tampered:
             span: Any = chosen(remote, swarm).span
             honest = span.backward
-            span.backward = lambda *args: {name: 1.5 * grad for name, grad in honest(*args).items()}
+            span.backward = lambda *args, run=honest: {name: 1.5 * grad for name, grad in run(*args).items()}
         remote.zero_grad()
         loss, _ = causal_loss(remote, batch)
         loss.backward()
@@ -376,4 +376,3 @@ def test_eight_bits_on_the_wire_leave_factors_in_16(tiny_checkpoint, start_swarm
         query = lora_of(model).get_submodule(f"{number}.{own.target}")
         a = own.a[own.blocks.index(number)]
         assert 0 < relative_error(a.detach(), query.lora_A.detach()) < 2**-8, "bfloat16"
-

@@ -241,4 +241,3 @@ def test_each_learns_the_bundled_sample(module, data, score, best, tmp_path):
     assert trainer.callback_metrics[f"val/{score}"] > best
     if module is MultiLabelModule:
         assert trainer.predict(model, dataloaders=samples.val_dataloader())[0].shape[1] == 2
-

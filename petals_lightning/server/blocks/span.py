@@ -178,9 +178,7 @@ class BlockSpan:
             return False
         return torch.equal(rows // tokens, torch.arange(batch))
 
-    def _run_skipping_unread(
-        self, inputs: SpanInputs, hidden: torch.Tensor, cache: PrefixCache | None
-    ) -> torch.Tensor:
+    def _run_skipping_unread(self, inputs: SpanInputs, hidden: torch.Tensor, cache: PrefixCache | None) -> torch.Tensor:
         """Outputs [B, H] of the one position of each sample that is read.
 
         In the last block it needs only the keys and values of the others. So that block runs on all positions until it

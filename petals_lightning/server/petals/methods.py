@@ -16,7 +16,6 @@ from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse
 
 from petals_lightning import __version__
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
 from petals_lightning.protocol.petals.calls import (
     Parts,
