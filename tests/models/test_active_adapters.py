@@ -126,9 +126,11 @@ def test_whatever_replaces_a_lost_server_has_the_adapter(phase, tiny_checkpoint,
     _, folder = saved("llama")
     batch, spans = right_padded_batch(), [(0, 2), (2, 4), (2, 4)]
     swarm = start_swarm(tiny_checkpoint("llama"), spans, adapters=[[folder], [folder], []])
+    torch.manual_seed(0)
     local = LocalModelForCausalLM.from_pretrained(
         str(tiny_checkpoint("llama")), active_adapter=folder, tuning_mode="lora", lora=QUERIES
     )
+    torch.manual_seed(0)
     model = causal(swarm, folder, tuning_mode="lora", lora=QUERIES)
     for each in (model, local):
         move_off_zero(dict(lora_of(each).named_parameters()))
