@@ -140,7 +140,7 @@ class Adapter:
         """
         if (active := self.active) is None:
             return self
-        if active.name in held and active.fingerprint in (None, held[active.name]):
+        if active.name in held and active.fingerprint in (None, held.get(str(active.name))):
             return replace(self, active=Adapter(self.start, self.end, name=active.name))
         if active.fingerprint is None:
             raise ProtocolError(f"it does not hold the adapter {active.name!r}")
@@ -231,7 +231,7 @@ class Adapter:
 
 
 def _factors(
-    layout: list[Any], tensors: Mapping[str, torch.Tensor], prefix: str, start: int, end: int
+    layout: list[Any], tensors: dict[str, torch.Tensor], prefix: str, start: int, end: int
 ) -> tuple[LoraFactors, ...]:
     """The factors of a message, whose tensors' names begin with `prefix`. Raises ProtocolError."""
     lora = []
