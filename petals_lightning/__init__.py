@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from petals_lightning.client import RemoteSequential as RemoteSequential
     from petals_lightning.data import DialogueDataModule as DialogueDataModule
     from petals_lightning.data import PlainTextDataModule as PlainTextDataModule
+    from petals_lightning.data import PreferenceDataModule as PreferenceDataModule
     from petals_lightning.data import TextClassificationDataModule as TextClassificationDataModule
+    from petals_lightning.data import TextLabelSetDataModule as TextLabelSetDataModule
+    from petals_lightning.data import TextNumberDataModule as TextNumberDataModule
     from petals_lightning.models import AutoDistributedConfig as AutoDistributedConfig
     from petals_lightning.models import AutoDistributedModel as AutoDistributedModel
     from petals_lightning.models import AutoDistributedModelForCausalLM as AutoDistributedModelForCausalLM
@@ -26,10 +29,16 @@ if TYPE_CHECKING:
     from petals_lightning.models import load_prompts as load_prompts
     from petals_lightning.models import lora_of as lora_of
     from petals_lightning.models import prompts_of as prompts_of
+    from petals_lightning.models import push_adapter_to_hub as push_adapter_to_hub
     from petals_lightning.models import push_prompts_to_hub as push_prompts_to_hub
     from petals_lightning.models import save_adapter as save_adapter
     from petals_lightning.models import save_prompts as save_prompts
     from petals_lightning.modules import CausalLMModule as CausalLMModule
+    from petals_lightning.modules import DistillationModule as DistillationModule
+    from petals_lightning.modules import MultiLabelModule as MultiLabelModule
+    from petals_lightning.modules import PreferenceModule as PreferenceModule
+    from petals_lightning.modules import RegressionModule as RegressionModule
+    from petals_lightning.modules import RewardModule as RewardModule
     from petals_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
     from petals_lightning.modules import VerbalizedClassificationModule as VerbalizedClassificationModule
     from petals_lightning.strategies import LocalSwarm as LocalSwarm
@@ -40,11 +49,13 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "client": "ClientConfig RemoteSequential",
-    "data": "DialogueDataModule PlainTextDataModule TextClassificationDataModule",
+    "data": "DialogueDataModule PlainTextDataModule PreferenceDataModule TextClassificationDataModule "
+    "TextLabelSetDataModule TextNumberDataModule",
     "models": "AutoDistributedConfig AutoDistributedModel AutoDistributedModelForCausalLM "
     "AutoDistributedModelForSequenceClassification "
-    "export_peft load_prompts lora_of prompts_of push_prompts_to_hub save_adapter save_prompts",
-    "modules": "CausalLMModule SequenceClassificationModule VerbalizedClassificationModule",
+    "export_peft load_prompts lora_of prompts_of push_adapter_to_hub push_prompts_to_hub save_adapter save_prompts",
+    "modules": "CausalLMModule DistillationModule MultiLabelModule PreferenceModule RegressionModule RewardModule "
+    "SequenceClassificationModule VerbalizedClassificationModule",
     "strategies": "LocalSwarm PrivateSwarm PublicSwarm RemoteBlockStrategy",
     "swarm": "SwarmNode",
 }

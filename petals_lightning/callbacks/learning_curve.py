@@ -35,7 +35,7 @@ def draw_learning_curve(
         losses.plot(steps, _smoothed(values), color=VALIDATION, linewidth=1.8, label="train, moving average")
     at = [entry["step"] for entry in validation]
     losses.plot(at, [entry["val/loss"] for entry in validation], "o-", color=SCORE, label="validation")
-    losses.set(xlabel="optimizer step", ylabel="cross-entropy", title="loss")
+    losses.set(xlabel="optimizer step", ylabel="loss", title="loss")
     losses.set_ylim(bottom=0)
     losses.set_xlim(left=0)
     losses.legend(frameon=False)

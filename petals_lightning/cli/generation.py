@@ -42,6 +42,9 @@ class ModelOptions:
     adapter: Annotated[str | None, typer.Option(help="Folder or hub id of LoRA in PEFT's format.", metavar="DIR")] = (
         None
     )
+    active_adapter: Annotated[
+        str | None, typer.Option(help="Name of LoRA that servers hold, or a folder of it.", metavar="NAME")
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Makes random choices repeatable.")] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None
@@ -122,6 +125,7 @@ def load_model(options: ModelOptions, client: ClientConfig, terminal: Terminal) 
         dht_prefix=options.dht_prefix,
         prompts=options.prompts,
         adapter=options.adapter,
+        active_adapter=options.active_adapter,
         client_config=client,
         **hub,
     )

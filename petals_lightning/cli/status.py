@@ -137,6 +137,7 @@ def _describe_server(peer: str, record: ServerRecord, blocks: str, first: int) -
         "kind": "petals" if record.stream_version is None else "petals-lightning",
         "version": record.version,
         "dtype": record.torch_dtype,
+        "adapters": list(record.adapters),
         "throughput": record.throughput,
         "tokens_per_second": record.tokens_per_second,
         "cache_tokens_left": record.cache_tokens_left,
@@ -190,7 +191,9 @@ def _table(model: dict[str, Any]) -> Table:
         table.add_row(
             server["blocks"],
             " ".join(filter(None, [escape(server["public_name"] or ""), f"…{server['peer_id'][-10:]}"])),
-            " ".join(filter(None, [server["kind"], *(escape(server[of] or "") for of in ("version", "dtype"))])),
+            " ".join(
+                filter(None, [server["kind"], *map(escape, filter(None, (server["version"], server["dtype"])))])
+            ) + "".join(f" +{escape(adapter)}" for adapter in server["adapters"]),
             f"{server['throughput']:,.1f}",
             *(f"{value:,.0f}" if value is not None else "" for value in (
                 server["tokens_per_second"], server["cache_tokens_left"]

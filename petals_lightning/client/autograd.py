@@ -6,6 +6,7 @@ Shapes: B batch, S tokens, P virtual tokens, H hidden size, L blocks, N position
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,15 +35,21 @@ class RemoteRunner:
 
     def __init__(self, node: SwarmNode, pipeline: Pipeline):
         self._node, self._pipeline = node, pipeline
-        self._last, self._lock = Adapter(0, 0), threading.Lock()
+        self._recent: list[Adapter] = []
+        self._versions, self._lock = itertools.count(1), threading.Lock()
 
     def versioned(self, adapter: Adapter) -> Adapter:
-        """A copy of the adapter with a version that changes only when its values do, so that it is sent once."""
+        """A copy of the adapter with a version that changes only when its values do, so that it is sent once.
+
+        The last two are known: a step may have a pass with the tuning, which changes, and one without.
+        """
         adapter = adapter.map(lambda tensor: tensor.detach().cpu())
         with self._lock:
-            if not self._last.is_same(adapter):
-                self._last = replace(adapter.map(torch.clone), version=self._last.version + 1)
-            return self._last
+            known = next((recent for recent in self._recent if recent.is_same(adapter)), None)
+            if known is None:
+                known = replace(adapter.map(torch.clone), version=next(self._versions))
+            self._recent = [known, *(recent for recent in self._recent if recent is not known)][:2]
+            return known
 
     def split(
         self,

@@ -217,7 +217,8 @@ class PeerConnection:
         identity = (adapter.version, adapter.start, adapter.end)
         if identity not in self._adapters:
             key = self.next_id()
-            message = adapter.map(lambda tensor: to_wire(tensor, wire_dtype, shared=True)).to_message(key)
+            sent = self._as_sent(adapter).map(lambda tensor: to_wire(tensor, wire_dtype, shared=True))
+            message = sent.to_message(key)
             sending = asyncio.create_task(self._send_adapter(message))
             sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # callers may be cancelled
             self._adapters[identity] = key, sending
@@ -226,6 +227,13 @@ class PeerConnection:
         key, sending = self._adapters[identity]
         await asyncio.shield(sending)
         return key
+
+    def _as_sent(self, adapter: Adapter) -> Adapter:
+        held = self.info.get("adapters")
+        try:
+            return adapter.as_sent(held if isinstance(held, dict) else {})
+        except ProtocolError as e:
+            raise PeerFailure(self.peer, str(e), ErrorCode.NOT_SERVED.value) from e
 
     async def _send_adapter(self, message: Message) -> None:
         try:

@@ -354,7 +354,7 @@ class InferenceSession:
         prefix = to_wire(first.prefix, entering, shared=True) if opens and first.prefix is not None else None
         adapter = self._adapter.between(first.start, first.end) if opens and self._adapter is not None else None
         key = None
-        if adapter is not None and adapter.tensors():
+        if adapter is not None and not adapter.is_empty:
             assert first.connection is not None
             key = await first.connection.register_adapter(adapter, entering)
         position_ids = position_ids[:, :at_once] if position_ids is not None else None

@@ -123,6 +123,7 @@ class RemoteSequential(nn.Module):
         rotary_switch: int | None = None,
         sliding_window: int | None = None,
         beyond_petals: str | None = None,
+        active_adapter: Adapter | None = None,
         judge: Judge | None = None,
     ) -> RemoteSequential:
         """Finds servers for all blocks of a model and opens streams to a first route.
@@ -136,6 +137,7 @@ class RemoteSequential(nn.Module):
             sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
             beyond_petals: what the model has that servers with Petals' methods only do not take, e.g. "LoRA": they are
                 left out. None: nothing.
+            active_adapter: acts in the blocks; servers that do not hold it and cannot be sent it are left out.
             judge: computes blocks on this machine when servers disagree; None: only trusted servers decide.
 
         Raises:
@@ -151,6 +153,7 @@ class RemoteSequential(nn.Module):
             fingerprint=fingerprint,
             sliding_window=sliding_window,
             beyond_petals=beyond_petals,
+            active_adapter=active_adapter,
             config=config,
             stats=stats,
         )

@@ -42,7 +42,7 @@ class MicroBatch:
     def adapter_of(self, start: int, end: int) -> Adapter | None:
         """What is added to blocks [start, end); None if nothing is."""
         adapter = self.adapter.between(start, end) if self.adapter is not None else None
-        return adapter if adapter is not None and adapter.tensors() else None
+        return adapter if adapter is not None and not adapter.is_empty else None
 
 
 @dataclass

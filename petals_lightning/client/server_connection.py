@@ -66,7 +66,8 @@ class ServerConnection(Protocol):
             The key by which requests on this connection refer to the adapter.
 
         Raises:
-            PeerFailure: the connection has failed.
+            PeerFailure: the connection has failed; or the server does not hold the active adapter, whose values are
+                not here.
         """
 
     def forget_adapters(self) -> None:

@@ -21,6 +21,7 @@ from petals_lightning.errors import (
     PeerFailure,
     WrongResult,
 )
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.tensors import INT8_BLOCKWISE
@@ -56,6 +57,7 @@ class ServerPool:
         fingerprint: of the model's weights here; servers with another fingerprint are not used.
         sliding_window: reach of the model's attention in positions, padding counted; None: unlimited.
         beyond_petals: what the model has that servers with Petals' methods only do not take; they are not used then.
+        active_adapter: acts in the blocks; a server must hold it if it cannot be sent.
         config: timeouts and filters.
         stats: counts bytes and retries.
 
@@ -74,6 +76,7 @@ class ServerPool:
         fingerprint: str | None,
         sliding_window: int | None,
         beyond_petals: str | None,
+        active_adapter: Adapter | None = None,
         config: ClientConfig,
         stats: TransferStats,
     ):
@@ -81,7 +84,7 @@ class ServerPool:
         self.spans: dict[str, tuple[int, int]] = {}
         self.speeds = SpeedEstimates()
         self._hidden_size, self._fingerprint, self._stats = hidden_size, fingerprint, stats
-        self._window, self._beyond_petals = sliding_window, beyond_petals
+        self._window, self._beyond_petals, self._active_adapter = sliding_window, beyond_petals, active_adapter
         self._directory = SwarmDirectory(node, config.swarm_token)
         self._records: dict[str, ServerRecord] = {}
         self._incompatible: dict[str, str] = {}
@@ -284,6 +287,17 @@ class ServerPool:
                 f"{name} offers only Petals' methods, which take no {self._beyond_petals}. Use servers of "
                 "petals-lightning, or train prompts with ptune or deep_ptune"
             )
+        if (active := self._active_adapter) is not None and active.name not in record.adapters:
+            if active.fingerprint is None:
+                return (
+                    f"{name} does not hold the adapter {active.name!r}. Start it with --adapters, or name a folder, "
+                    "active_adapter=FOLDER: what is in it is sent"
+                )
+            if record.stream_version is None:
+                return (
+                    f"{name} does not hold the adapter {active.name!r}, and cannot be sent it, because it offers only "
+                    "Petals' methods"
+                )
         if record.stream_version not in (None, STREAM_VERSION):
             return (
                 f"{name} speaks version {record.stream_version} of our stream protocol (petals-lightning "

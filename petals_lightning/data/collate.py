@@ -22,7 +22,7 @@ class EncodedTexts(torch.utils.data.Dataset[Any]):
         tokenizer: see `load_tokenizer`.
         texts: one string per sample.
         pairs: the second text of each sample (premise and hypothesis, …), or None.
-        labels: the class of each sample, or None for unlabelled data.
+        labels: of each sample its class, its number, or a vector of 0 and 1; or None for unlabelled data.
         max_length: maximum tokens per sample; the rest is cut off.
         template: words around each text, or None; not with `pairs`.
 
@@ -35,7 +35,7 @@ class EncodedTexts(torch.utils.data.Dataset[Any]):
         tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[str],
         pairs: Sequence[str] | None,
-        labels: list[int] | None,
+        labels: list[Any] | None,
         max_length: int,
         template: TextTemplate | None = None,
     ):

@@ -68,7 +68,7 @@ def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
         case _ if lists:
             found = _turns(next(filter(None, lists), []), where)
         case {"prompt": prompt, "completion": answer} | {"prompt": prompt, "response": answer}:
-            found = [*_side(prompt, "user", where), *_side(answer, "assistant", where)]
+            found = [*messages_of(prompt, "user", where), *messages_of(answer, "assistant", where)]
         case {"instruction": task, "output": answer}:
             texts = [_text(task, where), _text(row.get("input") or "", where)]
             found = _turns(["\n\n".join(text for text in texts if text), answer], where)
@@ -84,8 +84,8 @@ def read_dialogue(row: dict[str, Any], where: str) -> list[Message]:
     return [Message(role="system", content=_text(system, where)), *found] if system else found
 
 
-def _side(given: Any, role: str, where: str) -> list[Message]:
-    """Messages of a question or an answer, which is a text or a list of messages."""
+def messages_of(given: Any, role: str, where: str) -> list[Message]:
+    """Messages of a question or an answer, which is a text or a list of messages. Raises DataError."""
     if isinstance(given, list):
         return _turns(given, where)
     return [Message(role=role, content=_text(given, where))]
@@ -195,6 +195,8 @@ class DialogueDataModule(TextDataModule):
 
     bundled = DIALOGUES_DIR
     bundled_texts = "dialogues"
+    known_columns = COLUMNS
+    """Columns that may have other names."""
 
     def __init__(
         self,
@@ -212,14 +214,14 @@ class DialogueDataModule(TextDataModule):
         super().__init__(tokenizer, source, max_length=max_length, batch_size=batch_size, **options)
         if limit is not None and limit < 1:
             raise ConfigurationError(f"limit={limit}: must be at least 1, or None to take all")
-        if unknown := set(columns or {}) - set(COLUMNS):
+        if unknown := set(columns or {}) - set(self.known_columns):
             names = ", ".join(sorted(unknown))
-            raise ConfigurationError(f"columns={columns}: names {names}; give {', '.join(COLUMNS)}")
+            raise ConfigurationError(f"columns={columns}: names {names}; give {', '.join(self.known_columns)}")
         self.limit = limit
         self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
         self.use_chat_template, self.merge_system = use_chat_template, merge_system
 
-    def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, LabelledTokens]:
+    def encoded(self, raw: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         form = DialogueFormat(tokenizer, use_chat_template=self.use_chat_template, merge_system=self.merge_system)
         for split, rows in raw.items():
             for column in self.columns.values():
@@ -234,17 +236,17 @@ class DialogueDataModule(TextDataModule):
             for split, rows in self.with_validation(numbered).items()
         }
 
-    def collate(self, pad_token_id: int) -> PadLabelled:
+    def collate(self, pad_token_id: int) -> Any:
         return PadLabelled(pad_token_id)
 
     @property
     def description(self) -> str:
         return f"dialogues of up to {self.max_length} tokens"
 
-    def _samples(self, split: str, rows: datasets.Dataset, form: DialogueFormat) -> LabelledTokens:
+    def _samples(self, split: str, rows: datasets.Dataset, form: DialogueFormat) -> Any:
         rows = rows.select(range(min(len(rows), self.limit))) if self.limit is not None else rows
         exact = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Json)]
-        found = []
+        found: list[Any] = []
         for row in rows:
             where = f"row {row.pop(_ROW)} of {split} of {self.source}"
             # JSON columns keep objects unchanged; in other columns, objects have the keys of all rows.
@@ -253,11 +255,19 @@ class DialogueDataModule(TextDataModule):
                 row = {ours: row[theirs] for ours, theirs in self.columns.items()}
             row = {name: value for name, value in row.items() if value is not None}
             tools = _tools(row.get("tools"), where)
-            messages = read_dialogue(row, where)
-            try:
-                found += split_dialogue(messages, form.with_tools(tools) if tools else form, self.max_length)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
+            found += self._encoded_row(row, form.with_tools(tools) if tools else form, where)
+        return self._dataset(found, split, rows)
+
+    def _encoded_row(self, row: dict[str, Any], form: DialogueFormat, where: str) -> list[Any]:
+        """The samples of a row. Raises DataError."""
+        messages = read_dialogue(row, where)
+        try:
+            return split_dialogue(messages, form, self.max_length)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
+    def _dataset(self, found: list[Any], split: str, rows: datasets.Dataset) -> Any:
+        """The samples of a split. Raises DataError if there are none."""
         if not found:
             raise DataError(
                 f"{split} of {self.source}: the assistant has no turns in {len(rows)} dialogues, or none to train on "

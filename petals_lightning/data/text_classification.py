@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -86,10 +86,7 @@ class TextClassificationDataModule(TextDataModule):
         if self.text_pair_column is not None:
             texts["text_pair_column"] = self.text_pair_column
         label = find_label_column(train, self.label_column, where=where)
-        encoder = LabelEncoder(
-            train, label, self.requested_num_labels,
-            label_map=self.label_map, drop_unlabelled=self.drop_unlabelled, where=raw.where,
-        )  # fmt: skip
+        encoder = self._encoder(train, label, raw.where)
         self.num_labels, self.class_names = len(encoder.names), encoder.names
         hidden = {split for split, rows in raw.items() if split == "test" and encoder.is_unlabelled(rows)}
         checked = {split: self._checked(raw, split, texts, None if split in hidden else encoder) for split in raw}
@@ -109,6 +106,13 @@ class TextClassificationDataModule(TextDataModule):
             )
             for split, rows in self.with_validation(checked).items()
         }
+
+    def _encoder(self, train: datasets.Dataset, column: str, where: Callable[[str, int], str]) -> Any:
+        """A `LabelEncoder`, or another one with its interface, for the labels in a column."""
+        return LabelEncoder(
+            train, column, self.requested_num_labels,
+            label_map=self.label_map, drop_unlabelled=self.drop_unlabelled, where=where,
+        )  # fmt: skip
 
     def _checked(
         self, raw: LocatedSplits, split: str, texts: dict[str, str], encoder: LabelEncoder | None

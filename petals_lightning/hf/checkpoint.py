@@ -47,7 +47,7 @@ class Checkpoint:
     ):
         self.name_or_path = str(name_or_path)
         self.is_local = Path(self.name_or_path).is_dir()
-        self.revision = revision
+        self.revision, self.token = revision, token
         self._hub: dict[str, Any] = {
             "revision": revision,
             "token": token,

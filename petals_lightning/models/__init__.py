@@ -9,7 +9,7 @@ from petals_lightning.models.auto import (
     remote_blocks,
 )
 from petals_lightning.models.prompt_files import PromptCard, export_peft, load_prompts, save_prompts
-from petals_lightning.models.prompt_hub import push_prompts_to_hub
+from petals_lightning.models.prompt_hub import push_adapter_to_hub, push_prompts_to_hub
 from petals_lightning.models.trainable import lora_of, prompts_of, trainable_state_dict
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "load_prompts",
     "lora_of",
     "prompts_of",
+    "push_adapter_to_hub",
     "push_prompts_to_hub",
     "remote_blocks",
     "save_adapter",

@@ -1,12 +1,12 @@
 """LoRA in PEFT's format: folders that `peft.PeftModel.from_pretrained(local_model, folder)` loads, or that PEFT wrote.
 
-adapter_config.json         settings, with the names of `peft.LoraConfig`
-adapter_model.safetensors   the factors, and a classification head, by their paths in the whole model
+`hf.adapter_files` says what is in them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,38 @@ from transformers import PreTrainedModel
 
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.hf import Checkpoint
-from petals_lightning.hf.checkpoint import find_saved
+from petals_lightning.hf.adapter_files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    adapter_name,
+    find_adapter_file,
+    read_adapter,
+    read_config,
+    read_settings,
+)
 from petals_lightning.hf.compat import find_file
-from petals_lightning.models.lora import Lora, LoraConfig
+from petals_lightning.hf.lora import LoraConfig
+from petals_lightning.hf.pruning import BlockLayout
+from petals_lightning.models.lora import Lora
+from petals_lightning.models.prompt_files import README, THIS_FOLDER, model_card
 from petals_lightning.models.trainable import head_parameters, lora_of
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+from petals_lightning.protocol.adapters import Adapter
 
 
-def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Writes a model's LoRA, and its head if it has one, into `folder`, which is created if missing.
+def save_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    command: str | None = None,
+) -> None:
+    """Writes a model's LoRA, its head if it has one, and a card into `folder`, which is created if missing.
 
     Args:
         model: local or distributed, loaded with `lora`.
+        metrics: of the adapter, for the card.
+        command: that trained it, for the card.
 
     Raises:
         ConfigurationError: the model has no LoRA, or PEFT would load it into another class.
@@ -59,12 +77,29 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         "bias": "none",
         "modules_to_save": sorted({name.partition(".")[0] for name in heads}) or None,
     }
-    tensors = {_PREFIX + name: parameter for name, parameter in heads.items()}
-    tensors |= {f"{_PREFIX}{lora.list_path}.{name}.weight": factor for name, factor in lora.named_parameters()}
+    tensors = {PREFIX + name: parameter for name, parameter in heads.items()}
+    tensors |= {f"{PREFIX}{lora.list_path}.{name}.weight": factor for name, factor in lora.named_parameters()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    readme = _readme(lora, checkpoint, metrics, command, has_head=bool(heads))
+    (folder / README).write_text(readme, encoding="utf-8")
+
+
+def _readme(
+    lora: Lora, checkpoint: Checkpoint, metrics: Mapping[str, float] | None, command: str | None, *, has_head: bool
+) -> str:
+    kind = "SequenceClassification" if has_head else "CausalLM"
+    use = ["Load it:", "", f'    AutoDistributedModelFor{kind}.from_pretrained("{THIS_FOLDER}")']
+    use += ["", f'    PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained(…), "{THIS_FOLDER}")']
+    if not has_head:
+        chat = f"petals-lightning chat {checkpoint.name_or_path} --adapter {THIS_FOLDER} --initial-peers …"
+        use += ["", "Talk to the model with it:", "", f"    {chat}"]
+    names = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    what = f"LoRA of rank {lora.config.r} ({names}){' and a classification head' if has_head else ''}"
+    metadata = {"library_name": "peft", "tags": ["lora"]}
+    return model_card("Adapter", what, use, metadata, checkpoint, metrics=metrics, command=command)
 
 
 def adapter_settings(source: str | Path, given: Any = None, **hub: Any) -> LoraConfig:
@@ -81,7 +116,7 @@ def adapter_settings(source: str | Path, given: Any = None, **hub: Any) -> LoraC
     """
     if given is not None:
         raise ConfigurationError(f"lora and adapter={str(source)!r} are both given: leave lora off")
-    return LoraConfig.of(_read(source, **hub) | {"init_lora_weights": True})  # its values are read, not drawn
+    return read_settings(source, **hub)
 
 
 def base_model_of(source: str | Path, **hub: Any) -> str | None:
@@ -92,18 +127,7 @@ def base_model_of(source: str | Path, **hub: Any) -> str | None:
             return None
     except (OSError, ValueError):
         return None  # loading reports what is wrong
-    return _read(source, **hub).get("base_model_name_or_path")
-
-
-def _read(source: str | Path, **hub: Any) -> dict[str, Any]:
-    path = _find(source, CONFIG, **hub)
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise CheckpointError(f"{path} is not the config of an adapter: {e}") from e
-    if not isinstance(said, dict):
-        raise CheckpointError(f"{path} is not the config of an adapter")
-    return said
+    return read_config(source, **hub).get("base_model_name_or_path")
 
 
 def load_adapter(model: PreTrainedModel, source: str | Path, **hub: Any) -> None:
@@ -112,12 +136,12 @@ def load_adapter(model: PreTrainedModel, source: str | Path, **hub: Any) -> None
     Raises:
         CheckpointError: they are for another model or class, or there are more than these.
     """
-    lora, path = lora_of(model), _find(source, WEIGHTS, **hub)
+    lora, path = lora_of(model), find_adapter_file(source, WEIGHTS, **hub)
     assert isinstance(lora, Lora), "the model was loaded with the adapter's settings"
     own: dict[str, torch.Tensor] = {f"{lora.list_path}.{name}.weight": each for name, each in lora.named_parameters()}
     own |= head_parameters(model)
     try:
-        saved = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+        saved = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as e:
         raise CheckpointError(f"{path} cannot be read: {str(e).splitlines()[0]}") from e
     for names, what in (
@@ -135,5 +159,32 @@ def load_adapter(model: PreTrainedModel, source: str | Path, **hub: Any) -> None
             parameter.copy_(saved[name])
 
 
-def _find(source: str | Path, name: str, **hub: Any) -> Path:
-    return find_saved(source, name, what="adapter", writers="save_pretrained or PEFT", **hub)
+def find_active_adapter(
+    source: str | Path, layout: BlockLayout, count: int, *, needs_copy: bool, **hub: Any
+) -> Adapter:
+    """An adapter that acts in a model without being trained there, and that servers may hold.
+
+    Args:
+        source: a name that servers announce, or a folder, whose values are then known here and can be sent.
+        layout: of the whole model.
+        count: its number of blocks.
+        needs_copy: whether the values must be known here; a name is then looked up on the hub.
+        hub: as in transformers.
+
+    Raises:
+        CheckpointError: the folder has no adapter, or one for another model.
+        ConfigurationError: a setting of it is not supported here.
+    """
+    if not needs_copy and not Path(source).is_dir():
+        return Adapter(0, count, name=adapter_name(source))
+    adapter = read_adapter(source, layout, count, 0, count, **hub)
+    for factors in adapter.lora:
+        for block in factors.blocks:
+            path = f"{layout.list_path}.{block}.{factors.target}"
+            given, own = (factors.a.shape[2], factors.b.shape[1]), layout.linears.get(path)
+            if given != own:
+                raise CheckpointError(
+                    f"adapter {str(source)!r} does not fit this model: {path} has inputs and outputs {given} there, "
+                    f"{own} here"
+                )
+    return adapter

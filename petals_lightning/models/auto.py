@@ -28,7 +28,13 @@ from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.loading import outline_blocks
 from petals_lightning.hf.past_shapes import past_shapes
 from petals_lightning.hf.pruning import num_blocks
-from petals_lightning.models.adapter_files import adapter_settings, base_model_of, load_adapter, save_adapter
+from petals_lightning.models.adapter_files import (
+    adapter_settings,
+    base_model_of,
+    find_active_adapter,
+    load_adapter,
+    save_adapter,
+)
 from petals_lightning.models.arguments import config_overrides
 from petals_lightning.models.bridge import DecoderBridge
 from petals_lightning.models.generation import RemoteGeneration
@@ -56,6 +62,7 @@ from petals_lightning.models.trainable import (
     prompts_of,
 )
 from petals_lightning.options import make, options_of
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.swarm import SwarmNode
 from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
@@ -220,6 +227,7 @@ class _AutoDistributed:
         lora: Any = None,
         prompts: str | Path | None = None,
         adapter: str | Path | None = None,
+        active_adapter: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         token: str | bool | None = None,
@@ -245,6 +253,8 @@ class _AutoDistributed:
             lora: a `peft.LoraConfig`, or a mapping with its names, for LoRA alone ("lora") or beside prompts.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
             adapter: folder or hub id of LoRA in PEFT's format, which determines `lora`.
+            active_adapter: LoRA that acts without being trained: the name of one that servers hold, or a folder in
+                PEFT's format, whose values are sent to servers that do not hold it.
             dtype (or torch_dtype): of the part loaded here; "auto", the default, is the checkpoint's dtype.
             token, revision, cache_dir, local_files_only, subfolder: as in transformers.
             client_config: how to find and treat servers.
@@ -309,12 +319,17 @@ class _AutoDistributed:
         if lora_config is not None:
             find_targets(lora_config, layout)  # a wrong name shows before servers are sought
             beyond_petals = "LoRA"
+        active = None
+        if active_adapter is not None:
+            active = find_active_adapter(active_adapter, layout, num_blocks(model.config), needs_copy=False)
         swarm: dict[str, Any] = {"node": node, "dht": dht, "initial_peers": initial_peers}
-        layers = _connect(model, checkpoint, client_config, beyond_petals=beyond_petals, **swarm)
+        layers = _connect(
+            model, checkpoint, client_config, beyond_petals=beyond_petals, active_adapter=active, **swarm
+        )
         try:
             drawn = parameters_to_draw(model, checkpoint, fresh)
             tokens = attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start, shapes)
-            bridge = DecoderBridge(model, layout, layers)
+            bridge = DecoderBridge(model, layout, layers, active)
             _assemble(model, family, checkpoint, bridge)
             if tokens is not None:
                 bridge.past_after(tokens)
@@ -370,6 +385,7 @@ def _connect(
     config: ClientConfig,
     *,
     beyond_petals: str | None,
+    active_adapter: Adapter | None,
     node: SwarmNode | None,
     dht: hivemind.DHT | None,
     initial_peers: str | Sequence[str] | None,
@@ -399,6 +415,7 @@ def _connect(
             connect_timeout=max(config.connect_timeout, 5.0),
         ).start()
     limit = rotary_limit(model.config)
+    knows_all = active_adapter is None or active_adapter.fingerprint is not None  # else only servers can compute it
     try:
         return RemoteSequential.connect(
             node,
@@ -411,7 +428,8 @@ def _connect(
             rotary_switch=limit.positions if limit is not None and limit.has_one_long_form else None,
             sliding_window=sliding_window(model.config),
             beyond_petals=beyond_petals,
-            judge=LocalJudge(checkpoint),
+            active_adapter=active_adapter,
+            judge=LocalJudge(checkpoint) if knows_all else None,
         )
     except BaseException:
         if owns_node:

@@ -52,6 +52,7 @@ class DecoderBridge:
         model: the pruned model; its prompts and LoRA, if any, are attached to the owner.
         layout: where the blocks were.
         layers: the remote blocks that replace them.
+        active: an adapter of all blocks that acts in them without being trained, or None.
 
     Attributes:
         rows: [N] indices into B·S that the next pass of this thread reads, or None for all.
@@ -60,15 +61,18 @@ class DecoderBridge:
         max_positions: virtual tokens and tokens for which the model has positions; None: any number.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential):
+    def __init__(
+        self, model: PreTrainedModel, layout: BlockLayout, layers: RemoteSequential, active: Adapter | None = None
+    ):
         layout.set_blocks(model, layers)
         for name, value in layout.attributes.items():
             if not hasattr(layers, name):
                 setattr(layers, name, value)
         owner = layout.owner(model)
         self.layers, self._owner = layers, owner
-        self._prompts: Prompts | None = getattr(owner, "prompts", None)
-        self._lora: Lora | None = getattr(owner, "lora", None)
+        self._own_prompts: Prompts | None = getattr(owner, "prompts", None)
+        self._own_lora: Lora | None = getattr(owner, "lora", None)
+        self._active = active
         self._embeddings = model.get_input_embeddings  # a method, because embeddings may be resized
         self._pass = _Pass()
         self.max_positions = layout.max_positions
@@ -83,6 +87,16 @@ class DecoderBridge:
         layers.returns_tuple = self._expects_tuple()
         for norm in norms_of(owner, model.config.get_text_config().hidden_size):
             norm.forward = functools.partial(self._normalise, norm.forward)
+
+    @property
+    def _prompts(self) -> Prompts | None:
+        """Those that act in the next pass."""
+        return self._own_prompts if self._own_prompts is not None and not self._own_prompts.is_off else None
+
+    @property
+    def _lora(self) -> Lora | None:
+        """That which acts in the next pass."""
+        return self._own_lora if self._own_lora is not None and not self._own_lora.is_off else None
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -254,8 +268,8 @@ class DecoderBridge:
         deep = self._prompts.deep if self._prompts is not None else None
         lora = self._lora.factors() if self._lora is not None else ()
         past = self._prompts.past_parts() if self._prompts is not None else ()
-        adapter = Adapter(0, len(self.layers), deep, lora, past=past)
-        return adapter if adapter.tensors() else None
+        adapter = Adapter(0, len(self.layers), deep, lora, past=past, active=self._active)
+        return adapter if not adapter.is_empty else None
 
     @torch.no_grad()
     def past_after(self, embeds: torch.Tensor) -> None:

@@ -22,9 +22,9 @@ from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.loading import check_pad_token, fresh_parameters
 from petals_lightning.hf.past_shapes import past_shapes
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
-from petals_lightning.models.adapter_files import adapter_settings, load_adapter
+from petals_lightning.models.adapter_files import adapter_settings, find_active_adapter, load_adapter
 from petals_lightning.models.arguments import config_overrides
-from petals_lightning.models.lora import lora_settings
+from petals_lightning.models.lora import add_frozen, lora_settings
 from petals_lightning.models.prompt_files import load_prompts, tuning_of
 from petals_lightning.models.prompts import PROMPT_MODES, Prompts, TuningMode
 from petals_lightning.models.starts import PromptInit, PromptStart, check_start
@@ -52,6 +52,7 @@ class _LocalModel:
         lora: Any = None,
         prompts: str | Path | None = None,
         adapter: str | Path | None = None,
+        active_adapter: str | Path | None = None,
         dtype: torch.dtype | str = "auto",
         token: str | bool | None = None,
         revision: str | None = None,
@@ -65,6 +66,7 @@ class _LocalModel:
             pre_seq_len: P, the number of virtual tokens.
             prompt_init, prompt_init_text: the start of prompts, as in the distributed classes.
             lora, adapter: as in the distributed classes.
+            active_adapter: folder or hub id of LoRA in PEFT's format that acts without being trained.
             prompts: folder (`save_prompts`) or hub id of tuned prompts, which determine mode and number.
             dtype: of the frozen weights; "auto" is the checkpoint's dtype.
             token, revision: as in transformers.
@@ -124,6 +126,9 @@ class _LocalModel:
             prepend_past(model, layout, tokens)
         elif tuning_mode in PROMPT_MODES:
             concatenate_prompts(model, layout)
+        if active_adapter is not None:
+            active = find_active_adapter(active_adapter, layout, num_blocks(config), needs_copy=True, token=token)
+            add_frozen(active.lora, layout.blocks(model))
         if (own := lora_of(model)) is not None:
             own.adapt(layout.blocks(model))
         model.checkpoint, model.max_positions = checkpoint, layout.max_positions
@@ -188,7 +193,9 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
     owner = layout.owner(model)
     prompts: Prompts = owner.prompts
 
-    def add_prefix(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def add_prefix(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if prompts.is_off:
+            return None
         if args:
             kwargs["input_ids"], args = args[0], args[1:]
         input_ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
@@ -205,6 +212,8 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
         return args, kwargs
 
     def strip_prefix(module: nn.Module, args: Any, output: Any) -> Any:
+        if prompts.is_off:
+            return None
         output.last_hidden_state = output.last_hidden_state[:, prompts.pre_seq_len :]
         return output
 
@@ -214,7 +223,9 @@ def concatenate_prompts(model: PreTrainedModel, layout: BlockLayout) -> None:
         return
 
     def add_deep(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if prompts.is_off:
+                return None
             hidden = args[0]
             assert prompts.deep is not None
             deep = prompts.deep[index].to(hidden.dtype)

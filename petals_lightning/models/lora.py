@@ -8,10 +8,9 @@ Shapes: r rank, K inputs and O outputs of a linear.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,92 +20,9 @@ from torch import nn
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.hf.compat import is_bypassed
 from petals_lightning.hf.linears import add_low_rank
+from petals_lightning.hf.lora import ALL_LINEAR, LoraConfig
 from petals_lightning.hf.pruning import BlockLayout
 from petals_lightning.protocol.adapters import LoraFactors
-
-ALL_LINEAR = "all-linear"
-_HEADS = {"score", "classifier"}  # a classification head is trained here anyway
-_WITHOUT_EFFECT = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size", "layers_pattern",
-}  # fmt: skip
-"""Settings of PEFT that say what an adapter is for, or that have no meaning without others."""
-_USUAL = {"bias": "none", "init_lora_weights": True, "layers_to_transform": None}
-"""Settings of PEFT for which an empty value would be another one than the default."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Which linear modules get LoRA, with the names of `peft.LoraConfig`.
-
-    Args:
-        r: the rank.
-        lora_alpha: the product of the factors is scaled by lora_alpha / r.
-        target_modules: names of linear modules, or ends of their paths; or one regular expression for whole paths; or
-            "all-linear": those of all blocks.
-        use_rslora: scale by lora_alpha / √r.
-
-    Raises:
-        ConfigurationError: a value is out of range.
-    """
-
-    r: int = 8
-    lora_alpha: float = 8
-    target_modules: tuple[str, ...] | str = ()
-    use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        targets = self.target_modules
-        object.__setattr__(self, "target_modules", targets if isinstance(targets, str) else tuple(sorted(targets)))
-        if type(self.r) is not int or self.r < 1:
-            raise ConfigurationError(f"LoRA: r is {self.r!r}, the rank is a whole number above 0, e.g. 8")
-        if not self.target_modules:
-            raise ConfigurationError(
-                "LoRA: target_modules is empty; name linear modules of the blocks, e.g. ['q_proj', 'v_proj'], or take "
-                f"{ALL_LINEAR!r}"
-            )
-
-    @classmethod
-    def of(cls, given: Any) -> LoraConfig:
-        """The settings in a `peft.LoraConfig`, a mapping with its names, or one of these.
-
-        Raises:
-            ConfigurationError: a setting is not supported here. The message names it.
-        """
-        if isinstance(given, cls):
-            return given
-        if dataclasses.is_dataclass(given) and not isinstance(given, type):
-            settings = {each.name: getattr(given, each.name) for each in dataclasses.fields(given)}
-        elif isinstance(given, Mapping):
-            settings = dict(given)
-        else:
-            raise ConfigurationError(f"lora is {given!r:.60}: give a peft.LoraConfig, or a mapping with its names")
-        own = {name: settings.pop(name) for name in cls.__dataclass_fields__ if name in settings}
-        if settings.get("lora_dropout"):
-            raise ConfigurationError(
-                f"LoRA: lora_dropout is {settings['lora_dropout']}, and must be 0: servers and a local run would drop "
-                "other values"
-            )
-        if (kind := getattr(settings.get("peft_type"), "value", settings.get("peft_type"))) not in (None, "LORA"):
-            raise ConfigurationError(f"LoRA: peft_type is {kind!r}, only LORA is supported")
-        for name, value in settings.items():
-            if name in _USUAL:
-                is_usual = value == _USUAL[name]
-            else:
-                is_head = name == "modules_to_save" and set(value or ()) <= _HEADS
-                is_usual = not value or name in _WITHOUT_EFFECT or is_head
-            if not is_usual:
-                raise ConfigurationError(
-                    f"LoRA: {name} is {value!r:.60}, which is not supported: set only "
-                    f"{', '.join(cls.__dataclass_fields__)}"
-                )
-        if own.get("target_modules") is None:
-            own["target_modules"] = ()
-        return cls(**own)
-
-    @property
-    def scale(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 def lora_settings(tuning_mode: str | None, given: Any) -> LoraConfig | None:
@@ -214,10 +130,15 @@ def _shortest(paths: Iterable[str]) -> str:
 
 
 class LoraLinear(nn.Module):
-    """The factors of one linear: A [r, K] and B [O, r], float32, drawn as PEFT does (B is 0)."""
+    """The factors of one linear: A [r, K] and B [O, r], float32, drawn as PEFT does (B is 0).
+
+    Attributes:
+        is_off: as of `Lora`.
+    """
 
     def __init__(self, config: LoraConfig, target: LoraTarget):
         super().__init__()
+        self.is_off = False
         # PEFT makes two linears, whose values it draws, before it draws A again.
         a, b = nn.Linear(target.inputs, config.r, bias=False), nn.Linear(config.r, target.outputs, bias=False)
         nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
@@ -226,6 +147,8 @@ class LoraLinear(nn.Module):
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
         """A forward hook of a linear in this process."""
+        if self.is_off:
+            return None
         return add_low_rank(args[0] if args else kwargs["input"], output, self.lora_A, self.lora_B * self.scale)
 
 
@@ -239,6 +162,7 @@ class Lora(nn.Module):
     Attributes:
         list_path: of the blocks in the whole model.
         target_modules: the setting in names, which mean the same to every program.
+        is_off: passes are made without it; see `without_tuning`.
 
     Raises:
         ConfigurationError: see `find_targets`.
@@ -246,7 +170,7 @@ class Lora(nn.Module):
 
     def __init__(self, config: LoraConfig, layout: BlockLayout):
         super().__init__()
-        self.config, self.list_path = config, layout.list_path
+        self.config, self.list_path, self.is_off = config, layout.list_path, False
         targets = find_targets(config, layout)  # in the model's order, in which PEFT draws, too
         self.target_modules = _in_names(config, targets, layout)
         for target in targets:
@@ -287,3 +211,17 @@ class Lora(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.config)
+
+
+def add_frozen(lora: Iterable[LoraFactors], blocks: Any) -> None:
+    """Adds frozen factors to the linears of a model's blocks in this process, by hooks and buffers."""
+    for factors in lora:
+        for block, a, b in zip(factors.blocks, factors.a, factors.b, strict=True):
+            linear = blocks[block].get_submodule(factors.target)
+            for name, factor in (("active_lora_A", a), ("active_lora_B", b)):
+                linear.register_buffer(name, factor, persistent=False)
+            linear.register_forward_hook(_add_active, with_kwargs=True)
+
+
+def _add_active(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
+    return add_low_rank(args[0] if args else kwargs["input"], output, linear.active_lora_A, linear.active_lora_B)

@@ -17,7 +17,7 @@ Shapes: P virtual tokens, E embedding width, L blocks, H hidden size.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -351,13 +351,6 @@ def _find(source: str | Path, name: str, token: str | bool | None) -> Path:
 
 
 def _readme(card: PromptCard, checkpoint: Checkpoint) -> str:
-    metadata: dict[str, Any] = {"library_name": "petals-lightning", "tags": ["prompt-tuning"]}
-    if not checkpoint.is_local:  # the hub refuses cards whose base model is not on the hub
-        metadata["base_model"] = card.base_model
-    rows = [f"| {name} | {value:g} |" for name, value in card.metrics.items()]
-    table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
-    command = ["", "Made by", "", f"    {card.command}"] if card.command else []
-    revision = f" at revision `{card.revision}`" if card.revision else ""
     prompts = f"{card.tuning_mode} prompts, {card.pre_seq_len} virtual tokens" if card.tuning_mode else ""
     head = f"a classification head ({', '.join(card.id2label.values())})" if card.id2label else ""
     what = " and ".join(filter(None, [prompts, head]))
@@ -370,11 +363,35 @@ def _readme(card: PromptCard, checkpoint: Checkpoint) -> str:
     else:
         chat = f"petals-lightning chat {card.base_model} --prompts {THIS_FOLDER} --initial-peers …"
         use = ["Talk to the model with them:", "", f"    {chat}"]
-    return "\n".join(
-        [
-            "---", *(f"{name}: {json.dumps(value)}" for name, value in metadata.items()), "---",
-            "# Prompts", "",
-            f"{what}, for `{card.base_model}`{revision}.",
-            *table, *command, "", *use, "",
-        ]
-    )  # fmt: skip
+    metadata = {"library_name": "petals-lightning", "tags": ["prompt-tuning"]}
+    return model_card("Prompts", what, use, metadata, checkpoint, metrics=card.metrics, command=card.command)
+
+
+def model_card(
+    title: str,
+    what: str,
+    use: Sequence[str],
+    metadata: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    *,
+    metrics: Mapping[str, float] | None,
+    command: str | None,
+) -> str:
+    """The README.md of something that was trained for a model, as the hub shows it.
+
+    Args:
+        title, what: what it is.
+        use: lines that say how to use it.
+        metadata: the hub's; the model is added to it.
+        checkpoint: the model.
+        metrics, command: how good it is, and what trained it, if known.
+    """
+    if not checkpoint.is_local:  # the hub refuses cards whose base model is not on the hub
+        metadata = {**metadata, "base_model": checkpoint.name_or_path}
+    rows = [f"| {name} | {value:g} |" for name, value in (metrics or {}).items()]
+    revision = f" at revision `{checkpoint.revision}`" if checkpoint.revision else ""
+    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in metadata.items()), "---", f"# {title}", ""]
+    lines += [f"{what}, for `{checkpoint.name_or_path}`{revision}."]
+    lines += ["", "| metric | value |", "|---|---|", *rows] if rows else []
+    lines += ["", "Made by", "", f"    {command}"] if command else []
+    return "\n".join([*lines, "", *use, ""])

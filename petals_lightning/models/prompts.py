@@ -32,6 +32,7 @@ class Prompts(nn.Module):
             `prefix`.
         deep: [L, P, H] float32, added to the prefix's hidden states before block i; None without `deep_ptune`.
         past: keys and values of all blocks, one part for each shape that occurs; None without `prefix`.
+        is_off: passes are made without them; see `without_tuning`.
 
     Args:
         tuning_mode: "ptune", "deep_ptune" or "prefix".
@@ -61,6 +62,7 @@ class Prompts(nn.Module):
     ):
         super().__init__()
         check_tuning(tuning_mode, pre_seq_len)
+        self.is_off = False
         self.tuning_mode, self.pre_seq_len = tuning_mode, pre_seq_len
         self.input = self.deep = self.past = None
         if tuning_mode == "prefix":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from petals_lightning.hf.checkpoint import Checkpoint
 from petals_lightning.hf.past_shapes import PastShape
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
-from petals_lightning.models.lora import Lora, LoraConfig
+from petals_lightning.models.lora import Lora, LoraConfig, LoraLinear
 from petals_lightning.models.prompts import PROMPT_MODES, Prompts, TuningMode
 from petals_lightning.models.starts import PromptStart, start_prompts
 
@@ -140,6 +141,22 @@ def prompts_of(model: nn.Module) -> Any:
 def lora_of(model: nn.Module) -> Any:
     """The `Lora` attached to a model, or None."""
     return next((module for module in model.modules() if isinstance(module, Lora)), None)
+
+
+@contextmanager
+def without_tuning(model: nn.Module) -> Iterator[None]:
+    """Within it, passes are those of the frozen model, without the prompts and the LoRA that are trained.
+
+    An adapter that is only active still acts, and so does a head.
+    """
+    tuning: Any = [module for module in model.modules() if isinstance(module, (Prompts, Lora, LoraLinear))]
+    for module in tuning:
+        module.is_off = True
+    try:
+        yield
+    finally:
+        for module in tuning:
+            module.is_off = False
 
 
 def head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:

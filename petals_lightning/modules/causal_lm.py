@@ -53,16 +53,9 @@ class CausalLMModule(TuningModule):
         Raises:
             ConfigurationError: labels are not token ids.
         """
-        if labels.shape != input_ids.shape:
-            raise ConfigurationError(
-                f"labels have shape {list(labels.shape)}, input_ids {list(input_ids.shape)}: {type(self).__name__} "
-                "trains on tokens; use its data (DialogueDataModule, PlainTextDataModule), or a task for labels"
-            )
-        following = labels[:, 1:]
-        sample, position = (following != IGNORED).nonzero(as_tuple=True)  # each is predicted at the position before
-        rows = sample * input_ids.shape[1] + position
+        targets, rows = labelled_tokens(self, input_ids, labels)
         logits = token_logits(self.model, input_ids, rows, attention_mask)  # [N, V]
-        return torch.nn.functional.cross_entropy(logits.float(), following[sample, position]), len(rows)
+        return torch.nn.functional.cross_entropy(logits.float(), targets), len(rows)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, _ = self(**batch)
@@ -92,3 +85,23 @@ class CausalLMModule(TuningModule):
         loss = losses.compute()  # over all tokens, whatever their batch
         self.log(f"{part}/loss", loss, prog_bar=True)
         self.log(f"{part}/perplexity", loss.exp(), prog_bar=True)
+
+
+def labelled_tokens(module: TuningModule, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels [N] of a batch's labelled tokens, and where each is predicted: indices [N] into B·S.
+
+    Args:
+        module: for the error.
+        input_ids: [B, S].
+        labels: [B, S] token ids, or -100.
+
+    Raises:
+        ConfigurationError: labels are not token ids.
+    """
+    if labels.shape != input_ids.shape:
+        raise ConfigurationError(
+            f"labels have shape {list(labels.shape)}, input_ids {list(input_ids.shape)}: {type(module).__name__} "
+            "trains on tokens; use its data (DialogueDataModule, PlainTextDataModule), or a task for labels"
+        )
+    sample, position = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # each is predicted at the position before
+    return labels[sample, position + 1], sample * labels.shape[1] + position

@@ -53,6 +53,9 @@ class TuningModule(pl.LightningModule):
         prompt_init_text: with `text`: that text, whose tokens are cut or repeated to P.
         r: rank of LoRA, in mode `lora` or beside prompts; None: no LoRA.
         alpha, target_modules, use_rslora: of LoRA, as in PEFT.
+        adapter: in mode `lora`, folder or hub id of LoRA in PEFT's format to start from, with its own r, alpha and
+            target_modules.
+        active_adapter: LoRA that acts without being trained: the name of one that servers hold, or a folder.
         lr: AdamW's peak learning rate.
         head_lr: that of the head; None takes `lr`.
         deep_lr: that of the prompts of every block; None takes `lr`.
@@ -92,6 +95,8 @@ class TuningModule(pl.LightningModule):
         alpha: float = 16.0,
         target_modules: list[str] | str = "all-linear",
         use_rslora: bool = False,
+        adapter: str | None = None,
+        active_adapter: str | None = None,
         lr: float = 1e-2,
         head_lr: float | None = None,
         deep_lr: float | None = None,
@@ -115,6 +120,8 @@ class TuningModule(pl.LightningModule):
                 f"pre_seq_len={pre_seq_len}: must be at least 1 virtual token, e.g. 16; "
                 "to train the head alone set tuning_mode=None"
             )
+        if adapter is not None and tuning_mode != "lora":
+            raise ConfigurationError(f"adapter={adapter}: it is trained on in tuning_mode=lora, here is {tuning_mode}")
         check_start(prompt_init, prompt_init_text, tuning_mode)
         for name, rate in {"lr": lr, "head_lr": head_lr, "deep_lr": deep_lr}.items():
             if rate is not None and rate <= 0:
@@ -216,6 +223,7 @@ class TuningModule(pl.LightningModule):
         arguments = {name: self.hparams[name] for name in names} | {"token": self._token}
         arguments["pad_token_id"] = self.load_tokenizer().pad_token_id
         arguments |= {"pre_seq_len": self._virtual_tokens, "lora": self._lora()}
+        arguments |= {name: self.hparams[name] for name in ("adapter", "active_adapter")}
         if self._virtual_tokens is not None:
             arguments |= {name: self.hparams[name] for name in ("prompt_init", "prompt_init_text")}
         return arguments
@@ -232,6 +240,8 @@ class TuningModule(pl.LightningModule):
     def _lora(self) -> LoraConfig | None:
         """The settings of LoRA, if any. Raises ConfigurationError if one is wrong."""
         given = self.hparams
+        if given["adapter"] is not None:
+            return None  # it has its own
         if given["tuning_mode"] == "lora" and given["r"] is None:
             raise ConfigurationError("tuning_mode=lora: set the rank too, e.g. r=8")
         names = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules", "use_rslora": "use_rslora"}

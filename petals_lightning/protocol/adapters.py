@@ -5,6 +5,8 @@ them with each server of a route, once per version. The server keeps them on the
 expense. Requests name them by a key. They are leaves of the server's autograd graph, so their gradients come home with
 the backward, summed over the batch.
 
+An adapter that is active acts too, but is not trained. Servers may hold it, and are then sent only its name.
+
 Shapes: see the legend in `petals_lightning.protocol`; n is the number of an adapter's blocks, m the number of those in
 which a linear has LoRA or keys and values have one shape, r the rank, K and O the linear's inputs and outputs, h heads,
 D and E the sizes of a key and a value.
@@ -92,6 +94,10 @@ class Adapter:
         lora: for some linears of the blocks.
         version: changes when the values do.
         past: the prefix's keys and values in every block, in place of a prefix that is run; empty: there are none.
+        active: an adapter that acts too, without gradients; or None.
+        name: under which servers may hold this one; None: it is the client's own, or was sent by it.
+        fingerprint: of the named adapter's values (`hf.adapter_files`); None: they are not known here, so `lora` is
+            empty.
     """
 
     start: int
@@ -100,6 +106,9 @@ class Adapter:
     lora: tuple[LoraFactors, ...] = ()
     version: int = 0
     past: tuple[PastKeyValues, ...] = ()
+    active: Adapter | None = None
+    name: str | None = None
+    fingerprint: str | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name; their gradients have the same names in answers. Empty if the blocks have none."""
@@ -109,6 +118,16 @@ class Adapter:
         for number, past in enumerate(self.past):
             named |= {f"past.{number}.keys": past.keys, f"past.{number}.values": past.values}
         return named
+
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """`tensors`, and those of an active adapter that is not named: what a client sends, and a server keeps."""
+        active = self.active.tensors() if self.active is not None and self.active.name is None else {}
+        return self.tensors() | {f"active.{name}": tensor for name, tensor in active.items()}
+
+    @property
+    def all_lora(self) -> tuple[LoraFactors, ...]:
+        """All factors that act: those of an active adapter, and its own."""
+        return (self.active.lora if self.active is not None else ()) + self.lora
 
     def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Adapter:
         """The same adapter with other tensors, by name; those that are not given stay."""
@@ -135,20 +154,54 @@ class Adapter:
         )
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Adapter:
-        """The same adapter with each tensor changed."""
-        return self.with_tensors({name: change(tensor) for name, tensor in self.tensors().items()})
+        """The same adapter with each of `all_tensors` changed."""
+        changed = self.with_tensors({name: change(tensor) for name, tensor in self.tensors().items()})
+        if self.active is None or self.active.name is not None:
+            return changed
+        return replace(changed, active=self.active.map(change))
 
     def between(self, start: int, end: int) -> Adapter:
         """What is added to blocks [start, end), as views of these tensors."""
         parts = [factors.between(start, end) for factors in self.lora]
         deep = self.deep[start - self.start : end - self.start] if self.deep is not None else None
         past = tuple(part for each in self.past if (part := each.between(start, end)).blocks)
-        return Adapter(start, end, deep, tuple(part for part in parts if part.blocks), self.version, past)
+        active = self.active.between(start, end) if self.active is not None else None
+        return replace(
+            self,
+            start=start,
+            end=end,
+            deep=deep,
+            lora=tuple(part for part in parts if part.blocks),
+            past=past,
+            active=active if active is not None and (active.lora or active.fingerprint is None) else None,
+        )
 
     @property
     def past_length(self) -> int:
         """Positions of the prefix whose keys and values these are, P; 0 if there are none."""
         return self.past[0].keys.shape[2] if self.past else 0
+
+    def as_sent(self, held: Mapping[str, Any]) -> Adapter:
+        """What a server is sent: of an active adapter that it holds the name, of any other the tensors.
+
+        Args:
+            held: fingerprints of the server's adapters, by name.
+
+        Raises:
+            ProtocolError: the server does not hold the active adapter, and its tensors are not here.
+        """
+        if (active := self.active) is None:
+            return self
+        if active.name in held and active.fingerprint in (None, held.get(str(active.name))):
+            return replace(self, active=Adapter(self.start, self.end, name=active.name))
+        if active.fingerprint is None:
+            raise ProtocolError(f"it does not hold the adapter {active.name!r}")
+        return replace(self, active=replace(active, name=None, fingerprint=None))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing acts."""
+        return not self.tensors() and self.active is None
 
     @property
     def lora_only(self) -> Adapter:
@@ -167,13 +220,17 @@ class Adapter:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+        """Of `all_tensors`."""
+        return sum(tensor.nbytes for tensor in self.all_tensors().values())
 
     def is_same(self, other: Adapter | None) -> bool:
         """Whether the other one has the same effect: equal blocks, targets and values."""
         if other is self:
             return True
-        if other is None or (self.start, self.end) != (other.start, other.end) or self._layout != other._layout:
+        if other is None or (self.start, self.end, self.name) != (other.start, other.end, other.name):
+            return False
+        is_same_active = other.active is None if self.active is None else self.active.is_same(other.active)
+        if not is_same_active or self._layout != other._layout:
             return False
         own, others = self.tensors(), other.tensors()
         return own.keys() == others.keys() and all(is_same(tensor, others[name]) for name, tensor in own.items())
@@ -198,7 +255,10 @@ class Adapter:
 
     def to_message(self, key: int) -> Message:
         """The message that registers it under a key."""
-        return Message(Method.ADAPTER, {"key": key, "span": [self.start, self.end], **self._layout}, self.tensors())
+        fields: dict[str, Any] = {"key": key, "span": [self.start, self.end], **self._layout}
+        if self.active is not None:
+            fields["active"] = self.active.name if self.active.name is not None else self.active._layout["lora"]
+        return Message(Method.ADAPTER, fields, self.all_tensors())
 
     @classmethod
     def from_message(cls, message: Message) -> tuple[int, Adapter]:
@@ -213,21 +273,34 @@ class Adapter:
         deep = checks.floating(tensors, "deep", 3)
         if deep is not None and (len(deep) != end - start or 0 in deep.shape):
             raise ProtocolError(f"deep prompts are {list(deep.shape)} for blocks {start}:{end}")
-        lora = []
-        for number, entry in enumerate(typed({"lora": [], **fields}, "lora", list)):
-            match entry:
-                case [str(target), list(blocks)] if all(type(block) is int for block in blocks):
-                    a, b = (checks.floating(tensors, f"lora.{number}.{name}", 3) for name in "ab")
-                    lora.append(_checked(target, blocks, a, b, start, end))
-                case _:
-                    raise ProtocolError(f"malformed LoRA: {entry!r:.60}")
+        active = None
+        if isinstance(given := fields.get("active"), str):
+            active = cls(start, end, name=given)
+        elif given is not None:
+            active = cls(start, end, lora=_factors(typed(fields, "active", list), tensors, "active.", start, end))
+        lora = _factors(typed({"lora": [], **fields}, "lora", list), tensors, "", start, end)
         past = _checked_past(typed({"past": [], **fields}, "past", list), tensors, start, end)
-        adapter = cls(start, end, deep, tuple(lora), past=past)
+        adapter = cls(start, end, deep, lora, past=past, active=active)
         if adapter.past and adapter.deep is not None:
             raise ProtocolError("an adapter has deep prompts, or keys and values, not both")
-        if not adapter.tensors() or adapter.tensors().keys() != tensors.keys():
+        if adapter.is_empty or adapter.all_tensors().keys() != tensors.keys():
             raise ProtocolError(f"an adapter's tensors are {sorted(tensors)!r:.100}")
         return key, adapter
+
+
+def _factors(
+    layout: list[Any], tensors: dict[str, torch.Tensor], prefix: str, start: int, end: int
+) -> tuple[LoraFactors, ...]:
+    """The factors of a message, whose tensors' names begin with `prefix`. Raises ProtocolError."""
+    lora = []
+    for number, entry in enumerate(layout):
+        match entry:
+            case [str(target), list(blocks)] if all(type(block) is int for block in blocks):
+                a, b = (checks.floating(tensors, f"{prefix}lora.{number}.{name}", 3) for name in "ab")
+                lora.append(_checked(target, blocks, a, b, start, end))
+            case _:
+                raise ProtocolError(f"malformed LoRA: {entry!r:.60}")
+    return tuple(lora)
 
 
 def _checked(

@@ -19,6 +19,7 @@ STREAM_VERSION = 3
 MAX_WORD_LENGTH = 64
 MAX_NAME_LENGTH = 200  # of a model or a repository
 MAX_BLOCKS = 512  # of a model in the public list; the largest models have 126 blocks today
+_MAX_ADAPTERS = 64
 _MIN_SPEED = 1e-3  # tokens a second; slower speeds could give infinite times
 
 
@@ -41,6 +42,7 @@ class ServerRecord:
         stream_version: version of our stream method, None on servers that offer only Petals' methods.
         hidden_size: H of the served model; None if not given.
         cache_tokens_left: positions of one block whose keys and values still fit into the cache; None if not given.
+        adapters: names of those that the server holds for its clients.
         num_blocks, repository: of the served model; None if not given, or if the model is private.
     """
 
@@ -58,6 +60,7 @@ class ServerRecord:
     cache_tokens_left: int | None = None
     num_blocks: int | None = None
     repository: str | None = None
+    adapters: tuple[str, ...] = ()
 
     def without_claims(self) -> ServerRecord:
         """A copy like a Petals server's record, without the fields that only a signed record can have."""
@@ -72,7 +75,7 @@ class ServerRecord:
             "version": self.version,
             "torch_dtype": self.torch_dtype,
             "quant_type": "none",
-            "adapters": [],
+            "adapters": list(self.adapters),
             "forward_rps": self.tokens_per_second,
             "cache_tokens_left": self.cache_tokens_left,
         }
@@ -127,7 +130,14 @@ class ServerRecord:
             cache_tokens_left=_typed(extra, "cache_tokens_left", int),
             num_blocks=count if count is not None and 0 < count <= MAX_BLOCKS else None,
             repository=_word(ours, "repository", MAX_NAME_LENGTH),
+            adapters=_names(extra.get("adapters")),
         )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """The names in a list; those that cannot be shown as they are, and all beyond `_MAX_ADAPTERS`, are left out."""
+    names = value if isinstance(value, (list, tuple)) else ()
+    return tuple(n for n in names if isinstance(n, str) and n and printable(n, MAX_NAME_LENGTH) == n)[:_MAX_ADAPTERS]
 
 
 def _typed(source: dict[Any, Any], key: str, kind: type | tuple[type, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""The bundled sample: a small causal LM, labelled reviews in SST-2's form, and dialogues, for first runs and tests.
+"""The bundled sample, for first runs and tests: a small causal LM, labelled reviews, dialogues and preferences.
 
 All are synthetic. `tools/sample` of the repository makes them.
 """
@@ -14,4 +14,7 @@ REVIEWS_DIR: Path = Path(__file__).parent / "reviews"
 DIALOGUES_DIR: Path = Path(__file__).parent / "dialogues"
 """`train.jsonl`, `validation.jsonl` and `test.jsonl` with the field `turns`, the user's first."""
 
-__all__ = ["DIALOGUES_DIR", "MODEL_DIR", "REVIEWS_DIR"]
+PREFERENCES_DIR: Path = Path(__file__).parent / "preferences"
+"""`train.jsonl`, `validation.jsonl` and `test.jsonl` with the fields `prompt`, `chosen` and `rejected`."""
+
+__all__ = ["DIALOGUES_DIR", "MODEL_DIR", "PREFERENCES_DIR", "REVIEWS_DIR"]

@@ -61,6 +61,12 @@ class ServerConfig(ServerLimits):
         "Data type of the blocks: float32, float16, bfloat16, or auto, which is the checkpoint's.",
         Rule(lambda value: value in _DTYPES, "choose auto, float32, float16 or bfloat16"),
     )
+    adapters: tuple[str, ...] = option(
+        (),
+        "Folder or hub id of LoRA in PEFT's format, to hold for all clients, who choose it by name (active_adapter). "
+        "Give the flag again for more.",
+        metavar="DIR",
+    )
     threads: int | None = option(None, "CPU threads for computing.", FINITE_ABOVE_0, default_words="all cores")
     public_name: str | None = option(None, "Name shown to users of the swarm.")
     throughput: float | None = option(None, "Requests a second to announce.", FINITE_ABOVE_0, default_words="measured")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoModel
 
 from petals_lightning import __version__
+from petals_lightning.errors import CheckpointError, ConfigurationError, ProtocolError
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
+from petals_lightning.hf.adapter_files import read_adapter
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.pruning import num_blocks
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.checks import WIRE_DTYPES
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.blocks.cpu_decoding import order_weights_for_decoding
+from petals_lightning.server.blocks.held_adapters import HeldAdapters
 from petals_lightning.server.blocks.self_checks import (
     check_family,
     measure_past_shapes,
@@ -81,7 +85,38 @@ def load_span(
     return span
 
 
-def server_info(span: BlockSpan, checkpoint: Checkpoint, limits: ServerLimits) -> dict[str, Any]:
+def load_adapters(span: BlockSpan, checkpoint: Checkpoint, sources: Sequence[str]) -> HeldAdapters:
+    """Loads the hosted blocks' part of adapters, in the blocks' dtype, to their device.
+
+    Args:
+        span: the blocks.
+        checkpoint: the model. Its access token is used for adapters too.
+        sources: folders or hub ids.
+
+    Raises:
+        CheckpointError: there is no such adapter, or it is for another model.
+        ConfigurationError: a setting of it is not supported, or two have one name.
+    """
+    adapters: dict[str, Adapter] = {}
+    for source in sources:
+        count = num_blocks(checkpoint.config)
+        adapter = read_adapter(source, span.layout, count, span.start, span.end, token=checkpoint.token)
+        assert adapter.name is not None
+        if adapter.name in adapters:
+            raise ConfigurationError(f"two adapters are called {adapter.name!r}: rename one's folder")
+        try:
+            span.check_adapter(adapter)
+        except ProtocolError as e:
+            raise CheckpointError(f"adapter {source!r} is for another model: {e}") from e
+        factors = {name: tensor.to(span.device, span.dtype) for name, tensor in adapter.tensors().items()}
+        adapters[adapter.name] = adapter.with_tensors(factors)
+        logger.info("holding adapter %s, %.1f MiB", adapter.name, adapter.num_bytes / 2**20)
+    return HeldAdapters(list(adapters.values()))
+
+
+def server_info(
+    span: BlockSpan, checkpoint: Checkpoint, limits: ServerLimits, adapters: HeldAdapters
+) -> dict[str, Any]:
     """The answer to `info`."""
     return {
         "start": span.start,
@@ -91,6 +126,7 @@ def server_info(span: BlockSpan, checkpoint: Checkpoint, limits: ServerLimits) -
         "dtype": str(span.dtype).removeprefix("torch."),
         "wire_dtypes": sorted(WIRE_DTYPES),
         "fingerprint": checkpoint.fingerprint,
+        "adapters": adapters.fingerprints,
         "version": __version__,
         "max_batch_tokens": limits.max_batch_tokens,
         "max_message_bytes": limits.max_message_bytes,

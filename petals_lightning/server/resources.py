@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from petals_lightning.errors import ProtocolError, is_out_of_memory
+from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.requests import ForwardRequest
 from petals_lightning.protocol.steps import StepRequest
@@ -17,6 +19,7 @@ from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.access.quotas import Quotas
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.blocks.graphs import GraphCost, GraphStore
+from petals_lightning.server.blocks.held_adapters import HeldAdapters
 from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.peer_links import PeerLinks
@@ -40,6 +43,7 @@ class ServerResources:
         compute: the thread that runs them, started.
         limits: budgets.
         info: the answer to `info`.
+        adapters: held for all clients; none by default.
         rules: who may use the server; everybody by default.
         peer_id: the server's base58 id.
         links: streams to other servers; None: this server hands nothing over.
@@ -61,6 +65,7 @@ class ServerResources:
         limits: ServerLimits,
         info: dict[str, Any],
         *,
+        adapters: HeldAdapters | None = None,
         rules: AccessRules | None = None,
         peer_id: str = "",
         links: PeerLinks | None = None,
@@ -68,6 +73,7 @@ class ServerResources:
         cache_bytes_per_token: float = 0.0,
     ):
         self.span, self.compute, self.limits, self.info = span, compute, limits, info
+        self.adapters = adapters or HeldAdapters()
         self.rules, self.peer_id, self.links = rules or AccessRules(), peer_id, links
         self.graph_cost, self.cache_bytes_per_token = graph_cost, cache_bytes_per_token
         self.stream_numbers = itertools.count()
@@ -77,6 +83,24 @@ class ServerResources:
         self.leaving = False
         self.open_requests = self.positions = 0
         self.refusals: Counter[ErrorCode] = Counter()
+
+    def with_held(self, adapter: Adapter) -> Adapter:
+        """An adapter with the tensors of the active one that it only names. Raises Refusal if that is not held."""
+        if adapter.active is None or adapter.active.name is None:
+            return adapter
+        held = self.adapters.acting(adapter.active.name, adapter.start, adapter.end)
+        return replace(adapter, active=held.active) if adapter.tensors() else held
+
+    def petals_adapter(self, start: int, end: int, prompts: torch.Tensor | None, active: str | None) -> Adapter | None:
+        """What a Petals client adds to blocks [start, end): deep prompts, and an adapter that is held.
+
+        Raises:
+            Refusal: no adapter of this name is held.
+        """
+        if active is None:
+            return Adapter(start, end, prompts) if prompts is not None else None
+        acting = self.adapters.acting(active, start, end)
+        return replace(acting, deep=prompts) if prompts is not None else acting
 
     def graph_size(self, request: ForwardRequest) -> int:
         """Estimated bytes of the request's autograd graph."""

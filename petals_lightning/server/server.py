@@ -12,6 +12,7 @@ from transformers import AutoModel
 from petals_lightning import __version__
 from petals_lightning.errors import ConfigurationError, is_out_of_memory
 from petals_lightning.hf import Checkpoint, block_bytes
+from petals_lightning.hf.adapter_files import adapter_bytes
 from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.pruning import num_blocks
@@ -20,10 +21,11 @@ from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.announcer import Announcer
 from petals_lightning.server.blocks.graphs import measure_graph_cost
+from petals_lightning.server.blocks.held_adapters import HeldAdapters
 from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.execution.compute import ComputeThread
-from petals_lightning.server.loading import forward_seconds, load_span, server_info
+from petals_lightning.server.loading import forward_seconds, load_adapters, load_span, server_info
 from petals_lightning.server.memory_plan import free_memory, plan_memory
 from petals_lightning.server.metrics import ServerMetrics, serve_metrics
 from petals_lightning.server.peer_links import PeerLinks
@@ -90,7 +92,7 @@ class Server:
             on_joined: called once other peers can reach this one, before blocks are loaded.
 
         Raises:
-            ConfigurationError: the model, the span or an address is wrong.
+            ConfigurationError: the model, the span, an adapter or an address is wrong.
             SwarmConnectionError: the swarm cannot be joined, or takes no record.
         """
         config = self._config
@@ -99,29 +101,32 @@ class Server:
         prefix, count = self.dht_prefix, num_blocks(self._checkpoint.config)
         if config.block_indices is not None:
             self._check_span(*config.block_indices, count)
+        adapters_bytes = sum(adapter_bytes(source, token=self._checkpoint.token) for source in config.adapters)
         self.node.start()
         with ExitStack() as started:
             started.callback(self.node.close)
             on_joined()
             if config.block_indices is None and config.num_blocks is None:
-                config = self._fit_memory(config)
+                config = self._fit_memory(config, adapters_bytes)
             directory = SwarmDirectory(self.node, self._rules.token)
             start, end = config.block_indices or self._choose_span(directory, prefix, count, config.num_blocks or count)
             span = self._load(start, end)
+            adapters = load_adapters(span, self._checkpoint, config.adapters)
             compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start()
             started.callback(compute.stop, _STOP_TIMEOUT)
             resources = ServerResources(
                 span,
                 compute,
                 config,
-                info=server_info(span, self._checkpoint, config),
+                info=server_info(span, self._checkpoint, config, adapters),
+                adapters=adapters,
                 rules=self._rules,
                 peer_id=self.node.peer_id.to_base58(),
                 links=PeerLinks(self.node.p2p),
                 graph_cost=measure_graph_cost(span),
                 cache_bytes_per_token=measure_cache_bytes(span) if span.has_sessions else 0.0,
             )
-            record = self._record(span)
+            record = self._record(span, adapters)
             entry = ModelEntry(prefix, count, record.repository)
             announcer = Announcer(directory, entry, record, resources, config.update_period)
             server = RunningServer(self.node, resources, prefix, announcer, petals_only=config.petals_only)
@@ -159,11 +164,11 @@ class Server:
                 f"blocks {start}:{end} do not exist: {self._checkpoint.name_or_path} has {count}, numbered 0:{count}"
             )
 
-    def _fit_memory(self, config: ServerConfig) -> ServerConfig:
-        """The settings with as many blocks as fit, and with budgets that leave room for them."""
+    def _fit_memory(self, config: ServerConfig, taken: int) -> ServerConfig:
+        """The settings with as many blocks as fit beside `taken` bytes, and with budgets that leave room for them."""
         free = config.memory if config.memory is not None else free_memory(self._device)
         sizes = block_bytes(model_class(AutoModel, self._checkpoint), self._checkpoint, config.dtype)
-        plan = plan_memory(sizes, config, free, is_gpu=self._device.type == "cuda")
+        plan = plan_memory(sizes, config, free - taken, is_gpu=self._device.type == "cuda")
         logger.info("memory of %s: %s", self._device, plan)
         return plan.applied_to(config)
 
@@ -173,7 +178,7 @@ class Server:
         throughput = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
         return thinnest_span(throughput, wanted)
 
-    def _record(self, span: BlockSpan) -> ServerRecord:
+    def _record(self, span: BlockSpan, adapters: HeldAdapters) -> ServerRecord:
         """The record to announce, with the speed of a small forward."""
         batch, tokens = 4, 64
         seconds = forward_seconds(span, batch, tokens)
@@ -190,6 +195,7 @@ class Server:
             hidden_size=span.hidden_size,
             fingerprint=self._checkpoint.fingerprint,
             num_blocks=num_blocks(self._checkpoint.config),
+            adapters=tuple(adapters.fingerprints),
             repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
         )
 

@@ -68,7 +68,7 @@ class RegisteredAdapters:
         If there is no memory for it, the requests that name it are refused with the reason.
 
         Raises:
-            ProtocolError: no request of this server could use it.
+            ProtocolError: no request of this server could use it, or it names an adapter that is not held.
         """
         resources = self._resources
         resources.span.check_adapter(adapter)
@@ -87,7 +87,11 @@ class RegisteredAdapters:
             self.refuse(reason)
             return
         self._full = None
-        self._adapters[key] = adapter.map(torch.clone)  # views would keep the whole message in memory
+        own = adapter.map(torch.clone)  # views would keep the whole message in memory
+        try:
+            self._adapters[key] = resources.with_held(own)
+        except Refusal as e:  # `info` has said what is held
+            raise ProtocolError(str(e)) from e
         self._registered.set()
 
     def refuse(self, reason: str) -> None:

@@ -80,16 +80,9 @@ def _how_to_continue(checkpoint: Path) -> str:
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    formats = {
-        "val/accuracy": "{:.4f}",
-        "val/macro_f1": "{:.4f}",
-        "val/matthews": "{:.4f}",
-        "val/perplexity": "{:.3f}",
-        "val/loss": "{:.4f}",
-        "test/accuracy": "{:.4f}",
-        "test/macro_f1": "{:.4f}",
-        "test/matthews": "{:.4f}",
-        "test/perplexity": "{:.3f}",
+    scores = [name for name in summary if name.startswith(("val/", "test/")) and name != "val/epoch"]
+    formats = {name: "{:.3f}" if name.endswith("perplexity") else "{:.4f}" for name in scores}
+    formats |= {
         "train/seconds": "{:,.1f}",
         "train/steps": "{:,}",
         "train/tokens": "{:,}",

@@ -238,19 +238,18 @@ def _save_best(module: TuningModule, folder: Path, summary: dict[str, Any]) -> N
         with no_code_from(best):
             weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         load_trained_weights(module, weights)
-    if has_lora:
-        _save_adapter(module.model, folder / "adapter")
-    if not has_prompts:
-        return
     metrics = {
         name: value
         for name, value in summary.items()
         if name.startswith(("val/", "test/")) and name != "val/epoch" and value is not None
     }
-    save_prompts(module.model, folder / "prompts", metrics=metrics, command=command())
+    if has_lora:
+        _save_adapter(module.model, folder / "adapter", metrics)
+    if has_prompts:
+        save_prompts(module.model, folder / "prompts", metrics=metrics, command=command())
 
 
-def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
+def _save_adapter(model: PreTrainedModel, folder: Path, metrics: dict[str, float]) -> None:
     checkpoint: Any = model.checkpoint
     if checkpoint.is_wrapper:
         log.warning(
@@ -259,7 +258,7 @@ def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
             checkpoint.name_or_path,
         )
         return
-    save_adapter(model, folder)
+    save_adapter(model, folder, metrics=metrics, command=command())
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:
@@ -279,7 +278,11 @@ def _device_type(accelerator: str) -> str:
 def _title(cfg: DictConfig, recipe: str) -> str:
     tuning = [cfg.tuning.mode or "head only"]
     tuning += [f"P={cfg.tuning.pre_seq_len}"] if cfg.tuning.mode in PROMPT_MODES else []
-    tuning += [f"r={cfg.tuning.r}"] if cfg.tuning.r is not None else []
+    if cfg.tuning.adapter is not None:
+        tuning += [f"from {cfg.tuning.adapter}"]
+    elif cfg.tuning.r is not None:
+        tuning += [f"r={cfg.tuning.r}"]
+    tuning += [f"beside {cfg.tuning.active_adapter}"] if cfg.tuning.active_adapter is not None else []
     return f"{recipe}: {Path(cfg.model.name).name}, {', '.join(tuning)}, lr {cfg.optim.lr:g}, seed {cfg.seed}"
 
 

@@ -102,6 +102,10 @@ class TuningConfig:
     """Linear modules that get LoRA: names, a regular expression for whole paths, or all-linear."""
     use_rslora: bool = False
     """Scale by alpha / √r."""
+    adapter: str | None = None
+    """With mode=lora: folder or hub id of LoRA in PEFT's format to start from; it has r, alpha and target_modules."""
+    active_adapter: str | None = None
+    """LoRA that acts without being trained: the name of one that servers hold, or a folder in PEFT's format."""
 
 
 @dataclass
@@ -150,6 +154,16 @@ class LabelledDataConfig(DataConfig):
 
 
 @dataclass
+class NumberDataConfig(LabelledDataConfig):
+    _target_: str = "petals_lightning.data.TextNumberDataModule"
+
+
+@dataclass
+class LabelSetDataConfig(LabelledDataConfig):
+    _target_: str = "petals_lightning.data.TextLabelSetDataModule"
+
+
+@dataclass
 class DialogueColumns:
     """Columns of dialogues that are called otherwise: data.columns={prompt: question, completion: reply}."""
 
@@ -175,6 +189,32 @@ class DialogueDataConfig(DataConfig):
     merge_system: bool = False
     """True puts the system text before the first user turn, for templates without a system turn."""
     batch_size: int = 16
+
+
+@dataclass
+class PreferenceColumns:
+    """Columns of preferences that are called otherwise: data.columns={chosen: better, rejected: worse}."""
+
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    system: str | None = None
+
+
+@dataclass
+class PreferenceDataConfig(DataConfig):
+    _target_: str = "petals_lightning.data.PreferenceDataModule"
+    limit: int | None = None
+    """Pairs a split at most."""
+    max_length: int = 256
+    """Tokens a sample at most; a longer answer is cut off."""
+    columns: PreferenceColumns = field(default_factory=PreferenceColumns)
+    use_chat_template: bool = True
+    """False takes the simple form even if the tokenizer has a chat template."""
+    merge_system: bool = False
+    """True puts the system text before the first user turn, for templates without a system turn."""
+    batch_size: int = 16
+    """Pairs a batch."""
 
 
 @dataclass
@@ -307,6 +347,9 @@ _OPTIONS: dict[str, type] = {
     "amp": AmpConfig,
     "data": LabelledDataConfig,
     "dialogue_data": DialogueDataConfig,
+    "preference_data": PreferenceDataConfig,
+    "number_data": NumberDataConfig,
+    "label_set_data": LabelSetDataConfig,
     "plain_text_data": PlainTextDataConfig,
     "optim": OptimConfig,
     "trainer": TrainerConfig,

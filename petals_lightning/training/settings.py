@@ -19,6 +19,8 @@ OF_MODULES = {
     "alpha": "tuning.alpha",
     "target_modules": "tuning.target_modules",
     "use_rslora": "tuning.use_rslora",
+    "adapter": "tuning.adapter",
+    "active_adapter": "tuning.active_adapter",
     "lr": "optim.lr",
     "head_lr": "optim.head_lr",
     "deep_lr": "optim.deep_lr",
@@ -28,7 +30,8 @@ OF_MODULES = {
 """Arguments of every module, and the settings that they take."""
 OF_DATA = {"tokenizer": "model.name", "tokenizer_revision": "model.revision", "seed": "seed"}
 """Arguments of every DataModule besides its own group of settings."""
-_OTHERS = {"verbalizer": "task.verbalizer", "precision": "amp.precision", "path": "hydra.run.dir"}
+_OF_TASKS = ("verbalizer", "beta", "teacher", "teacher_dht_prefix", "temperature", "top_k", "share")
+_OTHERS = {name: f"task.{name}" for name in _OF_TASKS} | {"precision": "amp.precision", "path": "hydra.run.dir"}
 _GROUPS = ("trainer", "swarm", "data")
 """Their settings become arguments of the same names."""
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "decode": f"{TINY} --blocks 2 --servers 1,2 --sessions 2 --new-tokens 2 --prefill 16",
     "evaluation": "--repeats 1 --limit 16 --batch-size 4 --eval-batch-size 16 --round-trip 0.01",
     "families": "--family llama --family gemma3 --family qwen3_next --family rwkv",
+    "lora_step": f"{TINY} --blocks 2 --cases 4x8x2 --rank 2",
     "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
     "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",
     "pipeline": "--repeats 1 --hidden 64 --blocks 2 --servers 2 --case 4x8x2 --microbatches 2 --block-ms 1",
@@ -97,6 +98,12 @@ def test_a_command_runs(name: str, run: Run) -> None:
         assert isinstance(case, str)
         assert len(numbers) >= 2
         assert all(math.isfinite(number) and number >= 0 for number in numbers)
+
+
+@pytest.mark.slow
+def test_a_lora_step_moves_what_it_needs(run: Run) -> None:
+    (row,) = run("lora_step", "--repeats 1 --threads 1 --hidden 256 --blocks 2 --cases 16x32x2")
+    assert row["bytes_needed"] < row["bytes_moved"] < 1.05 * row["bytes_needed"]
 
 
 @pytest.mark.slow

@@ -18,13 +18,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals_lightning.cli.generation import Terminal
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.hf.compat import quiet_transformers
+from petals_lightning.sample import MODEL_DIR
 from petals_lightning.server.access.rules import AccessRules
 from tests.helpers.chat_templates import GEMMA
+from tests.helpers.lora import factors_of_peft, move_off_zero
 from tests.helpers.text_models import save_tiny_text_model
 from tools.testing.forks import run_command
 from tools.testing.swarms import PREFIX, InProcessSwarm
@@ -53,7 +56,7 @@ def served(tmp_path, start_swarm):
 def continue_greedily(local, ids: list[int], count: int, eos: int | None = None) -> list[int]:
     tokens = torch.tensor([ids])
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": eos}
-    return local.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(ids) :].tolist()
+    return local.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(ids) :].tolist()
 
 
 @pytest.mark.slow
@@ -93,6 +96,36 @@ def test_a_piped_chat_answers_line_by_line(served):
     assert len(spoken) == 4
     assert json.loads(saved.read_text())["messages"] == messages
     assert "/undo  " in done.stderr, "an unknown command shows the help"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--adapter", "--active-adapter", "held by servers"])
+def test_an_adapter_that_peft_has_made_talks_through_the_swarm_as_it_does_locally(option, tmp_path, start_swarm):
+    """The bundled model, with LoRA of some size in all linear modules."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    with quiet_transformers():
+        local = get_peft_model(AutoModelForCausalLM.from_pretrained(str(MODEL_DIR)), config).eval()
+    move_off_zero(dict(factors_of_peft(local)), 0.1)
+    folder = tmp_path / "polite"
+    local.save_pretrained(str(folder))
+    is_held = option == "held by servers"
+    swarm = start_swarm(MODEL_DIR, [(0, 1), (1, 4)], adapters=[[folder]] * 2 if is_held else ())
+    choice = ["--active-adapter", "polite"] if is_held else [option, str(folder)]
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    text, form = "the film was", DialogueFormat(tokenizer)
+    expected = continue_greedily(local, tokenizer(text)["input_ids"], 8)
+    with local.disable_adapter():
+        assert expected != continue_greedily(local, tokenizer(text)["input_ids"], 8), "the test is blind"
+    done = run_in(swarm, "generate", MODEL_DIR, text, "--max-new-tokens", "8", *choice)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    ids = form.prompt([Message(role="user", content=text)])
+    answer = form.decode(continue_greedily(local, ids, 8, tokenizer.eos_token_id))
+    given = ["--temperature", "0", "--max-new-tokens", "8", *choice]
+    done = run_in(swarm, "chat", MODEL_DIR, *given, stdin=text + "\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == answer
 
 
 class TerminalProcess:

@@ -21,8 +21,10 @@ from petals_lightning.models import (
 from petals_lightning.models.local import LocalModelForCausalLM, LocalModelForSequenceClassification
 from petals_lightning.models.trainable import lora_of, trainable_state_dict
 from tests.helpers.families import CAUSAL_ONLY, RECURRENT_CONFIGS, TINY_CONFIGS
+from tests.helpers.lora import by_peft, causal_loss, factors_of_peft, move_off_zero
 from tests.helpers.parity import UNEVEN, P, assert_same_gradients, loss_trace, right_padded_batch
 from tests.helpers.requests import micro_batches, peer_with_the_graph, segment_sizes
+from tests.helpers.tampering import chosen
 from tools.testing.tensors import relative_error
 
 ATTENTION = LoraConfig(r=3, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "v_proj"])
@@ -54,33 +56,6 @@ def widest(family: str) -> LoraConfig:
     return LoraConfig(r=2, lora_alpha=8, target_modules=ALL_IS_TOO_MUCH.get(family, "all-linear"))
 
 
-def by_peft(checkpoint: Path | str, config: LoraConfig, auto: Any = AutoModelForCausalLM, **options: Any) -> PeftModel:
-    """PEFT's model on the local one, with B moved off zero; without the head, which is compared by itself."""
-    model = auto.from_pretrained(str(checkpoint), **options)
-    torch.manual_seed(1)
-    model = get_peft_model(model, copy.deepcopy(config))
-    move_off_zero(dict(factors_of_peft(model)))
-    return model
-
-
-def factors_of_peft(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """PEFT's factors by the names of ours, from the block's number on."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parts = name.removesuffix(".default.weight").split(".")
-            first = next(place for place, part in enumerate(parts) if part.isdigit())
-            found[".".join(parts[first:])] = parameter
-    return found
-
-
-def move_off_zero(factors: dict[str, torch.nn.Parameter]) -> None:
-    """Draws every B, so that A has a gradient; by name, so that all models draw the same."""
-    with torch.no_grad():
-        for number, name in enumerate(sorted(name for name in factors if name.endswith("lora_B"))):
-            factors[name].normal_(0, 0.3, generator=torch.Generator().manual_seed(number))
-
-
 def load(load_model: Any, config: Any, mode: str = "lora", **options: Any) -> Any:
     torch.manual_seed(1)
     model = load_model(tuning_mode=mode, pre_seq_len=P if mode != "lora" else None, lora=config, **options).train()
@@ -108,13 +83,6 @@ def assert_factors_have_the_gradients(model: Any, expected: dict[str, torch.nn.P
             continue
         assert relative_error(own[name].grad, parameter.grad) < tolerance, name
     assert blind < len(expected) / 2, "the test is blind"
-
-
-def causal_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the real tokens, and all logits."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten()), logits
 
 
 @pytest.mark.parametrize("family", [*TINY_CONFIGS, *RECURRENT_CONFIGS])
@@ -361,3 +329,50 @@ def test_an_adapter_goes_to_peft_and_comes_back(kind, family, tiny_checkpoint, s
             assert torch.equal(trainable_state_dict(loaded)[name], value), name
     with pytest.raises(ConfigurationError, match=r"it lacks|has other shapes|no linear module"):
         LocalModelForCausalLM.from_pretrained(str(tiny_checkpoint("bloom")), adapter=tmp_path / "ours")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "deep_ptune"])
+def test_audits_and_the_judge_compute_with_the_factors(mode, tiny_checkpoint, start_swarm, caplog):
+    """Three servers, one of which lies, forward or backward: found, and the step is PEFT's."""
+    checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
+    swarm = start_swarm(checkpoint, [(0, 4), (0, 4), (0, 4)])
+    options = {"client_config": ClientConfig(audit_rate=1.0, ban_period=60.0)}
+    remote = load(lambda **given: swarm.load(AutoDistributedModelForCausalLM, **options, **given), ALL_LINEAR, mode)
+    local = load(lambda **given: LocalModelForCausalLM.from_pretrained(str(checkpoint), **given), ALL_LINEAR, mode)
+    expected, _ = causal_loss(local, batch)
+    expected.backward()
+    for is_tampered in (False, True):
+        if is_tampered:
+            span: Any = chosen(remote, swarm).span
+            honest = span.backward
+            span.backward = lambda *args, run=honest: {name: 1.5 * grad for name, grad in run(*args).items()}
+        remote.zero_grad()
+        loss, _ = causal_loss(remote, batch)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert_same_gradients(remote, local, 1e-5)
+        assert ("lies" in caplog.text) == is_tampered
+    assert remote_blocks(remote).stats.audits >= 4
+
+
+@pytest.mark.slow
+def test_eight_bits_on_the_wire_leave_factors_in_16(tiny_checkpoint, start_swarm):
+    checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
+    swarm = start_swarm(checkpoint, UNEVEN)
+    seen = []
+    for server in swarm.servers:
+        received = server.span.forward
+        server.span.forward = lambda inputs, *cached, run=received: seen.append(inputs) or run(inputs, *cached)
+    model = remote_causal(swarm, ATTENTION, client_config=ClientConfig(wire_dtype="int8_blockwise"))
+    loss, _ = causal_loss(model, batch)
+    loss.backward()
+    expected_loss, expected = peft_step(checkpoint, ATTENTION, batch)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-2)
+    for name, factor in lora_of(model).named_parameters():
+        assert relative_error(factor.grad, expected[name].grad) < 0.1, name
+    given = {number: own for inputs in seen for own in inputs.adapter.lora for number in own.blocks}
+    for number, own in given.items():
+        query = lora_of(model).get_submodule(f"{number}.{own.target}")
+        a = own.a[own.blocks.index(number)]
+        assert 0 < relative_error(a.detach(), query.lora_A.detach()) < 2**-8, "bfloat16"

@@ -16,7 +16,7 @@ from petals_lightning.protocol.records import MAX_WORD_LENGTH, ServerRecord, Ser
 
 FULL = ServerRecord(
     ServerState.ONLINE, 12.5, 3, 9, public_name="ours", version="0.1", torch_dtype="bfloat16",
-    tokens_per_second=900.0, stream_version=1, hidden_size=64, fingerprint="abc",
+    tokens_per_second=900.0, stream_version=1, hidden_size=64, fingerprint="abc", adapters=("org/polite", "brief"),
 )  # fmt: skip
 
 
@@ -65,9 +65,10 @@ def test_keys_of_a_wrong_type_are_dropped_alone():
     state, throughput, extra = FULL.to_value()
     extra |= {"public_name": 5, "version": None, "start_block": True, "unknown": object(), "forward_rps": math.nan}
     extra["lightning"] |= {"hidden_size": "64"}
+    extra["adapters"] = ["two\nlines", 5, "", "fine", "x" * 1000]
     got = ServerRecord.from_value((state, throughput, extra))
     assert got == ServerRecord(
-        ServerState.ONLINE, 12.5, torch_dtype="bfloat16", stream_version=1, fingerprint="abc"
+        ServerState.ONLINE, 12.5, torch_dtype="bfloat16", stream_version=1, fingerprint="abc", adapters=("fine",)
     )  # fmt: skip
 
 
@@ -109,7 +110,9 @@ _values = st.recursive(
     max_leaves=12,
 )
 _extras = st.dictionaries(
-    st.sampled_from(["start_block", "end_block", "public_name", "version", "torch_dtype", "forward_rps", "lightning"]),
+    st.sampled_from(
+        ["start_block", "end_block", "public_name", "version", "torch_dtype", "forward_rps", "adapters", "lightning"]
+    ),
     _values | st.dictionaries(st.sampled_from(["stream", "hidden_size", "fingerprint"]), _scalars),
 )
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_lightning.sample import DIALOGUES_DIR, MODEL_DIR, REVIEWS_DIR
-from tools.sample import make_dialogues
+from petals_lightning.sample import DIALOGUES_DIR, MODEL_DIR, PREFERENCES_DIR, REVIEWS_DIR
+from tools.sample import make_dialogues, make_preferences
 from tools.sample.grammar import (
     ALL_WORDS,
     LABELS,
@@ -64,6 +64,18 @@ def test_bundled_dialogues_are_what_the_generator_makes(tmp_path):
         made, bundled = (folder / f"{name}.jsonl" for folder in (tmp_path, DIALOGUES_DIR))
         assert made.read_bytes() == bundled.read_bytes(), "run `python -m tools.sample.make_dialogues`"
         assert len(read_dialogues(name)) == size
+
+
+def test_bundled_preferences_are_what_the_generator_makes(tmp_path):
+    write_splits(make_preferences.make_splits(), tmp_path)
+    for name, size in make_preferences.SIZES.items():
+        made, bundled = (folder / f"{name}.jsonl" for folder in (tmp_path, PREFERENCES_DIR))
+        assert made.read_bytes() == bundled.read_bytes(), "run `python -m tools.sample.make_preferences`"
+        rows = [json.loads(line) for line in bundled.read_text().splitlines()]
+        assert len(rows) == size
+        for row in rows:
+            ((_, *answers),) = (asked for asked in make_dialogues.QUESTIONS if row["prompt"].endswith(asked[0]))
+            assert {row["chosen"], row["rejected"]} == set(answers)
 
 
 def test_answers_follow_from_the_conversation(tokenizer):

@@ -10,8 +10,13 @@ import torch
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.adapters import Adapter, LoraFactors, float_zeros
 from petals_lightning.protocol.steps import StepRequest
+from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.blocks.graphs import measure_graph_cost
+from petals_lightning.server.blocks.held_adapters import HeldAdapters
 from petals_lightning.server.blocks.span import SpanInputs
+from petals_lightning.server.execution.compute import ComputeThread
+from petals_lightning.server.refusal import Refusal
+from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.sessions.batched_decoding import DecodeStep
 from petals_lightning.server.sessions.session_cache import SessionCache
 from tests.helpers.families import ALL, HIDDEN, NUM_BLOCKS
@@ -135,6 +140,46 @@ def test_steps_of_sessions_have_their_own_lora_and_join_those_with_the_same(load
             assert (got - wanted).norm() < 1e-4 * wanted.norm()
     assert not steps[1][1].can_batch([steps[0][0]])
     assert not steps[2][1].can_batch([steps[0][0]])
+
+
+def test_clients_with_one_held_adapter_share_batches(load_span):
+    span = load_span("llama")
+    held = HeldAdapters([Adapter(*ALL, lora=(lora(),), name="polite", fingerprint="x")])
+    resources = ServerResources(span, ComputeThread(), ServerLimits(), {}, adapters=held)
+    named = Adapter(*ALL, active=Adapter(*ALL, name="polite"))
+    registered = [resources.with_held(Adapter.from_message(named.to_message(key))[1]) for key in (1, 2)]
+    assert registered[0] is registered[1] is resources.petals_adapter(*ALL, None, "polite")
+    assert registered[0].num_bytes == 0, "it is no client's"
+    steps = []
+    for adapter, length in zip(registered, (5, 8), strict=True):
+        cache, hidden = opened(span, adapter, length)
+        steps.append(DecodeStep(span, cache, StepRequest(0, *ALL, hidden[:, length:], length)))
+        expected, _ = span.forward(SpanInputs(*ALL, hidden, adapter=Adapter(*ALL, lora=(lora(),))))
+        assert (steps[-1]()["hidden"] - expected[:, -1:]).norm() < 1e-4 * expected[:, -1:].norm()
+    assert steps[1].can_batch([steps[0]])
+    beside = resources.with_held(Adapter(*ALL, lora=(lora(DOWN),), active=Adapter(*ALL, name="polite")))
+    assert [factors.target for factors in beside.all_lora] == [QUERY, DOWN]
+    assert beside.num_bytes == sum(tensor.nbytes for tensor in beside.tensors().values())
+    with pytest.raises(Refusal, match="no adapter 'rude' is held here; there are polite"):
+        resources.with_held(Adapter(*ALL, active=Adapter(*ALL, name="rude")))
+
+
+def test_an_active_adapter_is_sent_by_name_or_with_its_tensors():
+    active = Adapter(*ALL, lora=(lora(blocks=(1, 3)),), name="polite", fingerprint="x")
+    adapter = Adapter(*ALL, torch.randn(4, P, HIDDEN), active=active)
+    part = adapter.between(2, 4)
+    assert part.active.lora[0].blocks == (3,)
+    assert adapter.between(2, 3).active is None
+    for held in ({}, {"polite": "y"}, {"rude": "x"}):
+        _, received = Adapter.from_message(part.as_sent(held).to_message(1))
+        assert received.active.name is None
+        assert torch.equal(received.active.lora[0].a, active.lora[0].a[1:])
+        assert received.num_bytes == part.deep.nbytes + part.active.num_bytes
+        assert received.tensors().keys() == {"deep"}, "only these have gradients"
+    _, received = Adapter.from_message(part.as_sent({"polite": "x"}).to_message(1))
+    assert (received.active.name, received.active.lora) == ("polite", ())
+    with pytest.raises(ProtocolError, match="it does not hold the adapter 'polite'"):
+        Adapter(*ALL, active=Adapter(*ALL, name="polite")).as_sent({"rude": "x"})
 
 
 def test_the_estimate_of_a_graph_includes_lora(load_span):

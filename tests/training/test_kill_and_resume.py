@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -60,3 +62,19 @@ def test_runs_killed_at_any_moment_resume_to_the_undisturbed_losses(kills, undis
         assert loss == losses[step], f"step {step}; {moments}"
     resumed = json.loads((folder / "summary.json").read_text())
     assert resumed["val/loss"] == summary["val/loss"], moments
+
+
+def test_a_run_with_lora_resumes_too(text_model, texts, tmp_path):
+    """Killed in an epoch; the losses after it, and the adapter, are those of a run that nothing happened to."""
+    tuning = ("tuning=lora", "tuning.r=2", "trainer.max_epochs=2")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert start(whole, tmp_path / "whole.txt", "never", text_model, texts, *tuning) == 0
+    assert start(parts, tmp_path / "parts.txt", "after 7", text_model, texts, *tuning) == -signal.SIGKILL
+    assert start(parts, tmp_path / "parts.txt", "never", text_model, texts, *tuning, "resume=true") == 0
+    losses = dict(read(tmp_path / "whole.txt"))
+    for step, loss in read(tmp_path / "parts.txt"):
+        assert loss == losses[step], step
+    saved = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, parts)]
+    assert saved[0].keys() == saved[1].keys()
+    for name, tensor in saved[0].items():
+        assert torch.equal(saved[1][name], tensor), name

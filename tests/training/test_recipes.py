@@ -22,6 +22,7 @@ GROUPS = ("model", "swarm", "tuning", "amp", "task", "data", "optim", "trainer",
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 NEEDED = {
     ("task", "verbalized_classification"): ["task.verbalizer={0: no, 1: yes}"],
+    ("task", "distillation"): ["task.teacher=some/model"],
     ("data", "local"): ["data.source=some/folder"],
     ("swarm", "private"): ["swarm.initial_peers=[/ip4/127.0.0.1/tcp/31337/p2p/12D3Koo]"],
 }

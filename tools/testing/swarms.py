@@ -41,6 +41,7 @@ class InProcessSwarm:
         dtype, limits, rules, prefix: for all servers.
         servers: one of `SERVERS`.
         share_prefix, device, throughput: as of `Server`.
+        adapters: for each server those that it holds; none by default.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class InProcessSwarm:
         share_prefix: bool = True,
         device: str = "cpu",
         throughput: float | None = None,
+        adapters: Sequence[Sequence[Path | str]] = (),
     ):
         self._checkpoint, self._spans, self._kind, self._dtype = str(checkpoint), spans, servers, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
         self._rules, self._share_prefix, self._device = rules, share_prefix, device
-        self._throughput = throughput
+        self._throughput, self._adapters = throughput, adapters or [()] * len(spans)
         self.servers: list[RunningServer] = []
         self._models: weakref.WeakSet[Any] = weakref.WeakSet()  # their blocks; of what a test drops nothing is kept
         self._client: SwarmNode | None = None
@@ -103,6 +105,7 @@ class InProcessSwarm:
                     share_prefix=self._share_prefix,
                     device=self._device,
                     throughput=self._throughput,
+                    adapters=tuple(map(str, self._adapters[number])),
                     update_period=30,
                 ),
                 rules=self._rules,

@@ -24,7 +24,14 @@ from petals_lightning.client.config import ClientConfig
 from petals_lightning.client.flow_control import RequestWindow
 from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, PetalsCalls, rolls_back
 from petals_lightning.client.petals.session import PetalsSession
-from petals_lightning.client.petals.shapes import input_grads, output_grad, output_of, prompts_of, with_prefix
+from petals_lightning.client.petals.shapes import (
+    active_name,
+    input_grads,
+    output_grad,
+    output_of,
+    prompts_of,
+    with_prefix,
+)
 from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.timeouts import ServiceTimer
 from petals_lightning.errors import PeerFailure
@@ -156,7 +163,7 @@ class PetalsConnection:
         return next(self._ids)
 
     async def register_adapter(self, adapter: Adapter, wire_dtype: str) -> int:
-        """Keeps deep prompts here: such servers store none, so they are sent with every request."""
+        """Keeps it here: such servers store none. Deep prompts, and an active adapter's name, go with every request."""
         assert not adapter.lora, "these servers are left out where there is LoRA"
         assert not adapter.past, "these servers are left out where there is a trained prefix"
         identity = (adapter.version, adapter.start, adapter.end)
@@ -191,8 +198,11 @@ class PetalsConnection:
     async def _forward(self, request: ForwardRequest, on_sent: Callable[[], None]) -> dict[str, torch.Tensor]:
         self._find_adapter(request)
         hidden, prompts = with_prefix(request.hidden, request.prefix), prompts_of(request)
+        active = active_name(request)
         outputs = [
-            await self._calls.forward(PetalsForward(self._prefix, request.start, request.end, piece, prompts), on_sent)
+            await self._calls.forward(
+                PetalsForward(self._prefix, request.start, request.end, piece, prompts, active_adapter=active), on_sent
+            )
             for piece in hidden.split(_samples_at_once(hidden))
         ]
         return output_of(request, torch.cat(outputs))
@@ -203,9 +213,10 @@ class PetalsConnection:
         self._find_adapter(forward)
         hidden, prompts = with_prefix(forward.hidden, forward.prefix), prompts_of(forward)
         grad, size = output_grad(request, forward), _samples_at_once(hidden)
+        blocks, active = (self._prefix, forward.start, forward.end), active_name(forward)
         answers = [
             await self._calls.backward(
-                PetalsBackward(self._prefix, forward.start, forward.end, piece, piece_grad, prompts), on_sent
+                PetalsBackward(*blocks, piece, piece_grad, prompts, active_adapter=active), on_sent
             )
             for piece, piece_grad in zip(hidden.split(size), grad.split(size), strict=True)
         ]

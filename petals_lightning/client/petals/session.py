@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from petals_lightning.client.petals.calls import MAX_BATCH_TOKENS, InferenceCall, PetalsCalls
-from petals_lightning.client.petals.shapes import prompts_of, with_prefix
+from petals_lightning.client.petals.shapes import active_name, prompts_of, with_prefix
 from petals_lightning.errors import PeerFailure, UnsupportedInputError
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.steps import PetalsStep
@@ -60,8 +60,9 @@ class PetalsSession:
         self._deep = prompts_of(request)
         room = request.max_length + self._prefix_length
         self._first = PetalsStep(
-            dht_prefix, request.start, request.end, request.hidden, max_length=room, alloc_timeout=_ROOM_PATIENCE
-        )
+            dht_prefix, request.start, request.end, request.hidden, max_length=room, alloc_timeout=_ROOM_PATIENCE,
+            active_adapter=active_name(request),
+        )  # fmt: skip
         self._window = sliding_window
         self._groups: list[_Group] = []
 

@@ -28,6 +28,12 @@ def prompts_of(request: ForwardRequest | StepRequest) -> torch.Tensor | None:
     return adapter.deep[:, None] if adapter is not None and adapter.deep is not None else None
 
 
+def active_name(request: ForwardRequest | StepRequest) -> str | None:
+    """Name of the adapter that acts beside the client's own, and that the server holds; None without one."""
+    adapter = request.adapter
+    return adapter.active.name if adapter is not None and adapter.active is not None else None
+
+
 def output_of(request: ForwardRequest, out: torch.Tensor) -> dict[str, torch.Tensor]:
     """`hidden` [B, S, H] or [N, H], and `prefix` [P, H] if wanted, of the [B, P + S, H] of a server's answer."""
     length = _prefix_length(request)

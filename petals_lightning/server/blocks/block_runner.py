@@ -98,9 +98,9 @@ class BlockRunner:
 
     @contextmanager
     def _with_lora(self, blocks: BlockPass) -> Iterator[None]:
-        """Adds the adapter's LoRA to the linears of a pass, until that ends, however it ends."""
+        """Adds the adapter's LoRA, and an active one's, to the linears of a pass, until that ends, however it ends."""
         with ExitStack() as hooks:
-            for factors in blocks.adapter.lora if blocks.adapter is not None else ():
+            for factors in blocks.adapter.all_lora if blocks.adapter is not None else ():
                 own = factors.between(blocks.start, blocks.end)
                 # Unbound, not indexed: the gradient of an index is as large as the whole tensor, for each block.
                 a, b = (tensor.to(blocks.hidden.dtype).unbind() for tensor in (own.a, own.b))

@@ -136,16 +136,19 @@ class BlockSpan:
         prefix_out = None
         if prefix is None and inputs.adapter is not None and inputs.adapter.past:
             prefix_cache = self._past_cache(inputs)
-            if self.skips_unread and self._reads_one_each(inputs, inputs.adapter.past_length):
+            if self._may_skip(inputs, inputs.adapter.past_length):
                 return self._run_skipping_unread(inputs, hidden, prefix_cache), None
             out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._lora(inputs)), prefix_cache)
         elif prefix is None:
+            is_plain = inputs.adapter is None or inputs.adapter.deep is None  # deep prompts are for certain positions
+            if is_plain and self.shares_prefix(0, hidden.shape[1]) and self._may_skip(inputs, 0):
+                return self._run_skipping_unread(inputs, hidden, None), None
             out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._placed(inputs.adapter)), None)
         elif self.shares_prefix(len(prefix), hidden.shape[1]):
             if prefix_cache is None:
                 run = self.run_prefix(inputs, {})
                 prefix_cache, prefix_out = run.cache, run.output
-            if self.skips_unread and self._reads_one_each(inputs, len(prefix)):
+            if self._may_skip(inputs, len(prefix)):
                 return self._run_skipping_unread(inputs, hidden, prefix_cache), prefix_out
             out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._lora(inputs)), prefix_cache)
         else:
@@ -190,6 +193,9 @@ class BlockSpan:
                 "precedes a sample, so that they cannot be given or taken: use tuning_mode='deep_ptune'"
             )
 
+    def _may_skip(self, inputs: SpanInputs, prefix: int) -> bool:
+        return self.skips_unread and self._reads_one_each(inputs, prefix)
+
     def _reads_one_each(self, inputs: SpanInputs, prefix: int) -> bool:
         """Whether one position of each sample is read, as by a classifier, and no sliding window is in effect.
 
@@ -203,7 +209,7 @@ class BlockSpan:
             return False
         return torch.equal(rows // tokens, torch.arange(batch))
 
-    def _run_skipping_unread(self, inputs: SpanInputs, hidden: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
+    def _run_skipping_unread(self, inputs: SpanInputs, hidden: torch.Tensor, cache: PrefixCache | None) -> torch.Tensor:
         """Outputs [B, H] of the one position of each sample that is read.
 
         In the last block it needs only the keys and values of the others. So that block runs on all positions until it
@@ -211,13 +217,14 @@ class BlockSpan:
 
         Args:
             hidden: [B, S, H], the inputs' in the blocks' dtype.
-            cache: of the prefix, which has run.
+            cache: of the prefix, which has run; None: there is no prefix.
         """
         assert inputs.rows is not None
         (batch, tokens, _), last, lora = hidden.shape, inputs.end - 1, self._lora(inputs)
         if last > inputs.start:
             hidden = self._runner.run(BlockPass(inputs.start, last, hidden, lora), cache)
-        taken = cache.taking(last - self.start)
+        of_last = cache if cache is not None else PrefixCache(len(self.blocks), last - self.start)
+        taken = of_last.taking(last - self.start)
         with suppress(KeysTaken):
             self._runner.run(BlockPass(last, inputs.end, hidden, lora), taken)
             raise NotImplementedError("the block keeps no keys and values")
@@ -245,7 +252,7 @@ class BlockSpan:
                     raise ProtocolError(
                         f"keys and values of block {block} have heads and sizes {shape}, here they are {held}"
                     )
-        for factors in adapter.lora:
+        for factors in adapter.all_lora:
             for block in factors.blocks:
                 linears = self._runner.linears(block)
                 if factors.target not in linears:
@@ -260,7 +267,7 @@ class BlockSpan:
 
     def _placed(self, adapter: Adapter | None) -> Adapter | None:
         """The adapter on the span's device. What is sent once is copied there once."""
-        if adapter is None or all(tensor.device == self.device for tensor in adapter.tensors().values()):
+        if adapter is None or all(tensor.device == self.device for tensor in adapter.all_tensors().values()):
             return adapter
         if adapter not in self._copies:
             self._copies[adapter] = adapter.map(self.transfers.to_device)

@@ -17,7 +17,6 @@ import torch
 from hivemind.proto.runtime_pb2 import ExpertRequest
 
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode
 from petals_lightning.protocol.petals.calls import RequestJoiner, to_response
 from petals_lightning.protocol.petals.steps import PetalsStep
@@ -62,6 +61,7 @@ class InferenceStream:
         self._number = next(resources.stream_numbers)
         self._session_id: str | None = None
         self._max_length: int | None = None  # None until the first step
+        self._active_adapter: str | None = None
         self._position = 0
         self._done: deque[str] = deque(maxlen=_REMEMBERED_STEPS)
         self._pushes: set[asyncio.Task[None]] = set()
@@ -127,10 +127,14 @@ class InferenceStream:
             if step.max_length is None:
                 raise ProtocolError("the first step of a session must say its max_length")
             self._register(step.session_id)
-            self._max_length = step.max_length
+            self._max_length, self._active_adapter = step.max_length, step.active_adapter
+        # Between its steps with prompts, a session has the adapter of its first step.
+        adapter = None
+        if opens or step.prompts is not None:
+            adapter = self._resources.petals_adapter(step.start, step.end, step.prompts, self._active_adapter)
         request = StepRequest(
             0, step.start, step.end, step.hidden, position, self._max_length,
-            adapter=Adapter(step.start, step.end, step.prompts) if step.prompts is not None else None,
+            adapter=adapter,
             hypo_ids=step.hypo_ids, wire_dtype=DTYPE_NAMES[span.dtype],
         )  # fmt: skip
         if opens:

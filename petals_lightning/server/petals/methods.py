@@ -16,7 +16,6 @@ from hivemind.proto.runtime_pb2 import ExpertInfo, ExpertRequest, ExpertResponse
 
 from petals_lightning import __version__
 from petals_lightning.errors import ProtocolError
-from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import MAX_HEADER_BYTES, ErrorCode
 from petals_lightning.protocol.petals.calls import (
     Parts,
@@ -244,7 +243,7 @@ class PetalsMethods:
         prompts = request.prompts
         if prompts is not None:  # gradients are per sample, even if samples share prompts
             prompts = self._resources.span.transfers.to_device(prompts).expand(-1, len(request.hidden), -1, -1)
-        adapter = Adapter(request.start, request.end, prompts) if prompts is not None else None
+        adapter = self._resources.petals_adapter(request.start, request.end, prompts, request.active_adapter)
         return SpanInputs(request.start, request.end, request.hidden, adapter=adapter)
 
     async def _inference(self, stream: CallStream, peer: str) -> None:
@@ -282,7 +281,7 @@ class PetalsMethods:
         self._check_staying()
         self._check_served(request.prefix, request.start, request.end)
         if request.active_adapter is not None:
-            raise Refusal(ErrorCode.NOT_SERVED, f"no adapter {request.active_adapter!r:.60} here, nor any other")
+            self._resources.adapters.acting(request.active_adapter, request.start, request.end)  # refuses others
         self._resources.check_size(request.start, request.end, request.hidden)
         if request.prompts is not None:
             num_bytes = request.prompts[:, 0].numel() * len(request.hidden) * request.prompts.element_size()

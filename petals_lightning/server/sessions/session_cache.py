@@ -83,7 +83,7 @@ class SessionCache:
         self.prefix_length = len(request.prefix) if request.prefix is not None else 0
         if adapter is not None and adapter.past:
             self.prefix_length = adapter.past_length
-        self.lora = adapter.lora_only if adapter is not None and adapter.lora else None
+        self.lora = adapter.lora_only if adapter is not None and not adapter.lora_only.is_empty else None
         self.is_open, self._uses_long_factors = False, False
         self.position_bytes = 0.0  # keys and values of one position of all samples, once the session is open
         self._limit = span.rotary_limit
