@@ -323,9 +323,7 @@ class _AutoDistributed:
         if active_adapter is not None:
             active = find_active_adapter(active_adapter, layout, num_blocks(model.config), needs_copy=False)
         swarm: dict[str, Any] = {"node": node, "dht": dht, "initial_peers": initial_peers}
-        layers = _connect(
-            model, checkpoint, client_config, beyond_petals=beyond_petals, active_adapter=active, **swarm
-        )
+        layers = _connect(model, checkpoint, client_config, beyond_petals=beyond_petals, active_adapter=active, **swarm)
         try:
             drawn = parameters_to_draw(model, checkpoint, fresh)
             tokens = attach_trainable(model, layout, tuning_mode, pre_seq_len, lora_config, drawn, start, shapes)
