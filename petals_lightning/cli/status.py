@@ -29,6 +29,8 @@ _PING_TIMEOUT = 5.0  # seconds
 _NUMBERS = {"requests/s": 10, "tokens/s\na block": 8, "cache\nleft": 9, "ms": 6}
 """Columns of numbers, and how many characters each has: with these a table is readable on 80."""
 
+_RUNS = ("version", "dtype", "quant_type")
+
 Server = dict[str, Any]
 
 
@@ -137,6 +139,7 @@ def _describe_server(peer: str, record: ServerRecord, blocks: str, first: int) -
         "kind": "petals" if record.stream_version is None else "petals-lightning",
         "version": record.version,
         "dtype": record.torch_dtype,
+        "quant_type": record.quant_type,
         "throughput": record.throughput,
         "tokens_per_second": record.tokens_per_second,
         "cache_tokens_left": record.cache_tokens_left,
@@ -190,7 +193,7 @@ def _table(model: dict[str, Any]) -> Table:
         table.add_row(
             server["blocks"],
             " ".join(filter(None, [escape(server["public_name"] or ""), f"…{server['peer_id'][-10:]}"])),
-            " ".join(filter(None, [server["kind"], *(escape(server[of] or "") for of in ("version", "dtype"))])),
+            " ".join(filter(None, [server["kind"], *(escape(server[of] or "") for of in _RUNS)])),
             f"{server['throughput']:,.1f}",
             *(f"{value:,.0f}" if value is not None else "" for value in (
                 server["tokens_per_second"], server["cache_tokens_left"]

@@ -14,9 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from petals_lightning.hf.checkpoint import Checkpoint, refusing
-from petals_lightning.hf.compat import quiet_transformers, renamed_keys
+from petals_lightning.hf.compat import one_tensor_at_a_time, quiet_transformers, renamed_keys
 from petals_lightning.hf.decoder import names_in_decoder
 from petals_lightning.hf.pruning import BlockLayout, ModelSlice, find_blocks, num_blocks, prune
+from petals_lightning.hf.quantization import bytes_of_block, quantize_linears
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ def load_pruned(
     part: ModelSlice,
     *,
     dtype: torch.dtype | str = "auto",
+    quant_type: str = UNQUANTIZED,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (it is immutable)
     config_overrides: dict[str, Any] | None = None,
     mixin: type | None = None,
     may_miss: Callable[[str], bool] = lambda key: False,
@@ -52,6 +56,8 @@ def load_pruned(
         cls: the family's own class.
         part: the blocks and ends to keep.
         dtype: of the weights; "auto" is the checkpoint's dtype.
+        quant_type: how the linears of blocks are quantised, one of `QUANT_TYPES`. Each weight is, as soon as it is read.
+        device: where these are kept; all else stays on the host.
         config_overrides: attributes to set on the config, e.g. `num_labels`.
         mixin: a base class placed before `cls` in the subclass.
         may_miss: whether the caller draws a missing parameter (a fresh classification head), by its name.
@@ -72,7 +78,9 @@ def load_pruned(
 
     def init(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         super(pruned, self).__init__(config, *args, **kwargs)
-        layouts.append(prune(self, part))
+        layouts.append(layout := prune(self, part))
+        if quant_type != UNQUANTIZED:
+            quantize_linears(layout.blocks(self), quant_type, device, layout.model_type)
 
     bases = (mixin, cls) if mixin is not None else (cls,)
     # Keep the family's own name and module: transformers derives behaviour from them.
@@ -83,7 +91,9 @@ def load_pruned(
         outline_layout = prune(outline, part)
     renamed = _names_to_read(cls, checkpoint, outline, outline_layout, part)
     with ExitStack() as stack:
-        lazy = checkpoint.tensors(renamed, stack, on_shard)
+        if quant_type != UNQUANTIZED:
+            stack.enter_context(one_tensor_at_a_time())
+        lazy = checkpoint.tensors(renamed, stack, on_shard, copied=quant_type != UNQUANTIZED)
         with refusing(f"{cls.__name__} cannot be cut into blocks"), quiet_transformers():
             model, info = pruned.from_pretrained(
                 None,
@@ -94,15 +104,19 @@ def load_pruned(
                 ignore_mismatched_sizes=True,  # `fresh_parameters` reports them
             )
     fresh = fresh_parameters(cls, checkpoint, info, may_miss)
+    _check_unpacked(model, checkpoint)
     model.requires_grad_(False)
     return LoadedPart(model.eval(), layouts[-1], fresh)
 
 
-def block_bytes(cls: type[PreTrainedModel], checkpoint: Checkpoint, dtype: torch.dtype | str) -> list[int]:
+def block_bytes(
+    cls: type[PreTrainedModel], checkpoint: Checkpoint, dtype: torch.dtype | str, quant_type: str = UNQUANTIZED
+) -> list[int]:
     """Bytes of each block's weights, without reading any.
 
     Args:
         cls: the family's own class.
+        quant_type: as of `load_pruned`.
         dtype: as of `load_pruned`; for "auto" of a checkpoint whose config names none, float32, which is the largest.
 
     Raises:
@@ -110,9 +124,9 @@ def block_bytes(cls: type[PreTrainedModel], checkpoint: Checkpoint, dtype: torch
     """
     with refusing(f"{cls.__name__} cannot be cut into blocks"), torch.device("meta"), quiet_transformers():
         outline = cls(copy.deepcopy(checkpoint.decoder_config))
-        blocks = find_blocks(outline).blocks(outline)
+        layout = find_blocks(outline)
     size = _resolve_dtype(dtype, checkpoint, {}).itemsize
-    return [size * sum(weight.numel() for weight in block.parameters()) for block in blocks]
+    return [bytes_of_block(block, size, quant_type, layout.model_type) for block in layout.blocks(outline)]
 
 
 def check_pad_token(config: PreTrainedConfig) -> None:
@@ -124,6 +138,16 @@ def check_pad_token(config: PreTrainedConfig) -> None:
             f"pad_token_id is {pad}, the model has embeddings for 0…{text.vocab_size - 1}: pad with a token "
             "that the model knows, e.g. the tokenizer's eos_token, and name it as pad_token in tokenizer_config.json"
         )
+
+
+def _check_unpacked(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError if transformers left weights packed, whose backward may be missing without an error."""
+    for name, tensor in model.named_parameters():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise UnsupportedModelError(
+                f"transformers leaves {name} of {checkpoint.name_or_path!r} as {str(tensor.dtype)[6:]}, through which "
+                "gradients may be lost: give the checkpoint from which it was made, with --quant-type int8 or nf4"
+            )
 
 
 def fresh_parameters(

@@ -15,10 +15,12 @@ from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.protocol.checks import WIRE_DTYPES
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.blocks.cpu_decoding import order_weights_for_decoding
 from petals_lightning.server.blocks.self_checks import (
     check_family,
+    check_quantized,
     verify_sessions,
     verify_shared_prefix,
     verify_skipping,
@@ -36,6 +38,7 @@ def load_span(
     *,
     device: torch.device,
     dtype: str | torch.dtype,
+    quant_type: str = UNQUANTIZED,
     share_prefix: bool = True,
     on_shard: Callable[[str, int, int], None] | None = None,
 ) -> BlockSpan:
@@ -45,6 +48,7 @@ def load_span(
         checkpoint: the model.
         start, end: the blocks.
         device, dtype: where and how they run; "auto" dtype is the checkpoint's.
+        quant_type: how the weights of their linears are kept.
         share_prefix: run a prefix once for the batch, if the family allows it.
         on_shard: called with the progress of loading.
 
@@ -57,11 +61,15 @@ def load_span(
         checkpoint,
         ModelSlice(start, end, with_embeddings_and_head=False),
         dtype=dtype,
+        quant_type=quant_type,
+        device=device,
         on_shard=on_shard,
     )
     order_weights_for_decoding(model.to(device))  # type: ignore[arg-type]
     span = BlockSpan(model, layout, start)
     check_family(span)
+    if span.quant_type != UNQUANTIZED:
+        check_quantized(span)
     span.share_prefix = share_prefix and verify_shared_prefix(span)
     if share_prefix and not span.share_prefix:
         logger.info("the prefix runs once per sample: this family gave different results when samples shared it")
@@ -85,6 +93,7 @@ def server_info(span: BlockSpan, checkpoint: Checkpoint, limits: ServerLimits) -
         "num_blocks": num_blocks(checkpoint.config),
         "hidden_size": span.hidden_size,
         "dtype": str(span.dtype).removeprefix("torch."),
+        "quant_type": span.quant_type,
         "wire_dtypes": sorted(WIRE_DTYPES),
         "fingerprint": checkpoint.fingerprint,
         "version": __version__,

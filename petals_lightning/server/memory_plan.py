@@ -75,8 +75,8 @@ def plan_memory(block_bytes: Sequence[int], config: ServerConfig, free: int, *, 
     plan = MemoryPlan(free, total, count, _largest(block_bytes, count), budgets, reserve)
     if not count:
         raise ConfigurationError(
-            f"not one block fits, each takes {_gib(max(block_bytes))} GiB: {plan}. Use --dtype bfloat16, smaller "
-            "budgets (--graph-memory, --cache-memory), or a device with more memory"
+            f"not one block fits, each takes {_gib(max(block_bytes))} GiB: {plan}. Use --dtype bfloat16, "
+            "--quant-type nf4, smaller budgets (--graph-memory, --cache-memory), or a device with more memory"
         )
     return plan
 

@@ -15,6 +15,7 @@ from petals_lightning.hf import Checkpoint, block_bytes
 from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.pruning import num_blocks
+from petals_lightning.hf.quantization import check_can_quantize
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
 from petals_lightning.server.access.rules import AccessRules
@@ -50,8 +51,8 @@ class Server:
         on_shard: progress of loading.
 
     Raises:
-        ConfigurationError: peers would not take the records that follow from `update_period`, or a file of `config`
-            cannot be read.
+        ConfigurationError: peers would not take the records that follow from `update_period`, a file of `config`
+            cannot be read, or bitsandbytes is missing for its `quant_type`.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Server:
                 f"update_period={config.update_period:g}: peers take no record that lasts for more than "
                 f"{MAX_LIFETIME:.0f} s, and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
             )
+        check_can_quantize(config.quant_type)
         self._on_shard = on_shard
 
     @property
@@ -141,6 +143,7 @@ class Server:
                 end,
                 device=self._device,
                 dtype=self._config.dtype,
+                quant_type=self._config.quant_type,
                 share_prefix=self._config.share_prefix,
                 on_shard=self._on_shard,
             )
@@ -150,7 +153,7 @@ class Server:
             raise ConfigurationError(
                 f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in the memory of this machine's "
                 f"{self._device.type} ({first_line(e)}). Hold fewer blocks with --num-blocks or --block-indices, or "
-                "halve their size with --dtype bfloat16"
+                "shrink them with --dtype bfloat16 or --quant-type nf4"
             ) from e
 
     def _check_span(self, start: int, end: int, count: int) -> None:
@@ -162,7 +165,7 @@ class Server:
     def _fit_memory(self, config: ServerConfig) -> ServerConfig:
         """The settings with as many blocks as fit, and with budgets that leave room for them."""
         free = config.memory if config.memory is not None else free_memory(self._device)
-        sizes = block_bytes(model_class(AutoModel, self._checkpoint), self._checkpoint, config.dtype)
+        sizes = block_bytes(model_class(AutoModel, self._checkpoint), self._checkpoint, config.dtype, config.quant_type)
         plan = plan_memory(sizes, config, free, is_gpu=self._device.type == "cuda")
         logger.info("memory of %s: %s", self._device, plan)
         return plan.applied_to(config)
@@ -185,6 +188,7 @@ class Server:
             public_name=self._config.public_name,
             version=__version__,
             torch_dtype=str(span.dtype).removeprefix("torch."),
+            quant_type=span.quant_type,
             tokens_per_second=batch * tokens * (span.end - span.start) / seconds,
             stream_version=None if self._config.petals_only else STREAM_VERSION,
             hidden_size=span.hidden_size,

@@ -22,6 +22,7 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.hf.context_limits import rotary_limit, sliding_window
 from petals_lightning.hf.linears import linear_shape
 from petals_lightning.hf.pruning import BlockLayout
+from petals_lightning.hf.quantization import dtype_and_device, quant_type_of, weight_bytes
 from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
@@ -98,6 +99,8 @@ class BlockSpan:
         start: number of its first block in the full model.
 
     Attributes:
+        dtype, device: of the passes.
+        quant_type: how the weights of the linears are kept.
         share_prefix: whether the prefix may run once for the batch (tested by `verify_shared_prefix`).
         skips_unread: whether the last block may skip positions that are not read (`verify_skipping`).
         has_sessions: whether the blocks keep nothing but keys and values (`verify_sessions`).
@@ -109,12 +112,12 @@ class BlockSpan:
         self.blocks = list(layout.blocks(model))
         self.end = start + len(self.blocks)
         self.share_prefix = self.skips_unread = self.batches_sessions = self.has_sessions = True
-        parameter = next(model.parameters())
-        self.dtype, self.device = parameter.dtype, parameter.device
+        self.dtype, self.device = dtype_and_device(model)
+        self.quant_type = quant_type_of(model)
         self.transfers = Transfers(self.device)
         self.hidden_size = model.config.get_text_config().hidden_size
         self.rotary_limit, self._window = rotary_limit(model.config), sliding_window(model.config)
-        self._weight_bytes = [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
+        self._weight_bytes = [weight_bytes(block) for block in self.blocks]
         self._runner = BlockRunner(model, layout, start)
         self._copies: WeakKeyDictionary[Adapter, Adapter] = WeakKeyDictionary()  # on the device
 
