@@ -40,6 +40,11 @@ class _Answer:
     kinds: set[str]
     """Of the weights that it was computed with."""
 
+    @property
+    def judged_with(self) -> str:
+        """The kind of weights with which this machine computes the same; not quantised if they are of several kinds."""
+        return next(iter(self.kinds)) if len(self.kinds) == 1 and self.kinds <= set(QUANT_TYPES) else UNQUANTIZED
+
 
 class Auditor:
     """Repeats a share of requests on another server and compares the results.
@@ -129,8 +134,8 @@ class Auditor:
         """Bans servers that the judge contradicts. Raises WrongResult for the audited server, or without a judge."""
         own = segment.peers[0]
         try:
-            # The same weights as each had, where that is known.
-            truths = {answer: await self._compute(segment, adapter, grads, answer.kinds) for answer in (first, second)}
+            kinds = {first.judged_with, second.judged_with}
+            truths = {kind: await self._compute(segment, adapter, grads, kind) for kind in kinds}
         except ConfigurationError as e:
             logger.warning(
                 "audit: servers %s and %s differ by %.2g (relative) on blocks %d:%d, and there is no judge (%s). Put "
@@ -141,7 +146,9 @@ class Auditor:
             wrong = {own: WrongResult(own, reason), **{p: WrongResult(p, reason) for p in second.peers}}
         else:
             off = {
-                answer: distance for answer, truth in truths.items() if (distance := self._error(answer, truth)) is not None
+                answer: distance
+                for answer in (first, second)
+                if (distance := self._error(answer, truths[answer.judged_with])) is not None
             }
             worst = max(off, key=lambda answer: off[answer], default=None)
             wrong = {
@@ -160,15 +167,11 @@ class Auditor:
         return _Answer(peers, tensors, set(map(self._servers.weights_kind, peers)))
 
     async def _compute(
-        self, segment: Segment, adapter: Adapter | None, grads: Grads | None, kinds: set[str]
+        self, segment: Segment, adapter: Adapter | None, grads: Grads | None, kind: str
     ) -> _Answer:
-        """The answer that this machine computes, without a peer, with weights of a kind if it is one that it can make.
-
-        Raises ConfigurationError if it cannot compute.
-        """
+        """The answer that this machine computes with weights of a kind. Raises ConfigurationError if it cannot."""
         if self._judge is None:
             raise ConfigurationError("this client has no checkpoint")
-        kind = next(iter(kinds)) if len(kinds) == 1 and kinds <= set(QUANT_TYPES) else UNQUANTIZED
         return _Answer([], await asyncio.to_thread(self._judge, segment, adapter, grads, kind), {kind})
 
     def _error(self, one: _Answer, other: _Answer) -> float | None:

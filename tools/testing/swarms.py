@@ -9,6 +9,7 @@ from typing import Any
 
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.config import ServerConfig
@@ -41,6 +42,7 @@ class InProcessSwarm:
         dtype, limits, rules, prefix: for all servers.
         servers: one of `SERVERS`.
         share_prefix, device, throughput: as of `Server`.
+        quant_types: of each server's weights; none is quantised by default.
     """
 
     def __init__(
@@ -57,11 +59,12 @@ class InProcessSwarm:
         share_prefix: bool = True,
         device: str = "cpu",
         throughput: float | None = None,
+        quant_types: Sequence[str] | None = None,
     ):
         self._checkpoint, self._spans, self._kind, self._dtype = str(checkpoint), spans, servers, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
         self._rules, self._share_prefix, self._device = rules, share_prefix, device
-        self._throughput = throughput
+        self._throughput, self._quant_types = throughput, quant_types or [UNQUANTIZED] * len(spans)
         self.servers: list[RunningServer] = []
         self._models: weakref.WeakSet[Any] = weakref.WeakSet()  # their blocks; of what a test drops nothing is kept
         self._client: SwarmNode | None = None
@@ -99,6 +102,7 @@ class InProcessSwarm:
                     block_indices=span,
                     dht_prefix=self._prefix,
                     dtype=self._dtype,
+                    quant_type=self._quant_types[number],
                     petals_only=is_petals_only(self._kind, number),
                     share_prefix=self._share_prefix,
                     device=self._device,
