@@ -25,13 +25,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.options import Output
 from benchmarks.rounds import print_table, save_rows
 from benchmarks.servers import even_spans
 from petals_lightning.hf import Checkpoint, block_bytes, find_blocks
 from petals_lightning.hf.compat import quiet_transformers
+from petals_lightning.hf.decoder import model_class
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.protocol.quant_types import QUANT_TYPES, UNQUANTIZED
@@ -212,7 +213,7 @@ def main(
     folder = str(model)
     given = batches(folder, data, texts, tokens)
     checkpoint = Checkpoint(folder)
-    plain_bytes = sum(block_bytes(LocalModelForCausalLM.auto_class._model_mapping[type(checkpoint.config)], checkpoint, "bfloat16"))
+    plain_bytes = sum(block_bytes(model_class(AutoModel, checkpoint), checkpoint, "bfloat16"))
     served = list(through_servers(folder, given, prefix, plain_bytes))
     print_table(
         f"{model.name}, two servers", ("weights", "MB", "of bfloat16", "perplexity", "logits", "grad input prompts", "grad deep prompts"),

@@ -58,11 +58,11 @@ def serve(
     from petals_lightning.swarm import SwarmNode
 
     libraries_to_root_log()
-    if config.device is not None:
+    for device in (config.device, *(config.devices or ())):
         try:
-            torch.empty(1, device=config.device)
+            torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as e:  # torch asserts that it was built for the device
-            raise ConfigurationError(f"--device {config.device!r} cannot be used here: {str(e).splitlines()[0]}") from e
+            raise ConfigurationError(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
     progress = _LoadingBar()
     server = Server(
         Checkpoint(model, revision=revision, token=token),

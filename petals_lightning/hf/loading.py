@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ def load_pruned(
     *,
     dtype: torch.dtype | str = "auto",
     quant_type: str = UNQUANTIZED,
-    device: torch.device = torch.device("cpu"),  # noqa: B008 (it is immutable)
+    devices: Sequence[torch.device] = (),
     config_overrides: dict[str, Any] | None = None,
     mixin: type | None = None,
     may_miss: Callable[[str], bool] = lambda key: False,
@@ -57,7 +57,7 @@ def load_pruned(
         part: the blocks and ends to keep.
         dtype: of the weights; "auto" is the checkpoint's dtype.
         quant_type: how the linears of blocks are quantised, one of `QUANT_TYPES`. Each weight is, as soon as it is read.
-        device: where these are kept; all else stays on the host.
+        devices: where those of each block are kept; on the host if none are given. All else stays there.
         config_overrides: attributes to set on the config, e.g. `num_labels`.
         mixin: a base class placed before `cls` in the subclass.
         may_miss: whether the caller draws a missing parameter (a fresh classification head), by its name.
@@ -80,7 +80,9 @@ def load_pruned(
         super(pruned, self).__init__(config, *args, **kwargs)
         layouts.append(layout := prune(self, part))
         if quant_type != UNQUANTIZED:
-            quantize_linears(layout.blocks(self), quant_type, device, layout.model_type)
+            for number, block in enumerate(layout.blocks(self)):
+                device = devices[number] if devices else torch.device("cpu")
+                quantize_linears(block, quant_type, device, layout.model_type)
 
     bases = (mixin, cls) if mixin is not None else (cls,)
     # Keep the family's own name and module: transformers derives behaviour from them.

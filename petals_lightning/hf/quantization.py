@@ -147,10 +147,10 @@ def _quantize(weight: torch.Tensor, quant_type: str, device: torch.device) -> tu
     return codes, scales
 
 
-def quantize_linears(blocks: nn.Module, quant_type: str, device: torch.device, model_type: str) -> None:
-    """Replaces the linears in blocks, on the meta device, by quantised ones."""
-    for path, linear in _quantizable(blocks, model_type):
-        blocks.set_submodule(path, QuantizedLinear(linear, quant_type, device))
+def quantize_linears(block: nn.Module, quant_type: str, device: torch.device, model_type: str) -> None:
+    """Replaces the linears in a block, on the meta device, by quantised ones."""
+    for path, linear in _quantizable(block, model_type):
+        block.set_submodule(path, QuantizedLinear(linear, quant_type, device))
 
 
 def bytes_of_block(block: nn.Module, itemsize: int, quant_type: str, model_type: str) -> int:

@@ -25,6 +25,11 @@ def parse_block_indices(text: str) -> tuple[int, int]:
     return start, end
 
 
+def parse_devices(words: list[str]) -> tuple[str, ...]:
+    """`["a,b", "c"]` as ("a", "b", "c")."""
+    return tuple(device for word in words for device in word.split(","))
+
+
 @described
 @dataclass(frozen=True)
 class ServerConfig(ServerLimits):
@@ -56,6 +61,12 @@ class ServerConfig(ServerLimits):
     )
     device: str | None = option(
         None, "Where the blocks run: cpu, cuda, cuda:1, and so on.", default_words="cuda where there is one"
+    )
+    devices: tuple[str, ...] | None = option(
+        None,
+        "Several devices, instead of device: cuda:0,cuda:1. Each holds consecutive blocks, by its free memory.",
+        metavar="DEVICE,DEVICE",
+        parse=parse_devices,
     )
     dtype: str = option(
         "auto",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoModel
 from petals_lightning import __version__
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.hf.pruning import num_blocks
+from petals_lightning.hf.pruning import num_blocks, place_blocks
 from petals_lightning.protocol.checks import WIRE_DTYPES
 from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.server.access.limits import ServerLimits
@@ -36,7 +36,7 @@ def load_span(
     start: int,
     end: int,
     *,
-    device: torch.device,
+    devices: Sequence[torch.device],
     dtype: str | torch.dtype,
     quant_type: str = UNQUANTIZED,
     share_prefix: bool = True,
@@ -47,7 +47,8 @@ def load_span(
     Args:
         checkpoint: the model.
         start, end: the blocks.
-        device, dtype: where and how they run; "auto" dtype is the checkpoint's.
+        devices: where each block runs.
+        dtype: how they run; "auto" is the checkpoint's.
         quant_type: how the weights of their linears are kept.
         share_prefix: run a prefix once for the batch, if the family allows it.
         on_shard: called with the progress of loading.
@@ -62,10 +63,11 @@ def load_span(
         ModelSlice(start, end, with_embeddings_and_head=False),
         dtype=dtype,
         quant_type=quant_type,
-        device=device,
+        devices=devices,
         on_shard=on_shard,
     )
-    order_weights_for_decoding(model.to(device))  # type: ignore[arg-type]
+    place_blocks(model, layout, devices)
+    order_weights_for_decoding(model)
     span = BlockSpan(model, layout, start)
     check_family(span)
     if span.quant_type != UNQUANTIZED:

@@ -81,6 +81,22 @@ def plan_memory(block_bytes: Sequence[int], config: ServerConfig, free: int, *, 
     return plan
 
 
+def split_blocks(block_bytes: Sequence[int], free: Sequence[int]) -> list[int]:
+    """The device of each of consecutive blocks, so that weights are shared out by free memory, in order.
+
+    Args:
+        block_bytes: of each block.
+        free: bytes of each device.
+    """
+    shares = [sum(free[: number + 1]) / sum(free) for number in range(len(free))]
+    total, before, devices = sum(block_bytes), 0, []
+    for size in block_bytes:
+        middle = (before + size / 2) / total
+        devices.append(next(number for number, share in enumerate(shares) if middle <= share or share == shares[-1]))
+        before += size
+    return devices
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on a device: of the GPU, or of the machine or container."""
     if device.type == "cuda":

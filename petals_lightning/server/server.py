@@ -25,7 +25,7 @@ from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.loading import forward_seconds, load_span, server_info
-from petals_lightning.server.memory_plan import free_memory, plan_memory
+from petals_lightning.server.memory_plan import free_memory, plan_memory, split_blocks
 from petals_lightning.server.metrics import ServerMetrics, serve_metrics
 from petals_lightning.server.peer_links import PeerLinks
 from petals_lightning.server.resources import ServerResources
@@ -68,7 +68,10 @@ class Server:
         self._config = config = config or ServerConfig()
         self._rules = rules or AccessRules.of_files(config.allow_peers, config.token_file)
         self._dht_prefix = check_dht_prefix(config.dht_prefix) if config.dht_prefix is not None else None
-        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if config.device is not None and config.devices is not None:
+            raise ConfigurationError("give --device or --devices, not both")
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self._devices = [torch.device(name) for name in config.devices or (config.device or default,)]
         if 2 * config.update_period > MAX_LIFETIME:
             raise ConfigurationError(
                 f"update_period={config.update_period:g}: peers take no record that lasts for more than "
@@ -141,7 +144,7 @@ class Server:
                 self._checkpoint,
                 start,
                 end,
-                device=self._device,
+                devices=self._devices_of_blocks(start, end),
                 dtype=self._config.dtype,
                 quant_type=self._config.quant_type,
                 share_prefix=self._config.share_prefix,
@@ -152,7 +155,7 @@ class Server:
                 raise
             raise ConfigurationError(
                 f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in the memory of this machine's "
-                f"{self._device.type} ({first_line(e)}). Hold fewer blocks with --num-blocks or --block-indices, or "
+                f"{self._devices[0].type} ({first_line(e)}). Hold fewer blocks with --num-blocks or --block-indices, or "
                 "shrink them with --dtype bfloat16 or --quant-type nf4"
             ) from e
 
@@ -164,11 +167,23 @@ class Server:
 
     def _fit_memory(self, config: ServerConfig) -> ServerConfig:
         """The settings with as many blocks as fit, and with budgets that leave room for them."""
-        free = config.memory if config.memory is not None else free_memory(self._device)
-        sizes = block_bytes(model_class(AutoModel, self._checkpoint), self._checkpoint, config.dtype, config.quant_type)
-        plan = plan_memory(sizes, config, free, is_gpu=self._device.type == "cuda")
-        logger.info("memory of %s: %s", self._device, plan)
+        free = config.memory if config.memory is not None else sum(map(free_memory, set(self._devices)))
+        plan = plan_memory(self._block_bytes(), config, free, is_gpu=self._devices[0].type == "cuda")
+        logger.info("memory of %s: %s", " and ".join(map(str, self._devices)), plan)
         return plan.applied_to(config)
+
+    def _block_bytes(self) -> list[int]:
+        config = self._config
+        return block_bytes(model_class(AutoModel, self._checkpoint), self._checkpoint, config.dtype, config.quant_type)
+
+    def _devices_of_blocks(self, start: int, end: int) -> list[torch.device]:
+        if len(self._devices) == 1:
+            return self._devices * (end - start)
+        free = [free_memory(device) for device in self._devices]
+        chosen = split_blocks(self._block_bytes()[start:end], free)
+        for number, device in enumerate(self._devices):
+            logger.info("%s holds %d of the blocks", device, chosen.count(number))
+        return [self._devices[number] for number in chosen]
 
     def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int, wanted: int) -> tuple[int, int]:
         """The span of `wanted` blocks where the swarm is thinnest."""

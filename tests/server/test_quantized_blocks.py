@@ -35,7 +35,8 @@ KINDS = ["int8", "nf4"]
 
 
 def load(checkpoint: Path, quant_type: str = "none", dtype: str = "float32", span: tuple[int, int] = ALL) -> BlockSpan:
-    return load_span(Checkpoint(str(checkpoint)), *span, device=CPU, dtype=dtype, quant_type=quant_type)
+    devices = [CPU] * (span[1] - span[0])
+    return load_span(Checkpoint(str(checkpoint)), *span, devices=devices, dtype=dtype, quant_type=quant_type)
 
 
 def theirs(checkpoint: Path, quant_type: str, auto=AutoModel) -> torch.nn.Module:
