@@ -58,11 +58,11 @@ def serve(
     from petals_lightning.swarm import SwarmNode
 
     libraries_to_root_log()
-    for device in (config.device, *(config.devices or ())):
+    for flag, device in [("--device", config.device), *(("--devices", each) for each in config.devices or ())]:
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as e:  # torch asserts that it was built for the device
-            raise ConfigurationError(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
+            raise ConfigurationError(f"{flag} {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
     progress = _LoadingBar()
     server = Server(
         Checkpoint(model, revision=revision, token=token),

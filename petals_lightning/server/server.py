@@ -113,7 +113,8 @@ class Server:
             directory = SwarmDirectory(self.node, self._rules.token)
             start, end = config.block_indices or self._choose_span(directory, prefix, count, config.num_blocks or count)
             span = self._load(start, end)
-            compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start()
+            mark = span.transfers.mark if span.transfers.is_asynchronous else None
+            compute = ComputeThread(mark, depth=len(self._devices) + 1).start()
             started.callback(compute.stop, _STOP_TIMEOUT)
             resources = ServerResources(
                 span,

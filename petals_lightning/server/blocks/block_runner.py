@@ -73,9 +73,11 @@ class BlockRunner:
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self._slices: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
         self._running: BlockPass | None = None
-        for number, block in enumerate(self._blocks, start):
-            _, device = dtype_and_device(block)
-            block.register_forward_pre_hook(self._before_block(number, device), with_kwargs=True)
+        devices = [dtype_and_device(block)[1] for block in self._blocks]
+        for number, (block, device) in enumerate(zip(self._blocks, devices, strict=True), start):
+            if len(set(devices)) > 1:  # first, as the other hook finds what has been moved
+                block.register_forward_pre_hook(self._to_device(device), with_kwargs=True)
+            block.register_forward_pre_hook(self._before_block(number))
             block.register_forward_hook(self._after_block(number))
 
     def run(
@@ -149,16 +151,24 @@ class BlockRunner:
             self._layout.set_blocks(self._model, all_blocks)
             owner.config = self._config
 
-    def _before_block(self, number: int, device: torch.device) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def _to_device(self, device: torch.device) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            running = self._running
+            assert running is not None
+            return running.on_device(args, device), running.on_device(kwargs, device)
+
+        return hook
+
+    def _before_block(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             running = self._running
             assert running is not None
             # The first block takes the hidden states as they arrived, not as the owner scaled or normalised them.
-            hidden = (running.hidden if number == running.start else args[0]).to(device)
+            hidden = running.hidden.to(args[0].device) if number == running.start else args[0]
             if (adapter := running.adapter) is not None and adapter.deep is not None:
                 deep = adapter.deep[number - adapter.start].to(hidden)
                 hidden = hidden + nn.functional.pad(deep, (0, 0, 0, hidden.shape[1] - deep.shape[-2]))
-            return (hidden, *running.on_device(args[1:], device)), running.on_device(kwargs, device)
+            return (hidden, *args[1:])
 
         return hook
 
