@@ -103,10 +103,14 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     try:
-        limit, used = ((_CONTAINER / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used, parts = (
+            (_CONTAINER / name).read_text().strip() for name in ("memory.max", "memory.current", "memory.stat")
+        )
     except OSError:  # not in a container, or in one of an older kind
         return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    # Pages of files count as used, though the kernel takes them back when they are needed.
+    files = sum(int(line.split()[1]) for line in parts.splitlines() if line.startswith(("active_file", "inactive_file")))
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + files))
 
 
 def _largest(block_bytes: Sequence[int], count: int) -> int:

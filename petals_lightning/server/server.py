@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from transformers import AutoModel
@@ -18,6 +18,7 @@ from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.hf.quantization import check_can_quantize
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
+from petals_lightning.server.access.limits import GIB
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.announcer import Announcer
 from petals_lightning.server.blocks.graphs import measure_graph_cost
@@ -112,7 +113,12 @@ class Server:
                 config = self._fit_memory(config)
             directory = SwarmDirectory(self.node, self._rules.token)
             start, end = config.block_indices or self._choose_span(directory, prefix, count, config.num_blocks or count)
-            span = self._load(start, end)
+            self._check_memory(start, end)
+            with self._telling_lack_of_memory(start, end):
+                span = self._load(start, end)
+                graph_cost = measure_graph_cost(span)
+                cache_bytes_per_token = measure_cache_bytes(span) if span.has_sessions else 0.0
+                record = self._record(span)
             mark = span.transfers.mark if span.transfers.is_asynchronous else None
             compute = ComputeThread(mark, depth=len(self._devices) + 1).start()
             started.callback(compute.stop, _STOP_TIMEOUT)
@@ -124,10 +130,9 @@ class Server:
                 rules=self._rules,
                 peer_id=self.node.peer_id.to_base58(),
                 links=PeerLinks(self.node.p2p),
-                graph_cost=measure_graph_cost(span),
-                cache_bytes_per_token=measure_cache_bytes(span) if span.has_sessions else 0.0,
+                graph_cost=graph_cost,
+                cache_bytes_per_token=cache_bytes_per_token,
             )
-            record = self._record(span)
             entry = ModelEntry(prefix, count, record.repository)
             announcer = Announcer(directory, entry, record, resources, config.update_period)
             server = RunningServer(self.node, resources, prefix, announcer, petals_only=config.petals_only)
@@ -140,25 +145,38 @@ class Server:
         return server
 
     def _load(self, start: int, end: int) -> BlockSpan:
+        return load_span(
+            self._checkpoint,
+            start,
+            end,
+            devices=self._devices_of_blocks(start, end),
+            dtype=self._config.dtype,
+            quant_type=self._config.quant_type,
+            share_prefix=self._config.share_prefix,
+            on_shard=self._on_shard,
+        )
+
+    def _check_memory(self, start: int, end: int) -> None:
+        """Raises ConfigurationError if the weights alone are more than what is free: Linux would kill the process."""
+        weights, free = sum(self._block_bytes()[start:end]), sum(map(free_memory, set(self._devices)))
+        if weights > free:
+            raise self._too_large(start, end, f"their weights take {weights / GIB:.3g} GiB, {free / GIB:.3g} are free")
+
+    @contextmanager
+    def _telling_lack_of_memory(self, start: int, end: int) -> Iterator[None]:
         try:
-            return load_span(
-                self._checkpoint,
-                start,
-                end,
-                devices=self._devices_of_blocks(start, end),
-                dtype=self._config.dtype,
-                quant_type=self._config.quant_type,
-                share_prefix=self._config.share_prefix,
-                on_shard=self._on_shard,
-            )
+            yield
         except (MemoryError, OSError, RuntimeError) as e:
             if not is_out_of_memory(e):
                 raise
-            raise ConfigurationError(
-                f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in the memory of this machine's "
-                f"{self._devices[0].type} ({first_line(e)}). Hold fewer blocks with --num-blocks or --block-indices, or "
-                "shrink them with --dtype bfloat16 or --quant-type nf4"
-            ) from e
+            raise self._too_large(start, end, first_line(e)) from e
+
+    def _too_large(self, start: int, end: int, reason: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in the memory of this machine's "
+            f"{self._devices[0].type} ({reason}). Hold fewer blocks with --num-blocks or --block-indices, or shrink "
+            "them with --dtype bfloat16 or --quant-type nf4"
+        )
 
     def _check_span(self, start: int, end: int, count: int) -> None:
         if not 0 <= start < end <= count:
