@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from petals_lightning.errors import CheckpointError, PetalsLightningError, UnsupportedModelError, is_out_of_memory
-from petals_lightning.hf.compat import dequantizing, find_file
+from petals_lightning.hf.compat import bytes_in_cache, bytes_to_download, dequantizing, find_file
 from petals_lightning.hf.tokenizer import load_tokenizer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -48,6 +48,7 @@ class Checkpoint:
         self.name_or_path = str(name_or_path)
         self.is_local = Path(self.name_or_path).is_dir()
         self.revision = revision
+        self._max_disk_bytes: int | None = None
         self._hub: dict[str, Any] = {
             "revision": revision,
             "token": token,
@@ -60,6 +61,12 @@ class Checkpoint:
         """The same checkpoint without downloads: files that are not on this machine are missing."""
         same = copy.copy(self)
         same._hub = {**self._hub, "local_files_only": True}
+        return same
+
+    def within_disk_space(self, num_bytes: int) -> Checkpoint:
+        """The same checkpoint, whose files are not downloaded if the hub's cache would take more than this."""
+        same = copy.copy(self)
+        same._max_disk_bytes = num_bytes
         return same
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -172,10 +179,14 @@ class Checkpoint:
             stack: closes the files when the caller has finished with them.
             on_shard: called with (file name, number of this file, number of files) before each file is fetched.
             copied: each tensor that is read is a copy, so that no part of a file stays mapped.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, cannot be fetched, or does not fit on the disk.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.shard_of[name], []).append(name)
+        self._check_disk_space(by_file)
         lazy: dict[str, Any] = {}
         for number, (file_name, wanted) in enumerate(sorted(by_file.items()), start=1):
             if on_shard is not None:
@@ -218,6 +229,22 @@ class Checkpoint:
         config = {k: v for k, v in written.items() if k not in _CONFIG_KEYS_THAT_DO_NOT_MATTER}
         content = json.dumps([config, sorted(self.shard_of)], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _check_disk_space(self, files: Iterable[str]) -> None:
+        """Raises CheckpointError if these files are not all here, and would take more than the cache may."""
+        if self._max_disk_bytes is None or self.is_local:
+            return
+        try:
+            missing = sum(bytes_to_download(self.name_or_path, file_name, **self._hub) for file_name in files)
+            taken = bytes_in_cache(self._hub["cache_dir"])
+        except OSError as e:
+            raise CheckpointError(f"cannot fetch the weights of {self.name_or_path!r}: {first_line(e)}") from e
+        if missing and taken + missing > self._max_disk_bytes:
+            raise CheckpointError(
+                f"shards of {self.name_or_path!r} would take {missing / 2**30:.3g} GiB more, {taken / 2**30:.3g} of the "
+                f"{self._max_disk_bytes / 2**30:.3g} GiB of --max-disk-space are taken: hold fewer blocks, or delete "
+                "models with `hf cache rm`"
+            )
 
     def _shard(self, file_name: str) -> Path:
         path = self._find(file_name)

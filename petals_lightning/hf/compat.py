@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import hf_hub_download, scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache as TheirCache
@@ -212,6 +214,24 @@ def find_file(name_or_path: str, file_name: str, **hub: Any) -> Path | None:
     given = {name: value for name, value in hub.items() if value is not None}
     path = cached_file(name_or_path, file_name, _raise_exceptions_for_missing_entries=False, **given)
     return Path(path) if path is not None else None
+
+
+def bytes_to_download(repository: str, file_name: str, **hub: Any) -> int:
+    """How many bytes `find_file` would download: 0 for a file that is here.
+
+    Raises:
+        OSError: the hub cannot be asked.
+    """
+    found = hf_hub_download(repository, file_name, dry_run=True, **hub)
+    return (found.file_size or 0) if found.will_download else 0
+
+
+def bytes_in_cache(cache_dir: str | None) -> int:
+    """Bytes of all that was downloaded from the hub to this cache, or to the default one."""
+    try:
+        return scan_cache_dir(cache_dir).size_on_disk
+    except CacheNotFound:
+        return 0
 
 
 def dequantizing(quantization: dict[str, Any]) -> dict[str, Any] | None:

@@ -56,6 +56,14 @@ class ServerConfig(ServerLimits):
         default_words="what is free",
         unit=GIB,
     )
+    max_disk_bytes: int | None = option(
+        None,
+        "Disk space of the hub's cache, beyond which no shard is downloaded (GiB on the command line).",
+        FINITE_ABOVE_0,
+        flag="--max-disk-space",
+        default_words="no limit",
+        unit=GIB,
+    )
     dht_prefix: str | None = option(
         None, "Name of the model in the swarm; needed for a local folder.", default_words="derived from the hub id"
     )

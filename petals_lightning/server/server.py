@@ -65,8 +65,10 @@ class Server:
         rules: AccessRules | None = None,
         on_shard: Callable[[str, int, int], None] | None = None,
     ):
-        self._checkpoint, self.node = checkpoint, node
         self._config = config = config or ServerConfig()
+        if config.max_disk_bytes is not None:
+            checkpoint = checkpoint.within_disk_space(config.max_disk_bytes)
+        self._checkpoint, self.node = checkpoint, node
         self._rules = rules or AccessRules.of_files(config.allow_peers, config.token_file)
         self._dht_prefix = check_dht_prefix(config.dht_prefix) if config.dht_prefix is not None else None
         if config.device is not None and config.devices is not None:
