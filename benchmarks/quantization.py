@@ -228,7 +228,11 @@ def main(
     batch = {name: tensor[:4] for name, tensor in given[0].items()}
     torch.manual_seed(0)
     ids = torch.randint(1, checkpoint.config.vocab_size, batch["input_ids"].shape)
-    local = list(in_one_process(folder, batch, {**batch, "input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}))
+    local = list(
+        in_one_process(
+            folder, batch, {**batch, "input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        )
+    )
     print_table(
         "bitsandbytes' modules in float32", ("weights", "modules", "output error", "grad cosine", "grad error", "model: texts", "random tokens"),
         [

@@ -166,9 +166,7 @@ class Auditor:
     def _answer(self, peers: list[str], tensors: Tensors) -> _Answer:
         return _Answer(peers, tensors, set(map(self._servers.weights_kind, peers)))
 
-    async def _compute(
-        self, segment: Segment, adapter: Adapter | None, grads: Grads | None, kind: str
-    ) -> _Answer:
+    async def _compute(self, segment: Segment, adapter: Adapter | None, grads: Grads | None, kind: str) -> _Answer:
         """The answer that this machine computes with weights of a kind. Raises ConfigurationError if it cannot."""
         if self._judge is None:
             raise ConfigurationError("this client has no checkpoint")

@@ -373,7 +373,11 @@ class ServerPool:
     async def explain_missing(self, missing: list[int]) -> str:
         """Why no server can be used for these blocks."""
         excluded = [peer for peer in self.spans if not self._is_allowed(peer)]
-        hint = f" ({len(excluded)} server(s) are excluded by allowed_servers, blocked_servers or allowed_quantization)" if excluded else ""
+        hint = (
+            f" ({len(excluded)} server(s) are excluded by allowed_servers, blocked_servers or allowed_quantization)"
+            if excluded
+            else ""
+        )
         listed = [entry.dht_prefix for entry in await self._directory.models()]
         served = ", ".join(listed[:_MODELS_LISTED]) + (
             f" and {more} more" if (more := len(listed[_MODELS_LISTED:])) else ""

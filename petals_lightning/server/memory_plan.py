@@ -109,7 +109,9 @@ def free_memory(device: torch.device) -> int:
     except OSError:  # not in a container, or in one of an older kind
         return free
     # Pages of files count as used, though the kernel takes them back when they are needed.
-    files = sum(int(line.split()[1]) for line in parts.splitlines() if line.startswith(("active_file", "inactive_file")))
+    files = sum(
+        int(line.split()[1]) for line in parts.splitlines() if line.startswith(("active_file", "inactive_file"))
+    )
     return free if limit == "max" else min(free, max(0, int(limit) - int(used) + files))
 
 

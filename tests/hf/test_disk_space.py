@@ -81,7 +81,9 @@ def test_shards_that_would_not_fit_are_not_downloaded(hub, tmp_path):
     size = sum((folder / file).stat().st_size for file in files)
     taken = sum(each.stat().st_size for each in (tmp_path / "cache").rglob("*") if not each.is_symlink())
     with ExitStack() as stack:
-        with pytest.raises(CheckpointError, match=r"would take .* GiB more, .* of --max-disk-space are taken: hold few"):
+        with pytest.raises(
+            CheckpointError, match=r"would take .* GiB more, .* of --max-disk-space are taken: hold few"
+        ):
             checkpoint.within_disk_space(taken + size - 100).tensors(names, stack)
         assert not files & {file for method, file in asked if method == "GET"}
         assert checkpoint.within_disk_space(taken + size + 8192).tensors(names, stack).keys() == set(names)
