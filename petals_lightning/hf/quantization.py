@@ -99,8 +99,10 @@ class QuantizedLinear(nn.Module):
 
         if self.quant_type == "int8":
             return bnb.int8_vectorwise_dequant(self.codes, self.scales).to(dtype)
-        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device)
-        return bnb.dequantize_4bit(self.codes, absmax=self.scales, out=out, blocksize=_GROUP, quant_type="nf4")
+        # As one row: with several, the CPU kernel of 0.50.2 takes wrong scales where K is no multiple of 64.
+        flat = torch.Size((self.out_features * self.in_features,))
+        state = bnb.QuantState(self.scales, flat, blocksize=_GROUP, quant_type="nf4", dtype=dtype)
+        return bnb.dequantize_4bit(self.codes, state).view(self.out_features, self.in_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[…, K] to […, N]."""

@@ -25,7 +25,7 @@ from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.loading import load_span
 from petals_lightning.server.server import Server
 from petals_lightning.swarm import SwarmNode
-from tests.helpers.families import ALL, COMMON, HIDDEN, NUM_BLOCKS, TINY_CONFIGS, save_tiny_checkpoint
+from tests.helpers.families import ALL, COMMON, HEAVIER_BLOCKS, HIDDEN, NUM_BLOCKS, save_tiny_checkpoint
 from tests.helpers.parity import assert_same_gradients, pair, right_padded_batch
 from tests.helpers.spans import assert_same, inputs, run
 from tools.testing.tensors import relative_error
@@ -55,22 +55,26 @@ def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("quant_type", KINDS)
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "mixtral"])
-def test_weights_and_passes_are_those_of_bitsandbytes(family, quant_type, tiny_checkpoint):
+def test_passes_are_those_of_the_dequantised_weights(family, quant_type, tiny_checkpoint):
     checkpoint = tiny_checkpoint(family)
     span, plain = load(checkpoint, quant_type), load(checkpoint)
     assert (span.quant_type, span.dtype, plain.quant_type) == (quant_type, torch.float32, "none")
-    expected = weights_of(theirs(checkpoint, quant_type))
     for block, own in enumerate(span.blocks):  # into a copy without any code of ours for quantised weights
         for path, linear in own.named_modules():
             if isinstance(linear, QuantizedLinear):
-                weight = expected.pop(0)
-                assert torch.equal(linear.dequantized(torch.float32), weight)
-                copy = plain.blocks[block].get_submodule(path).weight
-                assert 1e-4 < relative_error(weight, copy if copy.shape == weight.shape else copy.t()) < 0.2
-                copy.copy_(weight if family != "gpt2" else weight.t())
-    assert not expected
+                plain_weight = plain.blocks[block].get_submodule(path).weight
+                assert 1e-4 < relative_error(linear.weight, plain_weight) < (0.01 if quant_type == "int8" else 0.1)
+                plain_weight.copy_(linear.weight)
     for given in (inputs(*ALL), inputs(1, 3, rows=[2, 5, 14]), inputs(0, 2, prefix=False, deep=False)):
         assert_same(run(span, given), run(plain, given))
+
+
+@pytest.mark.parametrize("quant_type", KINDS)
+def test_weights_are_those_of_transformers_and_bitsandbytes(quant_type, heavier_checkpoint):
+    # Their CPU kernel unpacks nf4 right for widths that are multiples of 64, as here.
+    own = weights_of(load(heavier_checkpoint, quant_type, span=(0, HEAVIER_BLOCKS)).model)
+    for weight, expected in zip(own, weights_of(theirs(heavier_checkpoint, quant_type)), strict=True):
+        assert torch.equal(weight, expected)
 
 
 @pytest.mark.parametrize("quant_type", KINDS)
@@ -141,9 +145,9 @@ def test_a_server_without_bitsandbytes_is_refused_in_one_line(tiny_checkpoint, m
 
 
 @pytest.mark.parametrize("quant_type", KINDS)
-def test_training_through_quantised_servers_is_that_of_a_local_model(quant_type, tiny_checkpoint, start_swarm):
-    checkpoint = tiny_checkpoint("llama")
-    swarm = start_swarm(checkpoint, [(0, 1), (1, 4)], quant_types=[quant_type] * 2)
+def test_training_through_quantised_servers_is_that_of_a_local_model(quant_type, heavier_checkpoint, start_swarm):
+    checkpoint = heavier_checkpoint
+    swarm = start_swarm(checkpoint, [(0, 1), (1, HEAVIER_BLOCKS)], quant_types=[quant_type] * 2)
     autos = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
     remote, local = pair(*autos, checkpoint, swarm, "deep_ptune", num_labels=3)
     own = theirs(checkpoint, quant_type, AutoModelForSequenceClassification)
@@ -168,7 +172,7 @@ def test_clients_choose_kinds_of_weights(tiny_checkpoint, start_swarm):
         assert {span.peer_id for span in remote_blocks(model).route()} == {server.node.peer_id.to_base58()}
     with pytest.raises(NoServersError, match=r"2 server\(s\) are excluded by .* or allowed_quantization"):
         swarm.load(AutoDistributedModelForSequenceClassification, allowed_quantization="int8", num_labels=3)
-    with pytest.raises(ConfigurationError, match="allowed_quantization is .*: choose of none, int8, nf4"):
+    with pytest.raises(ConfigurationError, match=r"allowed_quantization is .*: choose of none, int8, nf4"):
         swarm.load(AutoDistributedModelForSequenceClassification, allowed_quantization="int4", num_labels=3)
 
 
