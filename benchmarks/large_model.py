@@ -1,8 +1,8 @@
 """Memory of one server with a model of 8B shape, while it loads and when it is ready.
 
-    python -m benchmarks.large_model /work/8b --quant-type nf4        # writes 14 GB there first, and deletes them at last
+    python -m benchmarks.large_model /work/8b --quant-type nf4        # writes 14 GB there first
 
-The weights are random, and written a block at a time. "Peak" and "ready" are anonymous memory of the server's process,
+The weights are random, written a block at a time, and deleted at the end. "Peak" and "ready" are anonymous memory of the server's process,
 which the kernel cannot take back; "with files" is its largest resident memory, with mapped parts of files.
 """
 
@@ -118,7 +118,8 @@ def main(
             shutil.rmtree(folder)
     row = {"weights": quant_type, "peak": watch.peak, "ready": ready, "with_files": with_files}
     print_table(
-        f"Llama {hidden} × {blocks}, blocks {start}:{end}", ("weights", "peak, GiB", "ready, GiB", "ratio", "with files, GiB"),
+        f"Llama {hidden} × {blocks}, blocks {start}:{end}",
+        ("weights", "peak, GiB", "ready, GiB", "ratio", "with files, GiB"),
         [(
             quant_type, *(f"{num_bytes / 2**30:.2f}" for num_bytes in (watch.peak, ready)), f"{watch.peak / ready:.2f}",
             f"{with_files / 2**30:.2f}",

@@ -216,7 +216,8 @@ def main(
     plain_bytes = sum(block_bytes(model_class(AutoModel, checkpoint), checkpoint, "bfloat16"))
     served = list(through_servers(folder, given, prefix, plain_bytes))
     print_table(
-        f"{model.name}, two servers", ("weights", "MB", "of bfloat16", "perplexity", "logits", "grad input prompts", "grad deep prompts"),
+        f"{model.name}, two servers",
+        ("weights", "MB", "of bfloat16", "perplexity", "logits", "grad input prompts", "grad deep prompts"),
         [
             (
                 row["weights"], f"{row['bytes'] / 1e6:.1f}", f"{row['share']:.3f}", f"{row['perplexity']:.2f}",
@@ -234,7 +235,8 @@ def main(
         )
     )
     print_table(
-        "bitsandbytes' modules in float32", ("weights", "modules", "output error", "grad cosine", "grad error", "model: texts", "random tokens"),
+        "bitsandbytes' modules in float32",
+        ("weights", "modules", "output error", "grad cosine", "grad error", "model: texts", "random tokens"),
         [
             (
                 row["weights"], row["modules"], f"{row['output']:.1e}", f"{row['gradient']:.4f}",

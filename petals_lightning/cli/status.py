@@ -30,6 +30,8 @@ _PING_TIMEOUT = 5.0  # seconds
 _NUMBERS = {"requests/s": 10, "tokens/s\na block": 8, "cache\nleft": 9, "ms": 6}
 """Columns of numbers, and how many characters each has: with these a table is readable on 80."""
 
+_RUNS = ("kind", "version", "dtype", "quant_type")
+
 Server = dict[str, Any]
 
 
@@ -192,7 +194,7 @@ def _table(model: dict[str, Any]) -> Table:
         table.add_row(
             server["blocks"],
             " ".join(filter(None, [escape(server["public_name"] or ""), f"…{server['peer_id'][-10:]}"])),
-            " ".join(escape(server[of]) for of in ("kind", "version", "dtype", "quant_type") if server[of] not in (None, UNQUANTIZED)),
+            " ".join(escape(server[of]) for of in _RUNS if server[of] not in (None, UNQUANTIZED)),
             f"{server['throughput']:,.1f}",
             *(f"{value:,.0f}" if value is not None else "" for value in (
                 server["tokens_per_second"], server["cache_tokens_left"]

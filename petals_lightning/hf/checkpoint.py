@@ -103,8 +103,8 @@ class Checkpoint:
                 part.quantization_config = dequantizing(quantization)
                 if part.quantization_config is None:
                     raise UnsupportedModelError(
-                        f"model {self.name_or_path!r} is quantised ({quantization.get('quant_method', 'method unknown')}"
-                        "), which transformers cannot undo while it loads: give the checkpoint from which it was made; "
+                        f"model {self.name_or_path!r} is quantised ({quantization.get('quant_method')}), "
+                        "which transformers cannot undo while it loads: give the checkpoint from which it was made; "
                         "`serve --quant-type int8` or nf4 quantises that"
                     )
         return config
@@ -241,8 +241,8 @@ class Checkpoint:
             raise CheckpointError(f"cannot fetch the weights of {self.name_or_path!r}: {first_line(e)}") from e
         if missing and taken + missing > self._max_disk_bytes:
             raise CheckpointError(
-                f"shards of {self.name_or_path!r} would take {missing / 2**30:.3g} GiB more, {taken / 2**30:.3g} of the "
-                f"{self._max_disk_bytes / 2**30:.3g} GiB of --max-disk-space are taken: hold fewer blocks, or delete "
+                f"shards of {self.name_or_path!r} would take {missing / 2**30:.3g} GiB more, {taken / 2**30:.3g} of "
+                f"the {self._max_disk_bytes / 2**30:.3g} GiB of --max-disk-space are taken: hold fewer blocks, or delete "
                 "models with `hf cache rm`"
             )
 

@@ -56,7 +56,7 @@ def load_pruned(
         cls: the family's own class.
         part: the blocks and ends to keep.
         dtype: of the weights; "auto" is the checkpoint's dtype.
-        quant_type: how the linears of blocks are quantised, one of `QUANT_TYPES`. Each weight is, as soon as it is read.
+        quant_type: one of `QUANT_TYPES`. Each weight of a block's linears is quantised as soon as it is read.
         devices: where those of each block are kept; on the host if none are given. All else stays there.
         config_overrides: attributes to set on the config, e.g. `num_labels`.
         mixin: a base class placed before `cls` in the subclass.
@@ -143,7 +143,7 @@ def check_pad_token(config: PreTrainedConfig) -> None:
 
 
 def _check_unpacked(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Raises UnsupportedModelError if transformers left weights packed, whose backward may be missing without an error."""
+    """Raises UnsupportedModelError if transformers left weights packed: their backward may lose gradients."""
     for name, tensor in model.named_parameters():
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise UnsupportedModelError(

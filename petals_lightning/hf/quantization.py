@@ -1,4 +1,4 @@
-"""Linear modules whose frozen weights are quantised: bitsandbytes packs them, and every pass computes with them unpacked.
+"""Linear modules with quantised, frozen weights: bitsandbytes packs them, and every pass computes with them unpacked.
 
 Outputs and gradients are those of a model with the dequantised weights, up to rounding: they depend on nothing else in
 the batch, and the backward multiplies by the same weights as the forward. bitsandbytes' own modules differ from that

@@ -83,7 +83,7 @@ class ServerConfig(ServerLimits):
     )
     quant_type: str = option(
         UNQUANTIZED,
-        "How the weights of the blocks' linear modules are kept: none, as they are; int8; or nf4, in four bits. The latter "
+        "How the weights of the blocks' linear modules are kept: none, as they are; int8; or nf4, in four bits. These "
         "two need bitsandbytes, take about 0.5 and 0.28 of the memory of bfloat16, and round.",
         Rule(lambda value: value in QUANT_TYPES, f"choose {', '.join(QUANT_TYPES[:-1])} or {QUANT_TYPES[-1]}"),
     )

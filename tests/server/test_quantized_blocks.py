@@ -1,4 +1,4 @@
-"""Blocks with int8 and nf4 weights: exactly the model with the weights that transformers and bitsandbytes would have."""
+"""Blocks with int8 and nf4 weights: exactly the model with the weights that transformers and bitsandbytes have."""
 
 from __future__ import annotations
 

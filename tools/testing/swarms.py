@@ -20,7 +20,7 @@ from petals_lightning.swarm import SwarmNode
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
 PREFIX = "tiny"
 SERVERS = ("ours", "petals", "mixed", "split")
-"""Kinds of swarms: of our servers, of such that offer Petals' methods alone, of both by turns, of ours on two devices."""
+"""Kinds of swarms: our servers, such that offer Petals' methods alone, both by turns, ours on two devices each."""
 TWO_DEVICES = ("cpu", "cpu")
 
 
