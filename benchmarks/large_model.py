@@ -2,8 +2,9 @@
 
     python -m benchmarks.large_model /work/8b --quant-type nf4        # writes 14 GB there first
 
-The weights are random, written a block at a time, and deleted at the end. "Peak" and "ready" are anonymous memory of the server's process,
-which the kernel cannot take back; "with files" is its largest resident memory, with mapped parts of files.
+The weights are random, written a block at a time, and deleted at the end. "Peak" and "ready" are anonymous memory of
+the server's process, which the kernel cannot take back; "with files" is its largest resident memory, with mapped parts
+of files.
 """
 
 from __future__ import annotations

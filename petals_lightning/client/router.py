@@ -98,8 +98,8 @@ class Router:
     def auditing_route(self, start: int, end: int, *, avoid: str, generator: random.Random) -> list[RouteSpan] | None:
         """Random servers to compute blocks [start, end) again, without the server `avoid`, or None; never waits.
 
-        Trusted servers come first, then those whose weights are of the same kind. All others are equally likely, so that
-        a server cannot become everybody's auditor by claiming to be fast.
+        Trusted servers come first, then those whose weights are of the same kind. All others are equally likely,
+        so that a server cannot become everybody's auditor by claiming to be fast.
         """
         drawn = [  # a hop costs from 1 to 2, so one server that holds all blocks is preferred to a chain
             ServerSpan(span.peer, span.start, span.end, 1 + generator.random(), 0.0)

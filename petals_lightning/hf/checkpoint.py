@@ -242,8 +242,8 @@ class Checkpoint:
         if missing and taken + missing > self._max_disk_bytes:
             raise CheckpointError(
                 f"shards of {self.name_or_path!r} would take {missing / 2**30:.3g} GiB more, {taken / 2**30:.3g} of "
-                f"the {self._max_disk_bytes / 2**30:.3g} GiB of --max-disk-space are taken: hold fewer blocks, or delete "
-                "models with `hf cache rm`"
+                f"the {self._max_disk_bytes / 2**30:.3g} GiB of --max-disk-space are taken: hold fewer blocks, or "
+                "delete models with `hf cache rm`"
             )
 
     def _shard(self, file_name: str) -> Path:
