@@ -34,7 +34,7 @@ def save_blocks(folder: Path, config: LlamaConfig) -> None:
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     size, head = config.hidden_size, config.hidden_size // config.num_attention_heads
-    keys = head * config.num_key_value_heads
+    keys = head * (config.num_key_value_heads or config.num_attention_heads)
     shapes = {
         "self_attn.q_proj": (size, size), "self_attn.k_proj": (keys, size), "self_attn.v_proj": (keys, size),
         "self_attn.o_proj": (size, size), "mlp.gate_proj": (config.intermediate_size, size),

@@ -173,22 +173,22 @@ def in_one_process(folder: str, batch: dict[str, torch.Tensor], random: dict[str
     torch.manual_seed(0)
     grads = [torch.randn_like(args[0]) for args, _ in entered]
     expected = [
-        block_gradient(block, *each)
-        for block, *each in zip(find_blocks(plain).blocks(plain), entered, grads, strict=True)
+        block_gradient(block, given, grad)
+        for block, given, grad in zip(find_blocks(plain).blocks(plain), entered, grads, strict=True)
     ]
     wholes = [embedding_gradient(plain, each) for each in (batch, random)]
     for name, settings in OWN_MODULES.items():
         own = bitsandbytes_model(folder, settings).requires_grad_(False)
         same = copy.deepcopy(own).dequantize().eval()
         same_grads = [
-            block_gradient(block, *each)[1]
-            for block, *each in zip(find_blocks(same).blocks(same), entered, grads, strict=True)
+            block_gradient(block, given, grad)[1]
+            for block, given, grad in zip(find_blocks(same).blocks(same), entered, grads, strict=True)
         ]
         for mode, model in (("dequantised", same), ("own modules, eval", own), ("own modules, train", own)):
             model.train(mode.endswith("train"))
             found = [
-                block_gradient(block, *each)
-                for block, *each in zip(find_blocks(model).blocks(model), entered, grads, strict=True)
+                block_gradient(block, given, grad)
+                for block, given, grad in zip(find_blocks(model).blocks(model), entered, grads, strict=True)
             ]
             count = len(found)
             yield {

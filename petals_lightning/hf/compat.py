@@ -29,7 +29,7 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import AutoQuantizationConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 

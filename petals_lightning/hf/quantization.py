@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from typing import Any
 
 import torch
@@ -60,8 +59,10 @@ class QuantizedLinear(nn.Module):
 
     codes: torch.Tensor
     scales: torch.Tensor
+    bias: nn.Parameter | None
+    dtype: torch.dtype
 
-    def __init__(self, linear: nn.Module, quant_type: str, device: torch.device):
+    def __init__(self, linear: Any, quant_type: str, device: torch.device):
         super().__init__()
         shape = linear_shape(linear)
         assert shape is not None
@@ -109,7 +110,7 @@ class QuantizedLinear(nn.Module):
         return _FrozenLinear.apply(input, self)
 
     @property
-    def nbytes(self) -> int:
+    def num_bytes(self) -> int:
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
@@ -173,7 +174,7 @@ def bytes_of_block(block: nn.Module, itemsize: int, quant_type: str, model_type:
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of the weights of a loaded module."""
-    return sum(each.nbytes for each in chain(module.parameters(), _quantized(module)))
+    return sum(each.nbytes for each in module.parameters()) + sum(each.num_bytes for each in _quantized(module))
 
 
 def quant_type_of(model: nn.Module) -> str:
@@ -197,7 +198,7 @@ def dequantized(blocks: Iterable[nn.Module]) -> Iterator[None]:
         for block in blocks:
             for path, linear in list(block.named_modules()):
                 if isinstance(linear, QuantizedLinear):
-                    plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+                    plain: Any = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
                     plain.weight = nn.Parameter(linear.dequantized(linear.dtype), requires_grad=False)
                     plain.bias = linear.bias
                     block.set_submodule(path, plain)
@@ -212,7 +213,7 @@ def _quantized(module: nn.Module) -> Iterator[QuantizedLinear]:
     return (each for each in module.modules() if isinstance(each, QuantizedLinear))
 
 
-def _quantizable(module: nn.Module, model_type: str) -> list[tuple[str, nn.Module]]:
+def _quantizable(module: nn.Module, model_type: str) -> list[tuple[str, Any]]:
     return [
         (path, each)
         for path, each in module.named_modules()

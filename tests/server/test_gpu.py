@@ -104,4 +104,4 @@ def test_quantised_blocks_train_as_on_the_cpu(quant_type, tiny_checkpoint, start
         remote, _ = pair(*classes, checkpoint, swarm, "deep_ptune", num_labels=3)
         remote(**right_padded_batch()).loss.backward()
         grads.append(remote)
-    assert_same_gradients(*grads, 1e-2)  # a weight between two codes may be rounded either way
+    assert_same_gradients(grads[1], grads[0], 1e-2)  # a weight between two codes may be rounded either way

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def load(checkpoint: Path, quant_type: str = "none", dtype: str = "float32", spa
     return load_span(Checkpoint(str(checkpoint)), *span, devices=devices, dtype=dtype, quant_type=quant_type)
 
 
-def theirs(checkpoint: Path, quant_type: str, auto=AutoModel) -> torch.nn.Module:
+def theirs(checkpoint: Path, quant_type: str, auto: Any = AutoModel) -> Any:
     """The model of transformers and bitsandbytes, dequantised: all linears but a head are."""
     kind = {"load_in_8bit": True} if quant_type == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     config = BitsAndBytesConfig(**kind, llm_int8_skip_modules=["score"])

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.hf import Checkpoint
+from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
+from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.pruning import place_blocks
 from petals_lightning.protocol.adapters import Adapter, LoraFactors
 from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
@@ -27,14 +29,16 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon_alibi", "gpt2", "gemma3", "mistral", "qwen3", "opt"])
 @pytest.mark.parametrize("way", ["training", "prefix", "session"])
-def test_a_block_gets_all_of_its_inputs_on_its_own_device(family, way, load_span):
-    span, seen = load_span(family), []
-    place_blocks(span.model, span.layout, [CPU, CPU, META, META])
-    runner = BlockRunner(span.model, span.layout, span.start)
-    for block in span.blocks:
+def test_a_block_gets_all_of_its_inputs_on_its_own_device(family, way, tiny_checkpoint):
+    checkpoint, seen = Checkpoint(str(tiny_checkpoint(family))), []
+    part = ModelSlice(*ALL, with_embeddings_and_head=False)
+    model, layout, _ = load_pruned(model_class(AutoModel, checkpoint), checkpoint, part, dtype="float32")
+    place_blocks(model, layout, [CPU, CPU, META, META])
+    for block in layout.blocks(model):
         block.register_forward_hook(
             lambda block, args, output: seen.append((output[0] if isinstance(output, tuple) else output).device)
         )
+    runner = BlockRunner(model, layout, 0)
     adapter = inputs(*ALL).adapter
     if family == "llama":
         blocks, draw = tuple(range(NUM_BLOCKS)), torch.Generator().manual_seed(0)
