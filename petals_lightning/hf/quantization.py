@@ -27,7 +27,7 @@ from petals_lightning.protocol.quant_types import UNQUANTIZED
 
 _OLDEST = "0.50"  # of bitsandbytes: the first whose CPU kernels are tested here
 _GROUP = 64  # weights that share a scale in nf4 (Dettmers et al. 2023, QLoRA, section 3)
-_AT_ONCE = 1 << 22  # weights that are quantised at once: bitsandbytes needs up to 200 bytes for each meanwhile
+_AT_ONCE = 1 << 22  # weights that are quantised at once, of which bitsandbytes' CPU code makes several float32 copies
 
 
 def check_can_quantize(quant_type: str) -> None:
