@@ -79,7 +79,10 @@ class ClientConfig:
         None,
         "Kinds of weights that servers may have: none (not quantised), int8, nf4. None allows all. Servers of one kind "
         "give the same results, up to rounding in their dtype.",
-        Rule(lambda value: set(value) <= set(QUANT_TYPES), f"choose of {', '.join(QUANT_TYPES)}"),
+        Rule(
+            lambda value: isinstance(value, (list, tuple)) and set(value) <= set(QUANT_TYPES),
+            f"choose of {', '.join(QUANT_TYPES)}",
+        ),
         metavar="KIND",
         default_words="all",
     )
