@@ -4,7 +4,8 @@
 
 First table: two servers that hold a causal language model between them, with deep prompts on the client, beside one
 process of transformers and bitsandbytes with the same weights, dequantised. Errors are relative: the norm of the
-difference by the norm. Perplexity is that of the texts without prompts.
+difference by the norm. "By rounding": how much the local gradient of deep prompts itself changes if prompts change by
+1e-7. Perplexity is that of the texts without prompts.
 
 Second table: the same weights in bitsandbytes' own modules, in float32. "Blocks": each block gets what enters it in the
 model that is not quantised, and the same gradient of its output; means over blocks. "Model": gradient of the embeddings
@@ -96,7 +97,7 @@ def passes(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     out.loss.backward()
     prompts = prompts_of(model)
     logits = out.logits[batch["attention_mask"].bool()].detach()
-    return {"logits": logits, "input": prompts.input.grad, "deep": prompts.deep.grad}
+    return {"logits": logits, "input": prompts.input.grad.clone(), "deep": prompts.deep.grad.clone()}
 
 
 def through_servers(
@@ -128,7 +129,17 @@ def through_servers(
             yield {
                 "weights": kind, "bytes": held, "share": held / plain_bytes, "perplexity": perplexity(untuned, given),
                 **{name: relative_error(got[name], wanted[name]) for name in wanted},
+                "rounding": relative_error(_slightly_changed(local, given[0])["deep"], wanted["deep"]),
             }  # fmt: skip
+
+
+def _slightly_changed(local: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of prompts that differ by the rounding of float32: how exact any two programs can be."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for prompts in (prompts_of(local).input, prompts_of(local).deep):
+            prompts.mul_(1 + 1e-7 * torch.randn_like(prompts))
+    return passes(local, batch)
 
 
 @contextmanager
@@ -217,11 +228,11 @@ def main(
     served = list(through_servers(folder, given, prefix, plain_bytes))
     print_table(
         f"{model.name}, two servers",
-        ("weights", "MB", "of bfloat16", "perplexity", "logits", "grad input prompts", "grad deep prompts"),
+        ("weights", "MB", "of bfloat16", "perplexity", "logits", "grad input prompts", "grad deep prompts", "by rounding"),
         [
             (
                 row["weights"], f"{row['bytes'] / 1e6:.1f}", f"{row['share']:.3f}", f"{row['perplexity']:.2f}",
-                *(f"{row[name]:.1e}" for name in ("logits", "input", "deep")),
+                *(f"{row[name]:.1e}" for name in ("logits", "input", "deep", "rounding")),
             )
             for row in served
         ],

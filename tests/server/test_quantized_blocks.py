@@ -29,6 +29,7 @@ from petals_lightning.swarm import SwarmNode
 from tests.helpers.families import ALL, COMMON, HEAVIER_BLOCKS, HIDDEN, NUM_BLOCKS, save_tiny_checkpoint
 from tests.helpers.parity import assert_same_gradients, pair, right_padded_batch
 from tests.helpers.spans import assert_same, inputs, run
+from tests.helpers.tampering import BATCH, chosen, load_classifier, tamper
 from tools.testing.tensors import relative_error
 
 CPU = torch.device("cpu")
@@ -175,6 +176,25 @@ def test_clients_choose_kinds_of_weights(tiny_checkpoint, start_swarm):
         swarm.load(AutoDistributedModelForSequenceClassification, allowed_quantization="int8", num_labels=3)
     with pytest.raises(ConfigurationError, match=r"allowed_quantization is .*: choose of none, int8, nf4"):
         swarm.load(AutoDistributedModelForSequenceClassification, allowed_quantization="int4", num_labels=3)
+
+
+def test_audits_know_the_kinds_of_weights(tiny_checkpoint, start_swarm, caplog):
+    checkpoint = tiny_checkpoint("llama")
+    swarm = start_swarm(checkpoint, [ALL, ALL, ALL], quant_types=["nf4", "none", "nf4"])
+    model = load_classifier(swarm, audit_rate=1.0, allowed_quantization=["nf4"])
+    liar = chosen(model, swarm)
+    tamper(liar, lambda hidden: 1.01 * hidden)
+    with torch.no_grad():
+        model(**BATCH)
+    assert liar.node.peer_id.to_base58() in caplog.text  # the other nf4 server has the same weights, and the judge too
+    assert "lies: its result is 0.0" in caplog.text
+    mixed = load_classifier(swarm, audit_rate=1.0, blocked_servers=[liar.node.peer_id.to_base58()])
+    caplog.clear()
+    with torch.no_grad():
+        mixed(**BATCH)  # honest servers of two kinds
+    assert remote_blocks(mixed).stats.audits >= 1
+    assert "audit" not in caplog.text
+    assert remote_blocks(mixed).stats.retries == 0
 
 
 def save_in_fp8(folder: Path, plain: Path) -> None:
