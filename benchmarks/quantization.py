@@ -228,7 +228,7 @@ def main(
     served = list(through_servers(folder, given, prefix, plain_bytes))
     print_table(
         f"{model.name}, two servers",
-        ("weights", "MB", "of bfloat16", "perplexity", "logits", "grad input prompts", "grad deep prompts", "by rounding"),
+        ("weights", "MB", "of bfloat16", "perplexity", "logits", "grad input prompts", "deep prompts", "by rounding"),
         [
             (
                 row["weights"], f"{row['bytes'] / 1e6:.1f}", f"{row['share']:.3f}", f"{row['perplexity']:.2f}",
