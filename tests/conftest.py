@@ -38,7 +38,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--servers", choices=SERVERS, default="ours",
-        help="servers of the tests' swarms: ours; petals: such that offer Petals' methods alone; mixed: by turns",
+        help="servers of the tests' swarms: ours; petals: such that offer Petals' methods alone; mixed: by turns; "
+        "split: ours, each on two devices",
     )  # fmt: skip
 
 

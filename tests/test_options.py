@@ -48,6 +48,8 @@ def others(config: type, folder: Path) -> dict[str, Any]:
     special = {
         "wire_dtype": "float32",
         "dtype": "float16",
+        "quant_type": "nf4",
+        "allowed_quantization": ("int8", "nf4"),
         "token_file": str(folder / "token"),
         "block_indices": (0, 2),
         "graph_bytes": 1 << 29,

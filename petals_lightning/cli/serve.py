@@ -21,6 +21,7 @@ from petals_lightning.cli.options import (
 )
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.library_messages import libraries_to_root_log
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.server.config import ServerConfig
 
 
@@ -57,11 +58,11 @@ def serve(
     from petals_lightning.swarm import SwarmNode
 
     libraries_to_root_log()
-    if config.device is not None:
+    for flag, device in [("--device", config.device), *(("--devices", each) for each in config.devices or ())]:
         try:
-            torch.empty(1, device=config.device)
+            torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as e:  # torch asserts that it was built for the device
-            raise ConfigurationError(f"--device {config.device!r} cannot be used here: {str(e).splitlines()[0]}") from e
+            raise ConfigurationError(f"{flag} {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
     progress = _LoadingBar()
     server = Server(
         Checkpoint(model, revision=revision, token=token),
@@ -83,7 +84,8 @@ def serve(
         running = server.start(say_addresses)
     try:
         span = running.span
-        say(f"ready: blocks {span.start}:{span.end} of {running.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
+        kept = str(span.dtype)[6:] if span.quant_type == UNQUANTIZED else f"{span.quant_type} and {str(span.dtype)[6:]}"
+        say(f"ready: blocks {span.start}:{span.end} of {running.dht_prefix} in {kept} on {span.device}")
         if not stop.wait_while(lambda: running.node.is_alive):
             raise SwarmConnectionError(
                 "the libp2p daemon of this server has ended: nobody can reach it; start it again"

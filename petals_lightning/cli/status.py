@@ -18,6 +18,7 @@ from rich.table import Table
 
 from petals_lightning.cli.options import InitialPeers
 from petals_lightning.errors import ConfigurationError
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 
 if TYPE_CHECKING:
     from petals_lightning.protocol.records import ServerRecord
@@ -28,6 +29,8 @@ _LOOK_SECONDS = 15.0  # for models that no server signs for
 _PING_TIMEOUT = 5.0  # seconds
 _NUMBERS = {"requests/s": 10, "tokens/s\na block": 8, "cache\nleft": 9, "ms": 6}
 """Columns of numbers, and how many characters each has: with these a table is readable on 80."""
+
+_RUNS = ("kind", "version", "dtype", "quant_type")
 
 Server = dict[str, Any]
 
@@ -137,6 +140,7 @@ def _describe_server(peer: str, record: ServerRecord, blocks: str, first: int) -
         "kind": "petals" if record.stream_version is None else "petals-lightning",
         "version": record.version,
         "dtype": record.torch_dtype,
+        "quant_type": record.quant_type,
         "adapters": list(record.adapters),
         "throughput": record.throughput,
         "tokens_per_second": record.tokens_per_second,
@@ -191,9 +195,8 @@ def _table(model: dict[str, Any]) -> Table:
         table.add_row(
             server["blocks"],
             " ".join(filter(None, [escape(server["public_name"] or ""), f"…{server['peer_id'][-10:]}"])),
-            " ".join(
-                filter(None, [server["kind"], *map(escape, filter(None, (server["version"], server["dtype"])))])
-            ) + "".join(f" +{escape(adapter)}" for adapter in server["adapters"]),
+            " ".join(escape(server[of]) for of in _RUNS if server[of] not in (None, UNQUANTIZED))
+            + "".join(f" +{escape(adapter)}" for adapter in server["adapters"]),
             f"{server['throughput']:,.1f}",
             *(f"{value:,.0f}" if value is not None else "" for value in (
                 server["tokens_per_second"], server["cache_tokens_left"]

@@ -22,11 +22,12 @@ from petals_lightning.client.stats import TransferStats
 from petals_lightning.client.validation import disagreement, tolerance
 from petals_lightning.errors import ConfigurationError, PeerFailure, WrongResult
 from petals_lightning.protocol.adapters import Adapter
+from petals_lightning.protocol.quant_types import QUANT_TYPES, UNQUANTIZED
 
 logger = logging.getLogger(__name__)
 
-Judge = Callable[[Segment, Adapter | None, Grads | None], Tensors]
-"""Computes a segment from its inputs, its adapter and, in backward, gradients of its outputs.
+Judge = Callable[[Segment, Adapter | None, Grads | None, str], Tensors]
+"""Computes a segment from its inputs, its adapter and, in backward, gradients of its outputs, with weights of a kind.
 
 Raises ConfigurationError.
 """
@@ -36,6 +37,13 @@ Raises ConfigurationError.
 class _Answer:
     peers: list[str]
     tensors: Tensors
+    kinds: set[str]
+    """Of the weights that it was computed with."""
+
+    @property
+    def judged_with(self) -> str:
+        """The kind of weights with which this machine computes the same; not quantised if they are of several kinds."""
+        return next(iter(self.kinds)) if len(self.kinds) == 1 and self.kinds <= set(QUANT_TYPES) else UNQUANTIZED
 
 
 class Auditor:
@@ -80,7 +88,7 @@ class Auditor:
             return
         if not next(self._draws.setdefault(peer, stratified(rate, self._random))):
             return
-        first, second = _Answer([peer], tensors), await self._ask(segment, recompute)
+        first, second = self._answer([peer], tensors), await self._ask(segment, recompute)
         if second is None:
             if not self._warned_unaudited:
                 self._warned_unaudited = True
@@ -109,7 +117,7 @@ class Auditor:
             segment.start, segment.end, avoid=segment.peers[0], generator=self._random
         ):
             try:
-                return _Answer([part.peer_id for part in route], await recompute(route))
+                return self._answer([part.peer_id for part in route], await recompute(route))
             except PeerFailure as e:
                 self._servers.report_failure(e)
         return None
@@ -126,7 +134,8 @@ class Auditor:
         """Bans servers that the judge contradicts. Raises WrongResult for the audited server, or without a judge."""
         own = segment.peers[0]
         try:
-            truth = await self._compute(segment, adapter, grads)
+            kinds = {first.judged_with, second.judged_with}
+            truths = {kind: await self._compute(segment, adapter, grads, kind) for kind in kinds}
         except ConfigurationError as e:
             logger.warning(
                 "audit: servers %s and %s differ by %.2g (relative) on blocks %d:%d, and there is no judge (%s). Put "
@@ -137,7 +146,9 @@ class Auditor:
             wrong = {own: WrongResult(own, reason), **{p: WrongResult(p, reason) for p in second.peers}}
         else:
             off = {
-                answer: distance for answer in (first, second) if (distance := self._error(answer, truth)) is not None
+                answer: distance
+                for answer in (first, second)
+                if (distance := self._error(answer, truths[answer.judged_with])) is not None
             }
             worst = max(off, key=lambda answer: off[answer], default=None)
             wrong = {
@@ -152,18 +163,21 @@ class Auditor:
         if own in wrong:
             raise wrong[own]
 
-    async def _compute(self, segment: Segment, adapter: Adapter | None, grads: Grads | None) -> _Answer:
-        """The answer that this machine computes, without a peer. Raises ConfigurationError if it cannot."""
+    def _answer(self, peers: list[str], tensors: Tensors) -> _Answer:
+        return _Answer(peers, tensors, set(map(self._servers.weights_kind, peers)))
+
+    async def _compute(self, segment: Segment, adapter: Adapter | None, grads: Grads | None, kind: str) -> _Answer:
+        """The answer that this machine computes with weights of a kind. Raises ConfigurationError if it cannot."""
         if self._judge is None:
             raise ConfigurationError("this client has no checkpoint")
-        return _Answer([], await asyncio.to_thread(self._judge, segment, adapter, grads))
+        return _Answer([], await asyncio.to_thread(self._judge, segment, adapter, grads, kind), {kind})
 
     def _error(self, one: _Answer, other: _Answer) -> float | None:
         """The relative error between two answers; None within tolerance."""
         peers = [*one.peers, *other.peers]
         dtypes = [*map(self._servers.wire_dtype, peers), *map(self._servers.compute_dtype, peers)]
         error = disagreement(one.tensors, other.tensors)
-        return error if error > tolerance(*dtypes) else None
+        return error if error > tolerance(dtypes, one.kinds | other.kinds) else None
 
 
 def _lie(error: float, other: str = "what this machine computes") -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.options import ABOVE_0, FROM_0, SHARE, Rule, check_options, described, option
 from petals_lightning.protocol.auth import check_token, read_token
+from petals_lightning.protocol.quant_types import QUANT_TYPES
 
 
 @described
@@ -73,6 +74,17 @@ class ClientConfig:
     )
     blocked_servers: tuple[str, ...] = option(
         (), "Peer ids of servers that are never used.", metavar="PEER_ID", default_words="none"
+    )
+    allowed_quantization: tuple[str, ...] | None = option(
+        None,
+        "Kinds of weights that servers may have: none (not quantised), int8, nf4. None allows all. Servers of one kind "
+        "give the same results, up to rounding in their dtype.",
+        Rule(
+            lambda value: isinstance(value, (list, tuple)) and set(value) <= set(QUANT_TYPES),
+            f"choose of {', '.join(QUANT_TYPES)}",
+        ),
+        metavar="KIND",
+        default_words="all",
     )
     token_file: str | None = option(
         None,

@@ -98,8 +98,8 @@ class Router:
     def auditing_route(self, start: int, end: int, *, avoid: str, generator: random.Random) -> list[RouteSpan] | None:
         """Random servers to compute blocks [start, end) again, without the server `avoid`, or None; never waits.
 
-        Trusted servers come first. All others are equally likely, so that a server cannot become everybody's auditor by
-        claiming to be fast.
+        Trusted servers come first, then those whose weights are of the same kind. All others are equally likely,
+        so that a server cannot become everybody's auditor by claiming to be fast.
         """
         drawn = [  # a hop costs from 1 to 2, so one server that holds all blocks is preferred to a chain
             ServerSpan(span.peer, span.start, span.end, 1 + generator.random(), 0.0)
@@ -107,7 +107,9 @@ class Router:
             if span.peer != avoid
         ]
         trusted = [span for span in drawn if self._servers.is_trusted(span.peer)]
-        return plan_route(trusted, start, end) or plan_route(drawn, start, end)
+        kind = self._servers.weights_kind(avoid)
+        alike = [span for span in drawn if self._servers.weights_kind(span.peer) == kind]
+        return next((route for some in (trusted, alike, drawn) if (route := plan_route(some, start, end))), None)
 
     def others_hold(self, start: int, end: int, peer: str) -> bool:
         """Whether other servers hold blocks [start, end); they may be banned now."""

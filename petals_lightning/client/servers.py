@@ -23,6 +23,7 @@ from petals_lightning.errors import (
 )
 from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
@@ -192,6 +193,15 @@ class ServerPool:
         record = self._records.get(peer)
         return record.torch_dtype if record is not None else None
 
+    def weights_kind(self, peer: str) -> str:
+        """How a server's weights are kept, as it reports; servers of one kind give the same, up to their dtype.
+
+        Petals' own int8 and nf4 round differently from ours.
+        """
+        record, kind = self._records.get(peer), self._quant_type(peer)
+        is_petals = record is not None and record.stream_version is None
+        return f"Petals' {kind}" if is_petals and kind != UNQUANTIZED else kind
+
     def wire_dtype(self, peer: str) -> str:
         """The dtype for tensors to and from a server."""
         configured, connection = self.config.wire_dtype, self._connections.get(peer)
@@ -268,7 +278,16 @@ class ServerPool:
 
     def _is_allowed(self, peer: str) -> bool:
         allowed = self.config.allowed_servers
-        return peer not in self.config.blocked_servers and (allowed is None or peer in allowed)
+        kinds = self.config.allowed_quantization
+        return (
+            peer not in self.config.blocked_servers
+            and (allowed is None or peer in allowed)
+            and (kinds is None or self._quant_type(peer) in kinds)
+        )
+
+    def _quant_type(self, peer: str) -> str:
+        record = self._records.get(peer)
+        return record.quant_type if record is not None else UNQUANTIZED
 
     def _is_readmitted(self, peer: str) -> bool:
         ban, connection = self._bans.get(peer), self._connections.get(peer)
@@ -368,7 +387,11 @@ class ServerPool:
     async def explain_missing(self, missing: list[int]) -> str:
         """Why no server can be used for these blocks."""
         excluded = [peer for peer in self.spans if not self._is_allowed(peer)]
-        hint = f" ({len(excluded)} server(s) are excluded by allowed_servers / blocked_servers)" if excluded else ""
+        hint = (
+            f" ({len(excluded)} server(s) are excluded by allowed_servers, blocked_servers or allowed_quantization)"
+            if excluded
+            else ""
+        )
         listed = [entry.dht_prefix for entry in await self._directory.models()]
         served = ", ".join(listed[:_MODELS_LISTED]) + (
             f" and {more} more" if (more := len(listed[_MODELS_LISTED:])) else ""

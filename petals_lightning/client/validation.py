@@ -6,17 +6,22 @@ Shapes: B batch, S tokens, P virtual tokens, H hidden size, n blocks of the leg,
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
 
 import torch
 
 from petals_lightning.errors import NonFiniteResult, WrongResult
 from petals_lightning.protocol.messages import Message
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.protocol.requests import ForwardRequest, message_dtype
 from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import DTYPE_NAMES, INT8_BLOCKWISE
 
 # Relative error between honest servers: kernels and the order of summation differ between machines.
 _TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, INT8_BLOCKWISE: 1e-1}
+
+# Between weights of a kind and other ones, over a whole model: `python -m benchmarks.quantization`.
+_OF_KIND = {UNQUANTIZED: 0.0, "int8": 0.1, "nf4": 0.5}
 
 
 def check_forward(peer: str, request: ForwardRequest, reply: Message) -> None:
@@ -99,9 +104,17 @@ def disagreement(got: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return worst
 
 
-def tolerance(*dtype_names: str | None) -> float:
-    """The relative error allowed between honest results that were computed or sent in these dtypes."""
-    return max(_TOLERANCE.get(name or "float32", _TOLERANCE["bfloat16"]) for name in dtype_names)
+def tolerance(dtype_names: Iterable[str | None], kinds: Collection[str] = ()) -> float:
+    """The relative error allowed between honest results.
+
+    Args:
+        dtype_names: that they were computed or sent in.
+        kinds: of the weights that they were computed with.
+    """
+    rounding = max(_TOLERANCE.get(name or "float32", _TOLERANCE["bfloat16"]) for name in dtype_names)
+    if len(set(kinds)) < 2:
+        return rounding
+    return max(rounding, *(_OF_KIND.get(kind, max(_OF_KIND.values())) for kind in kinds))
 
 
 def _inputs(request: ForwardRequest | StepRequest) -> list[torch.Tensor]:

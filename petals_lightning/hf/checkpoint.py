@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from petals_lightning.errors import CheckpointError, PetalsLightningError, UnsupportedModelError, is_out_of_memory
-from petals_lightning.hf.compat import find_file
+from petals_lightning.hf.compat import bytes_in_cache, bytes_to_download, dequantizing, find_file
 from petals_lightning.hf.tokenizer import load_tokenizer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -48,6 +48,7 @@ class Checkpoint:
         self.name_or_path = str(name_or_path)
         self.is_local = Path(self.name_or_path).is_dir()
         self.revision, self.token = revision, token
+        self._max_disk_bytes: int | None = None
         self._hub: dict[str, Any] = {
             "revision": revision,
             "token": token,
@@ -62,6 +63,12 @@ class Checkpoint:
         same._hub = {**self._hub, "local_files_only": True}
         return same
 
+    def within_disk_space(self, num_bytes: int) -> Checkpoint:
+        """The same checkpoint, whose files are not downloaded if the hub's cache would take more than this."""
+        same = copy.copy(self)
+        same._max_disk_bytes = num_bytes
+        return same
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; see `load_tokenizer`."""
         return load_tokenizer(self.name_or_path, **self._hub)
@@ -72,7 +79,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: there is no such folder or repository, or it has no config.
-            UnsupportedModelError: transformers does not know the architecture, or the weights are quantised.
+            UnsupportedModelError: transformers does not know the architecture, or cannot dequantise the weights.
         """
         if self.is_local and not (Path(self.name_or_path) / self._hub["subfolder"] / "config.json").is_file():
             raise CheckpointError(
@@ -92,11 +99,14 @@ class Checkpoint:
             ) from e
         for part in (config, config.get_text_config()):
             if (quantization := getattr(part, "quantization_config", None)) is not None:
-                kind = quantization.get("quant_method", "of an unknown method")
-                raise UnsupportedModelError(
-                    f"model {self.name_or_path!r} is quantised ({kind}): quantised checkpoints are not served; give "
-                    "the checkpoint from which it was made"
-                )
+                # transformers' own linears for FP8, among others, drop gradients without an error.
+                part.quantization_config = dequantizing(quantization)
+                if part.quantization_config is None:
+                    raise UnsupportedModelError(
+                        f"model {self.name_or_path!r} is quantised ({quantization.get('quant_method')}), "
+                        "which transformers cannot undo while it loads: give the checkpoint from which it was made; "
+                        "`serve --quant-type int8` or nf4 quantises that"
+                    )
         return config
 
     @cached_property
@@ -118,6 +128,8 @@ class Checkpoint:
             # The wrapper's config determines whether head and embedding are tied, since transformers ties them there.
             text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
             text.dtype = text.dtype or config.dtype
+            if (quantization := getattr(config, "quantization_config", None)) is not None:
+                text.quantization_config = quantization
         return text
 
     @property
@@ -153,7 +165,12 @@ class Checkpoint:
         )
 
     def tensors(
-        self, names: Iterable[str], stack: ExitStack, on_shard: Callable[[str, int, int], None] | None = None
+        self,
+        names: Iterable[str],
+        stack: ExitStack,
+        on_shard: Callable[[str, int, int], None] | None = None,
+        *,
+        copied: bool = False,
     ) -> dict[str, Any]:
         """Lazy tensors by name: they are read when transformers materialises them.
 
@@ -161,10 +178,15 @@ class Checkpoint:
             names: tensors of this checkpoint.
             stack: closes the files when the caller has finished with them.
             on_shard: called with (file name, number of this file, number of files) before each file is fetched.
+            copied: each tensor that is read is a copy, so that no part of a file stays mapped.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, cannot be fetched, or does not fit on the disk.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.shard_of[name], []).append(name)
+        self._check_disk_space(by_file)
         lazy: dict[str, Any] = {}
         for number, (file_name, wanted) in enumerate(sorted(by_file.items()), start=1):
             if on_shard is not None:
@@ -177,7 +199,10 @@ class Checkpoint:
                 file = stack.enter_context(self._open(path))
                 if missing := set(wanted) - set(file.keys()):
                     raise self._damaged(path, f"it lacks {sorted(missing)[0]!r}, which the index says it holds")
-                lazy.update({name: file.get_slice(name) for name in wanted})
+                if copied:
+                    lazy.update({name: _CopiedTensor(path, name, file.get_slice(name)) for name in wanted})
+                else:
+                    lazy.update({name: file.get_slice(name) for name in wanted})
         return lazy
 
     def check_shards(self) -> None:
@@ -204,6 +229,22 @@ class Checkpoint:
         config = {k: v for k, v in written.items() if k not in _CONFIG_KEYS_THAT_DO_NOT_MATTER}
         content = json.dumps([config, sorted(self.shard_of)], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _check_disk_space(self, files: Iterable[str]) -> None:
+        """Raises CheckpointError if these files are not all here, and would take more than the cache may."""
+        if self._max_disk_bytes is None or self.is_local:
+            return
+        try:
+            missing = sum(bytes_to_download(self.name_or_path, file_name, **self._hub) for file_name in files)
+            taken = bytes_in_cache(self._hub["cache_dir"])
+        except OSError as e:
+            raise CheckpointError(f"cannot fetch the weights of {self.name_or_path!r}: {first_line(e)}") from e
+        if missing and taken + missing > self._max_disk_bytes:
+            raise CheckpointError(
+                f"shards of {self.name_or_path!r} would take {missing / 2**30:.3g} GiB more, {taken / 2**30:.3g} of "
+                f"the {self._max_disk_bytes / 2**30:.3g} GiB of --max-disk-space are taken: hold fewer blocks, or "
+                "delete models with `hf cache rm`"
+            )
 
     def _shard(self, file_name: str) -> Path:
         path = self._find(file_name)
@@ -244,6 +285,29 @@ _CONFIG_KEYS_THAT_DO_NOT_MATTER = {
     "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "dtype", "torch_dtype", "return_dict",
     "output_hidden_states", "output_attentions", "dht_prefix",
 }  # fmt: skip
+
+
+class _CopiedTensor:
+    """A lazy tensor of a file, with the methods of safetensors' slices that transformers calls.
+
+    Args:
+        path, name: of the file and the tensor.
+        described: the tensor's slice, of a file that need not stay open.
+    """
+
+    def __init__(self, path: Path, name: str, described: Any):
+        self._path, self._name = path, name
+        self._shape, self._dtype = described.get_shape(), described.get_dtype()
+
+    def get_shape(self) -> list[int]:
+        return self._shape
+
+    def get_dtype(self) -> str:
+        return self._dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_slice(self._name)[index].clone()
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ when it is loaded (`models/self_check.py`, `server/blocks/self_checks.py`). docs
 from __future__ import annotations
 
 import inspect
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download, scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache as TheirCache
@@ -27,6 +30,7 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
@@ -226,6 +230,54 @@ def find_file(name_or_path: str, file_name: str, **hub: Any) -> Path | None:
     given = {name: value for name, value in hub.items() if value is not None}
     path = cached_file(name_or_path, file_name, _raise_exceptions_for_missing_entries=False, **given)
     return Path(path) if path is not None else None
+
+
+def bytes_to_download(repository: str, file_name: str, **hub: Any) -> int:
+    """How many bytes `find_file` would download: 0 for a file that is here.
+
+    Raises:
+        OSError: the hub cannot be asked.
+    """
+    found = hf_hub_download(repository, file_name, dry_run=True, **hub)
+    return (found.file_size or 0) if found.will_download else 0
+
+
+def bytes_in_cache(cache_dir: str | None) -> int:
+    """Bytes of all that was downloaded from the hub to this cache, or to the default one."""
+    try:
+        return scan_cache_dir(cache_dir).size_on_disk
+    except CacheNotFound:
+        return 0
+
+
+def dequantizing(quantization: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantisation of a checkpoint's config, so changed that loading dequantises the weights; None: it cannot.
+
+    Settings of methods that can have a field `dequantize` (`FineGrainedFP8Config` since 4.56).
+    """
+    try:
+        settings = AutoQuantizationConfig.from_dict(dict(quantization))
+    except (ValueError, TypeError, ImportError, AttributeError):  # an unknown method, or one whose library is missing
+        return None
+    return {**quantization, "dequantize": True} if hasattr(settings, "dequantize") else None
+
+
+@contextmanager
+def one_tensor_at_a_time() -> Iterator[None]:
+    """Has transformers read and convert a tensor only when it is placed; threads would read ahead the whole checkpoint.
+
+    It reads the variable for each model, since 5.0.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

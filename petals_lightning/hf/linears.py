@@ -26,7 +26,7 @@ def linears_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def add_low_rank(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The output of a linear with LoRA: y + (x Aᵀ) Bᵀ, all in the dtype of y.
+    """The output of a linear with LoRA: y + (x Aᵀ) Bᵀ, all in the dtype and on the device of y.
 
     Args:
         x: [.., K], the linear's input.
@@ -34,5 +34,5 @@ def add_low_rank(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Ten
         a: [r, K].
         b: [O, r], with PEFT's scale.
     """
-    x, a, b = (tensor.to(y.dtype) for tensor in (x, a, b))
+    x, a, b = (tensor.to(y) for tensor in (x, a, b))
     return y + nn.functional.linear(nn.functional.linear(x, a), b)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -15,9 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from petals_lightning.hf.checkpoint import Checkpoint, refusing
-from petals_lightning.hf.compat import quiet_transformers, renamed_keys
+from petals_lightning.hf.compat import one_tensor_at_a_time, quiet_transformers, renamed_keys
 from petals_lightning.hf.decoder import names_in_decoder
 from petals_lightning.hf.pruning import BlockLayout, ModelSlice, find_blocks, num_blocks, prune
+from petals_lightning.hf.quantization import bytes_of_block, quantize_linears
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ def load_pruned(
     part: ModelSlice,
     *,
     dtype: torch.dtype | str = "auto",
+    quant_type: str = UNQUANTIZED,
+    devices: Sequence[torch.device] = (),
     config_overrides: dict[str, Any] | None = None,
     mixin: type | None = None,
     may_miss: Callable[[str], bool] = lambda key: False,
@@ -53,6 +57,8 @@ def load_pruned(
         cls: the family's own class.
         part: the blocks and ends to keep.
         dtype: of the weights; "auto" is the checkpoint's dtype.
+        quant_type: one of `QUANT_TYPES`. Each weight of a block's linears is quantised as soon as it is read.
+        devices: where those of each block are kept; on the host if none are given. All else stays there.
         config_overrides: attributes to set on the config, e.g. `num_labels`.
         mixin: a base class placed before `cls` in the subclass.
         may_miss: whether the caller draws a missing parameter (a fresh classification head), by its name.
@@ -73,7 +79,11 @@ def load_pruned(
 
     def init(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         super(pruned, self).__init__(config, *args, **kwargs)
-        layouts.append(prune(self, part))
+        layouts.append(layout := prune(self, part))
+        if quant_type != UNQUANTIZED:
+            for number, block in enumerate(layout.blocks(self)):
+                device = devices[number] if devices else torch.device("cpu")
+                quantize_linears(block, quant_type, device, layout.model_type)
 
     bases = (mixin, cls) if mixin is not None else (cls,)
     # Keep the family's own name and module: transformers derives behaviour from them.
@@ -84,7 +94,9 @@ def load_pruned(
         outline_layout = prune(outline, part)
     renamed = _names_to_read(cls, checkpoint, outline, outline_layout, part)
     with ExitStack() as stack:
-        lazy = checkpoint.tensors(renamed, stack, on_shard)
+        if quant_type != UNQUANTIZED:
+            stack.enter_context(one_tensor_at_a_time())
+        lazy = checkpoint.tensors(renamed, stack, on_shard, copied=quant_type != UNQUANTIZED)
         with refusing(f"{cls.__name__} cannot be cut into blocks"), quiet_transformers():
             model, info = pruned.from_pretrained(
                 None,
@@ -95,33 +107,39 @@ def load_pruned(
                 ignore_mismatched_sizes=True,  # `fresh_parameters` reports them
             )
     fresh = fresh_parameters(cls, checkpoint, info, may_miss)
+    _check_unpacked(model, checkpoint)
     model.requires_grad_(False)
     return LoadedPart(model.eval(), layouts[-1], fresh)
 
 
-def block_bytes(cls: type[PreTrainedModel], checkpoint: Checkpoint, dtype: torch.dtype | str) -> list[int]:
+def block_bytes(
+    cls: type[PreTrainedModel], checkpoint: Checkpoint, dtype: torch.dtype | str, quant_type: str = UNQUANTIZED
+) -> list[int]:
     """Bytes of each block's weights, without reading any.
 
     Args:
         cls: the family's own class.
+        quant_type: as of `load_pruned`.
         dtype: as of `load_pruned`; for "auto" of a checkpoint whose config names none, float32, which is the largest.
 
     Raises:
         UnsupportedModelError: the family cannot be cut into blocks.
     """
     size = _resolve_dtype(dtype, checkpoint, {}).itemsize
-    return [size * sum(weight.numel() for weight in block.parameters()) for block in outline_blocks(cls, checkpoint)]
+    blocks, model_type = outline_blocks(cls, checkpoint)
+    return [bytes_of_block(block, size, quant_type, model_type) for block in blocks]
 
 
-def outline_blocks(cls: type[PreTrainedModel], checkpoint: Checkpoint) -> list[nn.Module]:
-    """All blocks of a model without their weights, on the `meta` device.
+def outline_blocks(cls: type[PreTrainedModel], checkpoint: Checkpoint) -> tuple[list[nn.Module], str]:
+    """All blocks of a model without their weights, on the `meta` device, and the decoder's `model_type`.
 
     Raises:
         UnsupportedModelError: the family cannot be cut into blocks.
     """
     with refusing(f"{cls.__name__} cannot be cut into blocks"), torch.device("meta"), quiet_transformers():
         outline = cls(copy.deepcopy(checkpoint.decoder_config))
-        return list(find_blocks(outline).blocks(outline))
+        layout = find_blocks(outline)
+        return list(layout.blocks(outline)), layout.model_type
 
 
 def check_pad_token(config: PreTrainedConfig) -> None:
@@ -133,6 +151,16 @@ def check_pad_token(config: PreTrainedConfig) -> None:
             f"pad_token_id is {pad}, the model has embeddings for 0…{text.vocab_size - 1}: pad with a token "
             "that the model knows, e.g. the tokenizer's eos_token, and name it as pad_token in tokenizer_config.json"
         )
+
+
+def _check_unpacked(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError if transformers left weights packed: their backward may lose gradients."""
+    for name, tensor in model.named_parameters():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise UnsupportedModelError(
+                f"transformers leaves {name} of {checkpoint.name_or_path!r} as {str(tensor.dtype)[6:]}, through which "
+                "gradients may be lost: give the checkpoint from which it was made, with --quant-type int8 or nf4"
+            )
 
 
 def fresh_parameters(

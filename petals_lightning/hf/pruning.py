@@ -182,6 +182,16 @@ def prune(model: PreTrainedModel, part: ModelSlice) -> BlockLayout:
     return layout
 
 
+def place_blocks(model: PreTrainedModel, layout: BlockLayout, devices: Sequence[torch.device]) -> None:
+    """Moves each block of a pruned model to its device, and the rest of the model to that of the first block."""
+    blocks = layout.blocks(model)
+    for block, device in zip(blocks, devices, strict=True):
+        block.to(device)
+    layout.set_blocks(model, nn.ModuleList())
+    model.to(devices[0])  # type: ignore[arg-type]
+    layout.set_blocks(model, blocks)
+
+
 def _numbers_of_blocks(blocks: Sequence[nn.Module], part: ModelSlice) -> list[tuple[nn.Module, str]]:
     """Modules in blocks of `part`, and the attributes with their block's number.
 

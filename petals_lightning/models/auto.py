@@ -315,7 +315,7 @@ class _AutoDistributed:
             model.generation_config = checkpoint.generation_config
         beyond_petals = shapes = None
         if tuning_mode == "prefix":
-            shapes, beyond_petals = past_shapes(model, layout, outline_blocks(family, checkpoint)), "trained prefix"
+            shapes, beyond_petals = past_shapes(model, layout, outline_blocks(family, checkpoint)[0]), "trained prefix"
         if lora_config is not None:
             find_targets(lora_config, layout)  # a wrong name shows before servers are sought
             beyond_petals = "LoRA"

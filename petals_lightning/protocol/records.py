@@ -14,6 +14,7 @@ from typing import Any
 
 from petals_lightning.errors import ProtocolError
 from petals_lightning.protocol.checks import printable
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 
 STREAM_VERSION = 3
 MAX_WORD_LENGTH = 64
@@ -37,6 +38,7 @@ class ServerRecord:
         start, end: the span of blocks held, `end` exclusive; None if not given.
         public_name, version, torch_dtype, fingerprint: texts; in a record that was read, `printable` ones of at most
             `MAX_WORD_LENGTH` characters. None if not given. The fingerprint is a short digest of the served weights.
+        quant_type: of the weights, one of `QUANT_TYPES`, or a word that a later version may have.
         throughput: requests a second, as Petals counts them; used to place and compare servers.
         tokens_per_second: forward speed of one block, in tokens a second (Petals: `forward_rps`); None if not measured.
         stream_version: version of our stream method, None on servers that offer only Petals' methods.
@@ -53,6 +55,7 @@ class ServerRecord:
     public_name: str | None = None
     version: str | None = None
     torch_dtype: str | None = None
+    quant_type: str = UNQUANTIZED
     tokens_per_second: float | None = None
     stream_version: int | None = None
     hidden_size: int | None = None
@@ -74,7 +77,7 @@ class ServerRecord:
             "public_name": self.public_name,
             "version": self.version,
             "torch_dtype": self.torch_dtype,
-            "quant_type": "none",
+            "quant_type": self.quant_type,
             "adapters": list(self.adapters),
             "forward_rps": self.tokens_per_second,
             "cache_tokens_left": self.cache_tokens_left,
@@ -123,6 +126,7 @@ class ServerRecord:
             public_name=_word(extra, "public_name"),
             version=_word(extra, "version"),
             torch_dtype=_word(extra, "torch_dtype"),
+            quant_type=_word(extra, "quant_type") or UNQUANTIZED,
             tokens_per_second=float(speed) if speed is not None else None,
             stream_version=_typed(ours, "stream", int),
             hidden_size=_typed(ours, "hidden_size", int),

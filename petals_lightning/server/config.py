@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.options import FINITE_ABOVE_0, Rule, described, option
+from petals_lightning.protocol.quant_types import QUANT_TYPES, UNQUANTIZED
 from petals_lightning.server.access.limits import GIB, ServerLimits
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -22,6 +23,11 @@ def parse_block_indices(text: str) -> tuple[int, int]:
     except ValueError as e:
         raise ConfigurationError(f"--block-indices {text!r}: give START:END, END exclusive, e.g. 0:16") from e
     return start, end
+
+
+def parse_devices(words: list[str]) -> tuple[str, ...]:
+    """`["a,b", "c"]` as ("a", "b", "c")."""
+    return tuple(device for word in words for device in word.split(","))
 
 
 @described
@@ -50,16 +56,36 @@ class ServerConfig(ServerLimits):
         default_words="what is free",
         unit=GIB,
     )
+    max_disk_bytes: int | None = option(
+        None,
+        "Disk space of the hub's cache, beyond which no shard is downloaded (GiB on the command line).",
+        FINITE_ABOVE_0,
+        flag="--max-disk-space",
+        default_words="no limit",
+        unit=GIB,
+    )
     dht_prefix: str | None = option(
         None, "Name of the model in the swarm; needed for a local folder.", default_words="derived from the hub id"
     )
     device: str | None = option(
         None, "Where the blocks run: cpu, cuda, cuda:1, and so on.", default_words="cuda where there is one"
     )
+    devices: tuple[str, ...] | None = option(
+        None,
+        "Several devices, instead of device: cuda:0,cuda:1. Each holds consecutive blocks, by its free memory.",
+        metavar="DEVICE,DEVICE",
+        parse=parse_devices,
+    )
     dtype: str = option(
         "auto",
         "Data type of the blocks: float32, float16, bfloat16, or auto, which is the checkpoint's.",
         Rule(lambda value: value in _DTYPES, "choose auto, float32, float16 or bfloat16"),
+    )
+    quant_type: str = option(
+        UNQUANTIZED,
+        "How the weights of the blocks' linear modules are kept: none, as they are; int8; or nf4, in four bits. These "
+        "two need bitsandbytes, take about 0.5 and 0.28 of the memory of bfloat16, and round.",
+        Rule(lambda value: value in QUANT_TYPES, f"choose {', '.join(QUANT_TYPES[:-1])} or {QUANT_TYPES[-1]}"),
     )
     adapters: tuple[str, ...] = option(
         (),

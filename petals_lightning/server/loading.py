@@ -15,14 +15,16 @@ from petals_lightning.errors import CheckpointError, ConfigurationError, Protoco
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.adapter_files import read_adapter
 from petals_lightning.hf.decoder import model_class
-from petals_lightning.hf.pruning import num_blocks
+from petals_lightning.hf.pruning import num_blocks, place_blocks
 from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.checks import WIRE_DTYPES
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.blocks.cpu_decoding import order_weights_for_decoding
 from petals_lightning.server.blocks.held_adapters import HeldAdapters
 from petals_lightning.server.blocks.self_checks import (
     check_family,
+    check_quantized,
     measure_past_shapes,
     verify_sessions,
     verify_shared_prefix,
@@ -39,8 +41,9 @@ def load_span(
     start: int,
     end: int,
     *,
-    device: torch.device,
+    devices: Sequence[torch.device],
     dtype: str | torch.dtype,
+    quant_type: str = UNQUANTIZED,
     share_prefix: bool = True,
     on_shard: Callable[[str, int, int], None] | None = None,
 ) -> BlockSpan:
@@ -49,7 +52,9 @@ def load_span(
     Args:
         checkpoint: the model.
         start, end: the blocks.
-        device, dtype: where and how they run; "auto" dtype is the checkpoint's.
+        devices: where each block runs.
+        dtype: how they run; "auto" is the checkpoint's.
+        quant_type: how the weights of their linears are kept.
         share_prefix: run a prefix once for the batch, if the family allows it.
         on_shard: called with the progress of loading.
 
@@ -62,11 +67,16 @@ def load_span(
         checkpoint,
         ModelSlice(start, end, with_embeddings_and_head=False),
         dtype=dtype,
+        quant_type=quant_type,
+        devices=devices,
         on_shard=on_shard,
     )
-    order_weights_for_decoding(model.to(device))  # type: ignore[arg-type]
+    place_blocks(model, layout, devices)
+    order_weights_for_decoding(model)
     span = BlockSpan(model, layout, start)
     check_family(span)
+    if span.quant_type != UNQUANTIZED:
+        check_quantized(span)
     may_share = verify_shared_prefix(span)
     span.share_prefix = share_prefix and may_share
     if not may_share:
@@ -124,6 +134,7 @@ def server_info(
         "num_blocks": num_blocks(checkpoint.config),
         "hidden_size": span.hidden_size,
         "dtype": str(span.dtype).removeprefix("torch."),
+        "quant_type": span.quant_type,
         "wire_dtypes": sorted(WIRE_DTYPES),
         "fingerprint": checkpoint.fingerprint,
         "adapters": adapters.fingerprints,

@@ -75,10 +75,26 @@ def plan_memory(block_bytes: Sequence[int], config: ServerConfig, free: int, *, 
     plan = MemoryPlan(free, total, count, _largest(block_bytes, count), budgets, reserve)
     if not count:
         raise ConfigurationError(
-            f"not one block fits, each takes {_gib(max(block_bytes))} GiB: {plan}. Use --dtype bfloat16, smaller "
-            "budgets (--graph-memory, --cache-memory), or a device with more memory"
+            f"not one block fits, each takes {_gib(max(block_bytes))} GiB: {plan}. Use --dtype bfloat16, "
+            "--quant-type nf4, smaller budgets (--graph-memory, --cache-memory), or a device with more memory"
         )
     return plan
+
+
+def split_blocks(block_bytes: Sequence[int], free: Sequence[int]) -> list[int]:
+    """The device of each of consecutive blocks, so that weights are shared out by free memory, in order.
+
+    Args:
+        block_bytes: of each block.
+        free: bytes of each device.
+    """
+    shares = [sum(free[: number + 1]) / sum(free) for number in range(len(free))]
+    total, before, devices = sum(block_bytes), 0, []
+    for size in block_bytes:
+        middle = (before + size / 2) / total
+        devices.append(next(number for number, share in enumerate(shares) if middle <= share or share == shares[-1]))
+        before += size
+    return devices
 
 
 def free_memory(device: torch.device) -> int:
@@ -87,10 +103,16 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     try:
-        limit, used = ((_CONTAINER / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used, parts = (
+            (_CONTAINER / name).read_text().strip() for name in ("memory.max", "memory.current", "memory.stat")
+        )
     except OSError:  # not in a container, or in one of an older kind
         return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    # Pages of files count as used, though the kernel takes them back when they are needed.
+    files = sum(
+        int(line.split()[1]) for line in parts.splitlines() if line.startswith(("active_file", "inactive_file"))
+    )
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + files))
 
 
 def _largest(block_bytes: Sequence[int], count: int) -> int:

@@ -34,6 +34,7 @@ class ServerMetrics(Collector):
             "model": self._dht_prefix,
             "blocks": f"{span.start}:{span.end}",
             "dtype": str(span.dtype).removeprefix("torch."),
+            "quant_type": span.quant_type,
             "device": str(span.device),
         }
         yield InfoMetricFamily(_PREFIX, "The server and its blocks.", value=about)

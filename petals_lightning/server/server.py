@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from transformers import AutoModel
@@ -16,8 +16,10 @@ from petals_lightning.hf.adapter_files import adapter_bytes
 from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.pruning import num_blocks
+from petals_lightning.hf.quantization import check_can_quantize
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
+from petals_lightning.server.access.limits import GIB
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.announcer import Announcer
 from petals_lightning.server.blocks.graphs import measure_graph_cost
@@ -26,7 +28,7 @@ from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.loading import forward_seconds, load_adapters, load_span, server_info
-from petals_lightning.server.memory_plan import free_memory, plan_memory
+from petals_lightning.server.memory_plan import free_memory, plan_memory, split_blocks
 from petals_lightning.server.metrics import ServerMetrics, serve_metrics
 from petals_lightning.server.peer_links import PeerLinks
 from petals_lightning.server.resources import ServerResources
@@ -52,8 +54,8 @@ class Server:
         on_shard: progress of loading.
 
     Raises:
-        ConfigurationError: peers would not take the records that follow from `update_period`, or a file of `config`
-            cannot be read.
+        ConfigurationError: peers would not take the records that follow from `update_period`, a file of `config`
+            cannot be read, or bitsandbytes is missing for its `quant_type`.
     """
 
     def __init__(
@@ -65,16 +67,22 @@ class Server:
         rules: AccessRules | None = None,
         on_shard: Callable[[str, int, int], None] | None = None,
     ):
-        self._checkpoint, self.node = checkpoint, node
         self._config = config = config or ServerConfig()
+        if config.max_disk_bytes is not None:
+            checkpoint = checkpoint.within_disk_space(config.max_disk_bytes)
+        self._checkpoint, self.node = checkpoint, node
         self._rules = rules or AccessRules.of_files(config.allow_peers, config.token_file)
         self._dht_prefix = check_dht_prefix(config.dht_prefix) if config.dht_prefix is not None else None
-        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if config.device is not None and config.devices is not None:
+            raise ConfigurationError("give --device or --devices, not both")
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self._devices = [torch.device(name) for name in config.devices or (config.device or default,)]
         if 2 * config.update_period > MAX_LIFETIME:
             raise ConfigurationError(
                 f"update_period={config.update_period:g}: peers take no record that lasts for more than "
                 f"{MAX_LIFETIME:.0f} s, and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
             )
+        check_can_quantize(config.quant_type)
         self._on_shard = on_shard
 
     @property
@@ -110,9 +118,15 @@ class Server:
                 config = self._fit_memory(config, adapters_bytes)
             directory = SwarmDirectory(self.node, self._rules.token)
             start, end = config.block_indices or self._choose_span(directory, prefix, count, config.num_blocks or count)
-            span = self._load(start, end)
-            adapters = load_adapters(span, self._checkpoint, config.adapters)
-            compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start()
+            self._check_memory(start, end)
+            with self._telling_lack_of_memory(start, end):
+                span = self._load(start, end)
+                adapters = load_adapters(span, self._checkpoint, config.adapters)
+                graph_cost = measure_graph_cost(span)
+                cache_bytes_per_token = measure_cache_bytes(span) if span.has_sessions else 0.0
+                record = self._record(span, adapters)
+            mark = span.transfers.mark if span.transfers.is_asynchronous else None
+            compute = ComputeThread(mark, depth=len(self._devices) + 1).start()
             started.callback(compute.stop, _STOP_TIMEOUT)
             resources = ServerResources(
                 span,
@@ -123,10 +137,9 @@ class Server:
                 rules=self._rules,
                 peer_id=self.node.peer_id.to_base58(),
                 links=PeerLinks(self.node.p2p),
-                graph_cost=measure_graph_cost(span),
-                cache_bytes_per_token=measure_cache_bytes(span) if span.has_sessions else 0.0,
+                graph_cost=graph_cost,
+                cache_bytes_per_token=cache_bytes_per_token,
             )
-            record = self._record(span, adapters)
             entry = ModelEntry(prefix, count, record.repository)
             announcer = Announcer(directory, entry, record, resources, config.update_period)
             server = RunningServer(self.node, resources, prefix, announcer, petals_only=config.petals_only)
@@ -139,24 +152,38 @@ class Server:
         return server
 
     def _load(self, start: int, end: int) -> BlockSpan:
+        return load_span(
+            self._checkpoint,
+            start,
+            end,
+            devices=self._devices_of_blocks(start, end),
+            dtype=self._config.dtype,
+            quant_type=self._config.quant_type,
+            share_prefix=self._config.share_prefix,
+            on_shard=self._on_shard,
+        )
+
+    def _check_memory(self, start: int, end: int) -> None:
+        """Raises ConfigurationError if the weights alone are more than what is free: Linux would kill the process."""
+        weights, free = sum(self._block_bytes()[start:end]), sum(map(free_memory, set(self._devices)))
+        if weights > free:
+            raise self._too_large(start, end, f"their weights take {weights / GIB:.3g} GiB, {free / GIB:.3g} are free")
+
+    @contextmanager
+    def _telling_lack_of_memory(self, start: int, end: int) -> Iterator[None]:
         try:
-            return load_span(
-                self._checkpoint,
-                start,
-                end,
-                device=self._device,
-                dtype=self._config.dtype,
-                share_prefix=self._config.share_prefix,
-                on_shard=self._on_shard,
-            )
+            yield
         except (MemoryError, OSError, RuntimeError) as e:
             if not is_out_of_memory(e):
                 raise
-            raise ConfigurationError(
-                f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in the memory of this machine's "
-                f"{self._device.type} ({first_line(e)}). Hold fewer blocks with --num-blocks or --block-indices, or "
-                "halve their size with --dtype bfloat16"
-            ) from e
+            raise self._too_large(start, end, first_line(e)) from e
+
+    def _too_large(self, start: int, end: int, reason: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in the memory of this machine's "
+            f"{self._devices[0].type} ({reason}). Hold fewer blocks with --num-blocks or --block-indices, or shrink "
+            "them with --dtype bfloat16 or --quant-type nf4"
+        )
 
     def _check_span(self, start: int, end: int, count: int) -> None:
         if not 0 <= start < end <= count:
@@ -166,11 +193,23 @@ class Server:
 
     def _fit_memory(self, config: ServerConfig, taken: int) -> ServerConfig:
         """The settings with as many blocks as fit beside `taken` bytes, and with budgets that leave room for them."""
-        free = config.memory if config.memory is not None else free_memory(self._device)
-        sizes = block_bytes(model_class(AutoModel, self._checkpoint), self._checkpoint, config.dtype)
-        plan = plan_memory(sizes, config, free - taken, is_gpu=self._device.type == "cuda")
-        logger.info("memory of %s: %s", self._device, plan)
+        free = config.memory if config.memory is not None else sum(map(free_memory, set(self._devices)))
+        plan = plan_memory(self._block_bytes(), config, free - taken, is_gpu=self._devices[0].type == "cuda")
+        logger.info("memory of %s: %s", " and ".join(map(str, self._devices)), plan)
         return plan.applied_to(config)
+
+    def _block_bytes(self) -> list[int]:
+        config = self._config
+        return block_bytes(model_class(AutoModel, self._checkpoint), self._checkpoint, config.dtype, config.quant_type)
+
+    def _devices_of_blocks(self, start: int, end: int) -> list[torch.device]:
+        if len(self._devices) == 1:
+            return self._devices * (end - start)
+        free = [free_memory(device) for device in self._devices]
+        chosen = split_blocks(self._block_bytes()[start:end], free)
+        for number, device in enumerate(self._devices):
+            logger.info("%s holds %d of the blocks", device, chosen.count(number))
+        return [self._devices[number] for number in chosen]
 
     def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int, wanted: int) -> tuple[int, int]:
         """The span of `wanted` blocks where the swarm is thinnest."""
@@ -190,6 +229,7 @@ class Server:
             public_name=self._config.public_name,
             version=__version__,
             torch_dtype=str(span.dtype).removeprefix("torch."),
+            quant_type=span.quant_type,
             tokens_per_second=batch * tokens * (span.end - span.start) / seconds,
             stream_version=None if self._config.petals_only else STREAM_VERSION,
             hidden_size=span.hidden_size,

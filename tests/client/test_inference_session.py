@@ -26,7 +26,7 @@ def test_steps_equal_one_forward_in_further_families(family, tiny_checkpoint, st
     assert_steps_equal_one_forward(layers_of(start_swarm(tiny_checkpoint(family), [(0, 1), (1, 4)])))
 
 
-@pytest.mark.also_on("petals", "mixed")
+@pytest.mark.also_on("petals", "mixed", "split")
 def test_going_back_reordering_and_keeping_few_outputs(tiny_checkpoint, start_swarm):
     layers = layers_of(start_swarm(tiny_checkpoint("gemma3"), [(0, 2), (1, 4)]))
     prompts, hidden = random_prompts(4), torch.randn(3, 9, HIDDEN)

@@ -62,7 +62,7 @@ def when_asked(model: torch.nn.Module, action: Callable[[str], None]) -> threadi
     return thread
 
 
-@pytest.mark.also_on("petals", "mixed", phase=["between"], spans=[LAYOUTS["same span"]])
+@pytest.mark.also_on("petals", "mixed", "split", phase=["between"], spans=[LAYOUTS["same span"]])
 @pytest.mark.also_on("petals", "mixed", phase=["backward"], spans=[LAYOUTS["cut elsewhere"]])
 @pytest.mark.parametrize("phase", ["connect", "forward", "between", "backward"])
 @pytest.mark.parametrize("spans", LAYOUTS.values(), ids=LAYOUTS)

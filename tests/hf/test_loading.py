@@ -152,14 +152,14 @@ def test_bin_checkpoints_load(shards, is_zip, sharded, tmp_path):
     assert torch.equal(ends.lm_head.weight, whole.lm_head.weight)
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8", "mxfp4"])
-def test_quantised_checkpoints_are_refused_in_one_line(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["gptq", "awq", "bitsandbytes", "a new one"])
+def test_quantised_checkpoints_that_cannot_be_dequantised_are_refused_in_one_line(kind, tmp_path):
     folder = save_tiny_checkpoint(TINY_CONFIGS["llama"](), tmp_path)
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": kind}}
     (folder / "config.json").write_text(json.dumps(config))
     for part in (ModelSlice(0, 2, with_embeddings_and_head=False), ModelSlice(0, 0, with_embeddings_and_head=True)):
         with pytest.raises(
-            UnsupportedModelError, match=rf"is quantised \({kind}\): quantised checkpoints are not served"
+            UnsupportedModelError, match=rf"is quantised \({kind}\), which transformers cannot undo while it loads"
         ):
             load(folder, part)
 

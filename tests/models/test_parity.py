@@ -26,6 +26,7 @@ MODES = [None, "ptune", "deep_ptune"]
 
 
 @pytest.mark.also_on("petals")
+@pytest.mark.also_on("split", family=("llama", "bloom", "gemma3"))
 @pytest.mark.also_on("mixed", family=("llama", "bloom", "falcon", "mixtral", "gpt2"))
 @pytest.mark.parametrize("family", [*TINY_CONFIGS, *RECURRENT_CONFIGS])
 def test_every_family_equals_local_hugging_face(family, tiny_checkpoint, start_swarm):

@@ -76,3 +76,32 @@ def test_tensors_come_back_from_the_device_as_they_went():
     for tensor, own in zip(sent, back, strict=True):
         assert own.is_pinned()
         assert torch.equal(own, tensor * 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3"])
+def test_a_server_on_two_devices_trains_and_generates_as_the_cpu(family, tiny_checkpoint, start_swarm):
+    checkpoint = tiny_checkpoint(family)
+    swarm = start_swarm(checkpoint, [(0, 4)], devices=("cuda:0", "cuda:1"))
+    classes = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
+    remote, local = pair(*classes, checkpoint, swarm, "deep_ptune", num_labels=3)
+    for model in (remote, local):
+        model(**right_padded_batch()).loss.backward()
+    assert_same_gradients(remote, local, 1e-4)
+    models = pair(AutoDistributedModelForCausalLM, LocalModelForCausalLM, checkpoint, swarm, None)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    prompt = right_padded_batch()["input_ids"][:1]
+    assert torch.equal(*(model.eval().generate(prompt, **options) for model in models))
+
+
+@pytest.mark.parametrize("quant_type", ["int8", "nf4"])
+def test_quantised_blocks_train_as_on_the_cpu(quant_type, tiny_checkpoint, start_swarm):
+    checkpoint = tiny_checkpoint("llama")
+    grads = []
+    for device in ("cpu", str(DEVICE)):
+        swarm = start_swarm(checkpoint, [(0, 4)], device=device, quant_types=[quant_type])
+        classes = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
+        remote, _ = pair(*classes, checkpoint, swarm, "deep_ptune", num_labels=3)
+        remote(**right_padded_batch()).loss.backward()
+        grads.append(remote)
+    assert_same_gradients(grads[1], grads[0], 1e-2)  # a weight between two codes may be rounded either way

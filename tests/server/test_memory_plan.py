@@ -18,11 +18,15 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_bytes_of_blocks_are_known_before_they_are_loaded(family, dtype, tiny_checkpoint):
+@pytest.mark.parametrize(
+    ("dtype", "quant_type"), [("auto", "none"), ("bfloat16", "none"), ("auto", "int8"), ("bfloat16", "nf4")]
+)
+def test_bytes_of_blocks_are_known_before_they_are_loaded(family, dtype, quant_type, tiny_checkpoint):
     checkpoint = Checkpoint(tiny_checkpoint(family))
-    expected = block_bytes(model_class(AutoModel, checkpoint), checkpoint, dtype)
-    span = load_span(checkpoint, 0, NUM_BLOCKS, device=torch.device("cpu"), dtype=dtype)
+    expected = block_bytes(model_class(AutoModel, checkpoint), checkpoint, dtype, quant_type)
+    span = load_span(
+        checkpoint, 0, NUM_BLOCKS, devices=[torch.device("cpu")] * NUM_BLOCKS, dtype=dtype, quant_type=quant_type
+    )
     assert expected == [span.weight_bytes(block, block + 1) for block in range(NUM_BLOCKS)]
 
 

@@ -182,8 +182,8 @@ KINDS: dict[str, tuple[Callable[[], PreTrainedConfig], tuple[int, int]]] = {
 def test_every_kind_of_block_is_among_those_that_tell_for_all(kind, tmp_path):
     make, expected = KINDS[kind]
     checkpoint = Checkpoint(str(save_tiny_checkpoint(make(), tmp_path)))
-    span = load_span(checkpoint, 0, NUM_BLOCKS, device=torch.device("cpu"), dtype="auto")
+    span = load_span(checkpoint, 0, NUM_BLOCKS, devices=[torch.device("cpu")] * NUM_BLOCKS, dtype="auto")
     assert telling_blocks(span) == expected
-    later = load_span(checkpoint, 1, NUM_BLOCKS, device=torch.device("cpu"), dtype="auto")
+    later = load_span(checkpoint, 1, NUM_BLOCKS, devices=[torch.device("cpu")] * (NUM_BLOCKS - 1), dtype="auto")
     start, end = telling_blocks(later)
     assert 1 <= start < end <= NUM_BLOCKS

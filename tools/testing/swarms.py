@@ -9,6 +9,7 @@ from typing import Any
 
 from petals_lightning.hf import Checkpoint
 from petals_lightning.models import remote_blocks
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.server.access.limits import ServerLimits
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.config import ServerConfig
@@ -18,8 +19,9 @@ from petals_lightning.swarm import SwarmNode
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
 PREFIX = "tiny"
-SERVERS = ("ours", "petals", "mixed")
-"""Kinds of swarms: of our servers, of such that offer Petals' methods alone, of both by turns."""
+SERVERS = ("ours", "petals", "mixed", "split")
+"""Kinds of swarms: our servers, such that offer Petals' methods alone, both by turns, ours on two devices each."""
+TWO_DEVICES = ("cpu", "cpu")
 
 
 def is_petals_only(servers: str, number: int) -> bool:
@@ -29,6 +31,8 @@ def is_petals_only(servers: str, number: int) -> bool:
 
 def serve_options(servers: str, number: int) -> tuple[str, ...]:
     """What `petals-lightning serve` is told for that server."""
+    if servers == "split":
+        return "--devices", ",".join(TWO_DEVICES)
     return ("--petals-only",) if is_petals_only(servers, number) else ()
 
 
@@ -40,7 +44,8 @@ class InProcessSwarm:
         spans: blocks of each server.
         dtype, limits, rules, prefix: for all servers.
         servers: one of `SERVERS`.
-        share_prefix, device, throughput: as of `Server`.
+        share_prefix, device, devices, throughput: as of `ServerConfig`.
+        quant_types: of each server's weights; none is quantised by default.
         adapters: for each server those that it holds; none by default.
     """
 
@@ -57,13 +62,17 @@ class InProcessSwarm:
         servers: str = "ours",
         share_prefix: bool = True,
         device: str = "cpu",
+        devices: Sequence[str] | None = None,
         throughput: float | None = None,
         adapters: Sequence[Sequence[Path | str]] = (),
+        quant_types: Sequence[str] | None = None,
     ):
         self._checkpoint, self._spans, self._kind, self._dtype = str(checkpoint), spans, servers, dtype
         self._limits, self._prefix, self._initial_peers = limits, prefix, initial_peers
         self._rules, self._share_prefix, self._device = rules, share_prefix, device
-        self._throughput, self._adapters = throughput, adapters or [()] * len(spans)
+        self._devices = tuple(devices) if devices is not None else TWO_DEVICES if servers == "split" else None
+        self._throughput, self._quant_types = throughput, quant_types or [UNQUANTIZED] * len(spans)
+        self._adapters = adapters or [()] * len(spans)
         self.servers: list[RunningServer] = []
         self._models: weakref.WeakSet[Any] = weakref.WeakSet()  # their blocks; of what a test drops nothing is kept
         self._client: SwarmNode | None = None
@@ -101,9 +110,11 @@ class InProcessSwarm:
                     block_indices=span,
                     dht_prefix=self._prefix,
                     dtype=self._dtype,
+                    quant_type=self._quant_types[number],
                     petals_only=is_petals_only(self._kind, number),
                     share_prefix=self._share_prefix,
-                    device=self._device,
+                    device=self._device if self._devices is None else None,
+                    devices=self._devices,
                     throughput=self._throughput,
                     adapters=tuple(map(str, self._adapters[number])),
                     update_period=30,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.compat import cache_name
 from petals_lightning.hf.linears import add_low_rank, linears_of
 from petals_lightning.hf.pruning import BlockLayout, sliced_config
+from petals_lightning.hf.quantization import dtype_and_device
 from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.server.blocks.kv_cache import SpanCache
 
@@ -28,6 +29,7 @@ class BlockPass:
         hidden: [B, S, H] enters the first block.
         adapter: of these blocks or more, on the model's device, or None. Deep prompts are for the first P positions.
         output: [B, S, H] of the last block, once it has run.
+        copies: on other devices, of tensors that all blocks take, such as masks; by id, with the tensor itself.
     """
 
     start: int
@@ -35,12 +37,27 @@ class BlockPass:
     hidden: torch.Tensor
     adapter: Adapter | None
     output: torch.Tensor | None = None
+    copies: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def on_device(self, value: Any, device: torch.device) -> Any:
+        """An argument of a block on its device: a tensor, or what holds tensors."""
+        if isinstance(value, torch.Tensor):
+            key = id(value), device
+            if value.device != device and key not in self.copies:
+                self.copies[key] = value, value.to(device)
+            return value if value.device == device else self.copies[key][1]
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.on_device(each, device) for each in value)
+        if isinstance(value, dict):
+            return {name: self.on_device(each, device) for name, each in value.items()}
+        return value
 
 
 class BlockRunner:
     """Runs blocks of a pruned model. Hooks on the blocks set their inputs and collect the output.
 
-    LoRA is in hooks that live for one pass: no other client's pass can meet it.
+    LoRA is in hooks that live for one pass: no other client's pass can meet it. Blocks may be on several devices: each
+    gets its arguments on its own.
 
     Args:
         model: the pruned model.
@@ -56,7 +73,10 @@ class BlockRunner:
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self._slices: dict[tuple[int, int], tuple[nn.ModuleList, Any]] = {}
         self._running: BlockPass | None = None
-        for number, block in enumerate(self._blocks, start):
+        devices = [dtype_and_device(block)[1] for block in self._blocks]
+        for number, (block, device) in enumerate(zip(self._blocks, devices, strict=True), start):
+            if len(set(devices)) > 1:  # first, as the other hook finds what has been moved
+                block.register_forward_pre_hook(self._to_device(device), with_kwargs=True)
             block.register_forward_pre_hook(self._before_block(number))
             block.register_forward_hook(self._after_block(number))
 
@@ -131,14 +151,22 @@ class BlockRunner:
             self._layout.set_blocks(self._model, all_blocks)
             owner.config = self._config
 
+    def _to_device(self, device: torch.device) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            running = self._running
+            assert running is not None
+            return running.on_device(args, device), running.on_device(kwargs, device)
+
+        return hook
+
     def _before_block(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             running = self._running
             assert running is not None
             # The first block takes the hidden states as they arrived, not as the owner scaled or normalised them.
-            hidden = running.hidden if number == running.start else args[0]
+            hidden = running.hidden.to(args[0].device) if number == running.start else args[0]
             if (adapter := running.adapter) is not None and adapter.deep is not None:
-                deep = adapter.deep[number - adapter.start].to(hidden.dtype)
+                deep = adapter.deep[number - adapter.start].to(hidden)
                 hidden = hidden + nn.functional.pad(deep, (0, 0, 0, hidden.shape[1] - deep.shape[-2]))
             return (hidden, *args[1:])
 
@@ -149,7 +177,7 @@ class BlockRunner:
             running = self._running
             assert running is not None
             if number == running.end - 1:
-                running.output = output[0] if isinstance(output, tuple) else output
+                running.output = (output[0] if isinstance(output, tuple) else output).to(running.hidden.device)
 
         return hook
 

@@ -110,9 +110,9 @@ class StackedLayer(CacheLayer):
     def _stack(self, kind: int, parts: list[torch.Tensor]) -> torch.Tensor:
         length = max(part.shape[2] for part in parts)
         shape = (sum(self._batches), parts[0].shape[1], length, parts[0].shape[3])
-        stacked = self._scratch.get((kind, *shape))
-        if stacked is None:
-            stacked = self._scratch[kind, *shape] = parts[0].new_zeros(shape)
+        key = (kind, parts[0].device, *shape)
+        if (stacked := self._scratch.get(key)) is None:
+            stacked = self._scratch[key] = parts[0].new_zeros(shape)
         for rows, part in zip(stacked.split(self._batches), parts, strict=True):
             rows[:, :, length - part.shape[2] :] = part
         return stacked

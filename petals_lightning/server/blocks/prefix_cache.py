@@ -79,10 +79,17 @@ class PrefixCache(SpanCache):
     def __init__(self, num_blocks: int, first: int):
         super().__init__([PrefixLayer() for _ in range(num_blocks)], first)
 
-    def fill(self, past: Sequence[PastKeyValues], dtype: torch.dtype) -> PrefixCache:
-        """Puts keys and values that were given in place of a prefix's, from block `first` on; returns itself."""
-        for layer, pair in zip(self.attention_layers[self.first :], by_block(past), strict=False):
-            layer.lazy_initialization(*(tensor[None].to(dtype) for tensor in pair))
+    def fill(self, past: Sequence[PastKeyValues], dtype: torch.dtype, devices: Sequence[torch.device]) -> PrefixCache:
+        """Puts keys and values that were given in place of a prefix's, from block `first` on; returns itself.
+
+        Args:
+            past: given by the client.
+            dtype: of the passes.
+            devices: of all hosted blocks.
+        """
+        own = slice(self.first, None)
+        for layer, device, pair in zip(self.attention_layers[own], devices[own], by_block(past), strict=False):
+            layer.lazy_initialization(*(tensor[None].to(device, dtype) for tensor in pair))
         return self
 
     def past(self, first_hosted: int) -> tuple[PastKeyValues, ...]:

@@ -12,6 +12,7 @@ from torch import nn
 from petals_lightning.errors import UnsupportedModelError
 from petals_lightning.hf.checkpoint import refusing
 from petals_lightning.hf.pruning import per_block_lists
+from petals_lightning.hf.quantization import dequantized
 from petals_lightning.server.blocks.kv_cache import GrowingLayer, SpanCache
 from petals_lightning.server.blocks.prefix_cache import shapes_of
 from petals_lightning.server.blocks.span import BlockSpan, SpanInputs
@@ -90,6 +91,33 @@ def check_family(span: BlockSpan) -> None:
             f"{name} is not served: its attention is bidirectional. Positions read later ones, so padding "
             "would change every result"
         )
+
+
+def check_quantized(span: BlockSpan) -> None:
+    """Checks that quantised blocks give the outputs and gradients of plain ones with the same, dequantised weights.
+
+    A kind whose kernels or whose backward lose something would be trained through without an error.
+
+    Raises:
+        UnsupportedModelError: they do not. The message is one line.
+    """
+    start, end = telling_blocks(span)
+    hidden = torch.randn(2, _TOKENS, span.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def outputs_and_gradients() -> tuple[torch.Tensor, torch.Tensor]:
+        graph = span.forward_with_graph(SpanInputs(start, end, hidden), input_grad=True)
+        out = graph.outputs[0]
+        return out.detach(), span.backward(graph, out.detach().cpu(), None)["hidden"]
+
+    found = outputs_and_gradients()
+    with dequantized(span.blocks[start - span.start : end - span.start]):
+        expected = outputs_and_gradients()
+    for what, *pair in zip(("outputs", "gradients"), found, expected, strict=True):
+        if not _is_same(span, *pair):
+            raise UnsupportedModelError(
+                f"{type(span.model).__name__} ({span.model.config.model_type}) is not served with quant_type "
+                f"{span.quant_type} on {span.device}: its {what} are not those of the dequantised weights"
+            )
 
 
 @torch.no_grad()

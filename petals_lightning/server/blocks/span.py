@@ -22,6 +22,7 @@ from petals_lightning.errors import ProtocolError
 from petals_lightning.hf.context_limits import rotary_limit, sliding_window
 from petals_lightning.hf.linears import linear_shape
 from petals_lightning.hf.pruning import BlockLayout
+from petals_lightning.hf.quantization import dtype_and_device, quant_type_of, weight_bytes
 from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.tensors import is_same
 from petals_lightning.server.blocks.block_runner import BlockPass, BlockRunner
@@ -98,6 +99,8 @@ class BlockSpan:
         start: number of its first block in the full model.
 
     Attributes:
+        dtype, device: of the passes.
+        quant_type: how the weights of the linears are kept.
         share_prefix: whether the prefix may run once for the batch (tested by `verify_shared_prefix`).
         skips_unread: whether the last block may skip positions that are not read (`verify_skipping`).
         has_sessions: whether the blocks keep nothing but keys and values (`verify_sessions`).
@@ -112,12 +115,12 @@ class BlockSpan:
         self.end = start + len(self.blocks)
         self.share_prefix = self.skips_unread = self.batches_sessions = self.has_sessions = True
         self.past_shapes: dict[int, tuple[int, int, int]] = {}
-        parameter = next(model.parameters())
-        self.dtype, self.device = parameter.dtype, parameter.device
+        self.dtype, self.device = dtype_and_device(model)
+        self.quant_type = quant_type_of(model)
         self.transfers = Transfers(self.device)
         self.hidden_size = model.config.get_text_config().hidden_size
         self.rotary_limit, self._window = rotary_limit(model.config), sliding_window(model.config)
-        self._weight_bytes = [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
+        self._weight_bytes = [weight_bytes(block) for block in self.blocks]
         self._runner = BlockRunner(model, layout, start)
         self._copies: WeakKeyDictionary[Adapter, Adapter] = WeakKeyDictionary()  # on the device
 
@@ -174,7 +177,7 @@ class BlockSpan:
         """A cache with the adapter's keys and values."""
         adapter, cache = self._placed(inputs.adapter), PrefixCache(len(self.blocks), inputs.start - self.start)
         assert adapter is not None
-        return cache.fill(adapter.past, self.dtype)
+        return cache.fill(adapter.past, self.dtype, [dtype_and_device(block)[1] for block in self.blocks])
 
     def prefix_past(self, inputs: SpanInputs) -> dict[str, torch.Tensor]:
         """Keys and values of the prefix of `inputs` in its blocks, named as an adapter's.

@@ -132,19 +132,19 @@ class ComputeThread:
 
     Args:
         mark: for devices where functions return before their results are there, such as GPUs (`Transfers.mark`). It is
-            called after each function, and returns a callable that waits for the results. Two functions can then run
-            at a time: one is launched while the other computes.
+            called after each function, and returns a callable that waits for the results.
+        depth: how many functions can then run at a time: one is launched while one computes on each device.
 
     Attributes:
         usage: of all work that has run.
     """
 
-    def __init__(self, mark: Callable[[], Callable[[], None]] | None = None) -> None:
+    def __init__(self, mark: Callable[[], Callable[[], None]] | None = None, depth: int = 2) -> None:
         self.usage = Usage()
         self._queue: FairQueue[_Job[Any]] = FairQueue()
         self._changed = threading.Condition()
         self._stopping = False
-        self._mark = mark
+        self._mark, self._depth = mark, depth if mark is not None else 1
         self._running, self._ended = 0, 0.0
         self._launches: queue.Queue[_Launch | None] = queue.Queue()
         self._heap = HeapTrimmer()
@@ -227,7 +227,7 @@ class ComputeThread:
         """
         with self._changed:
             while not self._stopping:
-                if self._running == (1 if self._mark is None else 2) or not len(self._queue):
+                if self._running == self._depth or not len(self._queue):
                     self._changed.wait()
                 elif (seconds := self._queue.hold()) > 0:
                     self._changed.wait(seconds)
