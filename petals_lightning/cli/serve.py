@@ -84,7 +84,9 @@ def serve(
     try:
         span = running.span
         say(f"ready: blocks {span.start}:{span.end} of {running.dht_prefix} in {str(span.dtype)[6:]} on {span.device}")
-        if not stop.wait_while(lambda: running.node.is_alive):
+        if not stop.wait_while(lambda: running.is_alive):
+            if running.failure is not None:
+                raise running.failure
             raise SwarmConnectionError(
                 "the libp2p daemon of this server has ended: nobody can reach it; start it again"
             )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from transformers import AutoModel
 
 from petals_lightning import __version__
-from petals_lightning.errors import ConfigurationError, is_out_of_memory
+from petals_lightning.errors import ConfigurationError, PetalsLightningError, is_out_of_memory
 from petals_lightning.hf import Checkpoint, block_bytes
 from petals_lightning.hf.checkpoint import first_line
 from petals_lightning.hf.decoder import model_class
@@ -27,11 +29,14 @@ from petals_lightning.server.loading import forward_seconds, load_span, server_i
 from petals_lightning.server.memory_plan import free_memory, plan_memory
 from petals_lightning.server.metrics import ServerMetrics, serve_metrics
 from petals_lightning.server.peer_links import PeerLinks
+from petals_lightning.server.placement import Span, expected_throughput, placed_servers, thinnest_span
+from petals_lightning.server.rebalancing import Rebalancer
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.running_server import RunningServer
 from petals_lightning.server.sessions.session_cache import measure_cache_bytes
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
+from petals_lightning.swarm.loop_thread import in_daemon_thread
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
 
 logger = logging.getLogger(__name__)
@@ -104,34 +109,83 @@ class Server:
             started.callback(self.node.close)
             on_joined()
             if config.block_indices is None and config.num_blocks is None:
-                config = self._fit_memory(config)
+                self._config = config = self._fit_memory(config)
             directory = SwarmDirectory(self.node, self._rules.token)
-            start, end = config.block_indices or self._choose_span(directory, prefix, count, config.num_blocks or count)
-            span = self._load(start, end)
-            compute = ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start()
-            started.callback(compute.stop, _STOP_TIMEOUT)
-            resources = ServerResources(
-                span,
-                compute,
-                config,
-                info=server_info(span, self._checkpoint, config),
-                rules=self._rules,
-                peer_id=self.node.peer_id.to_base58(),
-                links=PeerLinks(self.node.p2p),
-                graph_cost=measure_graph_cost(span),
-                cache_bytes_per_token=measure_cache_bytes(span) if span.has_sessions else 0.0,
+            joining = self._choose_span(directory, prefix, count)
+            announcer = Announcer(
+                directory, ModelEntry(prefix, count, joining.repository), joining, config.update_period
             )
-            record = self._record(span)
-            entry = ModelEntry(prefix, count, record.repository)
-            announcer = Announcer(directory, entry, record, resources, config.update_period)
+            self.node.run(announcer.start())
+            started.callback(lambda: self.node.run(announcer.leave(_STOP_TIMEOUT)))
+            assert joining.start is not None
+            assert joining.end is not None
+            resources, record = self._hold((joining.start, joining.end))
+            started.callback(resources.compute.stop, _STOP_TIMEOUT)
             server = RunningServer(self.node, resources, prefix, announcer, petals_only=config.petals_only)
             if config.metrics_port is not None:
-                metrics = ServerMetrics(resources, prefix)
+                metrics = ServerMetrics(lambda: server.serving, prefix)
                 server.stop_metrics = serve_metrics(metrics, config.metrics_host, config.metrics_port)
                 started.callback(server.stop_metrics)
-            self.node.run(server.open())
+            self.node.run(server.open(record))
+            if self._moves(joining, count):
+                self.node.run(self._keep_balanced(server, directory, announcer))
             started.pop_all()
         return server
+
+    def _moves(self, joining: ServerRecord, count: int) -> bool:
+        """Whether the server goes where the swarm is thin later, too."""
+        config = self._config
+        chosen = config.block_indices is None and (joining.start, joining.end) != (0, count)
+        return chosen and config.balance_quality > 0 and not config.petals_only
+
+    async def _keep_balanced(self, server: RunningServer, directory: SwarmDirectory, announcer: Announcer) -> None:
+        rebalancer = Rebalancer(
+            directory,
+            ModelEntry(self.dht_prefix, num_blocks(self._checkpoint.config), server.record.repository),
+            announcer,
+            lambda span: self._move(server, span),
+            peer=self.node.peer_id.to_base58(),
+            quality=self._config.balance_quality,
+            period=self._config.balance_period,
+        )
+        server.keep_moving(rebalancer.run())
+
+    async def _move(self, server: RunningServer, span: Span) -> None:
+        """Leaves the server's blocks for others. If those cannot be loaded, it takes its old ones again."""
+        before = server.span.start, server.span.end
+        logger.info("moving from blocks %d:%d to %d:%d, where the swarm is thinner", *before, *span)
+        joining = replace(
+            server.record, state=ServerState.JOINING, start=span[0], end=span[1], next_start=None, next_end=None,
+            can_move=False,
+        )  # fmt: skip
+        await server.vacate(joining, self._config.drain_timeout)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            resources, record = await in_daemon_thread(lambda: self._hold(span))
+        except (PetalsLightningError, OSError) as e:
+            logger.warning("blocks %d:%d could not be loaded, going back to %d:%d: %s", *span, *before, e)
+            resources, record = await in_daemon_thread(lambda: self._hold(before))
+        await server.resume(resources, record)
+        logger.info("ready: blocks %d:%d of %s", resources.span.start, resources.span.end, self.dht_prefix)
+
+    def _hold(self, place: Span) -> tuple[ServerResources, ServerRecord]:
+        """Loads blocks, measures them and starts what runs them."""
+        span = self._load(*place)
+        record = self._record(span)
+        resources = ServerResources(
+            span,
+            ComputeThread(span.transfers.mark if span.transfers.is_asynchronous else None).start(),
+            self._config,
+            info=server_info(span, self._checkpoint, self._config),
+            rules=self._rules,
+            peer_id=self.node.peer_id.to_base58(),
+            links=PeerLinks(self.node.p2p),
+            graph_cost=measure_graph_cost(span),
+            cache_bytes_per_token=measure_cache_bytes(span) if span.has_sessions else 0.0,
+        )
+        return resources, record
 
     def _load(self, start: int, end: int) -> BlockSpan:
         try:
@@ -167,11 +221,28 @@ class Server:
         logger.info("memory of %s: %s", self._device, plan)
         return plan.applied_to(config)
 
-    def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int, wanted: int) -> tuple[int, int]:
-        """The span of `wanted` blocks where the swarm is thinnest."""
-        table = self.node.run(directory.servers(prefix, count))
-        throughput = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
-        return thinnest_span(throughput, wanted)
+    def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int) -> ServerRecord:
+        """The record to announce while blocks are loaded: those that were asked for, or the thinnest of the swarm."""
+        config, throughput = self._config, self._config.throughput or 1.0
+        if config.block_indices is not None:
+            start, end = config.block_indices
+        else:
+            length = min(config.num_blocks or count, count)
+            servers = placed_servers(self.node.run(directory.servers(prefix, count)))
+            throughput = config.throughput or expected_throughput(servers, length)
+            start, end = thinnest_span(servers, count, length, throughput)
+        return ServerRecord(
+            state=ServerState.JOINING,
+            throughput=throughput,
+            start=start,
+            end=end,
+            public_name=config.public_name,
+            version=__version__,
+            stream_version=None if config.petals_only else STREAM_VERSION,
+            fingerprint=self._checkpoint.fingerprint,
+            num_blocks=count,
+            repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
+        )
 
     def _record(self, span: BlockSpan) -> ServerRecord:
         """The record to announce, with the speed of a small forward."""
@@ -192,19 +263,3 @@ class Server:
             num_blocks=num_blocks(self._checkpoint.config),
             repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
         )
-
-
-def thinnest_span(throughput: Sequence[float], length: int) -> tuple[int, int]:
-    """The span of `length` blocks with the least throughput, which limits the swarm most.
-
-    Args:
-        throughput: for each block, the summed throughput of the servers that hold it.
-        length: number of blocks to host, capped at the model's.
-
-    Returns:
-        (start, end) of the window whose sorted throughputs are smallest, weakest block first; of equals the leftmost.
-    """
-    length = min(length, len(throughput))
-    starts = range(len(throughput) - length + 1)
-    start = min(starts, key=lambda first: (sorted(throughput[first : first + length]), first))
-    return start, start + length
