@@ -21,7 +21,7 @@ from petals_lightning.protocol.records import ServerRecord, ServerState
 
 _FLOOR = 0.01  # of the mean throughput: a block without a server is bad, but not infinitely
 _LEAST_GAIN = 1e-6  # of the badness: a smaller gain may be rounding
-_ROUNDING = 1e-9  # of the mean throughput: what sums that should be 0 may be
+_ROUNDING = 1e-9  # a share that counts as nothing
 
 Span = tuple[int, int]
 
@@ -98,7 +98,7 @@ def thinnest_span(servers: Sequence[PlacedServer], num_blocks: int, length: int,
     gains = _window_gains(
         total[None], np.array([throughput]), np.array([length]), _mean(total, throughput * length)
     )[0]
-    start = int(gains.argmax())
+    start = int((gains >= gains.max() * (1 - _ROUNDING)).argmax())
     return start, start + length
 
 

@@ -16,7 +16,7 @@ from petals_lightning.swarm.directory import ModelEntry
 logger = logging.getLogger(__name__)
 
 STAY_PERIODS = 5  # after loading; bounds how often a server moves, whatever the swarm does
-_MAX_SETTLE = 10.0  # seconds in which announcements reach all peers
+MAX_SETTLE = 10.0  # seconds in which announcements reach all peers
 
 
 class Rebalancer:
@@ -48,7 +48,7 @@ class Rebalancer:
     ):
         self._directory, self._entry, self._announcer, self._move = directory, entry, announcer, move
         self._peer, self._quality, self._period = peer, quality, period
-        self._settle = min(_MAX_SETTLE, period / 4)
+        self._settle = min(MAX_SETTLE, period / 4)
         self._random = random.Random()
 
     async def run(self) -> None:

@@ -1,0 +1,146 @@
+"""Servers that move: six that die and join under a client, and a move in the middle of a conversation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from petals_lightning.hf import Checkpoint
+from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
+from petals_lightning.protocol.records import ServerState
+from petals_lightning.server.config import ServerConfig
+from petals_lightning.server.running_server import RunningServer
+from petals_lightning.server.server import Server
+from petals_lightning.swarm import SwarmNode
+from tests.helpers.families import NUM_BLOCKS
+from tools.testing.swarms import LOOPBACK, PREFIX
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+pytestmark = [pytest.mark.slow, pytest.mark.ours("it starts servers itself")]
+
+
+class Servers:
+    """Servers of a tiny Llama in this process, each of two blocks that it has chosen."""
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        self.running: list[RunningServer] = []
+        self.own: dict[int, Server] = {}
+
+    def start(self, **options: Any) -> RunningServer:
+        peers = self.running[0].node.visible_maddrs() if self.running else []
+        options = {"num_blocks": 2, "throughput": 1.0, "update_period": 1.0, "balance_period": 1.0} | options
+        config = ServerConfig(dht_prefix=PREFIX, device="cpu", drain_timeout=1.0, **options)
+        server = Server(Checkpoint(str(self.checkpoint)), SwarmNode(peers, host_maddrs=LOOPBACK), config=config)
+        self.running.append(server.start())
+        self.own[id(self.running[-1])] = server
+        return self.running[-1]
+
+    def kill(self, server: RunningServer) -> None:
+        """Ends its peer without a farewell."""
+        server.node.daemon.process.kill()
+        self.running.remove(server)
+        server.stop(timeout=0.1)
+
+    def places(self) -> list[tuple[int, int]]:
+        """Where those are that serve."""
+        return sorted(
+            (each.record.start or 0, each.record.end or 0)
+            for each in self.running
+            if each.serving is not None and each.record.state is ServerState.ONLINE
+        )
+
+    def load(self, **options: Any) -> Any:
+        model: Any = AutoDistributedModelForCausalLM.from_pretrained(
+            str(self.checkpoint),
+            initial_peers=self.running[0].node.visible_maddrs(),
+            dht_prefix=PREFIX,
+            refresh_period=1.0,
+            **options,
+        )
+        return model
+
+
+@pytest.fixture
+def servers(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Servers]:
+    started = Servers(tiny_checkpoint("llama"))
+    yield started
+    for server in reversed(started.running):
+        server.stop(timeout=1)
+
+
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not after {seconds:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+def test_six_servers_that_die_and_join_fill_holes_once(servers):
+    for _ in range(6):
+        servers.start()
+    assert servers.places() == [(0, 2)] * 3 + [(2, 4)] * 3, "each has joined where the swarm was thinnest"
+    local = AutoModelForCausalLM.from_pretrained(servers.checkpoint)
+    expected = local.generate(IDS, max_new_tokens=6, do_sample=False)
+    model = servers.load()
+    try:
+        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+        wait_until(lambda: all(each.record.can_move for each in servers.running), "all may move")
+        for server in [each for each in servers.running if each.record.start == 2 and each is not servers.running[0]]:
+            servers.kill(server)
+        # The client waits for blocks that nobody holds until one of the three has moved there.
+        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+        assert servers.places() == [(0, 2), (0, 2), (2, 4)], "one has filled the hole, and no second one"
+        peers = [each.node.peer_id for each in servers.running]
+        servers.start()
+        assert servers.running[-1].record.start == 2, "thinner than 0:2"
+        before = servers.places()
+        time.sleep(8)  # longer than a server stays after a move
+        assert servers.places() == before == [(0, 2), (0, 2), (2, 4), (2, 4)], "nothing moves at rest"
+        assert peers == [each.node.peer_id for each in servers.running[:3]], "a server that moves is the same peer"
+        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+    finally:
+        remote_blocks(model).close()
+
+
+def test_a_conversation_goes_on_while_its_server_moves(servers):
+    mover, _ = servers.start(balance_quality=0.0), servers.start(balance_quality=0.0)
+    assert servers.places() == [(0, 2), (2, 4)]
+    local = AutoModelForCausalLM.from_pretrained(servers.checkpoint)
+    expected = local.generate(IDS, max_new_tokens=12, do_sample=False)
+    model = servers.load()
+    try:
+        with model.inference_session(max_length=24) as session:
+            model.generate(IDS, max_new_tokens=6, do_sample=False)
+            assert session.peers[0] == mover.node.peer_id.to_base58()
+            servers.start(num_blocks=NUM_BLOCKS)
+            mover.node.run(servers.own[id(mover)]._move(mover, (2, 4)))
+            assert servers.places() == [(0, 4), (2, 4), (2, 4)]
+            model.generate(max_new_tokens=6, do_sample=False)
+            assert torch.equal(session.tokens, expected)
+            assert mover.node.peer_id.to_base58() not in session.peers
+    finally:
+        remote_blocks(model).close()
+
+
+def test_a_server_whose_new_blocks_cannot_be_loaded_takes_its_old_ones(servers, monkeypatch):
+    servers.start(num_blocks=NUM_BLOCKS)
+    mover = servers.start(balance_quality=0.0)
+    own = servers.own[id(mover)]
+    load = own._load
+
+    def fails(start, end):
+        if start:
+            raise OSError("the disk is full")
+        return load(start, end)
+
+    monkeypatch.setattr(own, "_load", fails)
+    mover.node.run(own._move(mover, (2, 4)))
+    assert servers.places() == [(0, 2), (0, 4)]
+    assert mover.is_alive
