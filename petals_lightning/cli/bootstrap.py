@@ -32,6 +32,7 @@ def bootstrap(
         host_maddrs=host_maddrs,
         announce_maddrs=announce_maddrs,
         identity_path=identity_path,
+        is_relay=True,
     ).start()
     try:
         for maddr in node.visible_maddrs():

@@ -33,6 +33,13 @@ def serve(
     host_maddrs: HostMaddrs = ["/ip4/0.0.0.0/tcp/0"],  # noqa: B006 (typer reads the default, nobody changes it)
     announce_maddrs: AnnounceMaddrs = None,
     identity_path: IdentityPath = None,
+    relay: Annotated[
+        str,
+        typer.Option(
+            help="Behind a router that lets no calls in: auto has other peers try, and calls pass an initial peer if "
+            "they cannot; always does so without trying; never does neither."
+        ),
+    ] = "auto",
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Log warnings and messages of other libraries, too.")
     ] = False,
@@ -70,6 +77,7 @@ def serve(
             host_maddrs=host_maddrs,
             announce_maddrs=announce_maddrs,
             identity_path=identity_path,
+            relay=relay,
         ),
         config=config,
         on_shard=progress.on_shard,
@@ -78,6 +86,8 @@ def serve(
     def say_addresses() -> None:  # before loading, so that others can join meanwhile
         for maddr in server.node.visible_maddrs():
             say(f"multiaddress: {maddr}")
+        if server.node.using_relay:
+            say("other peers cannot call this one: their calls pass a relay, which is slower")
 
     with progress:
         running = server.start(say_addresses)

@@ -140,6 +140,7 @@ def _describe_server(peer: str, record: ServerRecord, blocks: str, first: int) -
         "throughput": record.throughput,
         "tokens_per_second": record.tokens_per_second,
         "cache_tokens_left": record.cache_tokens_left,
+        "using_relay": record.using_relay,
     }
 
 
@@ -186,11 +187,11 @@ def _table(model: dict[str, Any]) -> Table:
     for column, width in _NUMBERS.items():
         table.add_column(column, justify="right", width=width)
     for server in model["servers"]:
-        trip = server["round_trip"]
+        trip, way = server["round_trip"], "by a relay" if server["using_relay"] else ""
         table.add_row(
             server["blocks"],
             " ".join(filter(None, [escape(server["public_name"] or ""), f"…{server['peer_id'][-10:]}"])),
-            " ".join(filter(None, [server["kind"], *(escape(server[of] or "") for of in ("version", "dtype"))])),
+            " ".join(filter(None, [server["kind"], *(escape(server[of] or "") for of in ("version", "dtype")), way])),
             f"{server['throughput']:,.1f}",
             *(f"{value:,.0f}" if value is not None else "" for value in (
                 server["tokens_per_second"], server["cache_tokens_left"]

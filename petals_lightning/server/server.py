@@ -242,6 +242,7 @@ class Server:
             fingerprint=self._checkpoint.fingerprint,
             num_blocks=count,
             repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
+            using_relay=self.node.using_relay,
         )
 
     def _record(self, span: BlockSpan) -> ServerRecord:
@@ -262,4 +263,5 @@ class Server:
             fingerprint=self._checkpoint.fingerprint,
             num_blocks=num_blocks(self._checkpoint.config),
             repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
+            using_relay=self.node.using_relay,
         )
