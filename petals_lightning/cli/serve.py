@@ -14,6 +14,7 @@ from petals_lightning.cli.options import (
     HostMaddrs,
     IdentityPath,
     InitialPeers,
+    LogFormat,
     StopSignal,
     configure_logging,
     say,
@@ -43,6 +44,7 @@ def serve(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Log warnings and messages of other libraries, too.")
     ] = False,
+    log_format: LogFormat = "text",
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
 ) -> None:
@@ -54,7 +56,7 @@ def serve(
         )
     if config.block_indices is not None and config.num_blocks is not None:
         raise ConfigurationError("give --block-indices or --num-blocks, not both")
-    configure_logging(verbose)
+    configure_logging(verbose, log_format)
     stop = StopSignal()
 
     import torch  # after OMP_WAIT_POLICY is set, and not for --help

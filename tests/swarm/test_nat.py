@@ -124,7 +124,7 @@ model = AutoDistributedModelForCausalLM.from_pretrained(
 stats = remote_blocks(model).stats
 ids = torch.arange(4 * 64).reshape(4, 64) % 50
 with torch.no_grad():
-    while stats.sent_bytes < 1 << 20:  # libp2p's own relays carry 128 KiB
+    while stats.bytes_sent < 1 << 20:  # libp2p's own relays carry 128 KiB
         logits = model(ids).logits
 tokens = model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False)
 print(json.dumps({"logits": logits[0, -1].tolist(), "tokens": tokens.tolist(), "retries": stats.retries}))
