@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 from collections.abc import Callable
@@ -42,6 +43,7 @@ from petals_lightning.swarm.record_keeping import MAX_LIFETIME
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT = 5.0  # seconds for the compute thread to end, if starting fails
+_CHOICE_SECONDS, _MAX_CHOICES = 2.0, 4  # in which servers that join at the same moment see each other
 
 
 class Server:
@@ -117,9 +119,9 @@ class Server:
             )
             self.node.run(announcer.start())
             started.callback(lambda: self.node.run(announcer.leave(_STOP_TIMEOUT)))
-            assert joining.start is not None
-            assert joining.end is not None
-            resources, record = self._hold((joining.start, joining.end))
+            if joining.next_start is not None:
+                self.node.run(self._agree(directory, announcer))
+            resources, record = self._hold(_span_of(announcer.record))
             started.callback(resources.compute.stop, _STOP_TIMEOUT)
             server = RunningServer(self.node, resources, prefix, announcer, petals_only=config.petals_only)
             if config.metrics_port is not None:
@@ -127,15 +129,15 @@ class Server:
                 server.stop_metrics = serve_metrics(metrics, config.metrics_host, config.metrics_port)
                 started.callback(server.stop_metrics)
             self.node.run(server.open(record))
-            if self._moves(joining, count):
+            if self._moves(record, count):
                 self.node.run(self._keep_balanced(server, directory, announcer))
             started.pop_all()
         return server
 
-    def _moves(self, joining: ServerRecord, count: int) -> bool:
+    def _moves(self, record: ServerRecord, count: int) -> bool:
         """Whether the server goes where the swarm is thin later, too."""
         config = self._config
-        chosen = config.block_indices is None and (joining.start, joining.end) != (0, count)
+        chosen = config.block_indices is None and _span_of(record) != (0, count)
         return chosen and config.balance_quality > 0 and not config.petals_only
 
     async def _keep_balanced(self, server: RunningServer, directory: SwarmDirectory, announcer: Announcer) -> None:
@@ -152,7 +154,7 @@ class Server:
 
     async def _move(self, server: RunningServer, span: Span) -> None:
         """Leaves the server's blocks for others. If those cannot be loaded, it takes its old ones again."""
-        before = server.span.start, server.span.end
+        before = _span_of(server.record)
         logger.info("moving from blocks %d:%d to %d:%d, where the swarm is thinner", *before, *span)
         joining = replace(
             server.record, state=ServerState.JOINING, start=span[0], end=span[1], next_start=None, next_end=None,
@@ -223,7 +225,7 @@ class Server:
 
     def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int) -> ServerRecord:
         """The record to announce while blocks are loaded: those that were asked for, or the thinnest of the swarm."""
-        config, throughput = self._config, self._config.throughput or 1.0
+        config, throughput, is_final = self._config, self._config.throughput or 1.0, True
         if config.block_indices is not None:
             start, end = config.block_indices
         else:
@@ -231,6 +233,7 @@ class Server:
             servers = placed_servers(self.node.run(directory.servers(prefix, count)))
             throughput = config.throughput or expected_throughput(servers, length)
             start, end = thinnest_span(servers, count, length, throughput)
+            is_final = length == count or not self.node.initial_peers
         return ServerRecord(
             state=ServerState.JOINING,
             throughput=throughput,
@@ -243,7 +246,26 @@ class Server:
             num_blocks=count,
             repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
             using_relay=self.node.using_relay,
+            next_start=None if is_final else start,
+            next_end=None if is_final else end,
         )
+
+    async def _agree(self, directory: SwarmDirectory, announcer: Announcer) -> None:
+        """Has servers that join at the same moment choose different places: those with lesser ids choose first."""
+        count, own = num_blocks(self._checkpoint.config), self.node.peer_id.to_base58()
+        for _ in range(_MAX_CHOICES):
+            record = announcer.record
+            start, end = _span_of(record)
+            await asyncio.sleep(_CHOICE_SECONDS)
+            found = placed_servers(await directory.servers(self.dht_prefix, count))
+            servers = [each for each in found if each.peer < own or (each.peer != own and each.next_span is None)]
+            span = thinnest_span(servers, count, end - start, record.throughput)
+            if span == (start, end):
+                break
+            announcer.record = replace(record, start=span[0], end=span[1], next_start=span[0], next_end=span[1])
+            await announcer.announce()
+        announcer.record = replace(announcer.record, next_start=None, next_end=None)
+        await announcer.announce()
 
     def _record(self, span: BlockSpan) -> ServerRecord:
         """The record to announce, with the speed of a small forward."""
@@ -265,3 +287,9 @@ class Server:
             repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
             using_relay=self.node.using_relay,
         )
+
+
+def _span_of(record: ServerRecord) -> Span:
+    assert record.start is not None
+    assert record.end is not None
+    return record.start, record.end

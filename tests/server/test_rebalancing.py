@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ class Servers:
         options = {"num_blocks": 2, "throughput": 1.0, "update_period": 1.0, "balance_period": 1.0} | options
         config = ServerConfig(dht_prefix=PREFIX, device="cpu", drain_timeout=1.0, **options)
         server = Server(Checkpoint(str(self.checkpoint)), SwarmNode(peers, host_maddrs=LOOPBACK), config=config)
-        self.running.append(server.start())
-        self.own[id(self.running[-1])] = server
-        return self.running[-1]
+        running = server.start()
+        self.running.append(running)
+        self.own[id(running)] = server
+        return running
 
     def kill(self, server: RunningServer) -> None:
         """Ends its peer without a farewell."""
@@ -80,6 +82,13 @@ def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> N
     while not holds():
         assert time.monotonic() < deadline, f"not after {seconds:.0f} s: {what}"
         time.sleep(0.1)
+
+
+def test_servers_that_join_at_the_same_moment_choose_different_places(servers):
+    servers.start(num_blocks=NUM_BLOCKS)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: servers.start(num_blocks=1), range(4)))
+    assert servers.places() == [(0, 1), (0, 4), (1, 2), (2, 3), (3, 4)]
 
 
 def test_six_servers_that_die_and_join_fill_holes_once(servers):
