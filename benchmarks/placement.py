@@ -149,7 +149,7 @@ class Simulation:
         if server.alive and self._planned(server) is None:
             self._look_later(server)
         elif server.alive:
-            self.at(float(self._rng.uniform(0, self.period)), lambda: self._look_again(server))
+            self.at(float(self._rng.uniform(0, self.period / 4)), lambda: self._look_again(server))
 
     def _look_again(self, server: _Server) -> None:
         if not server.alive:

@@ -72,7 +72,9 @@ class ServerConfig(ServerLimits):
         SHARE,
     )
     balance_period: float = option(
-        120.0, "Seconds between two looks at whether to move, on average; after a move, five times as long.", FINITE_ABOVE_0
+        120.0,
+        "Seconds between two looks at whether to move, on average; after a move, five times as long.",
+        FINITE_ABOVE_0,
     )
     drain_timeout: float = option(
         60.0,

@@ -95,10 +95,8 @@ def thinnest_span(servers: Sequence[PlacedServer], num_blocks: int, length: int,
     """
     length = min(length, num_blocks)
     total = block_throughput(servers, num_blocks)
-    gains = _window_gains(
-        total[None], np.array([throughput]), np.array([length]), _mean(total, throughput * length)
-    )[0]
-    start = int((gains >= gains.max() * (1 - _ROUNDING)).argmax())
+    gains = _window_gains(total[None], np.array([throughput]), np.array([length]), _mean(total, throughput * length))[0]
+    start = _first_best(gains)
     return start, start + length
 
 
@@ -180,10 +178,10 @@ def _best_move(
     gains = _window_gains(without, throughputs, ends - starts, mean)
     gains -= gains[np.arange(len(starts)), starts][:, None]
     gains[moved] = 0.0
-    number, start = np.unravel_index(gains.argmax(), gains.shape)
+    number, start = divmod(_first_best(gains.ravel()), len(total))
     if gains[number, start] <= _LEAST_GAIN * _badness(total, mean).sum():
         return None, 0
-    return int(number), int(start)
+    return number, start
 
 
 def _window_gains(without: np.ndarray, throughputs: np.ndarray, lengths: np.ndarray, mean: float) -> np.ndarray:
@@ -202,6 +200,11 @@ def _window_gains(without: np.ndarray, throughputs: np.ndarray, lengths: np.ndar
     gains = np.take_along_axis(sums, np.minimum(ends, num_blocks), axis=1) - sums[:, :-1]
     gains[ends > num_blocks] = -np.inf
     return gains
+
+
+def _first_best(gains: np.ndarray) -> int:
+    """The first of the greatest, which rounding may have made slightly different."""
+    return int((gains >= gains.max() * (1 - _ROUNDING)).argmax())
 
 
 def _badness(throughput: np.ndarray, mean: float) -> np.ndarray:

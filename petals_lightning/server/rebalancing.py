@@ -66,7 +66,7 @@ class Rebalancer:
         """The span to move to now, announced, or None."""
         if await self._planned() is None:
             return None
-        await asyncio.sleep(self._random.uniform(0, self._period))
+        await asyncio.sleep(self._random.uniform(0, self._period / 4))
         if (span := await self._planned()) is None:
             return None
         await self._announce(next_start=span[0], next_end=span[1])

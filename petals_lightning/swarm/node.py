@@ -60,8 +60,8 @@ class SwarmNode:
         identity_path: file of the private key, made if missing; the peer id follows from it.
         client_mode: use the DHT without storing others' records.
         connect_timeout: seconds to start the daemon and to reach an initial peer.
-        relay: what to do if others cannot call this peer: "auto" asks some of them, and if they cannot, has calls pass a
-            relay; "always" does so without asking; "never" does neither.
+        relay: what to do if others cannot call this peer: "auto" asks some of them, and if they cannot, has calls pass
+            a relay; "always" does so without asking; "never" does neither.
         is_relay: this peer can be called by all, and is a relay for others. So is a peer that starts a swarm.
     """
 
@@ -324,7 +324,7 @@ async def _wait_for_relay(p2p: P2P) -> None:
     """Waits until a relay takes calls for this peer. Raises SwarmConnectionError if none does."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_RELAY_TIMEOUT):
-            while not any(map(is_relayed, await p2p.get_visible_maddrs(latest=True))):
+            while not any(map(is_relayed, await p2p.get_visible_maddrs(latest=True))):  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
             return
     raise SwarmConnectionError(_NO_RELAY)

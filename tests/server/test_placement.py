@@ -66,7 +66,10 @@ def test_records_become_places():
     gone, outside = record(0, 1, ServerState.OFFLINE), record(0, 1, next_start=3, next_end=9)
     remains = ServerRecord(ServerState.ONLINE, 2.0)  # of a Petals server, under blocks that it held before
     table = [
-        {"m": moving, "g": gone, "o": outside, "p": remains}, {"m": moving}, {"j": joining}, {"j": joining, "p": remains}
+        {"m": moving, "g": gone, "o": outside, "p": remains},
+        {"m": moving},
+        {"j": joining},
+        {"j": joining, "p": remains},
     ]  # fmt: skip
     assert placed_servers(table) == [
         PlacedServer("j", 2, 4, 2.0),
@@ -90,9 +93,10 @@ def test_one_of_three_fills_the_hole():
 
 
 def test_nobody_moves_for_less_than_the_stated_share():
-    servers = [*movable((0, 1), (0, 1), throughput=0.5), PlacedServer("f", 0, 1, 9.5), PlacedServer("g", 1, 2, 10.0)]
-    assert plan_moves(servers, 2, 0.9) == {}, "10 would become 10.5, and 10.5 would become 10"
-    assert plan_moves([*servers, *movable((0, 1), throughput=4.0)], 2, 0.9) != {}
+    fixed = PlacedServer("f", 0, 1, 10.5), PlacedServer("g", 1, 2, 10.0)
+    servers = [*movable(*[(0, 1)] * 3, throughput=0.5), *fixed]
+    assert plan_moves(servers, 2, 0.9) == {}, "10 would become 11"
+    assert len(plan_moves(servers, 2, 0.95)) == 2
 
 
 def test_servers_that_may_not_move_and_servers_that_hold_all_stay():
@@ -117,6 +121,7 @@ def test_of_two_that_announce_the_same_hole_one_goes():
     assert answers == [(2, 4), None, None]
     first = [servers[0], *both[1:]]
     assert planned_span(first, servers[0].peer, 4, 0.9) is None, "the hole is taken"
+    first[0] = replace(first[0], can_move=False)
     assert planned_span(first, servers[1].peer, 4, 0.9, (2, 4)) == (2, 4), "nobody else has announced"
 
 

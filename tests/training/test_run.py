@@ -101,10 +101,8 @@ def test_what_was_tuned_is_logged_as_an_artifact_with_its_card(
     compose_run: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run(
-        compose_run("logger=wandb", "recipe=dialogue_deep_ptune", "data=dialogue", "trainer.limit_train_batches=2"),
-        recipe="mine",
-    )
+    short = "data.source=bundled", "data.limit=20", "trainer.max_epochs=1"
+    run(compose_run("logger=wandb", *short, recipe="dialogue_deep_ptune"), recipe="mine")
     wandb.teardown()
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     (artifact,) = [record.artifact for record in read_wandb(path) if record.HasField("artifact")]
