@@ -66,7 +66,7 @@ class ServerConfig(ServerLimits):
     throughput: float | None = option(None, "Requests a second to announce.", FINITE_ABOVE_0, default_words="measured")
     update_period: float = option(60.0, "Seconds between announcements. Records live twice as long.", FINITE_ABOVE_0)
     balance_quality: float = option(
-        0.9,
+        0.95,
         "A server that has chosen its blocks itself moves to others if that brings the swarm's weakest block, whose "
         "throughput is now below this share of what moves can reach, there. 0: it never moves.",
         SHARE,

@@ -20,6 +20,7 @@ import numpy as np
 from petals_lightning.protocol.records import ServerRecord, ServerState
 
 _FLOOR = 0.01  # of the mean throughput: a block without a server is bad, but not infinitely
+_REACHABLE = 0.95  # of the mean throughput, which no bottleneck exceeds: seeking more takes long, and finds little
 _LEAST_GAIN = 1e-6  # of the badness: a smaller gain may be rounding
 _ROUNDING = 1e-9  # a share that counts as nothing
 
@@ -121,7 +122,7 @@ def plan_moves(servers: Sequence[PlacedServer], num_blocks: int, quality: float)
     """
     total = block_throughput(servers, num_blocks)
     bottleneck, mean = float(total.min()), _mean(total, 0.0)
-    if bottleneck >= quality * total.mean():  # no placement has a better bottleneck than the mean
+    if bottleneck >= quality * _REACHABLE * total.mean():
         return {}
     movers = [
         each for each in servers if each.can_move and each.next_span is None and each.end - each.start < num_blocks

@@ -86,7 +86,9 @@ class Rebalancer:
         except DAEMON_ERRORS as e:
             logger.debug("the swarm could not be read", exc_info=e)
             return None
-        return await asyncio.to_thread(planned_span, servers, self._peer, count, self._quality, announced)
+        span = await asyncio.to_thread(planned_span, servers, self._peer, count, self._quality, announced)
+        logger.debug("of %d servers this one is planned to move to %s", len(servers), span)
+        return span
 
     async def _announce(self, **changes: object) -> None:
         """Changes the record; the next regular announcement repeats it if this one fails."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,10 @@ from petals_lightning.protocol.records import ServerState
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.running_server import RunningServer
 from petals_lightning.server.server import Server
-from petals_lightning.swarm import SwarmNode
+from petals_lightning.strategies.server_process import ServerProcess
+from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from tests.helpers.families import NUM_BLOCKS
+from tools.testing.servers import start_server
 from tools.testing.swarms import LOOPBACK, PREFIX
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -36,19 +39,13 @@ class Servers:
 
     def start(self, **options: Any) -> RunningServer:
         peers = self.running[0].node.visible_maddrs() if self.running else []
-        options = {"num_blocks": 2, "throughput": 1.0, "update_period": 1.0, "balance_period": 1.0} | options
+        options = {"num_blocks": 2, "throughput": 1.0, "update_period": 10.0} | options
         config = ServerConfig(dht_prefix=PREFIX, device="cpu", drain_timeout=1.0, **options)
         server = Server(Checkpoint(str(self.checkpoint)), SwarmNode(peers, host_maddrs=LOOPBACK), config=config)
         running = server.start()
         self.running.append(running)
         self.own[id(running)] = server
         return running
-
-    def kill(self, server: RunningServer) -> None:
-        """Ends its peer without a farewell."""
-        server.node.daemon.process.kill()
-        self.running.remove(server)
-        server.stop(timeout=0.1)
 
     def places(self) -> list[tuple[int, int]]:
         """Where those are that serve."""
@@ -77,13 +74,6 @@ def servers(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Servers]:
         server.stop(timeout=1)
 
 
-def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not after {seconds:.0f} s: {what}"
-        time.sleep(0.1)
-
-
 def test_servers_that_join_at_the_same_moment_choose_different_places(servers):
     servers.start(num_blocks=NUM_BLOCKS)
     with ThreadPoolExecutor(4) as threads:
@@ -91,31 +81,47 @@ def test_servers_that_join_at_the_same_moment_choose_different_places(servers):
     assert servers.places() == [(0, 1), (0, 4), (1, 2), (2, 3), (3, 4)]
 
 
-def test_six_servers_that_die_and_join_fill_holes_once(servers):
-    for _ in range(6):
-        servers.start()
-    assert servers.places() == [(0, 2)] * 3 + [(2, 4)] * 3, "each has joined where the swarm was thinnest"
-    local = AutoModelForCausalLM.from_pretrained(servers.checkpoint)
-    expected = local.generate(IDS, max_new_tokens=6, do_sample=False)
-    model = servers.load()
+def test_six_servers_that_die_and_join_fill_holes_once(tiny_checkpoint):
+    checkpoint, started = tiny_checkpoint("llama"), []
+    options = "--num-blocks 2 --throughput 1 --update-period 4 --balance-period 2 --drain-timeout 1".split()
+
+    def start() -> ServerProcess:
+        peers = [started[0].maddr] if started else []
+        started.append(start_server(checkpoint, None, peers, *options))
+        return started[-1].wait_until_ready(time.monotonic() + 60)
+
+    def places() -> list[tuple[int | None, int | None]]:
+        found = node.run(SwarmDirectory(node).signed_servers(PREFIX)).values()
+        return sorted((each.start, each.end) for each in found if each.state is ServerState.ONLINE)
+
     try:
-        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
-        wait_until(lambda: all(each.record.can_move for each in servers.running), "all may move")
-        for server in [each for each in servers.running if each.record.start == 2 and each is not servers.running[0]]:
-            servers.kill(server)
-        # The client waits for blocks that nobody holds until one of the three has moved there.
-        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
-        assert servers.places() == [(0, 2), (0, 2), (2, 4)], "one has filled the hole, and no second one"
-        peers = [each.node.peer_id for each in servers.running]
-        servers.start()
-        assert servers.running[-1].record.start == 2, "thinner than 0:2"
-        before = servers.places()
-        time.sleep(8)  # longer than a server stays after a move
-        assert servers.places() == before == [(0, 2), (0, 2), (2, 4), (2, 4)], "nothing moves at rest"
-        assert peers == [each.node.peer_id for each in servers.running[:3]], "a server that moves is the same peer"
-        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+        start()
+        with SwarmNode([started[0].maddr], host_maddrs=LOOPBACK).start() as node:
+            for _ in range(5):
+                start()
+            assert places() == [(0, 2)] * 3 + [(2, 4)] * 3, "each has joined where the swarm was thinnest"
+            swarm: Any = {"initial_peers": [started[0].maddr], "dht_prefix": PREFIX, "refresh_period": 2.0}
+            local = AutoModelForCausalLM.from_pretrained(checkpoint)
+            expected = local.generate(IDS, max_new_tokens=6, do_sample=False)
+            model = AutoDistributedModelForCausalLM.from_pretrained(str(checkpoint), recovery_timeout=120, **swarm)
+            try:
+                assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+                records = node.run(SwarmDirectory(node).signed_servers(PREFIX))
+                for server in [each for each in started if records[each.peer_id].start == 2]:
+                    server.signal(signal.SIGKILL)
+                # The client waits for blocks that nobody holds until one of the three has moved there.
+                assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+                assert places() == [(0, 2), (0, 2), (2, 4)], "one has filled the hole, and no second one"
+                start()
+                assert places() == [(0, 2), (0, 2), (2, 4), (2, 4)], "thinner than 0:2"
+                time.sleep(12)  # longer than a server stays after a move
+                assert places() == [(0, 2), (0, 2), (2, 4), (2, 4)], "nothing moves at rest"
+                assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+            finally:
+                remote_blocks(model).close()
     finally:
-        remote_blocks(model).close()
+        for server in started:
+            server.stop()
 
 
 def test_a_conversation_goes_on_while_its_server_moves(servers):

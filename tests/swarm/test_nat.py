@@ -32,8 +32,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RELAY = "44.1.0.1"  # looks public, and is only in the namespaces
 
 
-def sh(commands: str) -> None:
-    subprocess.run(["bash", "-euc", textwrap.dedent(commands)], check=True, capture_output=True, text=True)
+def sh(commands: str, *before: str) -> None:
+    """Runs a script by bash, itself run by a command."""
+    arguments = [*before, "bash", "-euc", textwrap.dedent(commands)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{commands}: {done.stderr}"
 
 
 class Machines:
@@ -45,6 +48,12 @@ class Machines:
         self._stack, self._tag = ExitStack(), f"pl{os.getpid()}"
 
     def __enter__(self) -> Machines:
+        with self._stack:  # ends what was made if anything fails
+            self._make()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def _make(self) -> None:
         for name in self.names:
             sh(f"ip netns add {self._tag}{name}")
             self._stack.callback(sh, f"ip netns delete {self._tag}{name}")
@@ -67,7 +76,6 @@ class Machines:
                 nft add rule ip nat guard ip saddr 10.{number}.0.0/24 accept
                 """,
             )
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
@@ -75,16 +83,16 @@ class Machines:
     def _link(self, one: str, one_address: str, other: str, other_address: str) -> None:
         sh(
             f"""
-            ip link add {other} netns {self._tag}{one} type veth peer name {one} netns {self._tag}{other}
+            ip link add name {other} netns {self._tag}{one} type veth peer name {one} netns {self._tag}{other}
             ip -n {self._tag}{one} address add {one_address}/24 dev {other}
             ip -n {self._tag}{other} address add {other_address}/24 dev {one}
-            ip -n {self._tag}{one} link set {other} up
-            ip -n {self._tag}{other} link set {one} up
+            ip -n {self._tag}{one} link set dev {other} up
+            ip -n {self._tag}{other} link set dev {one} up
             """
         )
 
     def do(self, name: str, commands: str) -> None:
-        sh(f"ip netns exec {self._tag}{name} bash -euc {json.dumps(textwrap.dedent(commands))}")
+        sh(commands, "ip", "netns", "exec", f"{self._tag}{name}")
 
     def popen(self, name: str, *command: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -161,8 +169,8 @@ def test_a_server_behind_nat_is_used_by_a_client_behind_nat(machines, tiny_check
 
 def test_peers_say_whether_they_can_call_another():
     with ExitStack() as stack:
-        first = stack.enter_context(SwarmNode(host_maddrs=LOOPBACK))
-        other = stack.enter_context(SwarmNode(first.visible_maddrs(), host_maddrs=LOOPBACK))
+        first = stack.enter_context(SwarmNode(host_maddrs=LOOPBACK).start())
+        other = stack.enter_context(SwarmNode(first.visible_maddrs(), host_maddrs=LOOPBACK).start())
 
         def ask(maddrs: list[str]) -> bool | None:
             return other.run(can_be_called(other.p2p, [first.peer_id], map(Multiaddr, maddrs)))
@@ -174,7 +182,7 @@ def test_peers_say_whether_they_can_call_another():
             assert ask([f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"]) is False
         assert ask(["/ip4/127.0.0.1/tcp/1"]) is False
         assert ask([]) is None, "no address to try"
-        client = stack.enter_context(SwarmNode(first.visible_maddrs(), host_maddrs=(), client_mode=True))
+        client = stack.enter_context(SwarmNode(first.visible_maddrs(), host_maddrs=(), client_mode=True).start())
         assert other.run(can_be_called(other.p2p, [client.peer_id], [])) is None
 
 
