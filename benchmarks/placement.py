@@ -49,6 +49,7 @@ _LOADING = 120.0  # seconds to drain and to load blocks
 _RECORD = 2 * ServerConfig().update_period  # seconds that a dead server's record lives on, at most
 _SAMPLE = 30.0  # seconds between looks at the bottleneck
 _HOUR = 3600.0
+_ANY_GAIN = 1.1  # a quality above 1: plans go on as long as the badness shrinks
 
 
 @dataclass
@@ -202,10 +203,10 @@ def best_known(places: Sequence[PlacedServer], num_blocks: int, rng: np.random.G
             for each in (places[index] for index in sorted(order, key=lambda index: -places[index].throughput)):
                 start, end = thinnest_span(placed, num_blocks, each.end - each.start, each.throughput)
                 placed.append(replace(each, start=start, end=end, can_move=True, next_span=None))
-        while moves := plan_moves(placed, num_blocks, 1.0):
+        while moves := plan_moves(placed, num_blocks, _ANY_GAIN):
             placed = [replace(each, start=s, end=e) for each in placed for s, e in [moves.get(each.peer, each.span)]]
-        best = max(best, float(block_throughput(placed, num_blocks).min()))
-    return best
+            best = max(best, float(block_throughput(placed, num_blocks).min()))
+    return max(best, float(block_throughput(places, num_blocks).min()))
 
 
 def main(

@@ -119,7 +119,7 @@ class RunningServer:
         await self._announcer.announce(ServerState.OFFLINE)  # also to Petals' clients, who look under these blocks
         self._announcer.record = joining
         await self._announcer.announce()
-        while time.monotonic() < deadline and (resources.open_requests or len(resources.caches)):
+        while time.monotonic() < deadline and (resources.open_requests or len(resources.caches)):  # noqa: ASYNC110
             await asyncio.sleep(min(0.2, timeout / 10))
         await self._finish(resources, _LAST_SECONDS)
         if self._stream_tasks:  # they hold the blocks

@@ -26,7 +26,7 @@ def holders(throughput):
 
 
 def movable(*spans, throughput=1.0):
-    return [PlacedServer(f"{n:02}", *span, throughput, can_move=True) for n, span in enumerate(spans)]
+    return [PlacedServer(f"{n:02}", start, end, throughput, True) for n, (start, end) in enumerate(spans)]
 
 
 def after(servers, moves):
@@ -50,7 +50,7 @@ def test_a_new_server_takes_the_thinnest_place(throughput, length, span):
 
 
 def test_servers_that_join_one_by_one_cover_the_model():
-    servers = []
+    servers: list[PlacedServer] = []
     for number in range(4):
         start, end = thinnest_span(servers, 7, 2, 1.0)
         servers.append(PlacedServer(f"{number}", start, end, 1.0))

@@ -82,8 +82,10 @@ def test_servers_that_join_at_the_same_moment_choose_different_places(servers):
 
 
 def test_six_servers_that_die_and_join_fill_holes_once(tiny_checkpoint):
-    checkpoint, started = tiny_checkpoint("llama"), []
-    options = "--num-blocks 2 --throughput 1 --update-period 4 --balance-period 2 --drain-timeout 1".split()
+    checkpoint = tiny_checkpoint("llama")
+    started: list[ServerProcess] = []
+    quick = {"--update-period": "4", "--balance-period": "2", "--drain-timeout": "1"}
+    options = [word for pair in ({"--num-blocks": "2", "--throughput": "1"} | quick).items() for word in pair]
 
     def start() -> ServerProcess:
         peers = [started[0].maddr] if started else []
