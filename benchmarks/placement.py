@@ -14,8 +14,8 @@ differ by a factor of 16 between the slowest and the fastest tenth (log-normal).
 
 The bottleneck is the throughput of the weakest block, of servers that are serving. It is given as a share of two
 placements: the best that is known (the same servers, searched from several starts without waiting or loading) and the
-mean of all blocks, which no placement can exceed. `within 10 %` is the time after the loss until the bottleneck has
-come back to 0.9 of the best known for good. The bottleneck is that of the second half of the time, on average and at
+mean of all blocks, which no placement can exceed. `back` is the time until the bottleneck has come back
+to 0.9 of the best known for good. The bottleneck is that of the second half of the time, on average and at
 its worst. Moves are per server and hour, and the most of any server in any hour.
 """
 
@@ -220,7 +220,7 @@ def main(
     """Prints a row per story."""
     stories = "joining", "rest", "churn", "mass loss", "region"
     rows = [_tell(story, servers, blocks, hours, quality, seed) for story in stories]
-    columns = ("story", "of best known", "of mean", "worst", "within 10 %, min", "moves/server/h", "most/h")
+    columns = ("story", "of best known", "of mean", "worst", "back, min", "moves/h", "most/h")
     cells = [(row[0], *(f"{value:.2f}" for value in row[1:])) for row in rows]
     print_table(f"{servers} servers × {blocks} blocks, balance quality {quality:g}", columns, cells)
     save_rows(rows, output)
