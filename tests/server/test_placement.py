@@ -93,7 +93,7 @@ def test_one_of_three_fills_the_hole():
 
 
 def test_nobody_moves_for_less_than_the_stated_share():
-    fixed = PlacedServer("f", 0, 1, 10.5), PlacedServer("g", 1, 2, 10.0)
+    fixed = PlacedServer("f", 0, 1, 11.5), PlacedServer("g", 1, 2, 10.0)
     servers = [*movable(*[(0, 1)] * 3, throughput=0.5), *fixed]
     assert plan_moves(servers, 2, 0.9) == {}, "10 would become 11"
     assert len(plan_moves(servers, 2, 0.95)) == 2
