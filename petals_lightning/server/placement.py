@@ -19,10 +19,10 @@ import numpy as np
 
 from petals_lightning.protocol.records import ServerRecord, ServerState
 
-_FLOOR = 0.01  # of the mean throughput: a block without a server is bad, but not infinitely
+_FLOOR = 0.1  # of the mean throughput: a block without a server is bad, but others still count beside it
 _REACHABLE = 0.95  # of the mean throughput, which no bottleneck exceeds: seeking more takes long, and finds little
 _LEAST_GAIN = 1e-6  # of the badness: a smaller gain may be rounding
-_ROUNDING = 1e-9  # a share that counts as nothing
+_ROUNDING = 1e-12  # a share that counts as nothing
 
 Span = tuple[int, int]
 

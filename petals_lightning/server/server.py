@@ -242,7 +242,6 @@ class Server:
             public_name=config.public_name,
             version=__version__,
             stream_version=None if config.petals_only else STREAM_VERSION,
-            fingerprint=self._checkpoint.fingerprint,
             num_blocks=count,
             repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
             using_relay=self.node.using_relay,

@@ -39,6 +39,7 @@ def after(servers, moves):
         ([0, 0, 0, 0], 2, (0, 2)),
         ([1, 1, 0, 0, 1], 2, (2, 4)),
         ([5, 5, 0, 5, 5, 1], 2, (1, 3)),  # a block that nobody holds, and the leftmost of equals
+        ([1, 2, 0, 1], 2, (2, 4)),  # beside the hole, the weaker neighbour
         ([3, 2, 1, 2, 3], 3, (1, 4)),
         ([1, 0, 9, 0, 2], 3, (1, 4)),  # two blocks without a server count more than a small sum
         ([2, 1], 5, (0, 2)),
