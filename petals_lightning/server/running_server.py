@@ -156,7 +156,7 @@ class RunningServer:
     async def _leave(self, timeout: float) -> None:
         if self._moving is not None:
             self._moving.cancel()
-            await asyncio.wait([self._moving])
+            await asyncio.wait([self._moving], timeout=timeout / 5)  # it may be in a call that takes long to end
         if self._serving is not None:
             self._serving.leaving = True
         await self._announcer.leave(timeout / 2)
