@@ -33,8 +33,8 @@ SERVER_LAYERS = [
     {"access", "blocks", "execution"},  # beside each other
     {"sessions"},
     {"config", "loading", "resources"},
-    {"announcer", "memory_plan", "metrics", "stream_requests", "petals"},
-    {"client_stream"},
+    {"announcer", "memory_plan", "metrics", "placement", "stream_requests", "petals"},
+    {"client_stream", "rebalancing"},
     {"running_server"},
     {"server"},
 ]

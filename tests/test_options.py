@@ -54,6 +54,7 @@ def others(config: type, folder: Path) -> dict[str, Any]:
         "block_indices": (0, 2),
         "graph_bytes": 1 << 29,
         "cache_bytes": 1 << 29,
+        "balance_quality": 0.5,
     }
     values = {each.name: special.get(each.name, other(each)) for each in settable(config)}
     assert all(values[each.name] != each.default for each in settable(config))

@@ -7,6 +7,7 @@ from petals_lightning.cli.options import (
     HostMaddrs,
     IdentityPath,
     InitialPeers,
+    LogFormat,
     StopSignal,
     configure_logging,
     say,
@@ -20,11 +21,12 @@ def bootstrap(
     host_maddrs: HostMaddrs = ["/ip4/0.0.0.0/tcp/31337"],  # noqa: B006 (typer reads the default, nobody changes it)
     announce_maddrs: AnnounceMaddrs = None,
     identity_path: IdentityPath = "bootstrap.id",
+    log_format: LogFormat = "text",
 ) -> None:
     """Run a bootstrap peer: servers and clients join the swarm through its address, which stays the same."""
     from petals_lightning.swarm import SwarmNode
 
-    configure_logging()
+    configure_logging(form=log_format)
     libraries_to_root_log()
     stop = StopSignal()
     node = SwarmNode(
@@ -32,6 +34,7 @@ def bootstrap(
         host_maddrs=host_maddrs,
         announce_maddrs=announce_maddrs,
         identity_path=identity_path,
+        is_relay=True,
     ).start()
     try:
         for maddr in node.visible_maddrs():

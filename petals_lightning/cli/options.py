@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from petals_lightning.errors import ConfigurationError
 from petals_lightning.library_messages import OursOrErrors
 from petals_lightning.options import Option, make, options_of
 
@@ -31,6 +34,9 @@ AnnounceMaddrs = Annotated[
 ]
 IdentityPath = Annotated[
     str | None, typer.Option(help="File of the private key, made if missing; keeps the peer id the same.")
+]
+LogFormat = Annotated[
+    str, typer.Option(help="Lines on stderr: text for people, or json, an object on each line, for programs.")
 ]
 
 
@@ -119,14 +125,34 @@ def _one_address_each(words: Iterable[str], options: set[str]) -> Iterator[str]:
             yield from rest
 
 
-def configure_logging(with_libraries: bool = False) -> None:
-    """Logs with a time on stderr: our lines, and with `with_libraries` those of other libraries too."""
+def configure_logging(with_libraries: bool = False, form: str = "text") -> None:
+    """Logs on stderr: our lines, and with `with_libraries` those of other libraries too.
+
+    Args:
+        with_libraries: see above.
+        form: "text": a line with a time for people; "json": an object on each line, for programs.
+
+    Raises:
+        ConfigurationError: another form.
+    """
+    if form not in ("text", "json"):
+        raise ConfigurationError(f"--log-format is {form!r}: choose text or json")
     handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     if not with_libraries:
         handler.addFilter(OursOrErrors())
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler], force=True
-    )
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class _JsonLines(logging.Formatter):
+    """A JSON object on each line: time (ISO 8601, UTC), level, logger, message, and a traceback if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
 
 
 def say(line: str) -> None:

@@ -14,6 +14,7 @@ from petals_lightning.cli.options import (
     HostMaddrs,
     IdentityPath,
     InitialPeers,
+    LogFormat,
     StopSignal,
     configure_logging,
     say,
@@ -34,9 +35,17 @@ def serve(
     host_maddrs: HostMaddrs = ["/ip4/0.0.0.0/tcp/0"],  # noqa: B006 (typer reads the default, nobody changes it)
     announce_maddrs: AnnounceMaddrs = None,
     identity_path: IdentityPath = None,
+    relay: Annotated[
+        str,
+        typer.Option(
+            help="Behind a router that lets no calls in: auto has other peers try, and calls pass an initial peer if "
+            "they cannot; always does so without trying; never does neither."
+        ),
+    ] = "auto",
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Log warnings and messages of other libraries, too.")
     ] = False,
+    log_format: LogFormat = "text",
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
 ) -> None:
@@ -48,7 +57,7 @@ def serve(
         )
     if config.block_indices is not None and config.num_blocks is not None:
         raise ConfigurationError("give --block-indices or --num-blocks, not both")
-    configure_logging(verbose)
+    configure_logging(verbose, log_format)
     stop = StopSignal()
 
     import torch  # after OMP_WAIT_POLICY is set, and not for --help
@@ -71,6 +80,7 @@ def serve(
             host_maddrs=host_maddrs,
             announce_maddrs=announce_maddrs,
             identity_path=identity_path,
+            relay=relay,
         ),
         config=config,
         on_shard=progress.on_shard,
@@ -79,6 +89,8 @@ def serve(
     def say_addresses() -> None:  # before loading, so that others can join meanwhile
         for maddr in server.node.visible_maddrs():
             say(f"multiaddress: {maddr}")
+        if server.node.using_relay:
+            say("other peers cannot call this one: their calls pass a relay, which is slower")
 
     with progress:
         running = server.start(say_addresses)
@@ -86,7 +98,9 @@ def serve(
         span = running.span
         kept = str(span.dtype)[6:] if span.quant_type == UNQUANTIZED else f"{span.quant_type} and {str(span.dtype)[6:]}"
         say(f"ready: blocks {span.start}:{span.end} of {running.dht_prefix} in {kept} on {span.device}")
-        if not stop.wait_while(lambda: running.node.is_alive):
+        if not stop.wait_while(lambda: running.is_alive):
+            if running.failure is not None:
+                raise running.failure
             raise SwarmConnectionError(
                 "the libp2p daemon of this server has ended: nobody can reach it; start it again"
             )

@@ -145,6 +145,7 @@ def _describe_server(peer: str, record: ServerRecord, blocks: str, first: int) -
         "throughput": record.throughput,
         "tokens_per_second": record.tokens_per_second,
         "cache_tokens_left": record.cache_tokens_left,
+        "using_relay": record.using_relay,
     }
 
 
@@ -191,11 +192,11 @@ def _table(model: dict[str, Any]) -> Table:
     for column, width in _NUMBERS.items():
         table.add_column(column, justify="right", width=width)
     for server in model["servers"]:
-        trip = server["round_trip"]
+        trip, way = server["round_trip"], "by a relay" if server["using_relay"] else ""
         table.add_row(
             server["blocks"],
             " ".join(filter(None, [escape(server["public_name"] or ""), f"…{server['peer_id'][-10:]}"])),
-            " ".join(escape(server[of]) for of in _RUNS if server[of] not in (None, UNQUANTIZED))
+            " ".join(filter(None, [*(escape(server[of]) for of in _RUNS if server[of] not in (None, UNQUANTIZED)), way]))
             + "".join(f" +{escape(adapter)}" for adapter in server["adapters"]),
             f"{server['throughput']:,.1f}",
             *(f"{value:,.0f}" if value is not None else "" for value in (

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_TOKENS_PER_SECOND = 1000.0
 _ADVERTISED_SPEED_WEIGHT = 0.5  # an announced speed is that of an idle server; a measured one has weight 1
+_RELAY_SECONDS = 0.2  # by which a server behind a relay counts as farther, until requests have measured it
 _MAX_BAN = 300.0
 _FORGET_FAILURES = 300.0  # seconds after a ban; a later failure counts as the first again
 _PROVEN_WRONG_BAN = 86400.0  # seconds: a judge has contradicted the server, so it gets no second chance soon
@@ -226,9 +227,11 @@ class ServerPool:
             return speed.hop_seconds, speed.tokens_per_second
         record, connection = self._records.get(peer), self._connections.get(peer)
         hop = connection.round_trip if connection is not None else None
+        hop = hop if hop is not None else DEFAULT_HOP_SECONDS
         claimed = record.tokens_per_second if record is not None else None
-        rate = (claimed or _DEFAULT_TOKENS_PER_SECOND) * _ADVERTISED_SPEED_WEIGHT
-        return hop if hop is not None else DEFAULT_HOP_SECONDS, rate
+        if record is not None and record.using_relay:  # others share the relay; a direct connection may follow
+            hop += _RELAY_SECONDS
+        return hop, (claimed or _DEFAULT_TOKENS_PER_SECOND) * _ADVERTISED_SPEED_WEIGHT
 
     def silence(self, peer: str) -> float:
         """Seconds since a server's oldest unanswered ping."""

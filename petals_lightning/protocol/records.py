@@ -46,6 +46,9 @@ class ServerRecord:
         cache_tokens_left: positions of one block whose keys and values still fit into the cache; None if not given.
         adapters: names of those that the server holds for its clients.
         num_blocks, repository: of the served model; None if not given, or if the model is private.
+        next_start, next_end: the span that the server is about to move to; None if it stays.
+        can_move: the server moves if the swarm's plan says so (`server.placement`).
+        using_relay: the server cannot be called directly; calls pass a relay (Petals' name).
     """
 
     state: ServerState
@@ -64,10 +67,17 @@ class ServerRecord:
     num_blocks: int | None = None
     repository: str | None = None
     adapters: tuple[str, ...] = ()
+    next_start: int | None = None
+    next_end: int | None = None
+    can_move: bool = False
+    using_relay: bool = False
 
     def without_claims(self) -> ServerRecord:
         """A copy like a Petals server's record, without the fields that only a signed record can have."""
-        return replace(self, stream_version=None, hidden_size=None, fingerprint=None, num_blocks=None, repository=None)
+        return replace(
+            self, stream_version=None, hidden_size=None, fingerprint=None, num_blocks=None, repository=None,
+            next_start=None, next_end=None, can_move=False,
+        )  # fmt: skip
 
     def to_value(self) -> tuple[int, float, dict[str, Any]]:
         """The value to store in the DHT."""
@@ -81,6 +91,7 @@ class ServerRecord:
             "adapters": list(self.adapters),
             "forward_rps": self.tokens_per_second,
             "cache_tokens_left": self.cache_tokens_left,
+            "using_relay": self.using_relay or None,
         }
         if self.stream_version is not None:
             extra["lightning"] = {
@@ -89,6 +100,9 @@ class ServerRecord:
                 "fingerprint": self.fingerprint,
                 "num_blocks": self.num_blocks,
                 "repository": self.repository,
+                "next_start": self.next_start,
+                "next_end": self.next_end,
+                "can_move": self.can_move,
             }
         return int(self.state), float(self.throughput), {k: v for k, v in extra.items() if v is not None}
 
@@ -111,9 +125,8 @@ class ServerRecord:
         extra = rest[0] if rest and isinstance(rest[0], dict) else {}
         ours = extra.get("lightning")
         ours = ours if isinstance(ours, dict) and _typed(ours, "stream", int) is not None else {}
-        start, end = _typed(extra, "start_block", int), _typed(extra, "end_block", int)
-        if start is None or end is None or not 0 <= start < end:
-            start = end = None
+        start, end = _span(extra, "start_block", "end_block")
+        next_start, next_end = _span(ours, "next_start", "next_end")
         count = _typed(ours, "num_blocks", int)
         speed = _typed(extra, "forward_rps", (int, float))
         if speed is not None and not _MIN_SPEED <= speed <= sys.float_info.max:
@@ -135,6 +148,10 @@ class ServerRecord:
             num_blocks=count if count is not None and 0 < count <= MAX_BLOCKS else None,
             repository=_word(ours, "repository", MAX_NAME_LENGTH),
             adapters=_names(extra.get("adapters")),
+            next_start=next_start,
+            next_end=next_end,
+            can_move=ours.get("can_move") is True,
+            using_relay=extra.get("using_relay") is True,
         )
 
 
@@ -147,6 +164,11 @@ def _names(value: Any) -> tuple[str, ...]:
 def _typed(source: dict[Any, Any], key: str, kind: type | tuple[type, ...]) -> Any:
     value = source.get(key)
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def _span(source: dict[Any, Any], first: str, last: str) -> tuple[int, int] | tuple[None, None]:
+    start, end = _typed(source, first, int), _typed(source, last, int)
+    return (start, end) if start is not None and end is not None and 0 <= start < end else (None, None)
 
 
 def _word(source: dict[Any, Any], key: str, longest: int = MAX_WORD_LENGTH) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.options import FINITE_ABOVE_0, Rule, described, option
+from petals_lightning.options import FINITE_ABOVE_0, FINITE_FROM_0, SHARE, Rule, described, option
 from petals_lightning.protocol.quant_types import QUANT_TYPES, UNQUANTIZED
 from petals_lightning.server.access.limits import GIB, ServerLimits
 
@@ -97,6 +97,23 @@ class ServerConfig(ServerLimits):
     public_name: str | None = option(None, "Name shown to users of the swarm.")
     throughput: float | None = option(None, "Requests a second to announce.", FINITE_ABOVE_0, default_words="measured")
     update_period: float = option(60.0, "Seconds between announcements. Records live twice as long.", FINITE_ABOVE_0)
+    balance_quality: float = option(
+        0.95,
+        "A server that has chosen its blocks itself moves to others if that brings the swarm's weakest block, whose "
+        "throughput is now below this share of what moves can reach, there. 0: it never moves.",
+        SHARE,
+    )
+    balance_period: float = option(
+        120.0,
+        "Seconds between two looks at whether to move, on average; after a move, five times as long.",
+        FINITE_ABOVE_0,
+    )
+    drain_timeout: float = option(
+        60.0,
+        "Seconds that a server which moves goes on with what clients have begun. Then their sessions are rebuilt "
+        "elsewhere.",
+        FINITE_FROM_0,
+    )
     metrics_port: int | None = option(
         None,
         "Port of figures for Prometheus.",

@@ -20,15 +20,18 @@ class ServerMetrics(Collector):
     """Reads a server's figures whenever Prometheus asks. Nothing is counted twice or kept here.
 
     Args:
-        resources: of the server.
+        serving: returns the server's resources, or None while it moves to other blocks. Figures then begin anew.
         dht_prefix: the model's name in the swarm.
     """
 
-    def __init__(self, resources: ServerResources, dht_prefix: str):
-        self._resources, self._dht_prefix = resources, dht_prefix
+    def __init__(self, serving: Callable[[], ServerResources | None], dht_prefix: str):
+        self._serving, self._dht_prefix = serving, dht_prefix
 
     def collect(self) -> Iterator[Metric]:
-        resources, span = self._resources, self._resources.span
+        resources = self._serving()
+        if resources is None:
+            return
+        span = resources.span
         about = {
             "version": __version__,
             "model": self._dht_prefix,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import AutoModel
 
 from petals_lightning import __version__
-from petals_lightning.errors import ConfigurationError, is_out_of_memory
+from petals_lightning.errors import ConfigurationError, PetalsLightningError, is_out_of_memory
 from petals_lightning.hf import Checkpoint, block_bytes
 from petals_lightning.hf.adapter_files import adapter_bytes
 from petals_lightning.hf.checkpoint import first_line
@@ -31,16 +34,20 @@ from petals_lightning.server.loading import forward_seconds, load_adapters, load
 from petals_lightning.server.memory_plan import free_memory, plan_memory, split_blocks
 from petals_lightning.server.metrics import ServerMetrics, serve_metrics
 from petals_lightning.server.peer_links import PeerLinks
+from petals_lightning.server.placement import Span, expected_throughput, placed_servers, thinnest_span
+from petals_lightning.server.rebalancing import Rebalancer
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.running_server import RunningServer
 from petals_lightning.server.sessions.session_cache import measure_cache_bytes
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
+from petals_lightning.swarm.loop_thread import in_daemon_thread
 from petals_lightning.swarm.record_keeping import MAX_LIFETIME
 
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT = 5.0  # seconds for the compute thread to end, if starting fails
+_CHOICE_SECONDS, _MAX_CHOICES = 2.0, 4  # in which servers that join at the same moment see each other
 
 
 class Server:
@@ -115,41 +122,90 @@ class Server:
             started.callback(self.node.close)
             on_joined()
             if config.block_indices is None and config.num_blocks is None:
-                config = self._fit_memory(config, adapters_bytes)
+                self._config = config = self._fit_memory(config, adapters_bytes)
             directory = SwarmDirectory(self.node, self._rules.token)
-            start, end = config.block_indices or self._choose_span(directory, prefix, count, config.num_blocks or count)
-            self._check_memory(start, end)
-            with self._telling_lack_of_memory(start, end):
-                span = self._load(start, end)
-                adapters = load_adapters(span, self._checkpoint, config.adapters)
-                graph_cost = measure_graph_cost(span)
-                cache_bytes_per_token = measure_cache_bytes(span) if span.has_sessions else 0.0
-                record = self._record(span, adapters)
-            mark = span.transfers.mark if span.transfers.is_asynchronous else None
-            compute = ComputeThread(mark, depth=len(self._devices) + 1).start()
-            started.callback(compute.stop, _STOP_TIMEOUT)
-            resources = ServerResources(
-                span,
-                compute,
-                config,
-                info=server_info(span, self._checkpoint, config, adapters),
-                adapters=adapters,
-                rules=self._rules,
-                peer_id=self.node.peer_id.to_base58(),
-                links=PeerLinks(self.node.p2p),
-                graph_cost=graph_cost,
-                cache_bytes_per_token=cache_bytes_per_token,
+            joining = self._choose_span(directory, prefix, count)
+            announcer = Announcer(
+                directory, ModelEntry(prefix, count, joining.repository), joining, config.update_period
             )
-            entry = ModelEntry(prefix, count, record.repository)
-            announcer = Announcer(directory, entry, record, resources, config.update_period)
+            self.node.run(announcer.start())
+            started.callback(lambda: self.node.run(announcer.leave(_STOP_TIMEOUT)))
+            if joining.next_start is not None:
+                self.node.run(self._agree(directory, announcer))
+            resources, record = self._hold(_span_of(announcer.record))
+            started.callback(resources.compute.stop, _STOP_TIMEOUT)
             server = RunningServer(self.node, resources, prefix, announcer, petals_only=config.petals_only)
             if config.metrics_port is not None:
-                metrics = ServerMetrics(resources, prefix)
+                metrics = ServerMetrics(lambda: server.serving, prefix)
                 server.stop_metrics = serve_metrics(metrics, config.metrics_host, config.metrics_port)
                 started.callback(server.stop_metrics)
-            self.node.run(server.open())
+            self.node.run(server.open(record))
+            if self._moves(record, count):
+                self.node.run(self._keep_balanced(server, directory, announcer))
             started.pop_all()
         return server
+
+    def _moves(self, record: ServerRecord, count: int) -> bool:
+        """Whether the server goes where the swarm is thin later, too."""
+        config = self._config
+        chosen = config.block_indices is None and _span_of(record) != (0, count)
+        return chosen and config.balance_quality > 0 and not config.petals_only
+
+    async def _keep_balanced(self, server: RunningServer, directory: SwarmDirectory, announcer: Announcer) -> None:
+        rebalancer = Rebalancer(
+            directory,
+            ModelEntry(self.dht_prefix, num_blocks(self._checkpoint.config), server.record.repository),
+            announcer,
+            lambda span: self._move(server, span),
+            peer=self.node.peer_id.to_base58(),
+            quality=self._config.balance_quality,
+            period=self._config.balance_period,
+        )
+        server.keep_moving(rebalancer.run())
+
+    async def _move(self, server: RunningServer, span: Span) -> None:
+        """Leaves the server's blocks for others. If those cannot be loaded, it takes its old ones again."""
+        before = _span_of(server.record)
+        logger.info("moving from blocks %d:%d to %d:%d, where the swarm is thinner", *before, *span)
+        joining = replace(
+            server.record, state=ServerState.JOINING, start=span[0], end=span[1], next_start=None, next_end=None,
+            can_move=False,
+        )  # fmt: skip
+        await server.vacate(joining, self._config.drain_timeout)
+        gc.collect()
+        if any(device.type == "cuda" for device in self._devices):
+            torch.cuda.empty_cache()
+        try:
+            resources, record = await in_daemon_thread(lambda: self._hold(span))
+        except (PetalsLightningError, OSError) as e:
+            logger.warning("blocks %d:%d could not be loaded, going back to %d:%d: %s", *span, *before, e)
+            resources, record = await in_daemon_thread(lambda: self._hold(before))
+        await server.resume(resources, record)
+        logger.info("ready: blocks %d:%d of %s", resources.span.start, resources.span.end, self.dht_prefix)
+
+    def _hold(self, place: Span) -> tuple[ServerResources, ServerRecord]:
+        """Loads blocks, measures them and starts what runs them."""
+        self._check_memory(*place)
+        with self._telling_lack_of_memory(*place):
+            span = self._load(*place)
+            adapters = load_adapters(span, self._checkpoint, self._config.adapters)
+            graph_cost = measure_graph_cost(span)
+            cache_bytes_per_token = measure_cache_bytes(span) if span.has_sessions else 0.0
+            record = self._record(span, adapters)
+        mark = span.transfers.mark if span.transfers.is_asynchronous else None
+        resources = ServerResources(
+            span,
+            ComputeThread(mark, depth=len(self._devices) + 1).start(),
+            self._config,
+            info=server_info(span, self._checkpoint, self._config, adapters),
+            adapters=adapters,
+            rules=self._rules,
+            peer_id=self.node.peer_id.to_base58(),
+            links=PeerLinks(self.node.p2p),
+            graph_cost=graph_cost,
+            cache_bytes_per_token=cache_bytes_per_token,
+        )
+        return resources, record
 
     def _load(self, start: int, end: int) -> BlockSpan:
         return load_span(
@@ -211,11 +267,48 @@ class Server:
             logger.info("%s holds %d of the blocks", device, chosen.count(number))
         return [self._devices[number] for number in chosen]
 
-    def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int, wanted: int) -> tuple[int, int]:
-        """The span of `wanted` blocks where the swarm is thinnest."""
-        table = self.node.run(directory.servers(prefix, count))
-        throughput = [sum(r.throughput for r in records.values() if r.state is ServerState.ONLINE) for records in table]
-        return thinnest_span(throughput, wanted)
+    def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int) -> ServerRecord:
+        """The record to announce while blocks are loaded: those that were asked for, or the thinnest of the swarm."""
+        config, throughput, is_final = self._config, self._config.throughput or 1.0, True
+        if config.block_indices is not None:
+            start, end = config.block_indices
+        else:
+            length = min(config.num_blocks or count, count)
+            servers = placed_servers(self.node.run(directory.servers(prefix, count)))
+            throughput = config.throughput or expected_throughput(servers, length)
+            start, end = thinnest_span(servers, count, length, throughput)
+            is_final = length == count or not self.node.initial_peers
+        return ServerRecord(
+            state=ServerState.JOINING,
+            throughput=throughput,
+            start=start,
+            end=end,
+            public_name=config.public_name,
+            version=__version__,
+            stream_version=None if config.petals_only else STREAM_VERSION,
+            num_blocks=count,
+            repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
+            using_relay=self.node.using_relay,
+            next_start=None if is_final else start,
+            next_end=None if is_final else end,
+        )
+
+    async def _agree(self, directory: SwarmDirectory, announcer: Announcer) -> None:
+        """Has servers that join at the same moment choose different places: those with lesser ids choose first."""
+        count, own = num_blocks(self._checkpoint.config), self.node.peer_id.to_base58()
+        for _ in range(_MAX_CHOICES):
+            record = announcer.record
+            start, end = _span_of(record)
+            await asyncio.sleep(_CHOICE_SECONDS)
+            found = placed_servers(await directory.servers(self.dht_prefix, count))
+            servers = [each for each in found if each.peer < own or (each.peer != own and each.next_span is None)]
+            span = thinnest_span(servers, count, end - start, record.throughput)
+            if span == (start, end):
+                break
+            announcer.record = replace(record, start=span[0], end=span[1], next_start=span[0], next_end=span[1])
+            await announcer.announce()
+        announcer.record = replace(announcer.record, next_start=None, next_end=None)
+        await announcer.announce()
 
     def _record(self, span: BlockSpan, adapters: HeldAdapters) -> ServerRecord:
         """The record to announce, with the speed of a small forward."""
@@ -237,20 +330,11 @@ class Server:
             num_blocks=num_blocks(self._checkpoint.config),
             adapters=tuple(adapters.fingerprints),
             repository=None if self._checkpoint.is_local else self._checkpoint.name_or_path,
+            using_relay=self.node.using_relay,
         )
 
 
-def thinnest_span(throughput: Sequence[float], length: int) -> tuple[int, int]:
-    """The span of `length` blocks with the least throughput, which limits the swarm most.
-
-    Args:
-        throughput: for each block, the summed throughput of the servers that hold it.
-        length: number of blocks to host, capped at the model's.
-
-    Returns:
-        (start, end) of the window whose sorted throughputs are smallest, weakest block first; of equals the leftmost.
-    """
-    length = min(length, len(throughput))
-    starts = range(len(throughput) - length + 1)
-    start = min(starts, key=lambda first: (sorted(throughput[first : first + length]), first))
-    return start, start + length
+def _span_of(record: ServerRecord) -> Span:
+    assert record.start is not None
+    assert record.end is not None
+    return record.start, record.end

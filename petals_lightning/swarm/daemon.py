@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 _LONGEST_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes: the kernel's limits less the final zero
 
 
+def is_loopback(maddr: str) -> bool:
+    """Whether only this machine can call an address."""
+    return maddr.startswith(("/ip4/127.", "/ip6/::1/"))
+
+
 class P2PDaemon:
     """The settings of a `p2pd` process; `start` starts it.
 
@@ -44,6 +49,9 @@ class P2PDaemon:
         announce_maddrs: addresses to announce to others, if they differ.
         identity_path: file of the private key, made if missing; None for a throw-away identity.
         dht_server: take part in libp2p's own DHT as a server (peers that listen do).
+        is_reachable: whether others can call this peer; None: libp2p finds out, in some minutes. One that can be called
+            is a relay for others. One that cannot has its calls relayed by initial peers, and tries to get a direct
+            connection to each caller (hole punching).
         start_timeout: seconds until the daemon must answer.
     """
 
@@ -56,9 +64,10 @@ class P2PDaemon:
         identity_path: str | None,
         dht_server: bool,
         start_timeout: float,
+        is_reachable: bool | None = None,
     ):
         self._socket = os.path.join(tempfile.gettempdir(), f"petals-lightning-p2pd-{secrets.token_hex(6)}.sock")
-        on_loopback = all(maddr.startswith(("/ip4/127.", "/ip6/::1/")) for maddr in host_maddrs)
+        on_loopback = all(map(is_loopback, host_maddrs))
         options: dict[str, object] = {
             "listen": f"/unix{self._socket}",
             "b": int(bool(initial_peers)),
@@ -66,7 +75,7 @@ class P2PDaemon:
             "connManager": 1,
             "tls": 1,
             "relay": 1,
-            "autonat": 1,
+            "autonat": 1,  # also enables hole punching
             "natPortMap": int(not on_loopback),
             "idleTimeout": "30s",
         }
@@ -78,6 +87,11 @@ class P2PDaemon:
             options["noListenAddrs"] = 1
         if announce_maddrs:
             options["announceAddrs"] = ",".join(announce_maddrs)
+        if is_reachable:
+            options["forceReachabilityPublic"] = 1
+        elif is_reachable is not None:
+            relays = ",".join(maddr for maddr in initial_peers if "/p2p-circuit" not in maddr)
+            options |= {"forceReachabilityPrivate": 1, "autoRelay": 1, "relayDiscovery": 0, "trustedRelays": relays}
         self._arguments = [f"-{name}={value}" for name, value in options.items()]
         self._identity_path, self._start_timeout = identity_path, start_timeout
 

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import uvloop
@@ -63,6 +63,24 @@ class LoopThread:
         """Cancels what is still running, and ends the loop and its thread."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """Runs a function in a thread that does not keep the process from ending, unlike those of `asyncio.to_thread`."""
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as e:
+            if not done.cancelled():
+                done.set_exception(e)
+        else:
+            if not done.cancelled():
+                done.set_result(result)
+
+    threading.Thread(target=run, name=getattr(work, "__name__", "work"), daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 def _run(loop: asyncio.AbstractEventLoop, started: threading.Event) -> None:

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Coroutine, Iterable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -25,12 +25,13 @@ from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.protocol.identity import Identity
-from petals_lightning.swarm.daemon import P2PDaemon, RunningDaemon
+from petals_lightning.swarm.daemon import P2PDaemon, RunningDaemon, is_loopback
 from petals_lightning.swarm.hivemind_patches import bound_nesting
 from petals_lightning.swarm.identity_check import check_identity_is_free
 from petals_lightning.swarm.joining import ClockError, KnownPeers, meet
 from petals_lightning.swarm.loop_thread import LoopThread
 from petals_lightning.swarm.public import is_public
+from petals_lightning.swarm.reachability import CallBack, can_be_called, is_relayed
 from petals_lightning.swarm.record_keeping import RecordRules, use_record_rules
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,13 @@ T = TypeVar("T")
 
 MEETING_PERIOD = 10.0  # seconds between looks for peers that were lost
 DEFAULT_HOST_MADDRS = ("/ip4/0.0.0.0/tcp/0",)
+RELAY_CHOICES = ("auto", "always", "never")
+_RELAY_TIMEOUT = 15.0  # seconds for a relay to take calls for this peer
+_NO_RELAY = (
+    "other peers cannot call this one, and no initial peer relays their calls: forward a port of the router to this "
+    "machine and give --host-maddrs /ip4/0.0.0.0/tcp/PORT --announce-maddrs /ip4/PUBLIC_ADDRESS/tcp/PORT, or join by "
+    "the address of a `petals-lightning bootstrap` that everybody can call; --relay never goes online all the same"
+)
 
 
 class SwarmNode:
@@ -52,6 +60,9 @@ class SwarmNode:
         identity_path: file of the private key, made if missing; the peer id follows from it.
         client_mode: use the DHT without storing others' records.
         connect_timeout: seconds to start the daemon and to reach an initial peer.
+        relay: what to do if others cannot call this peer: "auto" asks some of them, and if they cannot, has calls pass
+            a relay; "always" does so without asking; "never" does neither.
+        is_relay: this peer can be called by all, and is a relay for others. So is a peer that starts a swarm.
     """
 
     def __init__(
@@ -63,16 +74,22 @@ class SwarmNode:
         identity_path: str | None = None,
         client_mode: bool = False,
         connect_timeout: float = 30.0,
+        relay: str = "never",
+        is_relay: bool = False,
     ):
+        if relay not in RELAY_CHOICES:
+            raise ConfigurationError(f"relay is {relay!r}: choose one of {', '.join(RELAY_CHOICES)}")
         self.initial_peers = [check_peer_maddr(peer) for peer in split_maddrs(initial_peers)]
-        self._daemon = P2PDaemon(
-            initial_peers=self.initial_peers,
-            host_maddrs=host_maddrs,
-            announce_maddrs=announce_maddrs or (),
-            identity_path=identity_path,
-            dht_server=not client_mode,
-            start_timeout=connect_timeout,
-        )
+        self._daemon_options: dict[str, Any] = {
+            "initial_peers": self.initial_peers,
+            "host_maddrs": host_maddrs,
+            "announce_maddrs": announce_maddrs or (),
+            "identity_path": identity_path,
+            "start_timeout": connect_timeout,
+        }
+        is_for_others = not all(map(is_loopback, host_maddrs))
+        self._relay = relay if is_for_others and self.initial_peers else "never"
+        self._is_relay = is_for_others and (is_relay or not self.initial_peers)
         self._client_mode, self._connect_timeout = client_mode, connect_timeout
         self._checked_identity = identity_path if host_maddrs and self.initial_peers else None
         self._thread: LoopThread | None = None
@@ -136,6 +153,11 @@ class SwarmNode:
         return self
 
     @property
+    def using_relay(self) -> bool:
+        """Whether others' calls to this peer pass a relay."""
+        return self._joined.using_relay
+
+    @property
     def is_running(self) -> bool:
         """Whether it was started in this process and is not closed."""
         return self._thread is not None and self._thread.is_of_this_process and not self._is_closed
@@ -197,29 +219,48 @@ class SwarmNode:
         try:
             if self._checked_identity is not None:
                 await check_identity_is_free(self._checked_identity, self.initial_peers, self._connect_timeout)
-            async with AsyncExitStack() as started:
-                daemon = await self._daemon.start()
-                started.push_async_callback(daemon.stop)
-                async with asyncio.timeout(self._connect_timeout):
-                    dht = await DHTNode.create(
-                        daemon.p2p,
-                        # hivemind draws a random id; a restarted peer would then be in others' tables twice.
-                        node_id=DHTID.generate(source=daemon.identity.peer_id),
-                        client_mode=self._client_mode,
-                        record_validator=RecordRules(),
-                    )
-                    started.push_async_callback(_shut_down, dht)
-                    if self.initial_peers:
-                        await meet(dht, self.initial_peers)
-                known_peers = KnownPeers(daemon.p2p, dht, self.initial_peers)
-                meeting = asyncio.create_task(_keep_meeting(known_peers))
-                return _Membership(daemon, dht, known_peers, meeting, started.pop_all())
+            membership = await self._join_as(using_relay=self._relay == "always")
+            if self._relay == "auto" and await membership.can_be_called() is False:
+                await membership.leave()
+                membership = await self._join_as(using_relay=True)
+            return membership
         except (TimeoutError, SwarmConnectionError, P2PDaemonError, RuntimeError, OSError) as e:
             raise SwarmConnectionError(self._explain(e, time.monotonic() - began)) from e
+
+    async def _join_as(self, *, using_relay: bool) -> _Membership:
+        """Joins as a peer that others can call, or that they can call by a relay only."""
+        # Peers keep records on peers that they can call.
+        client_mode = self._client_mode or using_relay
+        is_reachable = False if using_relay else self._is_relay or None
+        async with AsyncExitStack() as started:
+            daemon = await P2PDaemon(
+                **self._daemon_options, dht_server=not client_mode, is_reachable=is_reachable
+            ).start()
+            started.push_async_callback(daemon.stop)
+            async with asyncio.timeout(self._connect_timeout):
+                dht = await DHTNode.create(
+                    daemon.p2p,
+                    # hivemind draws a random id; a restarted peer would then be in others' tables twice.
+                    node_id=DHTID.generate(source=daemon.identity.peer_id),
+                    client_mode=client_mode,
+                    record_validator=RecordRules(),
+                )
+                started.push_async_callback(_shut_down, dht)
+                if self.initial_peers:
+                    await meet(dht, self.initial_peers)
+            if using_relay:
+                await _wait_for_relay(daemon.p2p)
+            elif not client_mode:
+                await CallBack(daemon.p2p).register()
+            known_peers = KnownPeers(daemon.p2p, dht, self.initial_peers)
+            meeting = asyncio.create_task(_keep_meeting(known_peers))
+            return _Membership(daemon, dht, known_peers, meeting, started.pop_all(), using_relay)
 
     def _explain(self, error: BaseException, seconds: float) -> str:
         """The message for an error after so many seconds: the daemon may give up before `connect_timeout`."""
         detail = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
+        if str(error) == _NO_RELAY:
+            return _NO_RELAY
         if isinstance(error, ClockError):
             swarm = "the public Petals network" if is_public(self.initial_peers) else "the swarm"
             return (
@@ -251,6 +292,7 @@ class _Membership:
     Attributes:
         meeting: looks for lost peers, again and again.
         started: ends the DHT node and the daemon.
+        using_relay: others can call this peer by a relay only.
     """
 
     daemon: RunningDaemon
@@ -258,6 +300,12 @@ class _Membership:
     known_peers: KnownPeers
     meeting: asyncio.Task[None]
     started: AsyncExitStack
+    using_relay: bool
+
+    async def can_be_called(self) -> bool | None:
+        """Whether most of the peers that were asked can call this one; None if nobody can say."""
+        maddrs = await self.daemon.p2p.get_visible_maddrs(latest=True)
+        return await can_be_called(self.daemon.p2p, self.dht.protocol.routing_table.peer_id_to_uid, maddrs)
 
     async def leave(self) -> None:
         self.meeting.cancel()
@@ -270,6 +318,16 @@ async def _shut_down(dht: DHTNode) -> None:
             await dht.shutdown()
     except (OSError, P2PDaemonError) as e:  # the daemon must be ended all the same
         logger.warning("the swarm node did not leave in order: %s", str(e) or type(e).__name__)
+
+
+async def _wait_for_relay(p2p: P2P) -> None:
+    """Waits until a relay takes calls for this peer. Raises SwarmConnectionError if none does."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_RELAY_TIMEOUT):
+            while not any(map(is_relayed, await p2p.get_visible_maddrs(latest=True))):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+            return
+    raise SwarmConnectionError(_NO_RELAY)
 
 
 async def _keep_meeting(known_peers: KnownPeers) -> None:

@@ -7,11 +7,12 @@ import netrc
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import ParseResult, urlparse
 
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from petals_lightning.errors import ConfigurationError
 
@@ -74,8 +75,10 @@ def wandb_logger(
 
 
 def csv_logger(folder: str | Path, settings: dict[str, Any], resume: bool) -> CSVLogger:
-    """Logs to `folder/csv/version_0/metrics.csv`; when the run is continued, to version_1, and so on."""
-    return CSVLogger(save_dir=str(folder), name="csv")
+    """Logs to `folder/csv/version_0`, metrics.csv and hparams.yaml; when the run is continued, to version_1."""
+    logger = CSVLogger(save_dir=str(folder), name="csv")
+    logger.log_hyperparams(settings)
+    return logger
 
 
 def tensorboard_logger(folder: str | Path, settings: dict[str, Any], resume: bool) -> TensorBoardLogger:
@@ -85,9 +88,36 @@ def tensorboard_logger(folder: str | Path, settings: dict[str, Any], resume: boo
         ConfigurationError: tensorboard is not installed.
     """
     try:
-        return TensorBoardLogger(save_dir=str(folder), name="", version="tensorboard")
+        logger = TensorBoardLogger(save_dir=str(folder), name="", version="tensorboard", default_hp_metric=False)
     except ModuleNotFoundError as error:
         raise ConfigurationError("logger=tensorboard: not installed; pip install tensorboard") from error
+    logger.log_hyperparams(settings)
+    return logger
+
+
+def log_tuned(logger: Logger, folder: Path, name: str, summary: Mapping[str, Any]) -> None:
+    """Gives a logger what a run has tuned: W&B as artifacts with cards, TensorBoard the cards, as text.
+
+    Args:
+        logger: of the run; for others than these two, the run's folder is the place.
+        folder: of the run, with `prompts` or `adapter` or both.
+        name: of the recipe; the artifacts are `NAME-prompts` and `NAME-adapter`.
+        summary: what to note with them: numbers and words by name.
+    """
+    facts = {key: value for key, value in summary.items() if isinstance(value, str | int | float)}
+    for kind in ("prompts", "adapter"):
+        if not (folder / kind).is_dir():
+            continue
+        card = folder / kind / "README.md"
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            about = card.read_text(encoding="utf-8") if card.is_file() else None
+            artifact = wandb.Artifact(f"{name}-{kind}", type=kind, description=about, metadata=facts)
+            artifact.add_dir(str(folder / kind))
+            logger.experiment.log_artifact(artifact, aliases=["best"])
+        elif isinstance(logger, TensorBoardLogger) and card.is_file():
+            logger.experiment.add_text(kind, card.read_text(encoding="utf-8"))
 
 
 def _run_id(path: Path, resume: bool) -> str:

@@ -37,6 +37,7 @@ from petals_lightning.training.callbacks import build_callbacks
 from petals_lightning.training.cli_errors import INTERRUPTED
 from petals_lightning.training.command_line import command
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
+from petals_lightning.training.loggers import log_tuned
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
 from petals_lightning.training.schema import refuse_unread
 from petals_lightning.training.settings import OF_DATA, OF_MODULES
@@ -83,10 +84,12 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
                 best = _best(folder)
                 with no_code_from(best):
                     trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
+        if trainer.global_step and not cfg.trainer.fast_dev_run:
+            _save_best(module, folder, summary.summary)
+            if logger is not None:
+                log_tuned(logger, folder, recipe, summary.summary)
     finally:
         _finish(logger)
-    if trainer.global_step and not cfg.trainer.fast_dev_run:
-        _save_best(module, folder, summary.summary)
     print_results(summary.summary, folder)
     return summary.summary.get(module.monitor)
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
     "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",
     "pipeline": "--repeats 1 --hidden 64 --blocks 2 --servers 2 --case 4x8x2 --microbatches 2 --block-ms 1",
+    "placement": "--servers 40 --blocks 8 --hours 2",
     "quality": "--sets cr,dialogue --seeds 0,1 --steps 2 --batch-size 4 --pre-seq-len 2 --limit 6 --threads 1",
     "routing": "--repeats 1 --servers 50 --blocks 8",
     "slow_link": f"{TINY} --blocks 2 --servers 2 --case 4x8x2 --new-tokens 2 --round-trip 0.01",

@@ -76,6 +76,9 @@ def test_csv_logs_hold_the_metrics(compose_run: Callable[..., DictConfig], tmp_p
         rows = list(csv.DictReader(file))
     for name in ("train/loss", "train/lr", "train/tokens_per_second", "swarm/bytes_sent", "val/loss", "val/accuracy"):
         assert any(row[name] for row in rows), name
+    settings = (tmp_path / "csv" / "version_0" / "hparams.yaml").read_text()
+    assert "pre_seq_len:" in settings
+    assert "batch_size:" in settings, "of the data, which the module does not know"
 
 
 def test_wandb_logs_offline_into_the_run_folder(
@@ -92,6 +95,22 @@ def test_wandb_logs_offline_into_the_run_folder(
     assert max(row["val/accuracy"] for row in history if "val/accuracy" in row) == pytest.approx(accuracy, abs=1e-6)
     for name in ("train/loss", "train/lr", "train/tokens_per_second", "swarm/bytes_received", "swarm/retries"):
         assert any(name in row for row in history), name
+
+
+def test_what_was_tuned_is_logged_as_an_artifact_with_its_card(
+    compose_run: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    short = "data.source=bundled", "data.limit=20", "trainer.max_epochs=1"
+    run(compose_run("logger=wandb", *short, recipe="dialogue_deep_ptune"), recipe="mine")
+    wandb.teardown()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (artifact,) = [record.artifact for record in read_wandb(path) if record.HasField("artifact")]
+    assert (artifact.name, artifact.type, list(artifact.aliases)) == ("mine-prompts", "prompts", ["latest", "best"])
+    assert artifact.description == (tmp_path / "prompts" / "README.md").read_text()
+    assert json.loads(artifact.metadata)["val/perplexity"] > 1
+    stored = {entry.path for entry in artifact.manifest.contents}
+    assert {path.name for path in (tmp_path / "prompts").iterdir()} == stored
 
 
 @pytest.mark.slow
@@ -114,11 +133,17 @@ def test_a_continued_run_goes_on_in_the_same_wandb_run(
 
 
 def read_wandb_history(path: Path) -> list[dict]:
-    """The logged rows of an offline run. (W&B 0.31 has no reader in Python; the file is a LevelDB log of protobufs.)"""
+    """The logged rows of an offline run."""
+    items = [record.history.item for record in read_wandb(path) if record.HasField("history")]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in items]
+
+
+def read_wandb(path: Path) -> list[Any]:
+    """The records of an offline run. (W&B 0.31 has no reader in Python; the file is a LevelDB log of protobufs.)"""
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2
-    file, at, record, rows = path.read_bytes(), 7, b"", []  # 7 bytes of header
+    file, at, record, records = path.read_bytes(), 7, b"", []  # 7 bytes of header
     while at + 7 <= len(file):
         if (rest := 2**15 - at % 2**15) < 7:  # blocks of 32 KiB; a chunk's header is not cut in two
             at += rest
@@ -127,10 +152,9 @@ def read_wandb_history(path: Path) -> list[dict]:
         record += file[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or its last chunk
-            items = messages.Record.FromString(record).history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            records.append(messages.Record.FromString(record))
             record = b""
-    return rows
+    return records
 
 
 def test_a_run_is_the_same_again(compose_run: Callable[..., DictConfig], tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ class BlockSpan:
 
     Attributes:
         dtype, device: of the passes.
+        devices: of each block.
         quant_type: how the weights of the linears are kept.
         share_prefix: whether the prefix may run once for the batch (tested by `verify_shared_prefix`).
         skips_unread: whether the last block may skip positions that are not read (`verify_skipping`).
@@ -116,6 +117,7 @@ class BlockSpan:
         self.share_prefix = self.skips_unread = self.batches_sessions = self.has_sessions = True
         self.past_shapes: dict[int, tuple[int, int, int]] = {}
         self.dtype, self.device = dtype_and_device(model)
+        self.devices = [dtype_and_device(block)[1] for block in self.blocks]
         self.quant_type = quant_type_of(model)
         self.transfers = Transfers(self.device)
         self.hidden_size = model.config.get_text_config().hidden_size
@@ -177,7 +179,7 @@ class BlockSpan:
         """A cache with the adapter's keys and values."""
         adapter, cache = self._placed(inputs.adapter), PrefixCache(len(self.blocks), inputs.start - self.start)
         assert adapter is not None
-        return cache.fill(adapter.past, self.dtype, [dtype_and_device(block)[1] for block in self.blocks])
+        return cache.fill(adapter.past, self.dtype, self.devices)
 
     def prefix_past(self, inputs: SpanInputs) -> dict[str, torch.Tensor]:
         """Keys and values of the prefix of `inputs` in its blocks, named as an adapter's.

@@ -75,23 +75,31 @@ class PetalsMethods:
     def __init__(self, resources: ServerResources, dht_prefix: str, p2p: P2P):
         self._resources, self._dht_prefix, self._p2p = resources, dht_prefix, p2p
         self._sessions: dict[str, InferenceStream] = {}
+        self._reachability = Reachability(resources, p2p)
         self.streams: dict[str, StreamMethod] = {
             method_name("rpc_forward_stream"): self._forward_stream,
             method_name("rpc_backward_stream"): self._backward_stream,
             method_name("rpc_inference"): self._inference,
         }
         """Methods whose calls are streams, by name; for `serve_stream`."""
+        self._unary: dict[str, tuple[Callable[[Any, str], Awaitable[Any]], Any]] = {
+            method_name("rpc_info"): (self._info, ExpertUID),
+            method_name("rpc_forward"): (self._forward_unary, REQUEST),
+            method_name("rpc_backward"): (self._backward_unary, REQUEST),
+            method_name("rpc_push"): (self._push, REQUEST),
+        }
 
     async def register(self) -> None:
         """Adds the unary methods to this server's peer."""
-        for name, method, kind in (
-            ("rpc_info", self._info, ExpertUID),
-            ("rpc_forward", self._forward_unary, REQUEST),
-            ("rpc_backward", self._backward_unary, REQUEST),
-            ("rpc_push", self._push, REQUEST),
-        ):
-            await self._p2p.add_protobuf_handler(method_name(name), partial(self.answer_unary, method), kind)
-        await Reachability(self._resources, self._p2p).register()
+        for name, (method, kind) in self._unary.items():
+            await self._p2p.add_protobuf_handler(name, partial(self.answer_unary, method), kind)
+        await self._reachability.register()
+
+    async def unregister(self) -> None:
+        """Takes these methods from this server's peer."""
+        for name in self._unary:
+            await self._p2p.remove_protobuf_handler(name)
+        await self._reachability.unregister()
 
     async def answer_unary(
         self, method: Callable[[Any, str], Awaitable[Any]], request: Any, context: P2PContext

@@ -35,6 +35,10 @@ class Reachability:
         """Adds the method to this server's peer."""
         await ReachabilityProtocol().add_p2p_handlers(self._p2p, wrapper=self)
 
+    async def unregister(self) -> None:
+        """Takes the method from this server's peer."""
+        await ReachabilityProtocol().remove_p2p_handlers(self._p2p)
+
     async def rpc_check(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
         """Whether a peer can be reached: this one, or another, which it calls on behalf of the caller."""
         target, caller = PeerID(request.peer.node_id), context.remote_id.to_base58()

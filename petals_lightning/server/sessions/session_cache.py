@@ -164,10 +164,10 @@ class SessionCache:
 
     def _fill(self, span: BlockSpan, adapter: Adapter) -> None:
         """Empties the session, and puts an adapter's keys and values in place of its prefix."""
-        for layer, pair in zip(self._layers, by_block(adapter.past), strict=True):
+        devices = span.devices[self.start - span.start : self.end - span.start]
+        for layer, device, pair in zip(self._layers, devices, by_block(adapter.past), strict=True):
             layer.crop(-layer.get_seq_length())
-            moved = (span.transfers.to_device(tensor).to(span.dtype) for tensor in pair)
-            layer.update(*(tensor.expand(self.batch, -1, -1, -1) for tensor in moved))
+            layer.update(*(tensor.to(device, span.dtype).expand(self.batch, -1, -1, -1) for tensor in pair))
 
     def begin(self, transfers: Transfers, request: StepRequest) -> StepInputs:
         """Moves a step's inputs to the device, and drops positions that are held after the step's first."""
