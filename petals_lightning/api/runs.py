@@ -8,7 +8,7 @@ from typing import Any
 
 from petals_lightning.errors import UnsupportedInputError
 
-_MOST_POINTS = 1000
+_MOST_POINTS = 1000  # about
 
 
 def read_run(folder: Path | None) -> dict[str, Any]:

@@ -53,12 +53,12 @@ class TextAssembler:
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.is_stopped, self._held, is_last = True, self._held[: min(found)], True
-        if self._strip and not self._has_begun:
-            self._held = self._held.lstrip()
         cut = len(self._held) - (0 if is_last else self._length_of_possible_stop())
         if self._strip:
             cut = len(self._held[:cut].rstrip())
         text, self._held = self._held[:cut], self._held[cut:]
+        if self._strip and not self._has_begun:
+            text = text.lstrip()
         self._has_begun = self._has_begun or bool(text)
         return text
 
