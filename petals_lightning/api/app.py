@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from petals_lightning.api.completions import CallerLeft, routes
 from petals_lightning.api.errors import ApiError, wrong_field
-from petals_lightning.api.generation import Generator, ServedModel
+from petals_lightning.api.generation import GenerationThreads, ServedModel
 from petals_lightning.api.runs import read_run
 from petals_lightning.api.swarm_watch import SwarmWatch
 from petals_lightning.errors import ConfigurationError, PetalsLightningError
@@ -56,7 +56,7 @@ def create_app(
     watch: SwarmWatch,
     *,
     models: Mapping[str, ServedModel] | None = None,
-    generator: Generator | None = None,
+    threads: GenerationThreads | None = None,
     keys: list[str] | None = None,
     is_local: bool = True,
     run: Path | None = None,
@@ -66,7 +66,7 @@ def create_app(
     Args:
         watch: of the swarm that the page shows.
         models: by the names by which requests choose them, the base model first; None: the page alone.
-        generator: runs their generations, and is closed with the application.
+        threads: run their generations, and are closed with the application.
         keys: callers need one of them; None: nobody needs one.
         is_local: answer only requests that name this machine, so that no website can reach it through a browser whose
             name servers it controls.
@@ -75,13 +75,13 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        closing = asyncio.create_task(generator.close_unused()) if generator is not None else None
+        closing = asyncio.create_task(threads.close_unused()) if threads is not None else None
         yield
-        if generator is not None and closing is not None:
+        if threads is not None and closing is not None:
             closing.cancel()
             with suppress(asyncio.CancelledError):
                 await closing
-            await asyncio.to_thread(generator.close)
+            await asyncio.to_thread(threads.close)
 
     async def check(request: Request) -> None:
         host = re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")
@@ -101,8 +101,8 @@ def create_app(
         title="petals-lightning", lifespan=lifespan, dependencies=[Depends(check)], docs_url=None, redoc_url=None,
         openapi_url=None,
     )  # fmt: skip
-    if models and generator is not None:
-        app.include_router(routes(models, generator), dependencies=[Depends(check_key)])
+    if models and threads is not None:
+        app.include_router(routes(models, threads), dependencies=[Depends(check_key)])
     page, policy = _page()
 
     @app.get("/")

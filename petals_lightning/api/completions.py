@@ -14,8 +14,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from petals_lightning.api.errors import ApiError
-from petals_lightning.api.generation import End, Event, GenerationRequest, Generator, Piece, ServedModel, TokenScore
-from petals_lightning.api.requests import ChatRequest, CompletionRequest, GenerationFields, ModelCard
+from petals_lightning.api.generation import End, Event, GenerationRequest, GenerationThreads, Piece, ServedModel, TokenScore
+from petals_lightning.api.requests import MOST_CHOICES, ChatRequest, CompletionRequest, GenerationFields, ModelCard
 from petals_lightning.data.dialogues import read_dialogue
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def routes(models: Mapping[str, ServedModel], generator: Generator) -> APIRouter:
+def routes(models: Mapping[str, ServedModel], threads: GenerationThreads) -> APIRouter:
     """The routes for these models, by name; the first one is the base of the others."""
     router, started = APIRouter(prefix="/v1"), int(time.time())
     base = next(iter(models))
@@ -150,7 +150,7 @@ def routes(models: Mapping[str, ServedModel], generator: Generator) -> APIRouter
             served, body, [ids], body.max_completion_tokens or body.max_tokens, scores,
             end_ids=end_ids, strip=True, is_conversation=True,
         )  # fmt: skip
-        return await _answer(request, body, _Chat(served), served, asked, generator)
+        return await _answer(request, body, _Chat(served), served, asked, threads)
 
     @router.post("/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
@@ -162,7 +162,7 @@ def routes(models: Mapping[str, ServedModel], generator: Generator) -> APIRouter
             served, body, prompts, body.max_tokens or _COMPLETION_TOKENS, body.logprobs,
             end_ids=served.end_ids, strip=False, is_conversation=False,
         )  # fmt: skip
-        return await _answer(request, body, _Completion(served), served, asked, generator)
+        return await _answer(request, body, _Completion(served), served, asked, threads)
 
     return router
 
@@ -186,6 +186,8 @@ def _requests(
     is_conversation: bool,
 ) -> list[GenerationRequest]:
     """n requests for each prompt. The first one of each draws with the seed that was given, the next with the next."""
+    if len(prompts) * body.n > MOST_CHOICES:
+        raise ApiError(400, f"{len(prompts)} prompts with n={body.n}: at most {MOST_CHOICES} choices", param="n")
     asked = []
     for ids in prompts:
         room = served.max_length - len(ids)
@@ -221,12 +223,12 @@ async def _answer(
     form: Form,
     served: ServedModel,
     asked: list[GenerationRequest],
-    generator: Generator,
+    threads: GenerationThreads,
 ) -> Response:
     """Generates, and answers in one piece or as a stream. A caller who leaves ends the generation."""
     head = {"id": form.prefix + uuid.uuid4().hex, "object": form.kind, "created": int(time.time()), "model": body.model}
     async with AsyncExitStack() as stack:
-        queue = await stack.enter_async_context(generator.run(served, asked))
+        queue = await stack.enter_async_context(threads.run(served, asked))
         if not body.stream:
             return JSONResponse(await _unless_left(request, _whole(queue, asked, form, head)))
         # The first event comes before the status is sent: what fails at once is an error, not a broken stream.

@@ -43,7 +43,7 @@ class ServedModel:
     tokenizer: Any
     dialogue_format: DialogueFormat
     max_length: int
-    _texts: dict[int, str] = field(default_factory=dict)
+    _texts: dict[int, str] = field(init=False, default_factory=dict)
 
     @property
     def end_ids(self) -> list[int]:
@@ -124,7 +124,7 @@ class End:
 Event = Piece | End | Exception
 
 
-class Generator:
+class GenerationThreads:
     """Runs generations in threads.
 
     Args:
@@ -272,7 +272,7 @@ class _Reader(StoppingCriteria):
         self._is_ended = token in self._request.end_ids
         if not self._is_ended:
             self._emit(Piece(self._text.add(token), self._score(token)))
-        return torch.tensor([self._text.is_stopped or self._is_left()])
+        return torch.tensor([self._text.is_stopped or self._is_left()], device=input_ids.device)
 
     def _score(self, token: int) -> TokenScore | None:
         if self._request.top_logprobs is None:

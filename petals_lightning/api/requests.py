@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_MOST_CHOICES = 128  # of one request
+MOST_CHOICES = 128  # of one request
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "verbosity",
@@ -44,7 +44,7 @@ class GenerationFields(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     seed: int | None = None
     stream: bool = False
@@ -98,7 +98,7 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(GenerationFields):
     """Of `/v1/completions`. A prompt is a text or a list of token ids; a list of prompts has n choices for each."""
 
-    prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=_MOST_CHOICES)]
+    prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=MOST_CHOICES)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from petals_lightning.errors import UnsupportedInputError
 
-_MOST_POINTS = 1000  # about
+_MOST_POINTS = 1000
 
 
 def read_run(folder: Path | None) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def read_run(folder: Path | None) -> dict[str, Any]:
         return {"folder": str(folder) if folder is not None else None, "curve": None, "summary": None}
     path = curves[-1]
     try:
-        curve = json.loads(path.read_text(encoding="utf-8"))
+        curve = _read(path)
     except ValueError as e:
         raise UnsupportedInputError(f"{path} is not the learning curve of a run: {e}") from e
     step = len(curve["train"]) // _MOST_POINTS + 1
@@ -30,5 +30,10 @@ def read_run(folder: Path | None) -> dict[str, Any]:
         "folder": str(path.parent),
         "time": path.stat().st_mtime,
         "curve": curve,
-        "summary": json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+        "summary": _read(summary) if summary.is_file() else None,
     }
+
+
+def _read(path: Path) -> Any:
+    """JSON, in which what is no number (of a run that diverges) is null."""
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)

@@ -62,7 +62,7 @@ def api(
     configure_logging()
 
     from petals_lightning.api.app import create_app, is_loopback
-    from petals_lightning.api.generation import Generator, ServedModel
+    from petals_lightning.api.generation import GenerationThreads, ServedModel
     from petals_lightning.api.swarm_watch import SwarmWatch
     from petals_lightning.data.dialogue_format import DialogueFormat
     from petals_lightning.hf.tokenizer import load_tokenizer
@@ -101,7 +101,7 @@ def api(
         app = create_app(
             watch,
             models=models,
-            generator=Generator(max_streams=max_streams, idle_sessions=idle_sessions, idle_timeout=idle_timeout),
+            threads=GenerationThreads(max_streams=max_streams, idle_sessions=idle_sessions, idle_timeout=idle_timeout),
             keys=keys,
             is_local=is_loopback(host) and keys is None,
             run=run,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from petals_lightning.cli.options import say
+from petals_lightning.cli.options import StopSignal, say
 from petals_lightning.errors import ConfigurationError
 
 Host = Annotated[str, typer.Option(help="Address to listen on. Beyond this machine, --api-key-file is needed.")]
@@ -70,6 +70,7 @@ def run_app(app: Any, listening: socket.socket, what: str, watch: Callable[[], b
                 self.should_exit = True
             return await super().on_tick(counter)
 
+    StopSignal()  # uvicorn stops at a signal, too, and then raises it again: in order, this must end in order
     host, port = listening.getsockname()[:2]
     say(f"ready: {what} on http://{f'[{host}]' if ':' in host else host}:{port}")
     Server(config).run(sockets=[listening])

@@ -36,7 +36,7 @@ class ServerRecord:
         start, end: the span of blocks held, `end` exclusive; None if not given.
         public_name, version, torch_dtype, fingerprint: texts; in a record that was read, `printable` ones of at most
             `MAX_WORD_LENGTH` characters. None if not given. The fingerprint is a short digest of the served weights.
-        quant_type: the form in which the weights are held, such as "nf4"; None if they are not quantised.
+        quant_type: of the weights, such as "nf4"; "none" if they are not quantised.
         throughput: requests a second, as Petals counts them; used to place and compare servers.
         tokens_per_second: forward speed of one block, in tokens a second (Petals: `forward_rps`); None if not measured.
         stream_version: version of our stream method, None on servers that offer only Petals' methods.
@@ -52,7 +52,7 @@ class ServerRecord:
     public_name: str | None = None
     version: str | None = None
     torch_dtype: str | None = None
-    quant_type: str | None = None
+    quant_type: str = "none"
     tokens_per_second: float | None = None
     stream_version: int | None = None
     hidden_size: int | None = None
@@ -73,7 +73,7 @@ class ServerRecord:
             "public_name": self.public_name,
             "version": self.version,
             "torch_dtype": self.torch_dtype,
-            "quant_type": self.quant_type or "none",
+            "quant_type": self.quant_type,
             "adapters": [],
             "forward_rps": self.tokens_per_second,
             "cache_tokens_left": self.cache_tokens_left,
@@ -122,7 +122,7 @@ class ServerRecord:
             public_name=_word(extra, "public_name"),
             version=_word(extra, "version"),
             torch_dtype=_word(extra, "torch_dtype"),
-            quant_type=quant if (quant := _word(extra, "quant_type")) != "none" else None,
+            quant_type=_word(extra, "quant_type") or "none",
             tokens_per_second=float(speed) if speed is not None else None,
             stream_version=_typed(ours, "stream", int),
             hidden_size=_typed(ours, "hidden_size", int),

@@ -110,6 +110,7 @@ def _of_dry_run(cfg: DictConfig) -> DictConfig:
     """The settings of a run that measures its first steps and leaves nothing."""
     cfg = cfg.copy()
     cfg.trainer.enable_checkpointing, cfg.trainer.limit_val_batches, cfg.trainer.num_sanity_val_steps = False, 0, 0
+    cfg.trainer.min_epochs = cfg.trainer.min_steps = None
     return cfg
 
 

@@ -115,6 +115,7 @@ def test_the_last_lines_say_what_to_type_next(
     assert "--adapter" in commands[1]
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_what_steps_cost_and_leaves_no_results(
     compose_run: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
