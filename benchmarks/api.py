@@ -68,8 +68,11 @@ async def read_stream(url: str, prompt: list[int], new_tokens: int) -> int:
         }
     ).encode()  # fmt: skip
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+    head = (
+        "POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json",
+        f"Content-Length: {len(body)}", "Connection: close", "", "",
+    )  # fmt: skip
+    writer.write("\r\n".join(head).encode() + body)
     usage = b""
     while line := await reader.readline():
         if b'"usage":{' in line:
@@ -94,9 +97,7 @@ def by_sessions(model: Any, prompts: Prompts, new_tokens: int, counts: list[int]
 
     def generate(prompt: list[int]) -> int:
         with model.inference_session(max_length=len(prompt) + new_tokens):
-            output = model.generate(
-                torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-            )
+            output = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
         return output.shape[1] - len(prompt)
 
     began = time.perf_counter()

@@ -14,7 +14,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from petals_lightning.api.errors import ApiError
-from petals_lightning.api.generation import End, Event, GenerationRequest, GenerationThreads, Piece, ServedModel, TokenScore
+from petals_lightning.api.generation import (
+    End,
+    Event,
+    GenerationRequest,
+    GenerationThreads,
+    Piece,
+    ServedModel,
+    TokenScore,
+)
 from petals_lightning.api.requests import MOST_CHOICES, ChatRequest, CompletionRequest, GenerationFields, ModelCard
 from petals_lightning.data.dialogues import read_dialogue
 
@@ -185,7 +193,7 @@ def _requests(
     strip: bool,
     is_conversation: bool,
 ) -> list[GenerationRequest]:
-    """n requests for each prompt. The first one of each draws with the seed that was given, the next with the next."""
+    """N requests for each prompt. The first one of each draws with the seed that was given, the next with the next."""
     if len(prompts) * body.n > MOST_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts with n={body.n}: at most {MOST_CHOICES} choices", param="n")
     asked = []

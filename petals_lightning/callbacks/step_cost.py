@@ -58,13 +58,12 @@ class StepCost(Callback):
         sent, received = (
             (now[name] - self._traffic[name]) / measured for name in ("swarm/bytes_sent", "swarm/bytes_received")
         )
-        line = f"a step costs {_bytes(sent)} sent, {_bytes(received)} received, {_seconds(seconds)} (of {measured} measured)"
+        step = f"{_bytes(sent)} sent, {_bytes(received)} received, {_seconds(seconds)}"
+        line = f"a step costs {step} (of {measured} measured)"
         if steps is not None:
             left = steps - trainer.global_step
-            line += (
-                f"; the {left:,} left of {steps:,} about {_bytes(left * (sent + received))} and {_seconds(left * seconds)}, "
-                "without validation"
-            )
+            rest = f"{_bytes(left * (sent + received))} and {_seconds(left * seconds)}"
+            line += f"; the {left:,} left of {steps:,} about {rest}, without validation"
         get_console().print(line, highlight=False, soft_wrap=True)
 
 

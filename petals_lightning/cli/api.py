@@ -112,14 +112,14 @@ def api(
             raise SwarmConnectionError("the libp2p daemon of this server has ended; start it again")
 
 
-def _tuned_parts(model: str, prompts: list[str], adapters: list[str]) -> dict[str, dict[str, str]]:
+def _tuned_parts(model: str, prompts: list[str], adapters: list[str]) -> dict[str, dict[str, Any]]:
     """Arguments of `from_pretrained` for each name, the base model's first.
 
     Raises:
         ConfigurationError: an option is not NAME=DIR, or a name is there twice.
     """
     base = Path(model).resolve().name if Path(model).is_dir() else model
-    found: dict[str, dict[str, str]] = {base: {}}
+    found: dict[str, dict[str, Any]] = {base: {}}
     for kind, given in (("prompts", prompts), ("adapter", adapters)):
         for each in given:
             name, equals, source = each.partition("=")

@@ -146,7 +146,11 @@ def weak_spots(model: Description) -> list[dict[str, str]]:
         found.append(("error", f"{_blocks(missing)} without a server that answers: the model cannot be used"))
     found += [("error", f"{_name(server)} does not answer") for server in servers if server["peer_id"] in silent]
     for server in servers:
-        alone = [block for block in server["held_blocks"] if [each["peer_id"] for each in holders[block]] == [server["peer_id"]]]
+        alone = [
+            block
+            for block in server["held_blocks"]
+            if [each["peer_id"] for each in holders[block]] == [server["peer_id"]]
+        ]
         if alone:
             found.append(("warning", f"{_blocks(alone)} only on {_name(server)}"))
     for server in servers:

@@ -85,7 +85,9 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
         facts |= {"tuning/init": cfg.tuning.init, "tuning/init_text": cfg.tuning.init_text}
     summary = RunSummary(folder, _title(cfg, recipe), facts, score=module.monitor)
     monitor = (module.monitor, module.monitor_mode)
-    trainer = build_trainer(cfg, folder, swarm, logger, None if cfg.dry_run else summary, monitor=monitor, callbacks=callbacks)
+    trainer = build_trainer(
+        cfg, folder, swarm, logger, None if cfg.dry_run else summary, monitor=monitor, callbacks=callbacks
+    )
     try:
         with swarm.keep_alive(module.served_model, folder / "servers") if swarm else nullcontext():
             _fit(trainer, module, data, checkpoint)

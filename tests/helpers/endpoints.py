@@ -32,7 +32,7 @@ def save_tuned_parts(folder: Path) -> dict[str, Path]:
             parameter.data.normal_(0, 0.5)
     save_prompts(local, folder / "prompts")
     lora = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    lora.save_pretrained(folder / "adapter")
+    lora.save_pretrained(str(folder / "adapter"))
     return {"prompts": folder / "prompts", "adapter": folder / "adapter"}
 
 
@@ -65,9 +65,7 @@ class Endpoint(Server):
     """`petals-lightning api` for the bundled model."""
 
     def __init__(self, initial_peers: Sequence[str], *options: str):
-        super().__init__(
-            "api", str(MODEL_DIR), "--dht-prefix", PREFIX, "--initial-peers", *initial_peers, *options
-        )
+        super().__init__("api", str(MODEL_DIR), "--dht-prefix", PREFIX, "--initial-peers", *initial_peers, *options)
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
