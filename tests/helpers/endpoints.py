@@ -54,11 +54,15 @@ class Server:
         else:
             raise AssertionError("".join(self.lines))
         self.url = self.lines[-1].split()[-1].replace("0.0.0.0", "127.0.0.1")
-        threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True).start()
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
+        self._reader.start()
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(30) == 0, "".join(self.lines)
+        code = self.process.wait(30)
+        self._reader.join()
+        self.process.stdout.close()
+        assert code == 0, "".join(self.lines)
 
 
 class Endpoint(Server):

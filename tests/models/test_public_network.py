@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from petals_lightning.cli.generation import TunedModelOptions, Terminal, load_model
+from petals_lightning.cli.generation import Terminal, TunedModelOptions, load_model
 from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError, NoServersError, SwarmConnectionError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
