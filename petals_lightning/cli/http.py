@@ -50,6 +50,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen()
     except OSError as e:
         listening.close()
         raise ConfigurationError(f"cannot listen on {host}, port {port}: {e.strerror}; choose others") from e

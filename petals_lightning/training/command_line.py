@@ -17,9 +17,9 @@ def program() -> str:
 def command(*settings: str) -> str:
     """The whole command line, with further settings instead of those that they replace.
 
-    A group (`tuning=lora`) replaces its own settings (`tuning.r=8`), too.
+    A group (`tuning=lora`) replaces its own settings (`tuning.r=8`), too. Another run has another folder.
     """
-    replaced = [setting.partition("=")[0] for setting in settings]
+    replaced = [setting.partition("=")[0] for setting in settings] + ["hydra.run.dir"] * bool(settings)
 
     def is_kept(argument: str) -> bool:
         key = argument.partition("=")[0].lstrip("+~")

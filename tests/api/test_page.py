@@ -145,7 +145,9 @@ def test_the_page_alone_asks_for_a_key_and_trusts_no_name(swarm: InProcessSwarm,
     try:
         page = Page(browser, server.url)
         for key, refusal in (("wrong", "That key is not known here."), ("the-key", None)):
-            field = page.wait(lambda: next((each for each in page.all("#gate input[type=password]") if each.is_displayed()), None))
+            field = page.wait(
+                lambda: next((each for each in page.all("#gate input[type=password]") if each.is_displayed()), None)
+            )
             field.clear()
             field.send_keys(key, Keys.ENTER)
             if refusal is not None:
