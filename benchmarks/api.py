@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,11 +28,10 @@ from benchmarks.options import Output, parse_numbers
 from benchmarks.rounds import Row, alternate, report
 from benchmarks.servers import running_server
 from benchmarks.swarm import PREFIX, save_random_llama
-from petals_lightning.cli.main import main as petals_lightning
 from petals_lightning.hf.tokenizer import load_tokenizer
 from petals_lightning.models import AutoDistributedModelForCausalLM
 from petals_lightning.sample import MODEL_DIR
-from tools.testing.forks import ForkedProcess
+from tools.testing.servers import start_http
 
 Prompts = list[list[int]]
 
@@ -41,21 +39,12 @@ Prompts = list[list[int]]
 @contextmanager
 def running_endpoint(model: str, maddr: str, streams: int) -> Iterator[str]:
     """`petals-lightning api` in a process of its own; gives its URL."""
-    arguments = ["api", model, "--dht-prefix", PREFIX, "--initial-peers", maddr, "--port", "0"]
-    process = ForkedProcess(petals_lightning, [*arguments, "--max-streams", str(streams), "--idle-sessions", "0"])
-    lines: list[str] = []
+    arguments = ["api", model, "--dht-prefix", PREFIX, "--initial-peers", maddr]
+    server, url = start_http(*arguments, "--max-streams", str(streams), "--idle-sessions", "0")
     try:
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("ready:"):
-                break
-        else:
-            raise RuntimeError("".join(lines))
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield lines[-1].split()[-1]
+        yield url
     finally:
-        process.send_signal(15)
-        process.wait(30)
+        server.stop()
 
 
 async def read_stream(url: str, prompt: list[int], new_tokens: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from petals_lightning.cli.main import main
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.models import save_prompts
 from petals_lightning.models.local import LocalModelForCausalLM
 from petals_lightning.sample import MODEL_DIR
-from tools.testing.forks import ForkedProcess
+from tools.testing.servers import start_http
 from tools.testing.swarms import PREFIX
 
 
@@ -41,28 +39,20 @@ class Server:
 
     Attributes:
         url: where it listens.
-        lines: what it has printed so far.
     """
 
     def __init__(self, *arguments: str):
-        self.process = ForkedProcess(main, [*arguments, "--port", "0"])
-        self.lines: list[str] = []
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if line.startswith("ready:"):
-                break
-        else:
-            raise AssertionError("".join(self.lines))
-        self.url = self.lines[-1].split()[-1].replace("0.0.0.0", "127.0.0.1")
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
-        self._reader.start()
+        self._process, url = start_http(*arguments)
+        self.url = url.replace("0.0.0.0", "127.0.0.1")
+
+    @property
+    def lines(self) -> list[str]:
+        """What it has printed so far."""
+        return list(self._process.lines)
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30)
-        self._reader.join()
-        self.process.stdout.close()
-        assert code == 0, "".join(self.lines)
+        self._process.signal(signal.SIGTERM)
+        assert self._process.wait(30) == 0, "".join(self.lines)
 
 
 class Endpoint(Server):
