@@ -1,6 +1,6 @@
 """Tokens a second of many streams at once: by `petals-lightning api` over HTTP, against sessions without it.
 
-    python -m benchmarks.api                # the row of docs/performance.md
+    python -m benchmarks.api                # 20 streams
     python -m benchmarks.api --streams 5,20 --repeats 5
 
 A random Llama (hidden 512, 8 blocks, float32) on one server on loopback. Both sides are the same `generate` in as many
