@@ -25,7 +25,7 @@ LAYERS = [
     {"models"},
     {"data", "strategies"},
     {"callbacks", "modules"},
-    {"training"},
+    {"training", "api"},
     {"cli"},
 ]
 SERVER_LAYERS = [

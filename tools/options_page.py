@@ -18,8 +18,9 @@ Each option is a field of `ClientConfig` (`petals_lightning/client/config.py`) o
 else. `python -m tools.options_page` writes this page from them.
 
 An option of a client is a keyword argument of `from_pretrained` and of the swarms that a `RemoteBlockStrategy` takes, a
-setting of a run (`swarm.audit_rate=0.05`), and a flag of `petals-lightning chat` and `generate` (`--audit-rate 0.05`).
-Settings take null for the default. Lists are written `swarm.blocked_servers=[ID,ID]`, or as a flag for each value.
+setting of a run (`swarm.audit_rate=0.05`), and a flag of `petals-lightning chat`, `generate` and `api`
+(`--audit-rate 0.05`). Settings take null for the default. Lists are written `swarm.blocked_servers=[ID,ID]`, or as a
+flag for each value.
 
 An option of a server is a field of the config that `Server` takes, and a flag of `petals-lightning serve`.
 """

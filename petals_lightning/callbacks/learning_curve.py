@@ -11,6 +11,9 @@ import matplotlib
 matplotlib.use("Agg")  # draw without a display
 from matplotlib.figure import Figure
 
+CURVE_FILE = "learning_curve.json"
+"""In a run's folder, while it trains and afterwards: title, score, and the points of the plot."""
+
 TRAIN, VALIDATION, SCORE = "#9ecae1", "#08519c", "#e6550d"
 
 

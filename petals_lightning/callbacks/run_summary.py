@@ -1,4 +1,4 @@
-"""The summary of a run in its folder: summary.json and the learning curve."""
+"""The summary of a run in its folder: summary.json and the learning curve, as a picture and in numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
-from petals_lightning.callbacks.learning_curve import draw_learning_curve
+from petals_lightning.callbacks.learning_curve import CURVE_FILE, draw_learning_curve
 from petals_lightning.callbacks.traffic import traffic_metrics
+from petals_lightning.strategies import planned_steps
+
+_CURVE_PERIOD = 10.0  # seconds between two writings of the curve while a run trains
 
 
 class RunSummary(Callback):
     """Writes `summary.json` and `learning_curve.png` when training ends, and adds `test/…` after a test.
+
+    `learning_curve.json`, which `petals-lightning dashboard --run` shows, is written while it trains.
 
     All `val/…` are those of `checkpoint`, the run's best epoch on validation. Seconds, steps, tokens (without padding
     and prompts) and traffic are totals of the whole run, including the time before a resume. Seconds and traffic
@@ -42,6 +47,7 @@ class RunSummary(Callback):
         self._tokens = 0
         self._train: list[tuple[int, float]] = []
         self._validation: list[dict[str, Any]] = []
+        self._curve_written = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.monotonic()
@@ -54,6 +60,8 @@ class RunSummary(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:
             self._train.append((trainer.global_step, float(loss) * trainer.accumulate_grad_batches))
+        if time.monotonic() - self._curve_written > _CURVE_PERIOD:
+            self._write_curve(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -62,6 +70,7 @@ class RunSummary(Callback):
         names = dict.fromkeys([self._score, "val/loss", *(name for name in logged if name.startswith("val/"))])
         metrics = {name: _rounded(logged[name]) for name in names}
         self._validation.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **metrics})
+        self._write_curve(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in `on_fit_end`: by then the strategy has closed the connection that counted the bytes.
@@ -85,6 +94,7 @@ class RunSummary(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a trial, maybe beside the results of a real run
             return
         self._write()
+        self._write_curve(trainer)
         draw_learning_curve(self.folder / "learning_curve.png", self._train, self._validation, self.title, self._score)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,6 +131,22 @@ class RunSummary(Callback):
             **traffic_metrics(module),
         }
         return {name: value + self._before.get(name, 0) for name, value in now.items()}
+
+    def _write_curve(self, trainer: pl.Trainer) -> None:
+        self._curve_written = time.monotonic()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        curve = {
+            "title": self.title,
+            "score": self._score,
+            "steps": planned_steps(trainer),
+            "train": self._train,
+            "validation": self._validation,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        written = self.folder / f".{CURVE_FILE}"  # whoever reads the curve meanwhile finds the whole of an older one
+        written.write_text(json.dumps(curve, ensure_ascii=False) + "\n", encoding="utf-8")
+        written.replace(self.folder / CURVE_FILE)
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

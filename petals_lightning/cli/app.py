@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from petals_lightning.cli import bootstrap, chat, generate, serve, status, train
+from petals_lightning.cli import api, bootstrap, chat, dashboard, generate, serve, status, train
 from petals_lightning.cli.options import MaddrCommand
 
 app = typer.Typer(
@@ -19,3 +19,5 @@ app.command("bootstrap", cls=MaddrCommand)(bootstrap.bootstrap)
 app.command("status", cls=MaddrCommand)(status.status)
 app.command("generate", cls=MaddrCommand)(generate.generate)
 app.command("chat", cls=MaddrCommand)(chat.chat)
+app.command("api", cls=MaddrCommand)(api.api)
+app.command("dashboard", cls=MaddrCommand)(dashboard.dashboard)

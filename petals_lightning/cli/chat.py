@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from petals_lightning.cli.generation import (
-    ModelOptions,
     Temperature,
     Terminal,
     TopP,
+    TunedModelOptions,
     load_model,
     sampling_options,
     text_streamer,
@@ -36,7 +36,7 @@ _HELP = """/undo         take your last message and its answer back
 
 @with_options
 def chat(
-    options: ModelOptions,
+    options: TunedModelOptions,
     client: ClientConfig,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_length: Annotated[
@@ -64,12 +64,10 @@ def chat(
     with load_model(options, client, terminal) as (network, tokenizer):
         from petals_lightning.cli.conversation import Conversation
         from petals_lightning.data.dialogue_format import DialogueFormat
-        from petals_lightning.models import prompts_of, remote_blocks
+        from petals_lightning.models import remote_blocks
+        from petals_lightning.models.sampling import longest_text
 
-        limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or 2048
-        if (tuned := prompts_of(network)) is not None:
-            limit -= tuned.pre_seq_len  # virtual tokens have positions, too
-        with network.inference_session(max_length=max_length or min(limit, 2048)) as session:
+        with network.inference_session(max_length=max_length or min(longest_text(network), 2048)) as session:
             form = DialogueFormat(tokenizer, use_chat_template=chat_template, merge_system=merge_system)
             conversation = Conversation(
                 network, form, session, system=system, max_new_tokens=max_new_tokens,

@@ -12,6 +12,7 @@ import torch
 from petals_lightning.data.dialogue_format import DialogueFormat, Message
 from petals_lightning.errors import UnsupportedInputError
 from petals_lightning.models.generation import GenerationSession
+from petals_lightning.models.sampling import end_ids
 
 
 class Conversation:
@@ -50,9 +51,7 @@ class Conversation:
         self._opening = [Message(role="system", content=system)] if system else []
         self.messages: list[Message] = list(self._opening)
         dialogue_format.prompt([*self._opening, Message(role="user", content="a")])
-        named = model.generation_config.eos_token_id
-        self.end_ids = list(named) if isinstance(named, list) else [named] if named is not None else []
-        self.end_ids += [end for end in dialogue_format.end_ids if end not in self.end_ids]
+        self.end_ids = dialogue_format.ends_of_answers(end_ids(model))
 
     def reply(self, text: str, streamer: Any = None) -> tuple[str, int]:
         """Returns the model's answer to a turn of the user, and the number of its tokens.

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from petals_lightning.cli.generation import (
-    ModelOptions,
     Temperature,
     Terminal,
     TopP,
+    TunedModelOptions,
     load_model,
     sampling_options,
     text_streamer,
@@ -23,7 +23,7 @@ from petals_lightning.errors import ConfigurationError
 
 @with_options
 def generate(
-    options: ModelOptions,
+    options: TunedModelOptions,
     client: ClientConfig,
     text: Annotated[str | None, typer.Argument(help="Text to continue.", show_default="read from stdin")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,

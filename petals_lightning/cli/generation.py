@@ -38,6 +38,31 @@ class ModelOptions:
     dht_prefix: Annotated[
         str | None, typer.Option(help="Name of the model in the swarm; needed for a local folder.")
     ] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None
+    token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None
+
+    def peers(self) -> list[str]:
+        """The peers to join. Prints a notice if they are the public network's.
+
+        Raises:
+            ConfigurationError: there is no way into a swarm, or two.
+        """
+        if bool(self.initial_peers) == self.public:
+            raise ConfigurationError(
+                "give --initial-peers MADDR, the address that `petals-lightning serve` or `bootstrap` printed; "
+                "or --public for the public Petals network"
+            )
+        from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
+
+        if self.public:
+            print(f"this is {PUBLIC_NOTICE}", file=sys.stderr)  # a note would be cut
+        return self.initial_peers or list(PUBLIC_INITIAL_PEERS)
+
+
+@dataclass(frozen=True)
+class TunedModelOptions(ModelOptions):
+    """The same, and what was tuned for the model."""
+
     prompts: Annotated[str | None, typer.Option(help="Folder or hub id of tuned prompts.", metavar="DIR")] = None
     adapter: Annotated[str | None, typer.Option(help="Folder or hub id of LoRA in PEFT's format.", metavar="DIR")] = (
         None
@@ -46,8 +71,6 @@ class ModelOptions:
         str | None, typer.Option(help="Name of LoRA that servers hold, or a folder of it.", metavar="NAME")
     ] = None
     seed: Annotated[int | None, typer.Option(help="Makes random choices repeatable.")] = None
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None
-    token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None
 
 
 class Terminal(logging.Handler):
@@ -96,23 +119,15 @@ class Terminal(logging.Handler):
 
 
 @contextmanager
-def load_model(options: ModelOptions, client: ClientConfig, terminal: Terminal) -> Iterator[tuple[Any, Any]]:
+def load_model(options: TunedModelOptions, client: ClientConfig, terminal: Terminal) -> Iterator[tuple[Any, Any]]:
     """Gives the model and its tokenizer, connected until the end of the `with`; warnings are notes on the terminal.
 
     Raises:
         PetalsLightningError: an option is wrong, or the swarm cannot be used.
     """
-    if bool(options.initial_peers) == options.public:
-        raise ConfigurationError(
-            "give --initial-peers MADDR, the address that `petals-lightning serve` or `bootstrap` printed; "
-            "or --public for the public Petals network"
-        )
+    peers = options.peers()
     logging.basicConfig(handlers=[terminal], force=True)
 
-    from petals_lightning.swarm.public import PUBLIC_INITIAL_PEERS, PUBLIC_NOTICE
-
-    if options.public:
-        print(f"this is {PUBLIC_NOTICE}", file=sys.stderr)  # a note would be cut
     from petals_lightning.hf.tokenizer import load_tokenizer
     from petals_lightning.models import AutoDistributedModelForCausalLM, remote_blocks
 
@@ -121,7 +136,7 @@ def load_model(options: ModelOptions, client: ClientConfig, terminal: Terminal) 
     tokenizer = load_tokenizer(options.model, **hub)
     model = AutoDistributedModelForCausalLM.from_pretrained(
         options.model,
-        initial_peers=options.initial_peers or PUBLIC_INITIAL_PEERS,
+        initial_peers=peers,
         dht_prefix=options.dht_prefix,
         prompts=options.prompts,
         adapter=options.adapter,
@@ -145,15 +160,15 @@ def sampling_options(temperature: float, top_p: float, seed: int | None) -> dict
     """
     import torch
 
+    from petals_lightning.models import sampling
+
     if temperature < 0:
         raise ConfigurationError(f"--temperature is {temperature:g}: it must be 0 or more")
     if not 0 < top_p <= 1:
         raise ConfigurationError(f"--top-p is {top_p:g}: it must be above 0 and at most 1")
     if seed is not None:
         torch.manual_seed(seed)
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    return sampling.sampling_options(temperature, top_p)
 
 
 def text_streamer(tokenizer: Any, write: Callable[[str], None], end_ids: Sequence[int] = ()) -> Any:

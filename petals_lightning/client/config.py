@@ -16,7 +16,7 @@ class ClientConfig:
     """How a client finds and treats servers. This is the only place where its options are declared.
 
     `from_pretrained`, the swarms of `petals_lightning.strategies`, `swarm.…` in conf/, the flags of
-    `petals-lightning chat` and `generate`, and docs/options.md follow from these fields.
+    `petals-lightning chat`, `generate` and `api`, and docs/options.md follow from these fields.
     """
 
     connect_timeout: float = option(6.0, "Seconds to reach the swarm, and to open a stream to a server.", ABOVE_0)

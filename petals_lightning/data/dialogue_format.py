@@ -103,6 +103,10 @@ class DialogueFormat:
         ends = [self._tokenizer.eos_token_id, next((token for token in tail if token in added), None)]
         return list(dict.fromkeys(end for end in ends if end is not None)) or tail[-1:]
 
+    def ends_of_answers(self, named: Sequence[int]) -> list[int]:
+        """The tokens at which generation ends: those that the model's generation config names, and `end_ids`."""
+        return list(dict.fromkeys([*named, *self.end_ids]))
+
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Token ids of a dialogue, and as many labels: the ids themselves in the assistant's turns, else IGNORED.
 

@@ -133,6 +133,14 @@ def _are_numbers(names: Mapping[int, str]) -> bool:
     return all(name in (f"LABEL_{number}", str(number)) for number, name in names.items())
 
 
+def share_frozen(model: nn.Module, other: nn.Module) -> None:
+    """Makes frozen parameters and buffers of `model` those of `other`, which was loaded from the same checkpoint."""
+    theirs = dict(other.named_parameters()) | dict(other.named_buffers())
+    for name, own in [*model.named_parameters(), *model.named_buffers()]:
+        if not own.requires_grad and name in theirs and theirs[name].shape == own.shape:
+            own.data = theirs[name].data
+
+
 def prompts_of(model: nn.Module) -> Any:
     """The `Prompts` attached to a model, or None."""
     return next((module for module in model.modules() if isinstance(module, Prompts)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from rich.table import Table
 from petals_lightning.data import TextDataModule
 from petals_lightning.data.sources import BUNDLED
 from petals_lightning.sample import MODEL_DIR
+from petals_lightning.strategies import ServedModel
 from petals_lightning.training.command_line import command, program
+from petals_lightning.training.run_folder import LAST_CHECKPOINT
 
 _REAL_THING = "{program} recipe={recipe} model=llama3_8b {data} swarm=private 'swarm.initial_peers=[{maddr}]'"
 _FILES = "summary.json", "learning_curve.png", "prompts", "adapter", "checkpoints", "fit-profile.txt"
@@ -59,6 +62,49 @@ def print_results(summary: dict[str, Any], folder: Path) -> None:
         highlight=False,
         markup=False,
     )
+
+
+def print_next_steps(cfg: DictConfig, model: ServedModel, folder: Path) -> None:
+    """Prints, after a run, the commands that use what it has left, compare it, and train it on."""
+    lines: list[tuple[str, str]] = []
+    name = [model.name_or_path, *(["--dht-prefix", model.dht_prefix] if model.dht_prefix is not None else [])]
+    tuned = [part for part in ("prompts", "adapter") if _is_for_text(folder / part)]
+    if tuned:
+        peers = cfg.swarm.get("initial_peers")
+        if not peers and "PublicSwarm" in str(cfg.swarm.get("_target_")):
+            join = ["--public"]
+        elif peers:
+            join = ["--initial-peers", *peers]
+        else:
+            lines.append(("serve the blocks (it prints its address)", _joined("serve", *name, "--new-swarm")))
+            join = ["--initial-peers", _MADDR]
+        use = [word for part in tuned for word in (f"--{part}", str(folder / part))]
+        lines.append(("talk to the model", _joined("chat", *name, *use, *join)))
+        served = [word for part in tuned for word in (f"--{part}", f"tuned={folder / part}")]
+        lines.append(("for other programs (OpenAI's API)", _joined("api", *name, *served, *join)))
+    other = {None: "deep_ptune", "deep_ptune": "ptune"}.get(cfg.tuning.mode, "deep_ptune")
+    if not tuned and cfg.tuning.mode is not None:
+        other = "none"  # a classifier's head
+    lines.append((f"compare with tuning={other}", command(f"tuning={other}")))
+    if (folder / LAST_CHECKPOINT).is_file() and (cfg.trainer.max_epochs or 0) > 0:
+        epochs = f"trainer.max_epochs={2 * cfg.trainer.max_epochs}"
+        lines.append(("train on", command(f"ckpt_path={folder / LAST_CHECKPOINT}", "resume=false", epochs)))
+    console = get_console()
+    console.print("next:", highlight=False)
+    for what, line in lines:
+        console.print(f"  {what}:\n    {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _is_for_text(tuned: Path) -> bool:
+    """Whether a folder holds what was tuned for a language model, and not for a classifier."""
+    if not tuned.is_dir():
+        return False
+    config = tuned / "adapter_config.json"
+    return not config.is_file() or json.loads(config.read_text(encoding="utf-8"))["task_type"] == "CAUSAL_LM"
+
+
+def _joined(*words: str) -> str:
+    return shlex.join(["petals-lightning", *words])
 
 
 def print_interrupted(checkpoint: Path) -> None:

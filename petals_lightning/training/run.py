@@ -19,7 +19,15 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from transformers import PreTrainedModel
 
-from petals_lightning.callbacks import LastCheckpoint, ProgressLines, RouteTable, RunSummary, SwarmMetrics, progress_bar
+from petals_lightning.callbacks import (
+    LastCheckpoint,
+    ProgressLines,
+    RouteTable,
+    RunSummary,
+    StepCost,
+    SwarmMetrics,
+    progress_bar,
+)
 from petals_lightning.data import TextDataModule
 from petals_lightning.errors import ConfigurationError, SwarmError
 from petals_lightning.library_messages import libraries_to_root_log
@@ -36,7 +44,7 @@ from petals_lightning.strategies import (
 from petals_lightning.training.callbacks import build_callbacks
 from petals_lightning.training.cli_errors import INTERRUPTED
 from petals_lightning.training.command_line import command
-from petals_lightning.training.console import announce, print_failed, print_interrupted, print_results
+from petals_lightning.training.console import announce, print_failed, print_interrupted, print_next_steps, print_results
 from petals_lightning.training.loggers import log_tuned
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
 from petals_lightning.training.schema import refuse_unread
@@ -60,38 +68,55 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
         PetalsLightningError: a setting is wrong, or the swarm fails. No process is left running.
     """
     _quieten_libraries()
+    if cfg.dry_run:
+        cfg = _of_dry_run(cfg)
     folder = Path(cfg.output_dir)
     checkpoint = checkpoint_to_continue(folder, cfg.resume, cfg.ckpt_path)
     pl.seed_everything(cfg.seed, verbose=False)
     # Cheap checks first: wrong settings and data are reported before any server is started.
     refuse_unread(cfg)
-    callbacks = build_callbacks(cfg.callbacks)
+    callbacks = build_callbacks(cfg.callbacks) if not cfg.dry_run else []
     swarm: SwarmProvider | None = instantiate(cfg.swarm, _convert_="all") if "_target_" in cfg.swarm else None
     data = _build_data(cfg)
     module = build_module(cfg, data)
     announce(cfg, recipe, data)
-    logger = _build_logger(cfg, folder)
+    logger = _build_logger(cfg, folder) if not cfg.dry_run else None
     facts = {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name}
     if cfg.tuning.mode is not None:
         facts |= {"tuning/init": cfg.tuning.init, "tuning/init_text": cfg.tuning.init_text}
     summary = RunSummary(folder, _title(cfg, recipe), facts, score=module.monitor)
     monitor = (module.monitor, module.monitor_mode)
-    trainer = build_trainer(cfg, folder, swarm, logger, summary, monitor=monitor, callbacks=callbacks)
+    trainer = build_trainer(
+        cfg, folder, swarm, logger, None if cfg.dry_run else summary, monitor=monitor, callbacks=callbacks
+    )
     try:
         with swarm.keep_alive(module.served_model, folder / "servers") if swarm else nullcontext():
             _fit(trainer, module, data, checkpoint)
-            if cfg.test and data.has_labelled_test and trainer.global_step:
+            if cfg.test and not cfg.dry_run and data.has_labelled_test and trainer.global_step:
                 best = _best(folder)
                 with no_code_from(best):
                     trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
-        if trainer.global_step and not cfg.trainer.fast_dev_run:
+        has_results = trainer.global_step and not cfg.trainer.fast_dev_run and not cfg.dry_run
+        if has_results:
             _save_best(module, folder, summary.summary)
             if logger is not None:
                 log_tuned(logger, folder, recipe, summary.summary)
     finally:
         _finish(logger)
+    if cfg.dry_run:
+        return None
     print_results(summary.summary, folder)
+    if has_results:
+        print_next_steps(cfg, module.served_model, folder)
     return summary.summary.get(module.monitor)
+
+
+def _of_dry_run(cfg: DictConfig) -> DictConfig:
+    """The settings of a run that measures its first steps and leaves nothing."""
+    cfg = cfg.copy()
+    cfg.trainer.enable_checkpointing, cfg.trainer.limit_val_batches, cfg.trainer.num_sanity_val_steps = False, 0, 0
+    cfg.trainer.min_epochs = cfg.trainer.min_steps = None
+    return cfg
 
 
 def _build_logger(cfg: DictConfig, folder: Path) -> Logger | None:
@@ -173,6 +198,7 @@ def build_trainer(
         callbacks=[
             RouteTable(),
             SwarmMetrics(),
+            StepCost(stops=cfg.dry_run),
             ProgressLines(score=monitor[0]),
             *(checkpoints if cfg.trainer.enable_checkpointing else ()),
             *filter(None, [summary, bar]),

@@ -331,6 +331,8 @@ class RunConfig:
     """Continue this recipe's newest run, in its folder, from its last checkpoint."""
     ckpt_path: str | None = None
     """Continue from this checkpoint, in a new folder."""
+    dry_run: bool = MISSING
+    """Measure what a step costs, print it, and save nothing; `--dry-run` sets it."""
     checkpoint_period: float = MISSING
     """Seconds between two saves of checkpoints/last.ckpt within an epoch."""
     output_dir: str | None = MISSING

@@ -15,6 +15,8 @@ from petals_lightning.training.recipes import find_recipes, print_recipes, regis
 from petals_lightning.training.resolvers import register_resolvers
 from petals_lightning.training.schema import register_schema
 
+_DRY_RUN = "dry_run=true"  # Hydra takes no options but its own
+
 PACKAGE = Path(__file__).resolve().parents[1]
 """Its conf/ and recipes/ are links to those of the repository, and copies of them in a wheel."""
 
@@ -26,6 +28,7 @@ def main() -> None:
         if len(sys.argv) == 1:
             print_recipes(recipes, program())
             return
+        sys.argv = [_DRY_RUN if argument == "--dry-run" else argument for argument in sys.argv]
         register_schema()
         register_recipes(recipes)
         register_resolvers()

@@ -26,6 +26,7 @@ Run = Callable[..., list[Any]]
 MODULES = sorted(found.name for found in pkgutil.iter_modules(benchmarks.__path__))
 TINY = "--repeats 1 --threads 1 --hidden 64"
 COMMANDS = {
+    "api": f"{TINY} --blocks 2 --streams 2 --new-tokens 2 --prompt-tokens 4",
     "churn": "--minutes 0.05 --period 1",
     "clients": f"{TINY} --blocks 1 --counts 1,2 --case 2x8x2 --seconds 0.5",
     "decode": f"{TINY} --blocks 2 --servers 1,2 --sessions 2 --new-tokens 2 --prefill 16",

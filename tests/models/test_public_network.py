@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from petals_lightning.cli.generation import ModelOptions, Terminal, load_model
+from petals_lightning.cli.generation import Terminal, TunedModelOptions, load_model
 from petals_lightning.client import ClientConfig
 from petals_lightning.errors import ConfigurationError, NoServersError, SwarmConnectionError
 from petals_lightning.models import AutoDistributedModel, remote_blocks
@@ -51,7 +51,7 @@ def test_a_talk_on_the_public_network_must_be_asked_for(tmp_path, start_swarm, b
     model = save_tiny_text_model(tmp_path)
     swarm = start_swarm(model, [(0, 4)], servers="petals")
     bootstrap(swarm.initial_peers)
-    options = ModelOptions(str(model), dht_prefix=PREFIX, public=True)
+    options = TunedModelOptions(str(model), dht_prefix=PREFIX, public=True)
     with load_model(options, ClientConfig(), Terminal()) as (network, _):
         assert network.generate(torch.tensor([[5, 6]]), max_new_tokens=2, pad_token_id=0).shape[1] > 2
     assert "machines of strangers" in capsys.readouterr().err

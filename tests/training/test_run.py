@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -17,12 +19,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import typer
 import wandb
 from omegaconf import DictConfig
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForSequenceClassification
 
+from petals_lightning.api.runs import read_run
+from petals_lightning.cli.app import app
 from petals_lightning.data import DialogueDataModule, TextClassificationDataModule, load_tokenizer
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.models import PromptCard
@@ -68,6 +73,62 @@ def test_a_run_leaves_its_summary_picture_and_checkpoints(
     assert {"val/accuracy", "val/macro_f1", "test/matthews"} <= set(said.split())
     assert str(tmp_path) in said
     assert "bundled sample" not in said
+    assert "a step costs 0 bytes sent, 0 bytes received, " in said, "all blocks are here"
+    assert "; the 6 left of 10 about 0 bytes and " in said
+    curve = json.loads((tmp_path / "learning_curve.json").read_text())
+    assert [step for step, _ in curve["train"]] == list(range(1, 11))
+    assert max(entry["val/accuracy"] for entry in curve["validation"]) == accuracy
+    assert read_run(tmp_path.parent)["curve"] == curve
+    assert read_run(tmp_path)["summary"] == summary
+
+
+def test_the_last_lines_say_what_to_type_next(
+    compose_run: Callable[..., DictConfig],
+    text_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the real paths, and without the settings that they replace."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "recipe=sst2_deep_ptune", "tuning.r=2", "tuning.pre_seq_len=3"])
+    run(compose_run("test=false"), "sst2_deep_ptune")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "python train.py recipe=sst2_deep_ptune tuning=none" in lines
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    on = f"recipe=sst2_deep_ptune tuning.r=2 tuning.pre_seq_len=3 ckpt_path={last} resume=false trainer.max_epochs=4"
+    assert f"python train.py {on}" in lines
+
+    source, folder = tmp_path / "talks.jsonl", tmp_path / "run"
+    source.write_text("\n".join(json.dumps({"turns": ["w1 w2", f"w{row} w4"]}) for row in range(30)))
+    talks = (f"data.source={source}", f"output_dir={folder}", "test=false", "tuning.r=2")
+    run(compose_run(*talks, recipe="dialogue_deep_ptune"), "dialogue_deep_ptune")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("petals-lightning ")]
+    assert [command[1] for command in commands] == ["serve", "chat", "api"]
+    group: Any = typer.main.get_command(app)
+    for _, name, *arguments in commands:
+        parsed = group.commands[name].make_context(name, arguments).params
+        assert (parsed["model"], parsed["dht_prefix"]) == (str(text_model), text_model.name)
+        for part in ("prompts", "adapter"):
+            assert parsed.get(part) in (None, str(folder / part), [f"tuned={folder / part}"])
+    assert "--prompts" in commands[1]
+    assert "--adapter" in commands[1]
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_what_steps_cost_and_leaves_no_results(
+    compose_run: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry = ("dry_run=true", "callbacks=early_stopping", "swarm=local", "swarm.num_servers=1")
+    assert run(compose_run(*dry, "trainer.accumulate_grad_batches=2", "trainer.max_epochs=40")) is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "servers"]
+    (costs,) = re.findall(r"a step costs ([\d.]+) kB sent, ([\d.]+) kB received, [\d.]+ s \(of 3 measured\)", said)
+    (left, total, volume) = re.findall(r"the (\d+) left of (\d+) about ([\d.]+ [kM]B) and", said)[0]
+    assert (left, total) == ("116", "120")  # 5 batches an epoch are 3 steps of 2
+    megabytes = float(volume.split()[0]) / {"MB": 1, "kB": 1000}[volume.split()[1]]
+    assert megabytes == pytest.approx(116 * sum(map(float, costs)) / 1000, rel=0.1)
+    assert "next:" not in said
 
 
 def test_csv_logs_hold_the_metrics(compose_run: Callable[..., DictConfig], tmp_path: Path) -> None:

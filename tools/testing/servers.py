@@ -34,3 +34,10 @@ def start_server(
         "--threads", "1", *extra,
     ]  # fmt: skip
     return ServerProcess(ForkedProcess(program, arguments), f"a server of blocks {span or 'all'}").start()
+
+
+def start_http(*arguments: str) -> tuple[ServerProcess, str]:
+    """Starts `petals-lightning api` or `dashboard` on a free port; gives the process, which is ready, and its URL."""
+    server = ServerProcess(ForkedProcess(main, [*arguments, "--port", "0"]), f"petals-lightning {arguments[0]}").start()
+    server.wait_until_ready()
+    return server, next(line for line in server.lines if line.startswith("ready:")).split()[-1]

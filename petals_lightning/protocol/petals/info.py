@@ -25,6 +25,7 @@ class ServerInfo:
         cache_tokens_available: positions of one block whose keys and values fit into the cache; None if not given.
         hidden_size, dtype: of the blocks; None if the call named no block.
         compression: of tensors that are sent to the server.
+        open_requests: requests of all clients that are not answered yet; None from Petals' servers.
     """
 
     version: str | None = None
@@ -32,12 +33,14 @@ class ServerInfo:
     hidden_size: int | None = None
     dtype: torch.dtype | None = None
     compression: int = NONE
+    open_requests: int | None = None
 
     def to_message(self) -> ExpertInfo:
         info: dict[str, Any] = {
             "version": self.version,
             "dht_client_mode": False,
             "cache_tokens_available": self.cache_tokens_available,
+            "open_requests": self.open_requests,
         }
         if self.hidden_size is not None:
             hidden = BatchTensorDescriptor(
@@ -76,4 +79,5 @@ class ServerInfo:
             size if type(size) is int else None,
             hidden.dtype if hidden is not None else None,
             hidden.compression if hidden is not None else NONE,
+            waiting if type(waiting := info.get("open_requests")) is int else None,
         )

@@ -181,8 +181,9 @@ class PetalsMethods:
         return error_text(refusal.code, str(refusal))
 
     async def _info(self, request: ExpertUID, peer: str) -> ExpertInfo:
-        span = self._resources.span
-        info = ServerInfo(__version__, self._resources.cache_tokens_left)
+        span, resources = self._resources.span, self._resources
+        others = resources.open_requests - 1  # without this one
+        info = ServerInfo(__version__, resources.cache_tokens_left, open_requests=others)
         if request.uid:
             self._check_served(*parse_chain(request.uid))
             info = replace(info, hidden_size=span.hidden_size, dtype=span.dtype)
