@@ -98,12 +98,17 @@ def _table(model: dict[str, Any]) -> Table:
     for column, width in _NUMBERS.items():
         table.add_column(column, justify="right", width=width)
     for server in model["servers"]:
-        trip, way = server["round_trip"], "by a relay" if server["using_relay"] else ""
+        trip = server["round_trip"]
         table.add_row(
             server["blocks"],
             " ".join(filter(None, [escape(server["public_name"] or ""), f"…{server['peer_id'][-10:]}"])),
-            " ".join(filter(None, [*(escape(server[of]) for of in _RUNS if server[of] not in (None, UNQUANTIZED)), way]))
-            + "".join(f" +{escape(adapter)}" for adapter in server["adapters"]),
+            " ".join(
+                [
+                    *(escape(server[of]) for of in _RUNS if server[of] not in (None, UNQUANTIZED)),
+                    *(f"+{escape(adapter)}" for adapter in server["adapters"]),
+                    *(["by a relay"] if server["using_relay"] else []),
+                ]
+            ),
             f"{server['throughput']:,.1f}",
             *(f"{value:,.0f}" if value is not None else "" for value in (
                 server["tokens_per_second"], server["cache_tokens_left"]
