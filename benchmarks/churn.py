@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Annotated, Any
 
 import psutil
@@ -47,6 +48,8 @@ from tools.testing.servers import start_server
 BLOCKS, HIDDEN = 4, 128
 SPANS = [(0, 4), (0, 4), (0, 2), (2, 4)]
 OPTIONS: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": 4, "num_labels": 2}
+
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass
@@ -166,25 +169,39 @@ class Servers:
 
 
 class Bootstrap:
-    """The peer that all join by, at one address and with one identity however often it is restarted."""
+    """The peer that all join by, at one address and with one identity however often it is restarted.
+
+    It has a process of its own, because it keeps what strangers store, which is not the client's memory.
+    """
 
     def __init__(self, folder: str):
-        self._maddrs, self._identity = [f"/ip4/127.0.0.1/tcp/{free_port()}"], f"{folder}/bootstrap.id"
+        self._options = [f"/ip4/127.0.0.1/tcp/{free_port()}"], f"{folder}/bootstrap.id"
         self._start()
 
     def _start(self) -> None:
-        self._node = SwarmNode(host_maddrs=self._maddrs, identity_path=self._identity).start()
+        self._pipe, pipe = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_be_bootstrap, args=(*self._options, pipe), daemon=True)
+        self._process.start()
+        pipe.close()
+        self.maddrs: list[str] = self._pipe.recv()
 
     def restart(self) -> None:
-        self._node.close()
+        self.close()
         self._start()
 
-    @property
-    def maddrs(self) -> list[str]:
-        return self._node.visible_maddrs()
-
     def close(self) -> None:
-        self._node.close()
+        self._pipe.close()
+        self._process.join()
+
+
+def _be_bootstrap(maddrs: list[str], identity: str, pipe: Connection) -> None:
+    """The bootstrap peer's process; it ends when the other end of the pipe is closed."""
+    node = SwarmNode(host_maddrs=maddrs, identity_path=identity).start()
+    try:
+        pipe.send(node.visible_maddrs())
+        pipe.poll(None)
+    finally:
+        node.close()
 
 
 def disturb(servers: Servers, bootstrap: Bootstrap, seconds: float, stop: threading.Event) -> None:
@@ -299,7 +316,7 @@ def main(
         disturbing = threading.Thread(target=disturb, args=(servers, bootstrap, minutes * 60, stop))
         disturbing.start()
         victim = Victim(bootstrap.maddrs[0], servers.processes[0].peer_id, PREFIX, BLOCKS, HIDDEN)
-        stranger = multiprocessing.get_context("spawn").Process(target=attack_forever, args=(victim, seed), daemon=True)
+        stranger = _SPAWN.Process(target=attack_forever, args=(victim, seed), daemon=True)
         stranger.start()
         client, first = [footprint(os.getpid())], FirstServer(servers)
         began = said = time.monotonic()
