@@ -189,18 +189,20 @@ def test_a_distilled_model_comes_closer_to_its_teacher(where, start_swarm, tmp_p
     move_off_zero(dict(factors_of_peft(teacher)), 0.05)
     teacher.save_pretrained(str(tmp_path / "teacher"))
     swarm = start_swarm(MODEL_DIR, UNEVEN)
-    data = DialogueDataModule(str(MODEL_DIR), limit=24, batch_size=4)
+    data = DialogueDataModule(str(MODEL_DIR), limit=8, batch_size=4, max_length=48)
     torch.manual_seed(0)
     module = DistillationModule(
         str(MODEL_DIR), teacher=str(MODEL_DIR), teacher_adapter=str(tmp_path / "teacher"), dht_prefix=PREFIX,
         teacher_dht_prefix=PREFIX if where == "swarm" else None, tuning_mode="lora", r=4, lr=5e-3,
         share=0.9, top_k=50, temperature=2.0,
     )  # fmt: skip
-    trainer = make_trainer(tmp_path, strategy=RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)), max_epochs=8)
+    trainer = make_trainer(
+        tmp_path, strategy=RemoteBlockStrategy(PrivateSwarm(swarm.initial_peers)), max_epochs=8, limit_val_batches=0
+    )
     losses: list[float] = []
     module.log_training = lambda loss, size: losses.append(loss.item())  # type: ignore[method-assign]
     trainer.fit(module, datamodule=data)
-    assert sum(losses[-6:]) < 0.6 * sum(losses[:6])
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert module._teacher == []
     assert not any("teacher" in name for name in module.state_dict())
 
