@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_lightning.hf.checkpoint import Checkpoint
+from petals_lightning.hf.lora import LoraConfig
 from petals_lightning.hf.pruning import BlockLayout, num_blocks
-from petals_lightning.models.lora import Lora, LoraConfig, LoraLinear
+from petals_lightning.models.lora import Lora, LoraLinear
 from petals_lightning.models.prompts import PROMPT_MODES, Prompts, TuningMode
 from petals_lightning.models.starts import PromptStart
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
+from petals_lightning.hf.lora import LoraConfig
 from petals_lightning.hf.pruning import vocabulary_size
 from petals_lightning.models import trainable_state_dict
-from petals_lightning.models.lora import LoraConfig, lora_settings
+from petals_lightning.models.lora import lora_settings
 from petals_lightning.models.prompts import PROMPT_MODES, TUNING_MODES
 from petals_lightning.models.starts import check_start
 from petals_lightning.models.trainable import parameters_by_kind
