@@ -195,7 +195,7 @@ class DialogueDataModule(TextDataModule):
 
     bundled = DIALOGUES_DIR
     bundled_texts = "dialogues"
-    known_columns = COLUMNS
+    known_columns: tuple[str, ...] = COLUMNS
     """Columns that may have other names."""
 
     def __init__(

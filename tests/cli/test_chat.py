@@ -106,7 +106,7 @@ def test_an_adapter_that_peft_has_made_talks_through_the_swarm_as_it_does_locall
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     with quiet_transformers():
         local = get_peft_model(AutoModelForCausalLM.from_pretrained(str(MODEL_DIR)), config).eval()
-    move_off_zero(dict(factors_of_peft(local)), 0.1)
+    move_off_zero(dict(factors_of_peft(local)), 1.0)
     folder = tmp_path / "polite"
     local.save_pretrained(str(folder))
     is_held = option == "held by servers"
@@ -119,7 +119,7 @@ def test_an_adapter_that_peft_has_made_talks_through_the_swarm_as_it_does_locall
         assert expected != continue_greedily(local, tokenizer(text)["input_ids"], 8), "the test is blind"
     done = run_in(swarm, "generate", MODEL_DIR, text, "--max-new-tokens", "8", *choice)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    assert done.stdout == f"{tokenizer.decode(expected, skip_special_tokens=True)}\n"
     ids = form.prompt([Message(role="user", content=text)])
     answer = form.decode(continue_greedily(local, ids, 8, tokenizer.eos_token_id))
     given = ["--temperature", "0", "--max-new-tokens", "8", *choice]

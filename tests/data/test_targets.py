@@ -46,7 +46,7 @@ def test_a_preference_is_read_in_any_form(row, before):
 
 
 def test_pairs_are_chosen_first_and_labelled_in_their_last_answer(text_model, tmp_path):
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": [*ASKED, turn("assistant", "w5"), turn("user", "w6")], "chosen": "w3 w3", "rejected": "w4"},
         {"prompt": "w7", "chosen": "w8", "rejected": "w8 w9"},
     ]

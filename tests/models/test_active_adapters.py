@@ -166,7 +166,8 @@ def test_a_trained_adapter_beside_an_active_one_equals_peft(tiny_checkpoint, sav
     plain = AutoModelForCausalLM.from_pretrained(str(tiny_checkpoint("llama")))
     peft = PeftModel.from_pretrained(plain, str(folder), adapter_name="held").eval()
     peft.add_adapter("own", QUERIES)
-    peft.base_model.set_adapter(["held", "own"])
+    lora: Any = peft.base_model
+    lora.set_adapter(["held", "own"])
     theirs = {
         name.partition("layers.")[2].removesuffix(".own.weight"): parameter
         for name, parameter in peft.named_parameters()
@@ -181,6 +182,7 @@ def test_a_trained_adapter_beside_an_active_one_equals_peft(tiny_checkpoint, sav
         loss.backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     for name, parameter in theirs.items():
+        assert parameter.grad is not None
         assert relative_error(own[name].grad, parameter.grad) < 1e-5, name
 
 
@@ -259,6 +261,8 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(change, words, tiny
 def test_names_of_held_adapters_differ(tiny_checkpoint, saved):
     folder, checkpoint = str(saved("llama")[1]), Checkpoint(str(tiny_checkpoint("llama")))
     span = load_span(checkpoint, 1, 3, device=torch.device("cpu"), dtype="auto")
-    assert load_adapters(span, checkpoint, [folder]).acting(NAME, 1, 3).active.lora[0].blocks == (1, 2)
+    active = load_adapters(span, checkpoint, [folder]).acting(NAME, 1, 3).active
+    assert active is not None
+    assert active.lora[0].blocks == (1, 2)
     with pytest.raises(ConfigurationError, match="two adapters are called 'polite'"):
         load_adapters(span, checkpoint, [folder, folder])

@@ -24,7 +24,6 @@ from tests.helpers.families import CAUSAL_ONLY, RECURRENT_CONFIGS, TINY_CONFIGS
 from tests.helpers.lora import by_peft, causal_loss, factors_of_peft, move_off_zero
 from tests.helpers.parity import UNEVEN, P, assert_same_gradients, loss_trace, right_padded_batch
 from tests.helpers.requests import micro_batches, peer_with_the_graph, segment_sizes
-from tests.helpers.tampering import chosen
 from tools.testing.tensors import relative_error
 
 ATTENTION = LoraConfig(r=3, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "v_proj"])
@@ -343,12 +342,12 @@ def test_audits_and_the_judge_compute_with_the_factors(mode, tiny_checkpoint, st
     expected, _ = causal_loss(local, batch)
     expected.backward()
     for is_tampered in (False, True):
-        if is_tampered:
-            span: Any = chosen(remote, swarm).span
-            honest = span.backward
-            span.backward = lambda *args, run=honest: {name: 1.5 * grad for name, grad in run(*args).items()}
         remote.zero_grad()
         loss, _ = causal_loss(remote, batch)
+        if is_tampered:
+            span: Any = swarm.by_id[peer_with_the_graph(loss)].span
+            honest = span.backward
+            span.backward = lambda *args, run=honest: {name: 1.5 * grad for name, grad in run(*args).items()}
         loss.backward()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         assert_same_gradients(remote, local, 1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -167,7 +168,8 @@ def test_clients_with_one_held_adapter_share_batches(load_span):
 def test_an_active_adapter_is_sent_by_name_or_with_its_tensors():
     active = Adapter(*ALL, lora=(lora(blocks=(1, 3)),), name="polite", fingerprint="x")
     adapter = Adapter(*ALL, torch.randn(4, P, HIDDEN), active=active)
-    part = adapter.between(2, 4)
+    part: Any = adapter.between(2, 4)
+    received: Any
     assert part.active.lora[0].blocks == (3,)
     assert adapter.between(2, 3).active is None
     for held in ({}, {"polite": "y"}, {"rude": "x"}):
