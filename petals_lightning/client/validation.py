@@ -20,7 +20,7 @@ from petals_lightning.protocol.tensors import DTYPE_NAMES, INT8_BLOCKWISE
 # Relative error between honest servers: kernels and the order of summation differ between machines.
 _TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, INT8_BLOCKWISE: 1e-1}
 
-# Between weights of a kind and other ones, over a whole model: `python -m benchmarks.quantization`.
+# Between weights of a kind and other ones: loose bounds, chosen and not measured. Only a judge decides.
 _OF_KIND = {UNQUANTIZED: 0.0, "int8": 0.1, "nf4": 0.5}
 
 

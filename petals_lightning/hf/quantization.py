@@ -2,9 +2,10 @@
 
 Outputs and gradients are those of a model with the dequantised weights, up to rounding: they depend on nothing else in
 the batch, and the backward multiplies by the same weights as the forward. bitsandbytes' own modules differ from that
-(measured by `python -m benchmarks.quantization`): `Linear8bitLt` (LLM.int8(), Dettmers et al. 2022) rounds activations
-to eight bits, too, and leaves out those columns that have a large value anywhere in the batch, while its gradient is
-that of unrounded activations; `Linear4bit` repacks its weights in place on some CPUs when no gradient is needed.
+(`python -m benchmarks.quantization` compares them): `Linear8bitLt` (LLM.int8(), Dettmers et al. 2022) rounds
+activations to eight bits, too, and leaves out those columns that have a large value anywhere in the batch, while its
+gradient is that of unrounded activations; `Linear4bit` repacks its weights in place on some CPUs when no gradient is
+needed.
 
 Shapes: K inputs and N outputs of a linear.
 """
