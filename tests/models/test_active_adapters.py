@@ -246,7 +246,7 @@ WRONG: dict[Any, str] = {
 @pytest.mark.parametrize(("change", "words"), WRONG.items(), ids=[change.__name__ for change in WRONG])
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(change, words, tiny_checkpoint, saved, tmp_path):
     folder, checkpoint = tmp_path / "copy", str(tiny_checkpoint("llama"))
-    span = load_span(Checkpoint(checkpoint), 0, NUM_BLOCKS, device=torch.device("cpu"), dtype="auto")
+    span = load_span(Checkpoint(checkpoint), 0, NUM_BLOCKS, devices=[torch.device("cpu")] * NUM_BLOCKS, dtype="auto")
     shutil.copytree(saved("llama")[1], folder)
     change(folder)
     for load in (
@@ -260,7 +260,7 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(change, words, tiny
 
 def test_names_of_held_adapters_differ(tiny_checkpoint, saved):
     folder, checkpoint = str(saved("llama")[1]), Checkpoint(str(tiny_checkpoint("llama")))
-    span = load_span(checkpoint, 1, 3, device=torch.device("cpu"), dtype="auto")
+    span = load_span(checkpoint, 1, 3, devices=[torch.device("cpu")] * 2, dtype="auto")
     active = load_adapters(span, checkpoint, [folder]).acting(NAME, 1, 3).active
     assert active is not None
     assert active.lora[0].blocks == (1, 2)
