@@ -2,7 +2,7 @@
 
     python -m benchmarks.large_model /work/8b --quant-type nf4        # writes 14 GB there first
 
-The weights are random, written a block at a time, and deleted at the end. "Peak" and "ready" are anonymous memory of
+The weights are random, written a block at a time, and deleted at the end unless they were there before. "Peak" and "ready" are anonymous memory of
 the server's process, which the kernel cannot take back; "with files" is its largest resident memory, with mapped parts
 of files.
 """
@@ -84,7 +84,7 @@ def anonymous_memory(pid: int) -> int:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where the checkpoint is written; must not exist.")],
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint is written; one that is there is used, and stays.")],
     quant_type: Annotated[str, typer.Option(help="none, int8 or nf4")] = "nf4",
     hidden: int = 4096,
     intermediate: int = 14336,
@@ -101,7 +101,8 @@ def main(
         num_key_value_heads=max(1, heads // 4), vocab_size=1000, max_position_embeddings=8192, pad_token_id=0,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    if not folder.exists():
+    is_new = not folder.exists()
+    if is_new:
         save_blocks(folder, config)
     try:
         start, end = (int(part) for part in (span or f"0:{blocks}").split(":"))
@@ -115,7 +116,7 @@ def main(
         finally:
             server.stop()
     finally:
-        if not keep:
+        if is_new and not keep:
             shutil.rmtree(folder)
     row = {"weights": quant_type, "peak": watch.peak, "ready": ready, "with_files": with_files}
     print_table(

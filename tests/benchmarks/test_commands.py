@@ -32,12 +32,14 @@ COMMANDS = {
     "decode": f"{TINY} --blocks 2 --servers 1,2 --sessions 2 --new-tokens 2 --prefill 16",
     "evaluation": "--repeats 1 --limit 16 --batch-size 4 --eval-batch-size 16 --round-trip 0.01",
     "families": "--family llama --family gemma3 --family qwen3_next --family rwkv",
+    "large_model": "--hidden 64 --intermediate 128 --blocks 2 --threads 1",
     "lora_step": f"{TINY} --blocks 2 --cases 4x8x2 --rank 2",
     "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
     "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",
     "pipeline": "--repeats 1 --hidden 64 --blocks 2 --servers 2 --case 4x8x2 --microbatches 2 --block-ms 1",
     "placement": "--servers 40 --blocks 8 --hours 2",
     "quality": "--sets cr,dialogue --seeds 0,1 --steps 2 --batch-size 4 --pre-seq-len 2 --limit 6 --threads 1",
+    "quantization": "--texts 2 --tokens 16 --prefix 2",
     "routing": "--repeats 1 --servers 50 --blocks 8",
     "slow_link": f"{TINY} --blocks 2 --servers 2 --case 4x8x2 --new-tokens 2 --round-trip 0.01",
     "sst2_epoch": "--threads 1 --hidden 64 --blocks 1 --files train.jsonl --limit 24 --batch-size 4 --pre-seq-len 2",
@@ -87,7 +89,7 @@ def test_every_module_is_imported_and_every_command_has_its_sizes() -> None:
     assert commands == list(COMMANDS)
 
 
-_WITH_TESTS_OF_THEIR_OWN = ("churn", "families", "quality", "sst2_epoch", "wire_precision")
+_WITH_TESTS_OF_THEIR_OWN = ("churn", "families", "large_model", "quality", "sst2_epoch", "wire_precision")
 
 
 @pytest.mark.slow
@@ -106,6 +108,13 @@ def test_a_command_runs(name: str, run: Run) -> None:
 def test_a_lora_step_moves_what_it_needs(run: Run) -> None:
     (row,) = run("lora_step", "--repeats 1 --threads 1 --hidden 256 --blocks 2 --cases 16x32x2")
     assert row["bytes_needed"] < row["bytes_moved"] < 1.05 * row["bytes_needed"]
+
+
+@pytest.mark.slow
+def test_a_large_models_memory_is_read(run: Run, tmp_path: Path) -> None:
+    (row,) = run("large_model", COMMANDS["large_model"], str(tmp_path / "model"))
+    assert row["ready"] > 0
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.slow
