@@ -80,7 +80,8 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     data = _build_data(cfg)
     module = build_module(cfg, data)
     announce(cfg, recipe, data)
-    logger = _build_logger(cfg, folder) if not cfg.dry_run else None
+    is_trial = cfg.dry_run or cfg.trainer.fast_dev_run  # leaves nothing
+    logger = _build_logger(cfg, folder) if not is_trial else None
     facts = {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name}
     if cfg.tuning.mode is not None:
         facts |= {"tuning/init": cfg.tuning.init, "tuning/init_text": cfg.tuning.init_text}
@@ -96,7 +97,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
                 best = _best(folder)
                 with no_code_from(best):
                     trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
-        has_results = trainer.global_step and not cfg.trainer.fast_dev_run and not cfg.dry_run
+        has_results = trainer.global_step and not is_trial
         if has_results:
             _save_best(module, folder, summary.summary)
             if logger is not None:
