@@ -2,8 +2,8 @@
 
     python -m benchmarks.large_model /work/8b --quant-type nf4        # writes 14 GB there first
 
-The weights are random, written a block at a time, and deleted at the end unless they were there before. "Peak" and "ready" are anonymous memory of
-the server's process, which the kernel cannot take back; "with files" is its largest resident memory, with mapped parts
+The weights are random, written a block at a time, and deleted at the end unless they were there before. "Peak" and
+"ready" are anonymous memory of the server's process, which the kernel cannot take back; "with files" is its largest resident memory, with mapped parts
 of files.
 """
 
@@ -84,7 +84,7 @@ def anonymous_memory(pid: int) -> int:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where the checkpoint is written; one that is there is used, and stays.")],
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint is written; one that is there stays.")],
     quant_type: Annotated[str, typer.Option(help="none, int8 or nf4")] = "nf4",
     hidden: int = 4096,
     intermediate: int = 14336,

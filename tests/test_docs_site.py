@@ -23,15 +23,15 @@ def test_the_site_builds_without_warnings(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    reference = (tmp_path / "site" / "api" / "index.html").read_text()
+    reference = (tmp_path / "site" / "python" / "index.html").read_text()
     assert "initial_peers" in reference, "docstrings are rendered"
 
 
 def test_the_reference_has_every_public_name():
-    named = re.findall(r"^::: petals_lightning\.(?:\w+\.)*(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    named = re.findall(r"^::: petals_lightning\.(?:\w+\.)*(\w+)$", (ROOT / "docs/python.md").read_text(), re.MULTILINE)
     missing = set(petals_lightning.__all__) - {"__version__", "ClientConfig"} - set(named)
     assert not missing
-    assert "options.md" in (ROOT / "docs/api.md").read_text(), "which describes ClientConfig"
+    assert "options.md" in (ROOT / "docs/python.md").read_text(), "which describes ClientConfig"
 
 
 def test_every_page_is_in_the_menu():

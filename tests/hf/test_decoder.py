@@ -27,9 +27,9 @@ def tensors_read(folder: Path, part: ModelSlice, auto_class, monkeypatch) -> set
     seen: set[str] = set()
     read = Checkpoint.tensors
 
-    def noted(self, names, *args):
+    def noted(self, names, *args, **options):
         seen.update(names)
-        return read(self, names, *args)
+        return read(self, names, *args, **options)
 
     monkeypatch.setattr(Checkpoint, "tensors", noted)
     load(folder, part, auto_class)

@@ -195,10 +195,14 @@ def test_audits_and_the_judge_apply_it(tiny_checkpoint, saved, start_swarm, capl
         expected = causal_loss(peft, batch)[0].item()
         assert causal_loss(model, batch)[0].item() == pytest.approx(expected, rel=1e-5)
         assert remote_blocks(model).stats.audits
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.levelname != "INFO"]
         tamper(chosen(model, swarm), lambda hidden: hidden + 0.5 * torch.randn_like(hidden))
-        assert causal_loss(model, batch)[0].item() == pytest.approx(expected, rel=1e-5)
-    assert "lies" in caplog.text
+        for _ in range(20):  # until it is used, or audits another
+            assert causal_loss(model, batch)[0].item() == pytest.approx(expected, rel=1e-5)
+            if "lies" in caplog.text:
+                break
+        else:
+            pytest.fail("nobody found out")
 
 
 def of_another_model(folder: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_malformed_address_is_named(tiny_checkpoint):
         )
 
 
-@pytest.mark.parametrize(("mode", "length"), [("ptune", 0), ("deep_ptune", -1), ("ptune", None), ("prefix", 4)])
+@pytest.mark.parametrize(("mode", "length"), [("ptune", 0), ("deep_ptune", -1), ("ptune", None), ("p_tuning", 4)])
 def test_tuning_options_are_checked_first(mode, length, tmp_path):
     with pytest.raises(ConfigurationError, match=r"pre_seq_len is|tuning_mode is"):
         AutoDistributedModel.from_pretrained(str(tmp_path), initial_peers=["x"], tuning_mode=mode, pre_seq_len=length)

@@ -40,8 +40,9 @@ class ServerInfo:
             "version": self.version,
             "dht_client_mode": False,
             "cache_tokens_available": self.cache_tokens_available,
-            "open_requests": self.open_requests,
         }
+        if self.open_requests is not None:
+            info["open_requests"] = self.open_requests
         if self.hidden_size is not None:
             hidden = BatchTensorDescriptor(
                 *_EXAMPLE_SHAPE, self.hidden_size, dtype=self.dtype, compression=self.compression

@@ -146,7 +146,7 @@ class BlockSpan:
             out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._lora(inputs)), prefix_cache)
         elif prefix is None:
             is_plain = inputs.adapter is None or inputs.adapter.deep is None  # deep prompts are for certain positions
-            if is_plain and self.shares_prefix(0, hidden.shape[1]) and self._may_skip(inputs, 0):
+            if is_plain and self._may_skip(inputs, 0) and self.shares_prefix(0, hidden.shape[1]):
                 return self._run_skipping_unread(inputs, hidden, None), None
             out = self._runner.run(BlockPass(inputs.start, inputs.end, hidden, self._placed(inputs.adapter)), None)
         elif self.shares_prefix(len(prefix), hidden.shape[1]):
