@@ -3,8 +3,8 @@
     python -m benchmarks.large_model /work/8b --quant-type nf4        # writes 14 GB there first
 
 The weights are random, written a block at a time, and deleted at the end unless they were there before. "Peak" and
-"ready" are anonymous memory of the server's process, which the kernel cannot take back; "with files" is its largest resident memory, with mapped parts
-of files.
+"ready" are anonymous memory of the server's process, which the kernel cannot take back; "with files" is its largest
+resident memory, with mapped parts of files.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ def test_pieces_are_the_tokenizers_text(tokenizer):
     assert pieces[1], "words come as they are complete"
 
 
+@pytest.mark.slow
 @given(st.text(max_size=20))
 def test_no_character_comes_in_parts(text):
     pieces, _ = assemble(Bytes(), text.encode())

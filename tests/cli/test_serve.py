@@ -169,6 +169,7 @@ def test_a_users_error_is_one_line_that_says_what_to_mend(given, words, tiny_che
     assert words in done.stderr
 
 
+@pytest.mark.slow
 def test_a_server_holds_as_many_blocks_as_fit_in_memory(run, tiny_checkpoint):
     checkpoint = tiny_checkpoint("llama")
     (size,) = set(block_bytes(LlamaModel, Checkpoint(checkpoint), "auto"))
@@ -212,6 +213,7 @@ def short_of_memory() -> None:
     main()
 
 
+@pytest.mark.slow
 def test_blocks_that_do_not_fit_are_one_line(tmp_path):
     folder = save_hollow_checkpoint(tmp_path, gib=2)
     done = run_command(*serve(folder, "--new-swarm", "--num-blocks", "1"), program=short_of_memory)

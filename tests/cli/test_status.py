@@ -60,6 +60,7 @@ def test_a_table_names_blocks_that_nobody_holds_and_servers_that_do_not_answer(s
     assert "float32" in row
 
 
+@pytest.mark.slow
 def test_a_table_is_readable_on_80_columns(swarm):
     result = CliRunner(env={"COLUMNS": "80"}).invoke(app, arguments(swarm))
     lines = result.stdout.splitlines()

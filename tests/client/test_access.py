@@ -46,6 +46,7 @@ def strangers_answers(swarm: InProcessSwarm, server, messages: list[Message]) ->
     return node.run(talk())
 
 
+@pytest.mark.slow
 def test_a_shared_token_lets_in_and_a_stranger_is_refused_everywhere(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, (0, 1)], rules=AccessRules(token=TOKEN))
@@ -68,6 +69,7 @@ def test_a_shared_token_lets_in_and_a_stranger_is_refused_everywhere(tiny_checkp
     assert server.resources.quotas.num_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_list_of_peers_lets_in_those_on_it(tiny_checkpoint, tmp_path, start_swarm):
     checkpoint, identity = tiny_checkpoint("llama"), str(tmp_path / "client.id")
     swarm = start_swarm(checkpoint, [ALL], rules=AccessRules(allowed_peers=frozenset()))
@@ -91,6 +93,7 @@ def test_a_client_with_a_token_uses_no_server_without_it(tiny_checkpoint, start_
         swarm.load(AutoDistributedModel, swarm_token=TOKEN)
 
 
+@pytest.mark.slow
 def test_where_some_servers_refuse_others_are_used(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL])

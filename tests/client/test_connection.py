@@ -67,6 +67,7 @@ def with_server(reply: Reply, talk: Callable[[PeerConnection], Awaitable[None]])
     return failures
 
 
+@pytest.mark.slow
 def test_a_request_in_a_long_queue_is_waited_for():
     began = time.monotonic()
 

@@ -29,6 +29,7 @@ def step(model, batch):
     return output.loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits",
     [ServerLimits(graph_bytes=0), ServerLimits(graph_lifetime=0.0)],
@@ -54,6 +55,7 @@ def test_a_prefix_that_is_run_with_every_sample_gives_the_same(tiny_checkpoint, 
     assert_same_gradients(remote, local, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.ours("they keep no graphs, and so no prefix")
 def test_a_step_runs_its_prefix_once_on_every_server(tiny_checkpoint, start_swarm, monkeypatch):
     checkpoint, runs = tiny_checkpoint("llama"), []
@@ -82,6 +84,7 @@ def test_backward_twice_gives_twice_the_gradient(tiny_checkpoint, start_swarm):
     assert torch.allclose(prompts_of(model).input.grad, 2 * once, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_gradients_of_the_whole_batch(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("mixtral")
     swarm = start_swarm(checkpoint, [(0, 2), (2, 4)])
@@ -95,6 +98,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tiny_checkpoint, st
     )  # forward and backward, through both servers, four micro-batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spans", "is_cut"), [([(0, 4)], False), ([(0, 2), (2, 4)], True)])
 def test_a_chain_is_filled_with_micro_batches(spans, is_cut, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
@@ -110,6 +114,7 @@ def test_a_chain_is_filled_with_micro_batches(spans, is_cut, tiny_checkpoint, st
     assert_same_gradients(remote, local, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_beyond_the_servers_limits_is_cut_and_queued_to_fit(tiny_checkpoint, start_swarm):
     limits = ServerLimits(max_batch_tokens=20, max_open_requests=4, max_message_bytes=8192)
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], limits=limits)

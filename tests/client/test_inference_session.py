@@ -26,6 +26,7 @@ def test_steps_equal_one_forward_in_further_families(family, tiny_checkpoint, st
     assert_steps_equal_one_forward(layers_of(start_swarm(tiny_checkpoint(family), [(0, 1), (1, 4)])))
 
 
+@pytest.mark.slow
 @pytest.mark.also_on("petals", "mixed", "split")
 def test_going_back_reordering_and_keeping_few_outputs(tiny_checkpoint, start_swarm):
     layers = layers_of(start_swarm(tiny_checkpoint("gemma3"), [(0, 2), (1, 4)]))
@@ -44,6 +45,7 @@ def test_going_back_reordering_and_keeping_few_outputs(tiny_checkpoint, start_sw
     assert relative_error(out, expected[:, -2:]) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_slice_of_blocks_has_sessions_of_its_own(tiny_checkpoint, start_swarm):
     layers = layers_of(start_swarm(tiny_checkpoint("llama"), [(0, 4)]))
     hidden, deep = torch.randn(2, 6, HIDDEN), torch.randn(2, P, HIDDEN)
@@ -58,6 +60,7 @@ def test_a_slice_of_blocks_has_sessions_of_its_own(tiny_checkpoint, start_swarm)
     whole.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "prompted"), [(0, True), (1, False), (2, True)])
 def test_a_lost_server_is_replaced_from_the_inputs_kept_here(victim, prompted, tiny_checkpoint, start_swarm):
     """Beams were reordered and positions rolled back before it is lost, and what takes its place is cut elsewhere."""
@@ -94,6 +97,7 @@ def wait_until_free(swarm) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_memory_is_reserved_up_front_and_freed_on_closing(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 1), (1, 4)])  # 2 key-value heads of 8
     layers = layers_of(swarm)
@@ -110,6 +114,7 @@ def test_memory_is_reserved_up_front_and_freed_on_closing(tiny_checkpoint, start
     wait_until_free(swarm)
 
 
+@pytest.mark.slow
 def test_a_session_that_fits_nowhere_is_refused_with_the_reason(tiny_checkpoint, start_swarm):
     room = 4 * (4 * 50 * 2 * (2 * 8) * 4) // 3 + 1  # for 50 positions in 4 blocks; a quarter is kept for others
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4), (0, 4)], limits=ServerLimits(cache_bytes=room))
@@ -128,6 +133,7 @@ def test_a_session_that_fits_nowhere_is_refused_with_the_reason(tiny_checkpoint,
     assert layers(torch.randn(1, 2, HIDDEN)).shape == (1, 2, HIDDEN), "servers without room go on serving others"
 
 
+@pytest.mark.slow
 def test_an_idle_session_expires_and_is_built_anew_when_used(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], limits=ServerLimits(cache_lifetime=0.2))
     layers, hidden = layers_of(swarm), torch.randn(1, 6, HIDDEN)
@@ -140,6 +146,7 @@ def test_an_idle_session_expires_and_is_built_anew_when_used(tiny_checkpoint, st
         assert relative_error(session.step(hidden[:, 4:]), expected[:, 4:]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.ours("they say how many tokens they take at once")
 def test_long_inputs_are_sent_in_pieces_that_servers_take(tiny_checkpoint, start_swarm):
     limits = ServerLimits(max_batch_tokens=12)

@@ -61,6 +61,7 @@ def causal(swarm: Any, active: Any, **options: Any) -> Any:
     return swarm.load(AutoDistributedModelForCausalLM, active_adapter=active, shared_peer=True, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("servers", ["ours", "petals", "mixed"], indirect=True)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_an_adapter_that_servers_hold_equals_peft(family, tiny_checkpoint, saved, start_swarm):
@@ -91,6 +92,7 @@ def test_a_local_model_with_an_active_adapter_equals_peft(tiny_checkpoint, saved
     assert not any(parameter.requires_grad for parameter in local.parameters())
 
 
+@pytest.mark.slow
 def test_what_servers_lack_is_sent_by_a_client_that_has_it(tiny_checkpoint, saved, start_swarm, tmp_path):
     """One server holds it, one has another adapter of that name, one has none."""
     peft, folder = saved("llama")
@@ -120,6 +122,7 @@ def test_petals_servers_that_lack_an_adapter_are_left_out(tiny_checkpoint, saved
         causal(swarm, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["forward", "backward", "session"])
 def test_whatever_replaces_a_lost_server_has_the_adapter(phase, tiny_checkpoint, saved, start_swarm):
     """The server that is left does not hold it."""
@@ -156,6 +159,7 @@ def test_whatever_replaces_a_lost_server_has_the_adapter(phase, tiny_checkpoint,
     assert_same_gradients(model, local, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_beside_an_active_one_equals_peft(tiny_checkpoint, saved, start_swarm):
     _, folder = saved("llama")
     batch = right_padded_batch()
@@ -186,6 +190,7 @@ def test_a_trained_adapter_beside_an_active_one_equals_peft(tiny_checkpoint, sav
         assert relative_error(own[name].grad, parameter.grad) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_audits_and_the_judge_apply_it(tiny_checkpoint, saved, start_swarm, caplog):
     peft, folder = saved("llama")
     batch, spans = right_padded_batch(), [(0, 4), (0, 4), (0, 4)]

@@ -75,6 +75,7 @@ def test_tokens_and_steps_equal_local_hugging_face(family, tiny_checkpoint, star
     assert_steps_equal_one_forward(remote_blocks(remote))
 
 
+@pytest.mark.slow
 @pytest.mark.also_on("petals", "mixed", family=("bloom", "qwen3"))
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "mixtral", "qwen3", GEMMA3, "gpt_neox", "gpt2"])
 def test_prompts_act_as_in_training(family, tiny_checkpoint, start_swarm, assistant):
@@ -143,6 +144,7 @@ def llama(tiny_checkpoint, start_swarm):
     return swarm.load(AutoDistributedModelForCausalLM), local_model(checkpoint), swarm
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_without_sending_the_past_again(llama, servers):
     """20 turns: every token's activations leave here once, for the first server, plus headers and routes."""
     remote, local, _ = llama
@@ -186,6 +188,7 @@ def conversation_turn(local, remote, tokens, mask, new, new_mask, options) -> tu
 EOS = list(range(0, VOCAB, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.also_on("petals", "mixed")
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", GEMMA3])
 def test_batches_and_beams_go_on_in_a_session(family, tiny_checkpoint, start_swarm):
@@ -216,6 +219,7 @@ def test_batches_and_beams_go_on_in_a_session(family, tiny_checkpoint, start_swa
     assert remote_blocks(remote).stats.retries == 0
 
 
+@pytest.mark.slow
 def test_a_failed_turn_leaves_a_batch_as_it_was(llama):
     remote, local, _ = llama
     options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
@@ -234,6 +238,7 @@ def test_a_failed_turn_leaves_a_batch_as_it_was(llama):
         conversation_turn(local, remote, before, mask, token_ids(2, 4, seed=3), ones, options)
 
 
+@pytest.mark.slow
 @pytest.mark.also_on("petals", "mixed")
 def test_a_conversation_can_go_back(llama):
     remote, _, _ = llama
@@ -250,6 +255,7 @@ def test_a_conversation_can_go_back(llama):
         assert torch.equal(remote.generate(max_new_tokens=4, pad_token_id=0), expected[:, 5:])
 
 
+@pytest.mark.slow
 def test_streamers_and_stopping_criteria_work(llama):
     remote, local, _ = llama
 
@@ -280,6 +286,7 @@ def test_the_models_generation_config_is_used(tiny_checkpoint, start_swarm, tmp_
     assert remote.generate(token_ids(1, 2)).shape == (1, 5)
 
 
+@pytest.mark.slow
 def test_what_a_session_cannot_do_is_refused(llama):
     remote, _, _ = llama
     ids = token_ids(2, 4)

@@ -119,6 +119,7 @@ def test_every_family_equals_peft(family, tiny_checkpoint, start_swarm):
         assert_factors_have_the_gradients(remote, factors_of_peft(peft), BOUNDS.get(family, 1e-5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_lora_beside_prompts_equals_the_local_model(family, mode, tiny_checkpoint, start_swarm):
@@ -152,6 +153,7 @@ def assert_step_equals_peft(model: Any, expected: tuple[float, dict[str, Any]], 
     assert_factors_have_the_gradients(model, expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [True, False], ids=["handed over", "one by one"])
 def test_a_chain_of_three_and_micro_batches_equal_peft(together, tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch(batch=8)
@@ -167,6 +169,7 @@ def test_a_chain_of_three_and_micro_batches_equal_peft(together, tiny_checkpoint
     assert_factors_have_the_gradients(model, expected[1])
 
 
+@pytest.mark.slow
 def test_factors_are_sent_once_a_version_and_cost_no_more_than_their_bytes(tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch(batch=8)
     swarm = start_swarm(checkpoint, UNEVEN)
@@ -183,6 +186,7 @@ def test_factors_are_sent_once_a_version_and_cost_no_more_than_their_bytes(tiny_
     assert 0 < sent[2] - sent[1] - factors < 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("mode", ["lora", "deep_ptune"])
 def test_a_lost_server_is_sent_the_factors_elsewhere(phase, mode, tiny_checkpoint, start_swarm):
@@ -202,6 +206,7 @@ def test_a_lost_server_is_sent_the_factors_elsewhere(phase, mode, tiny_checkpoin
     assert_same_gradients(remote, local, 1e-5)
 
 
+@pytest.mark.slow
 def test_clients_with_other_ranks_and_targets_do_not_disturb_each_other(tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
     swarm = start_swarm(checkpoint, UNEVEN)
@@ -215,6 +220,7 @@ def test_clients_with_other_ranks_and_targets_do_not_disturb_each_other(tiny_che
         assert_factors_have_the_gradients(model, expected[1])
 
 
+@pytest.mark.slow
 def test_twenty_steps_give_the_loss_trace_of_peft(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, UNEVEN)
@@ -239,6 +245,7 @@ def test_one_seed_gives_pefts_start(tiny_checkpoint):
         assert (factor.norm() == 0) == name.endswith("lora_B")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_and_its_recovery_use_the_adapter(beams, tiny_checkpoint, start_swarm):
     checkpoint, options = tiny_checkpoint("llama"), {"max_new_tokens": 12, "do_sample": False, "num_beams": beams}
@@ -296,18 +303,21 @@ def test_settings_that_contradict_each_other_are_refused(options, words, tiny_ch
         LocalModelForCausalLM.from_pretrained(str(tiny_checkpoint("llama")), **options)
 
 
+@pytest.mark.slow
 def test_servers_with_petals_methods_alone_are_left_out(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], servers="petals")
     with pytest.raises(IncompatibleServerError, match="offers only Petals' methods, which take no LoRA"):
         remote_causal(swarm, ATTENTION)
 
 
+@pytest.mark.slow
 def test_an_adapter_for_other_blocks_is_refused(tiny_checkpoint, start_swarm):
     model = remote_causal(start_swarm(tiny_checkpoint("llama"), [(0, 4)]), ATTENTION)
     with pytest.raises(UnsupportedInputError, match="an adapter of blocks 0:4 does not fit blocks 1:3"):
         remote_blocks(model)[1:3].run(torch.randn(1, 3, 32), adapter=model.bridge._adapter())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["causal", "classifier"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_an_adapter_goes_to_peft_and_comes_back(kind, family, tiny_checkpoint, start_swarm, tmp_path):

@@ -57,6 +57,7 @@ def test_every_family_equals_local_hugging_face(family, tiny_checkpoint, start_s
     assert type(remote_blocks(remote)) is RemoteSequential
 
 
+@pytest.mark.slow
 @pytest.mark.also_on("petals", "mixed")
 @pytest.mark.parametrize("mode", MODES)
 def test_twenty_training_steps_give_the_local_losses(mode, tiny_checkpoint, start_swarm):
@@ -70,6 +71,7 @@ def test_twenty_training_steps_give_the_local_losses(mode, tiny_checkpoint, star
     assert losses[0][-1] < 0.98 * losses[0][1], "the test is blind: nothing was learnt"
 
 
+@pytest.mark.slow
 @pytest.mark.also_on("petals", "mixed")
 def test_bfloat16_stays_within_its_rounding(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
@@ -94,6 +96,7 @@ def test_bfloat16_stays_within_its_rounding(tiny_checkpoint, start_swarm):
     assert sent < 0.65 * remote_blocks(in_float32).stats.bytes_sent
 
 
+@pytest.mark.slow
 @pytest.mark.also_on("petals", "mixed")
 def test_a_slice_of_remote_blocks_has_the_gradients_of_those_blocks(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")

@@ -16,6 +16,7 @@ from tests.helpers.parity import right_padded_batch
 from tools.testing.swarms import PREFIX
 
 
+@pytest.mark.slow
 def test_the_sst2_notebooks_loop_trains_under_fp16_autocast(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("bloom"), [(0, 1), (1, 4)])
     model = AutoDistributedModelForSequenceClassification.from_pretrained(
@@ -47,6 +48,7 @@ def test_the_sst2_notebooks_loop_trains_under_fp16_autocast(tiny_checkpoint, sta
         remote_blocks(model).close()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind 1.1.12, when it starts p2pd
 def test_a_callers_own_hivemind_dht_is_a_way_into_the_swarm(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)])

@@ -38,6 +38,7 @@ def test_the_norm_after_the_blocks_is_found(family, tiny_checkpoint):
     assert torch.equal(ran[-1], last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
 def test_it_normalises_and_classifies_nothing_else(family, tiny_checkpoint, start_swarm, monkeypatch):
     swarm = start_swarm(tiny_checkpoint(family), UNEVEN)

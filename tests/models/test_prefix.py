@@ -75,6 +75,7 @@ def assert_prefix_has_the_gradients(model: Any, prompts: Any) -> None:
         assert relative_error(own.grad, expected.grad) < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TINY_CONFIGS)
 def test_every_family_equals_hugging_face_with_the_same_keys_and_values(family, tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint(family), right_padded_batch()
@@ -116,6 +117,7 @@ def test_a_family_that_keeps_something_else_is_refused(family, tiny_checkpoint):
         AutoDistributedModelForCausalLM.from_pretrained(checkpoint, **options, dht_prefix="x", initial_peers=["x"])
 
 
+@pytest.mark.slow
 def test_twenty_training_steps_give_the_local_losses(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, UNEVEN)
@@ -127,6 +129,7 @@ def test_twenty_training_steps_give_the_local_losses(tiny_checkpoint, start_swar
     assert losses[0][-1] < 0.98 * losses[0][1], "the test is blind: nothing was learnt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["alone", "beside LoRA"])
 @pytest.mark.parametrize("together", [True, False], ids=["handed over", "one by one"])
 def test_a_chain_and_micro_batches_equal_the_local_model(together, lora, tiny_checkpoint, start_swarm):
@@ -149,6 +152,7 @@ def test_a_chain_and_micro_batches_equal_the_local_model(together, lora, tiny_ch
     assert_same_gradients(remote, local, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_a_lost_server_changes_no_gradient(phase, tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
@@ -178,6 +182,7 @@ def ways_to_generate() -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "mixtral", "qwen3", "gemma3", "gpt_neox", "gpt2"])
 def test_a_session_has_the_prefix_in_front(family, tiny_checkpoint, start_swarm):
     """The other side runs the whole sequence again for every token: no cache of samples to go wrong."""
@@ -194,6 +199,7 @@ def test_a_session_has_the_prefix_in_front(family, tiny_checkpoint, start_swarm)
     assert not torch.equal(remote.generate(**options, **way), bare.generate(**options, **way)), "the test is blind"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_server_lost_in_a_generation_changes_no_token(beams, tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("mixtral")
@@ -218,6 +224,7 @@ def test_a_server_lost_in_a_generation_changes_no_token(beams, tiny_checkpoint, 
     assert remote_blocks(remote).stats.retries == 1
 
 
+@pytest.mark.slow
 def test_factors_that_depend_on_the_length_count_the_prefix(tmp_path, start_swarm):
     """Keys that are given stay as they are, as in Hugging Face's cache; only tokens are rotated by other factors."""
     checkpoint = save_tiny_checkpoint(longrope_config(switch=12), tmp_path)
@@ -232,6 +239,7 @@ def test_factors_that_depend_on_the_length_count_the_prefix(tmp_path, start_swar
     assert relative_error(logits[1][:, :9], logits[0]) > 1e-3, "the test is blind: the factors do not differ"
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_back_to_its_prefix(tiny_checkpoint, start_swarm):
     """Steps after a rewind to position 0 still have the keys and values in front."""
     checkpoint = tiny_checkpoint("llama")
@@ -247,6 +255,7 @@ def test_a_conversation_goes_back_to_its_prefix(tiny_checkpoint, start_swarm):
                 session.position = 0
 
 
+@pytest.mark.slow
 def test_starts_are_those_of_the_local_model(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, 1), (1, 2), (2, 4)])
@@ -266,6 +275,7 @@ def test_starts_are_those_of_the_local_model(tiny_checkpoint, start_swarm):
         LocalModelForCausalLM.from_pretrained(checkpoint, tuning_mode="ptune", pre_seq_len=P, prompt_init="zero")
 
 
+@pytest.mark.slow
 def test_a_server_lost_at_the_start_changes_nothing(tiny_checkpoint, start_swarm):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, 2), (0, 2), (2, 4)])
@@ -319,6 +329,7 @@ def test_a_caller_of_the_local_model_passes_no_cache(tiny_checkpoint):
         model(torch.ones(1, 3, dtype=torch.long), **{cache_name(model): DynamicCache()})
 
 
+@pytest.mark.slow
 def test_servers_with_petals_methods_alone_are_left_out(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], servers="petals")
     with pytest.raises(IncompatibleServerError, match="offers only Petals' methods, which take no trained prefix"):

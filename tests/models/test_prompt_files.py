@@ -34,6 +34,7 @@ def tuned(checkpoint, mode: TuningMode):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", PROMPT_MODES)
 def test_saved_prompts_give_the_same_logits_elsewhere(mode, tiny_checkpoint, start_swarm, tmp_path):
     checkpoint = tiny_checkpoint("llama")

@@ -33,6 +33,7 @@ def bootstrap(monkeypatch):
     return be_public
 
 
+@pytest.mark.slow
 def test_a_model_without_peers_is_on_the_public_network_and_says_so(tiny_checkpoint, start_swarm, bootstrap, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, 4)], servers="petals")
@@ -47,6 +48,7 @@ def test_a_model_without_peers_is_on_the_public_network_and_says_so(tiny_checkpo
         AutoDistributedModel.from_pretrained(str(checkpoint), dht_prefix="other")
 
 
+@pytest.mark.slow
 def test_a_talk_on_the_public_network_must_be_asked_for(tmp_path, start_swarm, bootstrap, capsys):
     model = save_tiny_text_model(tmp_path)
     swarm = start_swarm(model, [(0, 4)], servers="petals")

@@ -37,6 +37,7 @@ def moved(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "ptune", "deep_ptune"])
 def test_a_classifier_comes_back_with_its_head_and_classes(mode, swarm, tmp_path):
     options = {"tuning_mode": mode, "pre_seq_len": 3 if mode else None, "pad_token_id": 0}
@@ -54,6 +55,7 @@ def test_a_classifier_comes_back_with_its_head_and_classes(mode, swarm, tmp_path
         assert again.config.id2label == NAMES
 
 
+@pytest.mark.slow
 def test_a_language_model_comes_back_with_its_prompts(swarm, tmp_path):
     options = {"tuning_mode": "deep_ptune", "pre_seq_len": 3}
     model = moved(swarm.load(AutoDistributedModelForCausalLM, shared_peer=True, **options))
@@ -71,6 +73,7 @@ def test_a_language_model_comes_back_with_its_prompts(swarm, tmp_path):
             assert torch.equal(again.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), expected)
 
 
+@pytest.mark.slow
 def test_trainers_checkpoints_are_small_and_resume(swarm, tmp_path):
     """Hugging Face's Trainer saves by `save_pretrained` and looks for `model.safetensors`."""
     options = {"num_labels": 3, "pad_token_id": 0, "tuning_mode": "deep_ptune", "pre_seq_len": 3}
@@ -91,6 +94,7 @@ def test_trainers_checkpoints_are_small_and_resume(swarm, tmp_path):
     assert torch.allclose(train(2, str(first)), whole, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("auto", "words"),
     [
@@ -105,6 +109,7 @@ def test_another_class_is_refused(auto, words, swarm, tmp_path):
         auto.from_pretrained(tmp_path, initial_peers=swarm.initial_peers)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_saved_or_loaded_is_one_line(swarm, tmp_path):
     with pytest.raises(ConfigurationError, match="has nothing of its own to save"):
         swarm.load(AutoDistributedModelForCausalLM, shared_peer=True).save_pretrained(tmp_path)

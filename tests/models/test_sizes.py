@@ -17,6 +17,7 @@ P = 3
 TABLES = {"gpt2": 64, "opt": 64, "gptj": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TABLES)
 def test_positions_beyond_a_table_are_refused(family, tiny_checkpoint, start_swarm):
     positions = TINY_CONFIGS[family]().max_position_embeddings
@@ -34,6 +35,7 @@ def test_positions_beyond_a_table_are_refused(family, tiny_checkpoint, start_swa
         assert session.position <= positions
 
 
+@pytest.mark.slow
 def test_rotary_families_count_on(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)])
     model = swarm.load(AutoDistributedModelForCausalLM, shared_peer=True)
@@ -43,6 +45,7 @@ def test_rotary_families_count_on(tiny_checkpoint, start_swarm):
     assert relative_error(model(input_ids=ids).logits, plain(input_ids=ids).logits) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", [VOCAB, VOCAB + 7, -1])
 def test_tokens_without_an_embedding_are_refused(token, tiny_checkpoint, start_swarm):
     model = start_swarm(tiny_checkpoint("llama"), [(0, 4)]).load(AutoDistributedModelForCausalLM, shared_peer=True)
@@ -50,6 +53,7 @@ def test_tokens_without_an_embedding_are_refused(token, tiny_checkpoint, start_s
         model(input_ids=torch.tensor([[1, 2, token]]))
 
 
+@pytest.mark.slow
 def test_a_batch_padded_with_another_token_is_refused(tiny_checkpoint, start_swarm):
     """Hugging Face classifies at the last token that is not `pad_token_id`: here, at padding that the mask hides."""
     checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()

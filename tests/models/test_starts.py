@@ -66,6 +66,7 @@ def test_a_text_start_is_the_text_in_front(family, tiny_checkpoint):
             assert relative_error(model(IDS).logits[:, -IDS.shape[1] :], expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["deep_ptune", "prefix"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "bloom", "falcon_new", "mistral"])
 def test_a_start_is_the_same_in_a_swarm(family, mode, with_tokenizer, start_swarm):

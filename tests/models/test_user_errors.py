@@ -33,6 +33,7 @@ from tools.testing.swarms import PREFIX, InProcessSwarm
 IDS = torch.randint(1, VOCAB, (2, 6))
 
 
+@pytest.mark.slow
 def test_blocks_that_nobody_serves_are_named_when_connecting(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 1), (3, 4)])
     with pytest.raises(
@@ -58,6 +59,7 @@ def test_a_server_with_another_hidden_size_is_refused_when_connecting(tiny_check
         )
 
 
+@pytest.mark.slow
 @pytest.mark.ours("servers of Petals' methods alone state no version")
 def test_a_server_of_another_stream_version_is_named_with_both_versions(tiny_checkpoint, start_swarm, monkeypatch):
     checkpoint = tiny_checkpoint("llama")
@@ -83,6 +85,7 @@ def test_a_server_of_another_stream_version_is_named_with_both_versions(tiny_che
         model(input_ids=IDS)
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_padding_token_is_refused_before_it_is_sent(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)])
     model = swarm.load(AutoDistributedModelForSequenceClassification, num_labels=2, pad_token_id=None)
@@ -93,6 +96,7 @@ def test_a_batch_without_a_padding_token_is_refused_before_it_is_sent(tiny_check
     assert model(input_ids=IDS[:1]).logits.shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_server_of_another_model_of_the_same_shape_is_refused(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("mistral"), [(0, 4)])
     with pytest.raises(IncompatibleServerError, match="another model under 'tiny'"):
@@ -101,6 +105,7 @@ def test_a_server_of_another_model_of_the_same_shape_is_refused(tiny_checkpoint,
         )
 
 
+@pytest.mark.slow
 def test_blocked_and_allowed_servers_are_respected(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4), (0, 4)])
     first, second = (server.node.peer_id.to_base58() for server in swarm.servers)
@@ -160,6 +165,7 @@ def model(tiny_checkpoint, start_swarm):
     return start_swarm(tiny_checkpoint("llama"), [(0, 4)]).load(AutoDistributedModelForCausalLM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -175,6 +181,7 @@ def test_what_cannot_cross_the_swarm_is_refused_by_name(model, options, words):
         model(IDS, **options)
 
 
+@pytest.mark.slow
 def test_a_model_works_on_after_a_refused_call(model):
     expected = model(IDS).logits
     with pytest.raises(UnsupportedInputError):
@@ -182,6 +189,7 @@ def test_a_model_works_on_after_a_refused_call(model):
     assert torch.allclose(model(IDS).logits, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_oversized_request_comes_back_with_the_servers_words(tiny_checkpoint, start_swarm):
     from petals_lightning.errors import RemoteRequestError
     from petals_lightning.server.access.limits import ServerLimits

@@ -32,6 +32,7 @@ class Trace(Callback):
         self.perplexities.append(float(trainer.callback_metrics["val/perplexity"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "bloom"])
 def test_chosen_logits_and_gradients_are_those_of_the_full_computation(family, tiny_checkpoint, start_swarm):
     """Gemma 2 caps its logits and Granite scales them: that must happen to the chosen ones, too."""

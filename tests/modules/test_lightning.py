@@ -106,6 +106,7 @@ class Endless(IterableDataset):
         return (self.rows[row] for row in range(len(self.rows)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unknown", ["time decides", "no length"])
 def test_the_rate_stays_where_nobody_knows_the_number_of_steps(unknown, text_model, data, tmp_path, caplog, capsys):
     seen, module, source = Seen(), make_module(text_model, lr=LR), data
@@ -134,6 +135,7 @@ def test_the_rate_reaches_zero_with_a_schedule_of_accumulation(text_model, data,
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0
 
 
+@pytest.mark.slow
 def test_the_picture_shows_whole_losses_where_gradients_are_accumulated(text_model, data, tmp_path) -> None:
     losses = []
     for batches in (1, 5):
@@ -176,6 +178,7 @@ def test_an_optimizer_with_two_schedules(text_model, data, tmp_path) -> None:
     assert fit_with(two, text_model, data, tmp_path)["train/lr"] == pytest.approx(0.5 * 0.5 * 0.1)  # after an epoch
 
 
+@pytest.mark.slow
 def test_several_optimizers_stepped_by_hand_equal_one(text_model, data, tmp_path) -> None:
     class ByHand(SequenceClassificationModule):
         def __init__(self, *args: Any, **options: Any):
@@ -214,6 +217,7 @@ def test_optimization_by_hand_that_nobody_does_is_refused(text_model, data, tmp_
         )
 
 
+@pytest.mark.slow
 def test_a_found_learning_rate_is_the_one_that_is_scheduled(text_model, data, tmp_path) -> None:
     finder = LearningRateFinder(num_training_steps=20, min_lr=1e-4, early_stop_threshold=None)
     seen, module = Seen(), make_module(text_model, lr=LR)
@@ -230,6 +234,7 @@ def test_a_found_learning_rate_is_the_one_that_is_scheduled(text_model, data, tm
         assert torch.equal(batch, right)
 
 
+@pytest.mark.slow
 def test_the_schedule_is_as_long_as_a_run_with_a_found_batch_size(text_model, data, tmp_path) -> None:
     seen = Seen()
     trainer = make_trainer(tmp_path, BatchSizeFinder(init_val=2, max_trials=1, steps_per_trial=1), seen)
@@ -261,6 +266,7 @@ def test_rates_that_are_not_given_are_lr(text_model, data, tmp_path) -> None:
     assert seen.group_rates == {"lr": seen.rates, "head_lr": seen.rates}
 
 
+@pytest.mark.slow
 def test_a_found_learning_rate_leaves_those_that_were_given(text_model, data, tmp_path) -> None:
     finder = LearningRateFinder(num_training_steps=20, min_lr=1e-4, early_stop_threshold=None)
     seen, module = Seen(), make_module(text_model, lr=LR, head_lr=0.01, warmup_ratio=0)

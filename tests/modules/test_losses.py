@@ -95,6 +95,7 @@ def plain_log_probabilities(model: Any, batch: dict[str, torch.Tensor]) -> torch
     return (each * (labels != -100)).sum(1)
 
 
+@pytest.mark.slow
 def test_preferences_equal_peft_with_its_adapter_off_as_reference(tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint("llama"), pairs()
     remote, peft = remote_and_peft(checkpoint, start_swarm(checkpoint, UNEVEN), "causal")
@@ -116,6 +117,7 @@ def test_untrained_preferences_have_the_loss_of_a_coin():
     assert torch.allclose(better.margins, torch.full((4,), 0.2), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 def test_without_tuning_prompts_and_lora_do_not_act(mode, tiny_checkpoint, start_swarm):
     checkpoint, ids = tiny_checkpoint("gpt2"), right_padded_batch()["input_ids"][:1]
@@ -136,6 +138,7 @@ def test_without_tuning_prompts_and_lora_do_not_act(mode, tiny_checkpoint, start
         assert prompts_of(model).is_off is False
 
 
+@pytest.mark.slow
 def test_rewards_equal_peft(tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint("llama"), pairs()
     remote, peft = remote_and_peft(checkpoint, start_swarm(checkpoint, UNEVEN), "classifier", num_labels=1)
@@ -144,6 +147,7 @@ def test_rewards_equal_peft(tiny_checkpoint, start_swarm):
     assert_same(remote, peft, found.loss, -torch.log(torch.sigmoid(rewards[:3] - rewards[3:])).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "labels", "loss"),
     [

@@ -19,6 +19,7 @@ from petals_lightning.strategies import precision_plugin
 from tests.helpers.lightning import Losses, make_module, make_trainer
 
 
+@pytest.mark.slow
 def test_trains_prompts_and_head_only(text_model: Path, data: TextClassificationDataModule, tmp_path: Path) -> None:
     module = make_module(text_model, lr=0.05)
     losses = Losses()
@@ -59,6 +60,7 @@ def test_learning_rate_warms_up_and_falls_to_zero(
     assert rates[-1] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop_at", "mode"),
     [(2, "deep_ptune"), (5, "deep_ptune"), (7, "deep_ptune"), (7, "prefix")],

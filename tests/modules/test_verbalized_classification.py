@@ -61,6 +61,7 @@ def test_results_are_those_of_plain_hugging_face(text_model, answers, tmp_path) 
     assert relative_error(got.grad, start.grad) < 1e-5
 
 
+@pytest.mark.slow
 def test_training_through_a_swarm_equals_a_local_run(
     text_model, answers, tmp_path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:
@@ -76,6 +77,7 @@ def test_training_through_a_swarm_equals_a_local_run(
     assert trained == {"model.model.prompts.input", "model.model.prompts.deep"}
 
 
+@pytest.mark.slow
 def test_only_the_answers_position_is_fetched(text_model, answers, tmp_path, start_swarm) -> None:
     swarm = start_swarm(text_model, [(0, 4)])
     received = []

@@ -246,6 +246,7 @@ def test_a_slice_of_blocks_is_as_recorded(calls, server, connect):
     assert (out - tensors_of(call.responses)[0]).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "error", "tries"),
     [

@@ -23,6 +23,7 @@ from tools.testing.servers import start_server
 from tools.testing.swarms import PREFIX, InProcessSwarm
 
 
+@pytest.mark.slow
 def test_a_peer_is_told_whether_it_and_others_are_reached(swarm, client):
     def check(target) -> bool:
         async def call():
@@ -38,6 +39,7 @@ def test_a_peer_is_told_whether_it_and_others_are_reached(swarm, client):
     assert not check(client.peer_id)  # it answers no such question
 
 
+@pytest.mark.slow
 def test_records_of_petals_only_servers_look_like_petals(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 2), (2, 4)], servers="mixed")
     node = swarm.servers[0].node
@@ -75,6 +77,7 @@ def test_serve_petals_only(tiny_checkpoint):
         server.stop()
 
 
+@pytest.mark.slow
 def test_private_models_are_served_and_not_listed(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)], prefix="_secret")
     with closing(SwarmNode(swarm.initial_peers, host_maddrs=(), client_mode=True).start()) as node:
@@ -83,6 +86,7 @@ def test_private_models_are_served_and_not_listed(tiny_checkpoint, start_swarm):
         assert caller.forward(PetalsForward("_secret", 0, 1, hidden)).shape == hidden.shape
 
 
+@pytest.mark.slow
 def test_a_server_that_leaves_ends_its_sessions(tiny_checkpoint, caplog):
     with InProcessSwarm(tiny_checkpoint("llama"), [(0, 1), (0, NUM_BLOCKS)]) as swarm:
         leaving = swarm.servers[1]

@@ -22,6 +22,7 @@ from tools.testing.swarms import PREFIX
 B, S, P = 2, 7, 3
 
 
+@pytest.mark.slow
 def test_wrong_requests_are_told_why(callers):
     caller, hidden = callers[1], torch.randn(B, S, HIDDEN)
     good = PetalsForward(PREFIX, 0, SPLIT, hidden)
@@ -154,6 +155,7 @@ def test_strangers_are_refused_every_method(rules, tiny_checkpoint, start_swarm)
         assert not server.resources.quotas.clients
 
 
+@pytest.mark.slow
 def test_answers_that_are_too_large_for_one_message_are_refused_and_streamed(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, NUM_BLOCKS)], dtype="bfloat16")
     with closing(SwarmNode(swarm.initial_peers, host_maddrs=(), client_mode=True).start()) as node:

@@ -25,6 +25,7 @@ def layers(tiny_checkpoint, start_swarm):
     return remote_blocks(swarm.load(AutoDistributedModel))
 
 
+@pytest.mark.slow
 def test_large_requests_go_through_streams_and_in_parts(layers):
     """A gradient of prompts for every sample outgrows the request that asks for it."""
     hidden, prompts = torch.randn(16, 30, HIDDEN, requires_grad=True), random_prompts(4)
@@ -39,6 +40,7 @@ def test_large_requests_go_through_streams_and_in_parts(layers):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.slow
 def test_batches_are_cut_to_what_such_servers_take(layers, tiny_checkpoint, start_swarm, monkeypatch):
     """By the client that knows the route, and where a batch was cut for another server, at the last moment."""
     hidden = torch.randn(3, MAX_BATCH_TOKENS // 2, HIDDEN)
@@ -65,6 +67,7 @@ def test_batches_are_cut_to_what_such_servers_take(layers, tiny_checkpoint, star
         assert relative_error(one, other) < 1e-5
 
 
+@pytest.mark.slow
 def test_positions_that_do_not_count_on_are_refused(layers):
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, 2] = False
@@ -76,6 +79,7 @@ def test_positions_that_do_not_count_on_are_refused(layers):
         assert session.step(torch.randn(2, 6, HIDDEN)).shape == (2, 6, HIDDEN)
 
 
+@pytest.mark.slow
 def test_padding_that_a_sliding_window_counts_is_refused(tiny_checkpoint, start_swarm):
     """Up to the window's length it makes no difference, nor where it stands in front of all that is real."""
     swarm = start_swarm(tiny_checkpoint("gemma3"), [(0, 4)], servers="petals")  # its window is 5
@@ -96,6 +100,7 @@ def test_padding_that_a_sliding_window_counts_is_refused(tiny_checkpoint, start_
                 assert relative_error(session.step(hidden[:, 5:], **last), layers(hidden[mask][None])[:, -1:]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [1024, 4])
 def test_padding_that_appears_later_is_left_out(pieces, layers, monkeypatch):
     """As where samples of a batch end their turns at different times: what was real becomes padding behind them."""
@@ -118,6 +123,7 @@ def test_padding_that_appears_later_is_left_out(pieces, layers, monkeypatch):
     assert layers.stats.retries == 1, "the samples had one session there, and need one each"
 
 
+@pytest.mark.slow
 def test_samples_with_more_padding_than_a_step_begin_later(layers):
     """A long prompt goes in pieces, of which the first ones may be all padding to some samples."""
     hidden, prompts = torch.randn(3, 9, HIDDEN), random_prompts(4)
@@ -139,6 +145,7 @@ def test_samples_with_more_padding_than_a_step_begin_later(layers):
         assert relative_error(out[sample, amount:], expected[0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_session_that_fits_nowhere_is_refused(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], servers="petals", limits=ServerLimits(cache_bytes=1 << 12))
     layers = remote_blocks(swarm.load(AutoDistributedModel))
@@ -149,6 +156,7 @@ def test_a_session_that_fits_nowhere_is_refused(tiny_checkpoint, start_swarm):
         session.step(torch.randn(1, 2, HIDDEN))
 
 
+@pytest.mark.slow
 def test_a_session_that_the_server_has_ended_begins_again(layers):
     hidden = torch.randn(2, 7, HIDDEN)
     expected = layers(hidden)
@@ -162,6 +170,7 @@ def test_a_session_that_the_server_has_ended_begins_again(layers):
     assert layers.stats.retries == 1
 
 
+@pytest.mark.slow
 def test_servers_that_cannot_go_back_are_given_the_past_again(layers):
     hidden, other = torch.randn(2, 5, HIDDEN), torch.randn(2, 2, HIDDEN)
     expected = layers(torch.cat([hidden[:, :3], other], dim=1))
@@ -182,6 +191,7 @@ def test_which_versions_can_go_back(version, expected):
     assert rolls_back(version) == expected
 
 
+@pytest.mark.slow
 def test_a_swarm_with_a_token_uses_no_server_that_cannot_prove_it(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [(0, 4)], servers="petals")
     with pytest.raises(IncompatibleServerError, match="cannot prove that it knows the swarm's token"):

@@ -44,6 +44,7 @@ def run_locally(checkpoint, hidden, start, end, prompts=None):
     return taken[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [None, 1, B], ids=["no_prompts", "shared_prompts", "prompts_per_sample"])
 @pytest.mark.parametrize(("start", "end"), [(0, NUM_BLOCKS), (1, 3)])
 def test_forward_and_backward_equal_the_local_model(samples, start, end, tiny_checkpoint, callers):

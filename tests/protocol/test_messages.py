@@ -257,6 +257,7 @@ def test_random_headers_only_break_the_protocol(header):
         read_all(raw(FrameKind.HEAD, 1, header))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4))
 def test_mutated_frames_only_end_the_stream_or_break_the_protocol(seed, flips):

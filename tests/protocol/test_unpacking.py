@@ -48,6 +48,7 @@ for name, compression in {"float16": 2, "meanstd": 1, "uniform": 4}.items():
 """
 
 
+@pytest.mark.slow
 def test_unpacking_takes_what_it_is_charged_with():
     result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

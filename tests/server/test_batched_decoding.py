@@ -272,6 +272,7 @@ def test_a_session_whose_reordering_failed_is_lost_and_no_other(load_span, monke
     assert_same(got, expected[:3] + expected[4:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("roomy")
 def test_clients_that_decode_at_once_share_batches_and_one_that_leaves_harms_nobody(
     tiny_checkpoint, start_swarm, monkeypatch
@@ -337,6 +338,7 @@ def test_a_session_is_alone_while_no_other_was_used_of_late(load_span):
     assert not store.is_alone((1, 0))
 
 
+@pytest.mark.slow
 def test_steps_of_the_only_session_run_on_the_event_loops_thread(tiny_checkpoint, start_swarm, monkeypatch):
     ran_on: list[str] = []
     step = BlockSpan.step

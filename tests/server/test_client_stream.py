@@ -137,6 +137,7 @@ def test_a_request_cancelled_while_it_is_sent_does_not_end_the_stream(span):
     with_stream(span, talk)
 
 
+@pytest.mark.slow
 def test_a_broken_protocol_is_answered_and_ends_the_stream(span):
     async def talk(client, resources):
         client.writer._writer.write(b"\xff" * 100)
@@ -147,6 +148,7 @@ def test_a_broken_protocol_is_answered_and_ends_the_stream(span):
     with_stream(span, talk)
 
 
+@pytest.mark.slow
 def test_a_server_may_not_be_answered(span):
     async def talk(client, resources):
         await client.writer.send(1, Message(Method.OK))

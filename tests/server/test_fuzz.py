@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 
+import pytest
+
 from tests.server.fuzz import run
 
 
+@pytest.mark.slow
 def test_mutated_requests_and_garbage_harm_nobody(tmp_path, caplog):
     caplog.set_level(logging.ERROR)
     report = run(tmp_path, inputs=4000, seed=7)

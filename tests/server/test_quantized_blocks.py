@@ -146,6 +146,7 @@ def test_a_server_without_bitsandbytes_is_refused_in_one_line(tiny_checkpoint, m
         ServerConfig(quant_type="fp4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", KINDS)
 def test_training_through_quantised_servers_is_that_of_a_local_model(quant_type, heavier_checkpoint, start_swarm):
     checkpoint = heavier_checkpoint
@@ -163,6 +164,7 @@ def test_training_through_quantised_servers_is_that_of_a_local_model(quant_type,
     assert {record.quant_type for record in (server.record for server in swarm.servers)} == {quant_type}
 
 
+@pytest.mark.slow
 def test_clients_choose_kinds_of_weights(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("llama"), [ALL, ALL], quant_types=["none", "nf4"])
     batch = right_padded_batch()
@@ -178,6 +180,7 @@ def test_clients_choose_kinds_of_weights(tiny_checkpoint, start_swarm):
         swarm.load(AutoDistributedModelForSequenceClassification, allowed_quantization="int4", num_labels=3)
 
 
+@pytest.mark.slow
 def test_audits_know_the_kinds_of_weights(tiny_checkpoint, start_swarm, caplog):
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [ALL, ALL, ALL], quant_types=["nf4", "none", "nf4"])

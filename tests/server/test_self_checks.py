@@ -147,6 +147,7 @@ def test_families_with_a_recurrent_state_are_served_without_sessions(family, par
     assert not verify_sessions(span)
 
 
+@pytest.mark.slow
 def test_a_session_of_such_a_family_is_refused_in_one_line(tiny_checkpoint, start_swarm):
     swarm = start_swarm(tiny_checkpoint("qwen3_next"), [(0, 1), (1, 4)])
     layers = remote_blocks(swarm.load(AutoDistributedModel))

@@ -57,6 +57,7 @@ class Requests:
         span.forward = forward
 
 
+@pytest.mark.slow
 def test_micro_batches_of_one_batch_are_under_way_at_once(text_model, texts, tmp_path, start_swarm: Start) -> None:
     data = TextClassificationDataModule(str(text_model), str(texts), batch_size=4)
     swarm = start_swarm(text_model, [(0, 4)])
@@ -75,6 +76,7 @@ def test_micro_batches_of_one_batch_are_under_way_at_once(text_model, texts, tmp
     assert requests.count == 4
 
 
+@pytest.mark.slow
 def test_the_size_of_evaluation_batches_changes_no_number(text_model, texts, tmp_path, start_swarm: Start) -> None:
     swarm = start_swarm(text_model, [(0, 1), (1, 4)])
     found: list[Any] = []
@@ -95,6 +97,7 @@ def test_the_size_of_evaluation_batches_changes_no_number(text_model, texts, tmp
         assert torch.allclose(probabilities, found[0][2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lost_servers_end_the_evaluation(text_model, data, tmp_path, start_swarm: Start) -> None:
     swarm = start_swarm(text_model, [(0, 4)])
     trainer: Any = trainer_of(tmp_path, swarm, recovery_timeout=1.0)
@@ -108,6 +111,7 @@ def test_lost_servers_end_the_evaluation(text_model, data, tmp_path, start_swarm
         trainer.validate(make_module(text_model), datamodule=data, verbose=False)
 
 
+@pytest.mark.slow
 def test_threads_may_run_one_model_at_once(text_model, start_swarm: Start) -> None:
     """Each with rows and prompts of its own pass."""
     swarm = start_swarm(text_model, [(0, 1), (1, 4)])
@@ -137,6 +141,7 @@ def test_threads_may_run_one_model_at_once(text_model, start_swarm: Start) -> No
     assert remote_blocks(classifier).stats.retries == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")  # Lightning's own
 def test_averaged_weights_are_what_is_validated(text_model, data, tmp_path, start_swarm: Start) -> None:
     swarm, found = start_swarm(text_model, [(0, 2), (2, 4)]), []

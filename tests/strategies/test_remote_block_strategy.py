@@ -119,6 +119,7 @@ def test_a_module_goes_from_trainer_to_trainer_and_from_swarm_to_swarm(
     assert there.values == pytest.approx(here.values, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_swarm_load_into_a_local_run(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:
@@ -206,6 +207,7 @@ def test_a_swarm_is_up_from_the_first_user_to_the_last() -> None:
     assert events == ["start", "stop"]
 
 
+@pytest.mark.slow
 def test_when_the_last_server_is_lost_what_was_trained_is_saved(
     text_model: Path, data: TextClassificationDataModule, tmp_path: Path, start_swarm: Callable[..., InProcessSwarm]
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_server_behind_nat_is_used_by_a_client_behind_nat(machines, tiny_check
     assert answer["using_relay"] is True
 
 
+@pytest.mark.slow
 def test_peers_say_whether_they_can_call_another():
     with ExitStack() as stack:
         first = stack.enter_context(SwarmNode(host_maddrs=LOOPBACK).start())

@@ -157,6 +157,7 @@ def test_an_identity_file_keeps_the_peer_id(start_node, tmp_path):
     assert start_node().peer_id != peer
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_restarted_stands_in_others_tables_once(start_node, tmp_path):
     holder, identity = start_node(), str(tmp_path / "peer.id")
     peer = None
@@ -169,6 +170,7 @@ def test_a_peer_that_is_restarted_stands_in_others_tables_once(start_node, tmp_p
     assert list(table.uid_to_peer_id.values()).count(peer) == 1
 
 
+@pytest.mark.slow
 def test_an_identity_of_a_peer_that_runs_is_refused_until_that_one_is_gone(start_node, tmp_path):
     identity, copy = tmp_path / "peer.id", tmp_path / "copy.id"
     (maddr,) = start_node().visible_maddrs()
@@ -278,6 +280,7 @@ def test_close_leaves_nothing_and_may_be_repeated(start_node, socket_folder):
     assert eventually(lambda: threading.active_count() <= threads)
 
 
+@pytest.mark.slow
 def test_a_node_whose_daemon_has_died_still_closes(start_node, socket_folder):
     me, threads = psutil.Process(), threading.active_count()
     node = start_node()

@@ -129,6 +129,7 @@ def test_a_large_record_is_not_taken(join) -> None:
     assert store(stranger, holder, [("key", "subkey")]) == [True]
 
 
+@pytest.mark.slow
 def test_room_comes_back_when_records_end(join, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_keeping, "MAX_PEER_BYTES", 10 * MAX_RECORD_BYTES)
     holder, stranger = join(), join()

@@ -82,6 +82,7 @@ def test_a_run_leaves_its_summary_picture_and_checkpoints(
     assert read_run(tmp_path)["summary"] == summary
 
 
+@pytest.mark.slow
 def test_the_last_lines_say_what_to_type_next(
     compose_run: Callable[..., DictConfig],
     text_model: Path,
@@ -142,6 +143,7 @@ def test_csv_logs_hold_the_metrics(compose_run: Callable[..., DictConfig], tmp_p
     assert "batch_size:" in settings, "of the data, which the module does not know"
 
 
+@pytest.mark.slow
 def test_wandb_logs_offline_into_the_run_folder(
     compose_run: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_wandb_logs_offline_into_the_run_folder(
         assert any(name in row for row in history), name
 
 
+@pytest.mark.slow
 def test_what_was_tuned_is_logged_as_an_artifact_with_its_card(
     compose_run: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +221,7 @@ def read_wandb(path: Path) -> list[Any]:
     return records
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_again(compose_run: Callable[..., DictConfig], tmp_path: Path) -> None:
     losses = []
     for number in range(2):
@@ -227,6 +231,7 @@ def test_a_run_is_the_same_again(compose_run: Callable[..., DictConfig], tmp_pat
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_continued_run_counts_the_whole(compose_run: Callable[..., DictConfig], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(compose_run(f"output_dir={whole}", "optim.warmup_ratio=1"))
@@ -255,6 +260,7 @@ def test_settings_of_the_trainer_are_obeyed(
     assert not (tmp_path / "csv").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_leaves_no_results(compose_run: Callable[..., DictConfig], tmp_path: Path, capsys: Any) -> None:
     run(compose_run())
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
