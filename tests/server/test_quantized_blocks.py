@@ -204,7 +204,9 @@ def save_in_fp8(folder: Path, plain: Path) -> None:
     """Saves a random Llama in FP8, as DeepSeek's and Qwen's are, and the same with its weights dequantised."""
     save_tiny_checkpoint(LlamaConfig(**COMMON | {"intermediate_size": 64}, num_key_value_heads=4), folder)
     save_tiny_checkpoint(LlamaConfig(**COMMON | {"intermediate_size": 64}, num_key_value_heads=4), plain)
-    tensors, size = load_file(folder / "model.safetensors"), 16
+    # Copies: those that were read are mapped from the file, which is written anew below.
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    size = 16
     values = dict(tensors)
     for name, weight in list(tensors.items()):
         if not name.endswith("proj.weight"):
