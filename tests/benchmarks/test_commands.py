@@ -89,7 +89,9 @@ def test_every_module_is_imported_and_every_command_has_its_sizes() -> None:
     assert commands == list(COMMANDS)
 
 
-_WITH_TESTS_OF_THEIR_OWN = ("churn", "families", "large_model", "quality", "sst2_epoch", "wire_precision")
+_WITH_TESTS_OF_THEIR_OWN = (
+    "churn", "families", "large_model", "quality", "quantization", "sst2_epoch", "wire_precision",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -115,6 +117,13 @@ def test_a_large_models_memory_is_read(run: Run, tmp_path: Path) -> None:
     (row,) = run("large_model", COMMANDS["large_model"], str(tmp_path / "model"))
     assert row["ready"] > 0
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.slow
+def test_quantised_weights_are_smaller_and_served_exactly(run: Run) -> None:
+    served = {row["weights"]: row for row in run("quantization", COMMANDS["quantization"]) if "logits" in row}
+    assert served["nf4"]["bytes"] < served["int8"]["bytes"] < served["none"]["bytes"]
+    assert all(row["logits"] < 1e-4 for row in served.values())
 
 
 @pytest.mark.slow
