@@ -166,7 +166,9 @@ def prepend_past(model: PreTrainedModel, layout: BlockLayout, tokens: torch.Tens
             owner(inputs_embeds=tokens.to(dtype)[None], use_cache=True, **{name: cache})
         prompts.set_past([(keys[0], values[0]) for keys, values in past_of(cache)])
 
-    def add_past(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def add_past(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if prompts.is_off:
+            return None
         if pop_cache(kwargs) is not None:
             raise UnsupportedInputError("this model passes its own cache, with the prefix: leave it off")
         batch = len(
@@ -181,7 +183,8 @@ def prepend_past(model: PreTrainedModel, layout: BlockLayout, tokens: torch.Tens
         return args, kwargs
 
     def drop_cache(module: nn.Module, args: Any, output: Any) -> Any:
-        set_cache(output, None)
+        if not prompts.is_off:
+            set_cache(output, None)
         return output
 
     owner.register_forward_pre_hook(add_past, with_kwargs=True)

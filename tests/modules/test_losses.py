@@ -118,7 +118,7 @@ def test_untrained_preferences_have_the_loss_of_a_coin():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune", "prefix"])
 def test_without_tuning_prompts_and_lora_do_not_act(mode, tiny_checkpoint, start_swarm):
     checkpoint, ids = tiny_checkpoint("gpt2"), right_padded_batch()["input_ids"][:1]
     config = LoraConfig(r=2, target_modules="all-linear")
