@@ -13,7 +13,7 @@ from petals_lightning.cli.generation import ModelOptions
 from petals_lightning.cli.http import ApiKeyFile, Host, Port, Run, bind, check_access, run_app
 from petals_lightning.cli.options import configure_logging, say, with_options
 from petals_lightning.client import ClientConfig
-from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+from petals_lightning.errors import ConfigurationError
 from petals_lightning.library_messages import libraries_to_root_log
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ def api(
             run=run,
         )
         say(f"models: {', '.join(models)}")
-        run_app(app, listening, "OpenAI's API at /v1, the page at /,", lambda: node.is_alive)
-        if not node.is_alive:
-            raise SwarmConnectionError("the libp2p daemon of this server has ended; start it again")
+        run_app(app, listening, "OpenAI's API at /v1, the page at /,", node)
 
 
 def _tuned_parts(model: str, prompts: list[str], adapters: list[str]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,6 @@ import typer
 
 from petals_lightning.cli.http import ApiKeyFile, Host, Port, Run, bind, check_access, run_app
 from petals_lightning.cli.options import InitialPeers, configure_logging
-from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.library_messages import libraries_to_root_log
 
 
@@ -38,6 +37,4 @@ def dashboard(
     ):
         watch = SwarmWatch(node, dht_prefix or (), num_blocks, others=not dht_prefix)
         app = create_app(watch, keys=keys, is_local=is_loopback(host) and keys is None, run=run)
-        run_app(app, listening, "the page", lambda: node.is_alive)
-        if not node.is_alive:
-            raise SwarmConnectionError("the libp2p daemon of this process has ended; start it again")
+        run_app(app, listening, "the page", node)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from petals_lightning.cli.options import StopSignal, say
-from petals_lightning.errors import ConfigurationError
+from petals_lightning.errors import ConfigurationError, SwarmConnectionError
+
+if TYPE_CHECKING:
+    from petals_lightning.swarm import SwarmNode
 
 Host = Annotated[str, typer.Option(help="Address to listen on. Beyond this machine, --api-key-file is needed.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
@@ -57,8 +59,12 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def run_app(app: Any, listening: socket.socket, what: str, watch: Callable[[], bool]) -> None:
-    """Serves an application until SIGINT or SIGTERM, or until `watch` returns False (asked every second)."""
+def run_app(app: Any, listening: socket.socket, what: str, node: SwarmNode) -> None:
+    """Serves an application until SIGINT or SIGTERM.
+
+    Raises:
+        SwarmConnectionError: `node`, this process's peer, has ended.
+    """
     import uvicorn
 
     config = uvicorn.Config(
@@ -67,11 +73,14 @@ def run_app(app: Any, listening: socket.socket, what: str, watch: Callable[[], b
 
     class Server(uvicorn.Server):
         async def on_tick(self, counter: int) -> bool:
-            if counter % 10 == 0 and not watch():
+            if counter % 10 == 0 and not node.is_alive:  # every second
                 self.should_exit = True
             return await super().on_tick(counter)
 
-    StopSignal()  # uvicorn stops at a signal, too, and then raises it again: in order, this must end in order
+    # uvicorn raises the signal that stopped it once more, which would kill the process before it cleans up.
+    StopSignal()
     host, port = listening.getsockname()[:2]
     say(f"ready: {what} on http://{f'[{host}]' if ':' in host else host}:{port}")
     Server(config).run(sockets=[listening])
+    if not node.is_alive:
+        raise SwarmConnectionError("the libp2p daemon of this process has ended; start it again")

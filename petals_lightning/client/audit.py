@@ -37,13 +37,14 @@ Raises ConfigurationError.
 class _Answer:
     peers: list[str]
     tensors: Tensors
-    kinds: set[str]
+    quant_types: set[str]
     """Of the weights that it was computed with."""
 
     @property
     def judged_with(self) -> str:
         """The kind of weights with which this machine computes the same; not quantised if they are of several kinds."""
-        return next(iter(self.kinds)) if len(self.kinds) == 1 and self.kinds <= set(QUANT_TYPES) else UNQUANTIZED
+        is_one_of_ours = len(self.quant_types) == 1 and self.quant_types <= set(QUANT_TYPES)
+        return next(iter(self.quant_types)) if is_one_of_ours else UNQUANTIZED
 
 
 class Auditor:
@@ -134,8 +135,10 @@ class Auditor:
         """Bans servers that the judge contradicts. Raises WrongResult for the audited server, or without a judge."""
         own = segment.peers[0]
         try:
-            kinds = {first.judged_with, second.judged_with}
-            truths = {kind: await self._compute(segment, adapter, grads, kind) for kind in kinds}
+            truths = {
+                quant_type: await self._compute(segment, adapter, grads, quant_type)
+                for quant_type in {first.judged_with, second.judged_with}
+            }
         except ConfigurationError as e:
             logger.warning(
                 "audit: servers %s and %s differ by %.2g (relative) on blocks %d:%d, and there is no judge (%s). Put "
@@ -164,20 +167,22 @@ class Auditor:
             raise wrong[own]
 
     def _answer(self, peers: list[str], tensors: Tensors) -> _Answer:
-        return _Answer(peers, tensors, set(map(self._servers.weights_kind, peers)))
+        return _Answer(peers, tensors, set(map(self._servers.quant_type, peers)))
 
-    async def _compute(self, segment: Segment, adapter: Adapter | None, grads: Grads | None, kind: str) -> _Answer:
+    async def _compute(
+        self, segment: Segment, adapter: Adapter | None, grads: Grads | None, quant_type: str
+    ) -> _Answer:
         """The answer that this machine computes with weights of a kind. Raises ConfigurationError if it cannot."""
         if self._judge is None:
             raise ConfigurationError("this client has no checkpoint")
-        return _Answer([], await asyncio.to_thread(self._judge, segment, adapter, grads, kind), {kind})
+        return _Answer([], await asyncio.to_thread(self._judge, segment, adapter, grads, quant_type), {quant_type})
 
     def _error(self, one: _Answer, other: _Answer) -> float | None:
         """The relative error between two answers; None within tolerance."""
         peers = [*one.peers, *other.peers]
         dtypes = [*map(self._servers.wire_dtype, peers), *map(self._servers.compute_dtype, peers)]
         error = disagreement(one.tensors, other.tensors)
-        return error if error > tolerance(dtypes, one.kinds | other.kinds) else None
+        return error if error > tolerance(dtypes, one.quant_types | other.quant_types) else None
 
 
 def _lie(error: float, other: str = "what this machine computes") -> str:

@@ -107,8 +107,8 @@ class Router:
             if span.peer != avoid
         ]
         trusted = [span for span in drawn if self._servers.is_trusted(span.peer)]
-        kind = self._servers.weights_kind(avoid)
-        alike = [span for span in drawn if self._servers.weights_kind(span.peer) == kind]
+        quant_type = self._servers.quant_type(avoid)
+        alike = [span for span in drawn if self._servers.quant_type(span.peer) == quant_type]
         return next((route for some in (trusted, alike, drawn) if (route := plan_route(some, start, end))), None)
 
     def others_hold(self, start: int, end: int, peer: str) -> bool:

@@ -194,14 +194,14 @@ class ServerPool:
         record = self._records.get(peer)
         return record.torch_dtype if record is not None else None
 
-    def weights_kind(self, peer: str) -> str:
-        """How a server's weights are kept, as it reports; servers of one kind give the same, up to their dtype.
+    def quant_type(self, peer: str) -> str:
+        """How a server's weights are kept, as it reports; equal ones give the same results, up to their dtype.
 
         Petals' own int8 and nf4 round differently from ours.
         """
-        record, kind = self._records.get(peer), self._quant_type(peer)
+        record, announced = self._records.get(peer), self._announced_quant_type(peer)
         is_petals = record is not None and record.stream_version is None
-        return f"Petals' {kind}" if is_petals and kind != UNQUANTIZED else kind
+        return f"Petals' {announced}" if is_petals and announced != UNQUANTIZED else announced
 
     def wire_dtype(self, peer: str) -> str:
         """The dtype for tensors to and from a server."""
@@ -281,14 +281,14 @@ class ServerPool:
 
     def _is_allowed(self, peer: str) -> bool:
         allowed = self.config.allowed_servers
-        kinds = self.config.allowed_quantization
+        quant_types = self.config.allowed_quantization
         return (
             peer not in self.config.blocked_servers
             and (allowed is None or peer in allowed)
-            and (kinds is None or self._quant_type(peer) in kinds)
+            and (quant_types is None or self._announced_quant_type(peer) in quant_types)
         )
 
-    def _quant_type(self, peer: str) -> str:
+    def _announced_quant_type(self, peer: str) -> str:
         record = self._records.get(peer)
         return record.quant_type if record is not None else UNQUANTIZED
 

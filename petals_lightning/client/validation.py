@@ -21,7 +21,7 @@ from petals_lightning.protocol.tensors import DTYPE_NAMES, INT8_BLOCKWISE
 _TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, INT8_BLOCKWISE: 1e-1}
 
 # Between weights of a kind and other ones: loose bounds, chosen and not measured. Only a judge decides.
-_OF_KIND = {UNQUANTIZED: 0.0, "int8": 0.1, "nf4": 0.5}
+_OF_QUANT_TYPE = {UNQUANTIZED: 0.0, "int8": 0.1, "nf4": 0.5}
 
 
 def check_forward(peer: str, request: ForwardRequest, reply: Message) -> None:
@@ -104,17 +104,17 @@ def disagreement(got: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return worst
 
 
-def tolerance(dtype_names: Iterable[str | None], kinds: Collection[str] = ()) -> float:
+def tolerance(dtype_names: Iterable[str | None], quant_types: Collection[str] = ()) -> float:
     """The relative error allowed between honest results.
 
     Args:
         dtype_names: that they were computed or sent in.
-        kinds: of the weights that they were computed with.
+        quant_types: of the weights that they were computed with.
     """
     rounding = max(_TOLERANCE.get(name or "float32", _TOLERANCE["bfloat16"]) for name in dtype_names)
-    if len(set(kinds)) < 2:
+    if len(set(quant_types)) < 2:
         return rounding
-    return max(rounding, *(_OF_KIND.get(kind, max(_OF_KIND.values())) for kind in kinds))
+    return max(rounding, *(_OF_QUANT_TYPE.get(each, max(_OF_QUANT_TYPE.values())) for each in quant_types))
 
 
 def _inputs(request: ForwardRequest | StepRequest) -> list[torch.Tensor]:

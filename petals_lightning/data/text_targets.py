@@ -18,7 +18,7 @@ class NumberEncoder:
 
     Args:
         column: of the numbers.
-        drop_unlabelled: whether rows without a number are allowed; they are left out.
+        drop_unlabelled: whether rows without a value are allowed; they are left out.
         where: describes a row of a split for messages.
     """
 
@@ -29,23 +29,29 @@ class NumberEncoder:
         self._drop_unlabelled, self._where = drop_unlabelled, where
 
     def encode(self, dataset: datasets.Dataset, split: str) -> list[float | None]:
-        """The number of every row; None for rows without one, if allowed.
+        """The number of every row; None for rows without a value, if allowed.
 
         Raises:
-            DataError: a row has no number; the message names the first such row.
+            DataError: a row has a value that is no number, or none; the message names the first such row.
         """
-        numbers = [_number(value) for value in dataset[self.column][:]]
-        for row, number in enumerate(numbers):
-            if number is None and not self._drop_unlabelled:
+        numbers = []
+        for row, value in enumerate(dataset[self.column][:]):
+            number, is_missing = _number(value), _is_missing(value)
+            if number is None and not (is_missing and self._drop_unlabelled):
+                mend = "leave such rows out with drop_unlabelled=True" if is_missing else "correct it, or make it empty"
                 raise DataError(
-                    f"{dataset[self.column][row]!r:.60} ({self._where(split, row)}, column {self.column!r}) is not a "
-                    "number: leave such rows out with drop_unlabelled=True"
+                    f"{value!r:.60} ({self._where(split, row)}, column {self.column!r}) is not a number: {mend}"
                 )
+            numbers.append(number)
         return numbers
 
     def is_unlabelled(self, dataset: datasets.Dataset) -> bool:
         """Whether a split has no numbers."""
-        return self.column not in dataset.column_names or not any(_number(v) is not None for v in dataset[self.column])
+        return self.column not in dataset.column_names or all(map(_is_missing, dataset[self.column][:]))
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or value != value  # the last is not-a-number, as pandas writes what is missing
 
 
 def _number(value: Any) -> float | None:
@@ -136,9 +142,17 @@ class TextNumberDataModule(TextClassificationDataModule):
 class TextLabelSetDataModule(TextNumberDataModule):
     """Batches `{"input_ids": [B, S], "attention_mask": [B, S], "labels": [B, C]}` of texts with any number of classes.
 
+    Args:
+        tokenizer, source, options: as for `TextNumberDataModule`, without `drop_unlabelled`.
+
     Raises (besides what `TextDataModule` raises, in `setup`):
         DataError: a row has no text, or a class that train does not have.
     """
+
+    def __init__(self, tokenizer: str, source: str = BUNDLED, **options: Any):
+        super().__init__(tokenizer, source, **options)
+        if self.drop_unlabelled:
+            raise ConfigurationError("drop_unlabelled=True: a text of no class is a sample here, too; leave it off")
 
     def _encoder(self, train: datasets.Dataset, column: str, where: Callable[[str, int], str]) -> Any:
         return LabelSetEncoder(train, column, where=where)

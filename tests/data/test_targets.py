@@ -99,6 +99,10 @@ def test_numbers_are_read_and_gaps_are_named(text_model, tmp_path):
         else:
             with pytest.raises(DataError, match=r"None \(row 1 of .*'score'\) is not a number: .*drop_unlabelled"):
                 data.setup()
+    words = [{"text": f"w{n}", "score": value} for n, value in enumerate(["0.5", "low", "3.0", "4.0"])]
+    data = TextNumberDataModule(str(text_model), write(tmp_path, words), label_column="score", drop_unlabelled=True)
+    with pytest.raises(DataError, match=r"'low' \(row 1 of .*'score'\) is not a number: correct it"):
+        data.setup()
     with pytest.raises(ConfigurationError, match="num_labels=3: it is for one class per text"):
         TextNumberDataModule(str(text_model), num_labels=3)
 
