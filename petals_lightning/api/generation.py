@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from petals_lightning.api.sessions import OpenSession, SessionPool
 from petals_lightning.api.text import TextAssembler
 from petals_lightning.data.dialogue_format import DialogueFormat
 from petals_lightning.errors import CacheFullError
+from petals_lightning.hf.compat import OwnDraws
 from petals_lightning.models.sampling import end_ids, sampling_options
 
 
@@ -211,11 +211,7 @@ def _continue(
     used: OpenSession, new: torch.Tensor, served: ServedModel, request: GenerationRequest, reader: _Reader
 ) -> None:
     """Generates after new tokens [T] of a session."""
-    generator = torch.Generator()
-    if request.seed is not None:
-        generator.manual_seed(request.seed)
-    draws = _OwnDraws(generator) if request.seed is not None else nullcontext()
-    with draws:
+    with OwnDraws(request.seed) if request.seed is not None else nullcontext():
         served.model.generate(
             new[None],
             max_new_tokens=request.max_new_tokens,
@@ -225,20 +221,6 @@ def _continue(
             logits_processor=LogitsProcessorList([reader.scores] if request.top_logprobs is not None else []),
             **sampling_options(request.temperature, request.top_p),
         )
-
-
-class _OwnDraws(TorchFunctionMode):
-    """Makes this thread's `torch.multinomial`, by which `generate` draws tokens, use a generator of its own."""
-
-    def __init__(self, generator: torch.Generator):
-        super().__init__()
-        self._generator = generator
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.multinomial:
-            kwargs = {**kwargs, "generator": self._generator}
-        return func(*args, **kwargs)
 
 
 class _Scores(LogitsProcessor):

@@ -19,6 +19,7 @@ import transformers
 from huggingface_hub import hf_hub_download, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache as TheirCache
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
@@ -153,6 +154,23 @@ def past_of(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values that a cache holds, by block."""
     layers: list[Any] = list(cache.layers)  # of several classes, by their types
     return [(layer.keys, layer.values) for layer in layers]
+
+
+class OwnDraws(TorchFunctionMode):
+    """Within it, this thread's `generate` draws its tokens from a seed of its own, whatever other threads draw.
+
+    `generate` takes no generator. It draws by `torch.multinomial`, in all modes.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.multinomial:
+            kwargs = {**kwargs, "generator": self._generator}
+        return func(*args, **kwargs)
 
 
 class CacheFromOutside:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from petals_lightning.client import ClientConfig
@@ -40,3 +41,12 @@ def chosen(model: Any, swarm: InProcessSwarm) -> RunningServer:
     """The server that the model uses now."""
     peer = remote_blocks(model).route(BATCH["input_ids"].numel())[0].peer_id
     return swarm.by_id[peer]
+
+
+def assert_a_liar_is_found(step: Callable[[], None], caplog: pytest.LogCaptureFixture) -> None:
+    """Steps until audits tell of a lie: until the tampered server is used, or audits another."""
+    for _ in range(20):
+        step()
+        if "lies" in caplog.text:
+            return
+    pytest.fail("nobody found out")

@@ -28,8 +28,8 @@ from petals_lightning.server.loading import load_adapters, load_span
 from tests.helpers.families import NUM_BLOCKS
 from tests.helpers.lora import by_peft, causal_loss, factors_of_peft, move_off_zero
 from tests.helpers.parity import UNEVEN, assert_same_gradients, pair, right_padded_batch
-from tests.helpers.requests import peer_with_the_graph
-from tests.helpers.tampering import chosen, tamper
+from tests.helpers.requests import assert_a_lost_server_changes_no_gradient
+from tests.helpers.tampering import assert_a_liar_is_found, chosen, tamper
 from tools.testing.tensors import relative_error
 
 ALL_LINEAR = LoraConfig(r=2, lora_alpha=8, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -146,17 +146,9 @@ def test_whatever_replaces_a_lost_server_has_the_adapter(phase, tiny_checkpoint,
             session.position = ids.shape[1]
             assert torch.equal(model.generate(max_new_tokens=8, **options), expected[:, ids.shape[1] :])
         return
-    if phase == "forward":
-        causal_loss(model, batch)
-        swarm.by_id[remote_blocks(model).route()[-1].peer_id].stop(timeout=0)
-    loss, _ = causal_loss(model, batch)
-    if phase == "backward":
-        swarm.by_id[peer_with_the_graph(loss)].stop(timeout=0)
-    loss.backward()
-    expected, _ = causal_loss(local, batch)
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_same_gradients(model, local, 1e-5)
+    assert_a_lost_server_changes_no_gradient(
+        phase, swarm, model, local, lambda model: causal_loss(model, batch)[0], leg=-1
+    )
 
 
 @pytest.mark.slow
@@ -202,12 +194,11 @@ def test_audits_and_the_judge_apply_it(tiny_checkpoint, saved, start_swarm, capl
         assert remote_blocks(model).stats.audits
         assert not [record for record in caplog.records if record.levelname != "INFO"]
         tamper(chosen(model, swarm), lambda hidden: hidden + 0.5 * torch.randn_like(hidden))
-        for _ in range(20):  # until it is used, or audits another
+
+        def step() -> None:
             assert causal_loss(model, batch)[0].item() == pytest.approx(expected, rel=1e-5)
-            if "lies" in caplog.text:
-                break
-        else:
-            pytest.fail("nobody found out")
+
+        assert_a_liar_is_found(step, caplog)
 
 
 def of_another_model(folder: Path) -> None:

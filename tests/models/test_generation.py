@@ -15,6 +15,7 @@ from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of,
 from petals_lightning.models.local import LocalModelForCausalLM
 from tests.helpers.families import TINY_CONFIGS, VOCAB, save_tiny_checkpoint
 from tests.helpers.parity import P
+from tests.helpers.requests import stops_a_server
 from tests.helpers.sessions import GENERATING, assert_steps_equal_one_forward
 
 THREE = [(0, 1), (1, 3), (3, 4)]
@@ -105,20 +106,8 @@ def test_a_server_lost_in_a_generation_with_prompts_changes_no_token(beams, fami
     swarm = start_swarm(checkpoint, [(0, 2), (2, 4), (0, 1), (1, 3), (3, 4)])
     remote, local = prompted_pair(checkpoint, swarm, {"tuning_mode": "deep_ptune", "pre_seq_len": P})
     options = left_padded() | {"max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": None, "num_beams": beams}
-    calls = 0
-
-    def stop_a_server(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            peer = conversation.peers[0]
-            lost = swarm.by_id[peer]
-            lost.stop(timeout=0.1)
-            swarm.servers.remove(lost)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
     with remote.inference_session(max_length=20) as conversation:
-        got = remote.generate(**options, stopping_criteria=StoppingCriteriaList([stop_a_server]))
+        got = remote.generate(**options, stopping_criteria=stops_a_server(swarm, conversation))
     assert torch.equal(got, local.generate(**options, use_cache=False))
     assert remote_blocks(remote).stats.retries == 1
 

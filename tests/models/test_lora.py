@@ -23,7 +23,12 @@ from petals_lightning.models.trainable import lora_of, trainable_state_dict
 from tests.helpers.families import CAUSAL_ONLY, RECURRENT_CONFIGS, TINY_CONFIGS
 from tests.helpers.lora import by_peft, causal_loss, factors_of_peft, move_off_zero
 from tests.helpers.parity import UNEVEN, P, assert_same_gradients, loss_trace, right_padded_batch
-from tests.helpers.requests import micro_batches, peer_with_the_graph, segment_sizes
+from tests.helpers.requests import (
+    assert_a_lost_server_changes_no_gradient,
+    micro_batches,
+    peer_with_the_graph,
+    segment_sizes,
+)
 from tools.testing.tensors import relative_error
 
 ATTENTION = LoraConfig(r=3, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "v_proj"])
@@ -193,17 +198,7 @@ def test_a_lost_server_is_sent_the_factors_elsewhere(phase, mode, tiny_checkpoin
     checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
     swarm = start_swarm(checkpoint, [(0, 2), (0, 2), (2, 4), (2, 4)])
     remote, local = remote_and_local("causal", checkpoint, swarm, ATTENTION, mode)
-    if phase == "forward":
-        causal_loss(remote, batch)
-        swarm.by_id[remote_blocks(remote).route()[0].peer_id].stop(timeout=0)
-    loss, _ = causal_loss(remote, batch)
-    if phase == "backward":
-        swarm.by_id[peer_with_the_graph(loss)].stop(timeout=0)
-    loss.backward()
-    expected, _ = causal_loss(local, batch)
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_same_gradients(remote, local, 1e-5)
+    assert_a_lost_server_changes_no_gradient(phase, swarm, remote, local, lambda model: causal_loss(model, batch)[0])
 
 
 @pytest.mark.slow

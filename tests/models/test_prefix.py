@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DynamicCache,
-    StoppingCriteriaList,
 )
 
 from petals_lightning.client import ClientConfig
@@ -42,7 +41,13 @@ from tests.helpers.families import (
     save_tiny_checkpoint,
 )
 from tests.helpers.parity import UNEVEN, P, assert_same_gradients, loss_trace, pair, right_padded_batch
-from tests.helpers.requests import micro_batches, peer_with_the_graph, segment_sizes
+from tests.helpers.requests import (
+    assert_a_lost_server_changes_no_gradient,
+    micro_batches,
+    segment_sizes,
+    stops_a_server,
+)
+from tests.helpers.tampering import assert_a_liar_is_found, chosen, tamper
 from tools.testing.tensors import relative_error
 
 CLASSIFIERS = AutoDistributedModelForSequenceClassification, LocalModelForSequenceClassification
@@ -158,16 +163,30 @@ def test_a_lost_server_changes_no_gradient(phase, tiny_checkpoint, start_swarm):
     checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
     swarm = start_swarm(checkpoint, [(0, 2), (0, 2), (2, 4), (2, 4)])
     remote, local = pair(*CLASSIFIERS, checkpoint, swarm, "prefix", num_labels=3)
-    if phase == "forward":
-        remote(**batch)
-        swarm.by_id[remote_blocks(remote).route()[0].peer_id].stop(timeout=0)
-    loss, expected = remote(**batch).loss, local(**batch).loss
-    if phase == "backward":
-        swarm.by_id[peer_with_the_graph(loss)].stop(timeout=0)
-    loss.backward()
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_same_gradients(remote, local, 1e-5)
+    assert_a_lost_server_changes_no_gradient(phase, swarm, remote, local, lambda model: model(**batch).loss)
+
+
+@pytest.mark.slow
+def test_audits_and_the_judge_apply_it(tiny_checkpoint, start_swarm, caplog):
+    checkpoint, batch = tiny_checkpoint("llama"), right_padded_batch()
+    swarm = start_swarm(checkpoint, [(0, 4)] * 3)
+    config = ClientConfig(audit_rate=1.0, ban_period=60.0)
+    remote, local = pair(*CLASSIFIERS, checkpoint, swarm, "prefix", config, num_labels=3, prompt_init="vocabulary")
+
+    def step() -> None:
+        remote.zero_grad()
+        local.zero_grad()
+        loss, expected = remote(**batch).loss, local(**batch).loss
+        loss.backward()
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert_same_gradients(remote, local, 1e-5)
+
+    step()
+    assert remote_blocks(remote).stats.audits
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+    tamper(chosen(remote, swarm), lambda hidden: hidden + 0.5 * torch.randn_like(hidden))
+    assert_a_liar_is_found(step, caplog)
 
 
 def ways_to_generate() -> dict[str, dict[str, Any]]:
@@ -207,19 +226,8 @@ def test_a_server_lost_in_a_generation_changes_no_token(beams, tiny_checkpoint, 
     remote, local = pair(*CAUSAL, checkpoint, swarm, "prefix")
     options = ways_to_generate()["left-padded"] | {"max_new_tokens": 10, "pad_token_id": 0, "num_beams": beams}
     options |= {"eos_token_id": None}
-    calls = 0
-
-    def stop_a_server(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            lost = swarm.by_id[conversation.peers[0]]
-            lost.stop(timeout=0.1)
-            swarm.servers.remove(lost)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
     with remote.inference_session(max_length=20) as conversation:
-        got = remote.generate(**options, stopping_criteria=StoppingCriteriaList([stop_a_server]))
+        got = remote.generate(**options, stopping_criteria=stops_a_server(swarm, conversation))
     assert torch.equal(got, local.generate(**options, use_cache=False))
     assert remote_blocks(remote).stats.retries == 1
 
@@ -280,14 +288,13 @@ def test_a_server_lost_at_the_start_changes_nothing(tiny_checkpoint, start_swarm
     checkpoint = tiny_checkpoint("llama")
     swarm = start_swarm(checkpoint, [(0, 2), (0, 2), (2, 4)])
     remote, _ = pair(*CAUSAL, checkpoint, swarm, "prefix")
-    tokens, found = torch.randn(P, HIDDEN), []
-    for is_lost in (False, True):
-        if is_lost:
-            swarm.by_id[remote_blocks(remote).route()[0].peer_id].stop(timeout=0)
-        remote.bridge.past_after(tokens)
-        found.append(prompts_of(remote).flat_past())
-    assert torch.allclose(found[0], found[1], atol=1e-6)
-    assert remote_blocks(remote).stats.retries == 1
+    tokens = torch.randn(P, HIDDEN)
+    remote.bridge.past_after(tokens)
+    expected, lost = prompts_of(remote).flat_past(), remote_blocks(remote).route()[0].peer_id
+    swarm.by_id[lost].stop(timeout=0)
+    remote.bridge.past_after(tokens)
+    assert torch.allclose(prompts_of(remote).flat_past(), expected, atol=1e-6)
+    assert lost not in {leg.peer_id for leg in remote_blocks(remote).route()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "bloom", "gemma2"])
