@@ -13,5 +13,5 @@ class Refusal(Exception):
         self.code = code
 
     def to_message(self) -> Message:
-        """The answer that tells the client."""
+        """The answer by which the client learns of it."""
         return Message.error(self.code, str(self))

@@ -104,7 +104,7 @@ class PetalsStep(PetalsInputs):
             raise ProtocolError(f"start_from_position {position} and max_length {max_length} must be 0 or more")
         alloc_timeout = _given(given, "alloc_timeout", (int, float)) or 0.0
         if not 0 <= alloc_timeout < math.inf:
-            raise ProtocolError(f"alloc_timeout is {alloc_timeout}, must be seconds")
+            raise ProtocolError(f"alloc_timeout is {alloc_timeout}, must be a number of seconds")
         return cls(
             prefix, start, end, hidden, prompts, hypo_ids,
             session_id=_identifier(given, "session_id"), step_id=_identifier(given, "step_id"),
