@@ -84,6 +84,8 @@ class Case:
     clip: float | None
     limit: int
     """Validation texts; 0 takes all."""
+    dtype: str
+    """Of the frozen weights. Prompts, LoRA's factors and heads are float32."""
 
     @property
     def is_text(self) -> bool:
@@ -116,7 +118,7 @@ class LoraCausalLM(_WithLora, CausalLMModule):
 def make_module(case: Case) -> TuningModule:
     """The case's module. Its random values are drawn when a Trainer loads the model."""
     options: dict[str, Any] = {
-        "lr": case.lr, "head_lr": case.head_lr, "deep_lr": case.deep_lr, "dtype": "float32", "tuning_mode": None,
+        "lr": case.lr, "head_lr": case.head_lr, "deep_lr": case.deep_lr, "dtype": case.dtype, "tuning_mode": None,
     }  # fmt: skip
     if case.method in PROMPTS:
         options |= {"tuning_mode": case.method.removeprefix("verbalized_"), "pre_seq_len": case.pre_seq_len}
@@ -266,6 +268,7 @@ def main(
     deep_lr: Annotated[float | None, typer.Option(help="of the prompts of every block; none: as the rest")] = None,
     clip: Annotated[float | None, typer.Option(help="norm to which gradients are clipped")] = None,
     limit: Annotated[int, typer.Option(help="Validation texts; 0: all.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights.")] = "float32",
     threads: int = 2,
     accelerator: str = "auto",
     show: Annotated[bool, typer.Option(help="Print the results of earlier runs and run nothing.")] = False,
@@ -281,7 +284,7 @@ def main(
     cases = cases_of(
         chosen, _chosen(methods, METHODS, "--methods"), _chosen(starts, STARTS, "--starts"), parse_numbers(shots),
         parse_numbers(seeds), rates, model=model, steps=steps, batch_size=batch_size,
-        pre_seq_len=pre_seq_len, lr=lr, head_lr=head_lr, deep_lr=deep_lr, clip=clip, limit=limit,
+        pre_seq_len=pre_seq_len, lr=lr, head_lr=head_lr, deep_lr=deep_lr, clip=clip, limit=limit, dtype=dtype,
     )  # fmt: skip
     rows = read_rows(output)
     for case in [] if show else cases:

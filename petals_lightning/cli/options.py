@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import json
 import logging
@@ -167,6 +168,12 @@ class StopSignal:
         self._event = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        atexit.register(self._ignore)  # at that point an interrupt could only print a traceback
+
+    @staticmethod
+    def _ignore() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
     def wait_while(self, alive: Callable[[], bool]) -> bool:
         """Waits for a signal. Returns False if `alive` returned False before one came."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -92,7 +94,7 @@ def serve(
         if server.node.using_relay:
             say("other peers cannot call this one: their calls pass a relay, which is slower")
 
-    with progress:
+    with closing(progress):
         running = server.start(say_addresses)
     try:
         span = running.span
@@ -110,27 +112,27 @@ def serve(
 
 
 class _LoadingBar:
-    """Shows how many shards are loaded. Shows nothing if stderr is not a terminal."""
+    """Shows how many shards are loaded, from the first one on. Shows nothing if stderr is not a terminal.
+
+    While Rich shows it, Rich cuts other lines at the terminal's width; scripts and people who copy need addresses whole.
+    """
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("loading {task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),  # Rich also takes FORCE_COLOR for a terminal
             transient=True,
         )
         self._task = self._progress.add_task("blocks", total=None)
         self.on_shard: Callable[[str, int, int], None] = self._update
 
     def _update(self, name: str, number: int, count: int) -> None:
+        self._progress.start()
         self._progress.update(self._task, description=name, completed=number, total=count)
 
-    def __enter__(self) -> None:
-        self._progress.start()
-
-    def __exit__(self, *exc_info: object) -> None:
+    def close(self) -> None:
         self._progress.stop()

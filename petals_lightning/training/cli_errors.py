@@ -91,6 +91,8 @@ def _unknown_option(error: MissingConfigException) -> str:
     options = list(error.options or ())
     close = difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
+    if (group, name) == ("hydra/sweeper", "optuna"):
+        hint = "pip install 'petals-lightning[optuna]'; "
     return f"no {group} is called {name!r}; {hint}there are: {', '.join(options)}"
 
 

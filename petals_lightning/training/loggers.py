@@ -34,6 +34,8 @@ def wandb_logger(
 ) -> WandbLogger:
     """Logs to Weights & Biases; without a login or a network, to files that `wandb sync` uploads later. Never asks.
 
+    In a sweep (`wandb agent`), the agent has chosen the project, the entity and the run's id.
+
     Args:
         folder: the run's folder; W&B's files are in `folder/wandb`.
         settings: the resolved settings of the run.
@@ -56,14 +58,16 @@ def wandb_logger(
     import wandb
 
     quiet = wandb.Settings(console="off", silent=mode != "online")
+    run_id = _run_id(Path(folder) / WANDB_RUN_ID, resume)
+    of_sweep = "WANDB_SWEEP_ID" in os.environ  # W&B would warn of what it ignores
     logger = WandbLogger(
         save_dir=str(folder),
         config=settings,
-        project=project,
+        project=None if of_sweep else project,
         name=name,
-        id=_run_id(Path(folder) / WANDB_RUN_ID, resume),
-        resume="allow",
-        entity=entity,
+        id=None if of_sweep else run_id,
+        resume=None if of_sweep else "allow",
+        entity=None if of_sweep else entity,
         mode=mode,
         tags=tags,
         settings=quiet,
@@ -95,16 +99,21 @@ def tensorboard_logger(folder: str | Path, settings: dict[str, Any], resume: boo
     return logger
 
 
-def log_tuned(logger: Logger, folder: Path, name: str, summary: Mapping[str, Any]) -> None:
-    """Gives a logger what a run has tuned: W&B as artifacts with cards, TensorBoard the cards, as text.
+def log_results(logger: Logger, folder: Path, name: str, summary: Mapping[str, Any]) -> None:
+    """Gives a logger what came out of a run. W&B: the summary, and what was tuned as artifacts with cards.
+
+    TensorBoard gets the cards, as text.
 
     Args:
         logger: of the run; for others than these two, the run's folder is the place.
         folder: of the run, with `prompts` or `adapter` or both.
         name: of the recipe; the artifacts are `NAME-prompts` and `NAME-adapter`.
-        summary: what to note with them: numbers and words by name.
+        summary: of the run: numbers and words by name. In W&B they take the place of the last values that were logged, so
+            that `val/…` are those of the best epoch, which sweeps choose by.
     """
     facts = {key: value for key, value in summary.items() if isinstance(value, str | int | float)}
+    if isinstance(logger, WandbLogger):
+        logger.experiment.summary.update(facts)
     for kind in ("prompts", "adapter"):
         if not (folder / kind).is_dir():
             continue
@@ -121,10 +130,10 @@ def log_tuned(logger: Logger, folder: Path, name: str, summary: Mapping[str, Any
 
 
 def _run_id(path: Path, resume: bool) -> str:
-    """The id of the folder's W&B run, kept in a file: that of the run so far, or a new one."""
+    """The id of the folder's W&B run, kept in a file: that of the run so far, that of a sweep's run, or a new one."""
     if resume and path.is_file():
         return path.read_text(encoding="utf-8").strip()
-    run_id = secrets.token_hex(4)
+    run_id = ("WANDB_SWEEP_ID" in os.environ and os.environ.get("WANDB_RUN_ID")) or secrets.token_hex(4)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(run_id + "\n", encoding="utf-8")
     return run_id

@@ -45,7 +45,7 @@ from petals_lightning.training.callbacks import build_callbacks
 from petals_lightning.training.cli_errors import INTERRUPTED
 from petals_lightning.training.command_line import command
 from petals_lightning.training.console import announce, print_failed, print_interrupted, print_next_steps, print_results
-from petals_lightning.training.loggers import log_tuned
+from petals_lightning.training.loggers import log_results
 from petals_lightning.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_to_continue
 from petals_lightning.training.schema import refuse_unread
 from petals_lightning.training.settings import OF_DATA, OF_MODULES
@@ -101,7 +101,7 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
         if has_results:
             _save_best(module, folder, summary.summary)
             if logger is not None:
-                log_tuned(logger, folder, recipe, summary.summary)
+                log_results(logger, folder, recipe, summary.summary)
     finally:
         _finish(logger)
     if cfg.dry_run:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
 import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -233,3 +238,23 @@ def test_a_users_error_ends_the_process_with_status_1(tiny_checkpoint):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: give either --initial-peers MADDR")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_an_address_is_one_line_on_a_narrow_terminal(tiny_checkpoint):
+    """Users copy it, and parent processes read it, whatever is shown beside it while blocks are loaded."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    arguments = [*COMMAND, *serve(tiny_checkpoint("llama")), "--new-swarm"]
+    server = subprocess.Popen(arguments, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    said = ""
+    try:
+        while "ready: " not in said:
+            said += os.read(ours, 4096).decode()  # the test's time limit ends it; the end of the server, an OSError
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        os.close(ours)
+    assert re.search(r"multiaddress: /ip4/127\.0\.0\.1/tcp/\d+/p2p/\w{46,52}\r\n", said), said
+    assert "loading model" in said, "the bar was shown"
