@@ -114,7 +114,7 @@ def serve(
 class _LoadingBar:
     """Shows how many shards are loaded, from the first one on. Shows nothing if stderr is not a terminal.
 
-    While Rich shows it, Rich cuts other lines at the terminal's width; scripts and people who copy need addresses whole.
+    While it is shown, Rich cuts other lines at the terminal's width, and addresses are read and copied whole.
     """
 
     def __init__(self) -> None:

@@ -108,8 +108,8 @@ def log_results(logger: Logger, folder: Path, name: str, summary: Mapping[str, A
         logger: of the run; for others than these two, the run's folder is the place.
         folder: of the run, with `prompts` or `adapter` or both.
         name: of the recipe; the artifacts are `NAME-prompts` and `NAME-adapter`.
-        summary: of the run: numbers and words by name. In W&B they take the place of the last values that were logged, so
-            that `val/…` are those of the best epoch, which sweeps choose by.
+        summary: of the run: numbers and words by name. In W&B they take the place of the last values that were logged:
+            sweeps choose by `val/…` of the best epoch.
     """
     facts = {key: value for key, value in summary.items() if isinstance(value, str | int | float)}
     if isinstance(logger, WandbLogger):

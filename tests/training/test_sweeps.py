@@ -36,10 +36,10 @@ def test_optuna_chooses_the_settings(text_model: Path, texts: Path, tmp_path: Pa
         tmp_path,
     )  # fmt: skip
     found: Any = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
-    runs = [OmegaConf.load(path) for path in sorted((tmp_path / "sweep").glob("*/summary.json"))]
+    runs: list[Any] = [OmegaConf.load(path) for path in sorted((tmp_path / "sweep").glob("*/summary.json"))]
     assert len(runs) == 3
     assert found.best_value == max(run["val/accuracy"] for run in runs)
-    tried = [OmegaConf.load(path) for path in (tmp_path / "sweep").glob("*/.hydra/config.yaml")]
+    tried: list[Any] = [OmegaConf.load(path) for path in (tmp_path / "sweep").glob("*/.hydra/config.yaml")]
     assert len({run.optim.lr for run in tried}) == 3
     assert {found.best_params["optim.lr"]} <= {run.optim.lr for run in tried}
     assert all(1e-3 <= run.optim.head_lr <= 1e-1 and run.tuning.pre_seq_len in (8, 16, 32) for run in tried)
