@@ -31,7 +31,7 @@ class _PairModule(TuningModule):
     Batches: `input_ids`, `attention_mask` and `labels` [2·B, S]: B chosen answers, then the B rejected ones.
     """
 
-    monitor, monitor_mode = "val/accuracy", "max"
+    monitor, monitor_mode = "val/loss", "min"  # accuracy is often 1 from the first epoch on
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self(**batch).loss

@@ -189,6 +189,38 @@ def test_the_loss_of_distillation_is_the_plain_formula(top_k):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", "swarm"])
+def test_distillation_equals_peft_with_a_plain_teacher(where, tiny_checkpoint, start_swarm, tmp_path):
+    """The teacher is the student's model with other LoRA, which PEFT has merged into its weights."""
+    checkpoint, batch = tiny_checkpoint("llama"), pairs()
+    plain = by_peft(checkpoint, LORA, AutoModelForCausalLM).eval().merge_and_unload()
+    plain.save_pretrained(tmp_path)
+    swarm = start_swarm(checkpoint, UNEVEN)
+    remote, peft = remote_and_peft(checkpoint, swarm, "causal")
+    with torch.no_grad():
+        for each in (*lora_of(remote).parameters(), *factors_of_peft(peft).values()):
+            each.mul_(0.5)
+    if where == "swarm":
+        teacher = start_swarm(tmp_path, UNEVEN).load(AutoDistributedModelForCausalLM)
+    else:
+        teacher = LocalModelForCausalLM.from_pretrained(str(tmp_path)).eval()
+    module = DistillationModule(
+        str(checkpoint), teacher=str(tmp_path), tuning_mode="lora", r=2, temperature=2.0, share=0.7
+    )
+    module._teacher[:] = [teacher]
+    found = with_model(module, remote).distil(**batch)
+    targets = batch["labels"][:, 1:]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own, wanted = (model(**inputs).logits[:, :-1][targets != -100] for model in (peft, plain))
+    divergence = torch.nn.functional.kl_div(
+        (own / 2).log_softmax(-1), (wanted.detach() / 2).log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert divergence > 1e-4, "the test is blind"
+    cross_entropy = torch.nn.functional.cross_entropy(own, targets[targets != -100])
+    assert_same(remote, peft, found, 0.7 * 4 * divergence + 0.3 * cross_entropy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "swarm"])
 def test_a_distilled_model_comes_closer_to_its_teacher(where, start_swarm, tmp_path):
     """The teacher is the bundled model with LoRA, which the student has to find."""
     teacher = get_peft_model(AutoModelForCausalLM.from_pretrained(str(MODEL_DIR)), LORA)
