@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,10 +23,14 @@ from petals_lightning.cli.options import (
     say,
     with_options,
 )
+from petals_lightning.cli.pauses import Pause, QuietHours
 from petals_lightning.errors import ConfigurationError, SwarmConnectionError
 from petals_lightning.library_messages import libraries_to_root_log
 from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from petals_lightning.swarm import SwarmNode
 
 
 @with_options
@@ -50,6 +55,13 @@ def serve(
     log_format: LogFormat = "text",
     token: Annotated[str | None, typer.Option(help="Hub token for gated models.", envvar="HF_TOKEN")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    quiet_hours: Annotated[
+        str | None,
+        typer.Option(
+            help="Hours of every day, e.g. 09:00-17:30, in which the server leaves the swarm and frees the device. "
+            "SIGUSR1 does so at any time, until SIGUSR2."
+        ),
+    ] = None,
 ) -> None:
     """Hold blocks of MODEL and run them for clients, forward and backward."""
     if new_swarm == bool(initial_peers):
@@ -59,8 +71,13 @@ def serve(
         )
     if config.block_indices is not None and config.num_blocks is not None:
         raise ConfigurationError("give --block-indices or --num-blocks, not both")
+    if quiet_hours is not None and new_swarm:
+        raise ConfigurationError(
+            "--quiet-hours needs --initial-peers: a swarm's first server has nobody to join again; run "
+            "`petals-lightning bootstrap` and join it"
+        )
     configure_logging(verbose, log_format)
-    stop = StopSignal()
+    stop, pause = StopSignal(), Pause(QuietHours(quiet_hours) if quiet_hours is not None else None)
 
     import torch  # after OMP_WAIT_POLICY is set, and not for --help
 
@@ -74,41 +91,55 @@ def serve(
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as e:  # torch asserts that it was built for the device
             raise ConfigurationError(f"{flag} {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
-    progress = _LoadingBar()
-    server = Server(
-        Checkpoint(model, revision=revision, token=token),
-        SwarmNode(
+
+    def serve_until_pause() -> bool:
+        """Returns whether to serve again after a pause; all that the server held is released then."""
+        progress = _LoadingBar()
+        node = SwarmNode(
             initial_peers or [],
             host_maddrs=host_maddrs,
             announce_maddrs=announce_maddrs,
             identity_path=identity_path,
             relay=relay,
-        ),
-        config=config,
-        on_shard=progress.on_shard,
-    )
+        )
+        checkpoint = Checkpoint(model, revision=revision, token=token)
+        server = Server(checkpoint, node, config=config, on_shard=progress.on_shard)
+        with closing(progress):
+            running = server.start(lambda: _say_addresses(node))  # before loading, so that others can join meanwhile
+        try:
+            span = running.span
+            kept = str(span.dtype).removeprefix("torch.")
+            kept = kept if span.quant_type == UNQUANTIZED else f"{span.quant_type} and {kept}"
+            say(f"ready: blocks {span.start}:{span.end} of {running.dht_prefix} in {kept} on {span.device}")
+            is_stopped = stop.wait_while(lambda: running.is_alive and not pause.is_wanted)
+            if not is_stopped and not pause.is_wanted:
+                if running.failure is not None:
+                    raise running.failure
+                raise SwarmConnectionError(
+                    "the libp2p daemon of this server has ended: nobody can reach it; start it again"
+                )
+            say("leaving: finishing what is under way")
+        finally:
+            running.stop()
+        return not is_stopped
 
-    def say_addresses() -> None:  # before loading, so that others can join meanwhile
-        for maddr in server.node.visible_maddrs():
-            say(f"multiaddress: {maddr}")
-        if server.node.using_relay:
-            say("other peers cannot call this one: their calls pass a relay, which is slower")
+    goes_on = True
+    while goes_on:
+        if pause.is_wanted:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            say(f"paused until {pause.end}")
+            goes_on = not stop.wait_while(lambda: pause.is_wanted)
+        else:
+            goes_on = serve_until_pause()
 
-    with closing(progress):
-        running = server.start(say_addresses)
-    try:
-        span = running.span
-        kept = str(span.dtype)[6:] if span.quant_type == UNQUANTIZED else f"{span.quant_type} and {str(span.dtype)[6:]}"
-        say(f"ready: blocks {span.start}:{span.end} of {running.dht_prefix} in {kept} on {span.device}")
-        if not stop.wait_while(lambda: running.is_alive):
-            if running.failure is not None:
-                raise running.failure
-            raise SwarmConnectionError(
-                "the libp2p daemon of this server has ended: nobody can reach it; start it again"
-            )
-        say("leaving: finishing what is under way")
-    finally:
-        running.stop()
+
+def _say_addresses(node: SwarmNode) -> None:
+    for maddr in node.visible_maddrs():
+        say(f"multiaddress: {maddr}")
+    if node.using_relay:
+        say("other peers cannot call this one: their calls pass a relay, which is slower")
 
 
 class _LoadingBar:

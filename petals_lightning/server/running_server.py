@@ -154,6 +154,7 @@ class RunningServer:
             self.node.close()
 
     async def _leave(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
         if self._moving is not None:
             self._moving.cancel()
             await asyncio.wait([self._moving], timeout=timeout / 5)  # it may be in a call that takes long to end
@@ -161,7 +162,7 @@ class RunningServer:
             self._serving.leaving = True
         await self._announcer.leave(timeout / 2)
         if self._serving is not None:
-            await self._finish(self._serving, timeout / 2)
+            await self._finish(self._serving, deadline - time.monotonic())
 
     async def _finish(self, resources: ServerResources, timeout: float) -> None:
         """Takes no new requests, and ends all streams when open requests are answered or `timeout` seconds are over."""

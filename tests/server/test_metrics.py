@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,28 @@ def test_figures_follow_what_clients_do(tiny_checkpoint):
         assert read(port)["refusals_total", "bad_request"] >= 1
         remote_blocks(model).close()
     finally:
+        server.stop()
+
+
+def test_sigterm_lets_a_request_in_flight_be_answered(tiny_checkpoint):
+    checkpoint, port = tiny_checkpoint("llama"), free_port()
+    server = start_server(checkpoint, (0, NUM_BLOCKS), [], "--metrics-port", str(port)).wait_until_ready()
+    load: Any = AutoDistributedModelForCausalLM.from_pretrained
+    model = load(checkpoint, initial_peers=[server.maddr], dht_prefix=PREFIX, min_microbatch_tokens=1 << 30)
+    tokens = torch.randint(0, VOCAB, (150, 60), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            expected = model(input_ids=tokens).logits
+            with ThreadPoolExecutor() as pool:
+                answer = pool.submit(torch.no_grad()(model), input_ids=tokens)
+                while not read(port)["open_requests",]:
+                    assert not answer.done(), "the request is too short to be seen"
+                server.signal(signal.SIGTERM)
+                assert torch.equal(answer.result(60).logits, expected)
+        assert remote_blocks(model).stats.retries == 0
+        assert server.wait(30) == 0
+    finally:
+        model.close()
         server.stop()
 
 

@@ -1,0 +1,66 @@
+"""When a server leaves the machine to its owner: at the same hours of every day, or on a signal."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from datetime import datetime, time
+
+from petals_lightning.errors import ConfigurationError
+
+
+class QuietHours:
+    """Hours of every day on this machine's clock; they may go past midnight.
+
+    Args:
+        text: two times of day, e.g. `09:00-17:30` or `22:00-06:00`.
+
+    Raises:
+        ConfigurationError: it is something else, or both are the same.
+    """
+
+    def __init__(self, text: str):
+        try:
+            self.start, self.end = (time.fromisoformat(each.strip()) for each in text.split("-"))
+        except ValueError:
+            raise ConfigurationError(f"quiet_hours={text}: must be two times of day, such as 09:00-17:30") from None
+        if self.start == self.end:
+            raise ConfigurationError(f"quiet_hours={text}: these are no hours, or all; give two different times")
+
+    def contain(self, now: time) -> bool:
+        if self.start < self.end:
+            return self.start <= now < self.end
+        return now >= self.start or now < self.end
+
+
+class Pause:
+    """Whether the server should be paused: within quiet hours, and from SIGUSR1 until SIGUSR2.
+
+    Args:
+        quiet_hours: None for none.
+        clock: the time of day.
+    """
+
+    def __init__(self, quiet_hours: QuietHours | None, clock: Callable[[], time] = lambda: datetime.now().time()):
+        self._quiet_hours, self._clock = quiet_hours, clock
+        self._is_asked_for = False
+        signal.signal(signal.SIGUSR1, self._on_signal)
+        signal.signal(signal.SIGUSR2, self._on_signal)
+
+    @property
+    def is_wanted(self) -> bool:
+        return self._is_asked_for or self._is_quiet
+
+    @property
+    def end(self) -> str:
+        """When it ends, for people."""
+        if self._is_asked_for or self._quiet_hours is None:
+            return "SIGUSR2"
+        return self._quiet_hours.end.isoformat("minutes" if not self._quiet_hours.end.second else "seconds")
+
+    @property
+    def _is_quiet(self) -> bool:
+        return self._quiet_hours is not None and self._quiet_hours.contain(self._clock())
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._is_asked_for = number == signal.SIGUSR1
