@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,36 @@ from matplotlib.figure import Figure
 CURVE_FILE = "learning_curve.json"
 """In a run's folder, while it trains and afterwards: title, score, and the points of the plot."""
 
-TRAIN, VALIDATION, SCORE = "#9ecae1", "#08519c", "#e6550d"
+TRAIN, VALIDATION, SCORE, OTHER = "#9ecae1", "#08519c", "#e6550d", "#969696"
+
+
+def validation_of_head_alone(folder: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The validation entries of the newest run beside `folder` that trained the head alone; none if there is no such run.
+
+    Args:
+        folder: of a run.
+        facts: of that run; the other one must agree with it in `recipe`, `model` and `data`.
+    """
+    for summary in sorted(folder.parent.glob("*/summary.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            other = json.loads(summary.read_text(encoding="utf-8"))
+        except ValueError:  # another run is writing it at this moment
+            continue
+        same = all(other.get(name) == facts.get(name) for name in ("recipe", "model", "data"))
+        curve = summary.parent / CURVE_FILE
+        if summary.parent != folder and same and other.get("tuning/mode", "") is None and curve.is_file():
+            found: list[dict[str, Any]] = json.loads(curve.read_text(encoding="utf-8"))["validation"]
+            return found
+    return []
 
 
 def draw_learning_curve(
-    path: Path, train: Sequence[tuple[int, float]], validation: Sequence[dict[str, Any]], title: str, score: str
+    path: Path,
+    train: Sequence[tuple[int, float]],
+    validation: Sequence[dict[str, Any]],
+    title: str,
+    score: str,
+    head_alone: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Saves a PNG: losses on the left, the validation score on the right, over optimizer steps.
 
@@ -28,6 +54,7 @@ def draw_learning_curve(
         validation: entries with `step`, `val/loss` and the score.
         title: title of the plot.
         score: e.g. `val/accuracy`.
+        head_alone: entries of a run to compare with, like those of `validation`.
     """
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
     losses, right = figure.subplots(1, 2, sharex=True)
@@ -43,12 +70,16 @@ def draw_learning_curve(
     losses.set_xlim(left=0)
     losses.legend(frameon=False)
     name, scores = score.removeprefix("val/"), [entry[score] for entry in validation]
+    if head_alone := [entry for entry in head_alone if score in entry]:
+        beside = [entry[score] for entry in head_alone]
+        right.plot([entry["step"] for entry in head_alone], beside, "o--", color=OTHER, label="head alone")
+        right.legend(frameon=False)
     right.plot(at, scores, "o-", color=SCORE)
     for step, value in zip(at, scores, strict=True):
         right.annotate(f"{value:.3f}", (step, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     right.set(xlabel="optimizer step", ylabel=name, title=f"validation {name}")
     if name == "accuracy":
-        right.set_ylim(min([*scores, 0.5]) - 0.05, 1.03)
+        right.set_ylim(min([*scores, *(entry[score] for entry in head_alone), 0.5]) - 0.05, 1.03)
     for axes in (losses, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
-from petals_lightning.callbacks.learning_curve import CURVE_FILE, draw_learning_curve
+from petals_lightning.callbacks.learning_curve import CURVE_FILE, draw_learning_curve, validation_of_head_alone
 from petals_lightning.callbacks.traffic import traffic_metrics
 from petals_lightning.strategies import planned_steps
 
@@ -22,6 +22,8 @@ _CURVE_PERIOD = 10.0  # seconds between two writings of the curve while a run tr
 
 class RunSummary(Callback):
     """Writes `summary.json` and `learning_curve.png` when training ends, and adds `test/…` after a test.
+
+    The picture also shows the newest run beside this one that trained the head alone, if there is one.
 
     `learning_curve.json`, which `petals-lightning dashboard --run` shows, is written while it trains.
 
@@ -95,7 +97,8 @@ class RunSummary(Callback):
             return
         self._write()
         self._write_curve(trainer)
-        draw_learning_curve(self.folder / "learning_curve.png", self._train, self._validation, self.title, self._score)
+        picture, beside = self.folder / "learning_curve.png", validation_of_head_alone(self.folder, self.facts)
+        draw_learning_curve(picture, self._train, self._validation, self.title, self._score, beside)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.summary |= {name: _rounded(v) for name, v in trainer.callback_metrics.items() if name.startswith("test/")}

@@ -24,6 +24,7 @@ from PIL import Image
 from transformers import AutoModelForSequenceClassification
 
 from petals_lightning.api.runs import read_run
+from petals_lightning.callbacks.learning_curve import validation_of_head_alone
 from petals_lightning.cli.app import app
 from petals_lightning.data import DialogueDataModule, TextClassificationDataModule, load_tokenizer
 from petals_lightning.errors import CheckpointError, ConfigurationError
@@ -127,6 +128,24 @@ def test_a_dry_run_prints_what_steps_cost_and_leaves_no_results(
     megabytes = float(volume.split()[0]) / {"MB": 1, "kB": 1000}[volume.split()[1]]
     assert megabytes == pytest.approx(116 * sum(map(float, costs)) / 1000, rel=0.1)
     assert "next:" not in said
+
+
+@pytest.mark.slow
+def test_the_picture_shows_the_head_alone_if_such_a_run_is_there(
+    compose_run: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    gray = (0x96, 0x96, 0x96)
+    for name, tuning in {"before": "deep_ptune", "head": "none", "after": "deep_ptune"}.items():
+        run(compose_run(f"tuning={tuning}", f"output_dir={tmp_path / name}", "test=false"), "mine")
+        with Image.open(tmp_path / name / "learning_curve.png") as picture:
+            counts = {color: count for count, color in picture.convert("RGB").getcolors(1 << 24)}
+        assert (counts[gray] > 300) == (name == "after"), "a line, and not the edges of letters"
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "summary.json").write_text("{")
+    facts = json.loads((tmp_path / "after" / "summary.json").read_text())
+    expected = json.loads((tmp_path / "head" / "learning_curve.json").read_text())["validation"]
+    assert validation_of_head_alone(tmp_path / "after", facts) == expected
+    assert validation_of_head_alone(tmp_path / "after", facts | {"data": "other texts"}) == []
 
 
 @pytest.mark.slow
