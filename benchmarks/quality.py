@@ -56,8 +56,8 @@ TEMPLATE = "{text} It was"
 VALIDATION = {"sst2": "sst2", "cr": "cr", "dialogue": "dialogue/self_dialogue"}
 """Each set's folder."""
 TEXTS = {
-    "sst2": "Is this sentence of a movie review bad or great? Review:",
-    "cr": "Is this sentence of a customer's review bad or great? Review:",
+    "sst2": "Is this review positive or negative? Review:",
+    "cr": "Is this review positive or negative? Review:",
     "dialogue": "A friendly conversation of two people about films, music and sports:",
 }
 """Each set's text to start prompts from."""

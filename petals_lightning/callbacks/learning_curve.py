@@ -19,7 +19,7 @@ TRAIN, VALIDATION, SCORE, OTHER = "#9ecae1", "#08519c", "#e6550d", "#969696"
 
 
 def validation_of_head_alone(folder: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The validation entries of the newest run beside `folder` that trained the head alone; none if there is no such run.
+    """The validation entries of the newest run beside `folder` that trained the head alone, if there is one.
 
     Args:
         folder: of a run.

@@ -100,6 +100,16 @@ class Prompts(nn.Module):
             for parameter, value in zip(own, given, strict=True):
                 parameter.copy_(value)
 
+    def keep_first(self) -> None:
+        """Leaves the prefix's first position untrained from now on: its gradients are 0.
+
+        A trained model spends attention that it does not need on the first position, so a small change there moves
+        every token in every block.
+        """
+        for part in self.past or ():
+            for parameter in part.parameters():
+                parameter.register_hook(_without_first)
+
     def flat_past(self) -> torch.Tensor:
         """The prefix as PEFT stores it, [P, sum of h·(D + E)]: keys, then values, of each block."""
         pairs = (tensor for pair in self.past_by_block() for tensor in pair)
@@ -117,6 +127,12 @@ class Prompts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"tuning_mode={self.tuning_mode!r}, pre_seq_len={self.pre_seq_len}"
+
+
+def _without_first(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.clone()
+    gradient[:, :, 0] = 0
+    return gradient
 
 
 class _PastPart(nn.Module):

@@ -18,7 +18,7 @@ from petals_lightning.data import TextDataModule, load_tokenizer
 from petals_lightning.errors import ConfigurationError, NoModelError
 from petals_lightning.hf.lora import LoraConfig
 from petals_lightning.hf.pruning import vocabulary_size
-from petals_lightning.models import trainable_state_dict
+from petals_lightning.models import prompts_of, trainable_state_dict
 from petals_lightning.models.lora import lora_settings
 from petals_lightning.models.prompts import PROMPT_MODES, TUNING_MODES
 from petals_lightning.models.starts import check_start
@@ -52,6 +52,7 @@ class TuningModule(pl.LightningModule):
         prompt_init: the start of the prompts: `random`, `vocabulary` (the embeddings of tokens that are drawn), or
             `text`; of a prefix also `zero`.
         prompt_init_text: with `text`: that text, whose tokens are cut or repeated to P.
+        keep_first: do not train the first position of a prefix that starts from tokens (see `Prompts.keep_first`).
         r: rank of LoRA, in mode `lora` or beside prompts; None: no LoRA.
         alpha, target_modules, use_rslora: of LoRA, as in PEFT.
         adapter: in mode `lora`, folder or hub id of LoRA in PEFT's format to start from, with its own r, alpha and
@@ -92,6 +93,7 @@ class TuningModule(pl.LightningModule):
         pre_seq_len: int = 16,
         prompt_init: str = "random",
         prompt_init_text: str | None = None,
+        keep_first: bool = False,
         r: int | None = None,
         alpha: float = 16.0,
         target_modules: list[str] | str = "all-linear",
@@ -124,6 +126,15 @@ class TuningModule(pl.LightningModule):
         if adapter is not None and tuning_mode != "lora":
             raise ConfigurationError(f"adapter={adapter}: it is trained on in tuning_mode=lora, here is {tuning_mode}")
         check_start(prompt_init, prompt_init_text, tuning_mode)
+        if keep_first and (tuning_mode != "prefix" or prompt_init not in ("vocabulary", "text")):
+            raise ConfigurationError(
+                "keep_first=True: what the model makes of a first token can be kept with tuning_mode=prefix and "
+                "prompt_init=vocabulary or text only"
+            )
+        if keep_first and weight_decay > 0:
+            raise ConfigurationError(
+                f"keep_first=True: weight_decay={weight_decay} would change it; set weight_decay=0"
+            )
         for name, rate in {"lr": lr, "head_lr": head_lr, "deep_lr": deep_lr}.items():
             if rate is not None and rate <= 0:
                 raise ConfigurationError(f"{name}={rate}: must be above 0")
@@ -175,6 +186,8 @@ class TuningModule(pl.LightningModule):
             return
         kept = self._loaded if self._connection_id is None else trainable_state_dict(self)
         self.model = self._load(strategy)
+        if self.hparams["keep_first"]:
+            prompts_of(self.model).keep_first()
         if kept is not None:
             load_trained_weights(self, kept)
         self._connection_id, self._loaded = connection_id, None

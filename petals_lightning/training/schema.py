@@ -94,6 +94,8 @@ class TuningConfig:
     zero."""
     init_text: str | None = None
     """With init=text: that text, whose tokens are cut or repeated to P."""
+    keep_first: bool = False
+    """With mode=prefix and init=vocabulary or text: do not train the first position."""
     r: int | None = None
     """Rank of LoRA; beside ptune or deep_ptune it adds LoRA to them."""
     alpha: float = 16.0

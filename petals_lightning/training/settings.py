@@ -15,6 +15,7 @@ OF_MODULES = {
     "pre_seq_len": "tuning.pre_seq_len",
     "prompt_init": "tuning.init",
     "prompt_init_text": "tuning.init_text",
+    "keep_first": "tuning.keep_first",
     "r": "tuning.r",
     "alpha": "tuning.alpha",
     "target_modules": "tuning.target_modules",

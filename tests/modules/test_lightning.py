@@ -260,6 +260,32 @@ def test_head_and_deep_prompts_have_rates_of_their_own(text_model, data, tmp_pat
         assert float(moved) == pytest.approx(rates[group["name"]], rel=0.01), name
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_prefix_may_keep_its_first_position(keep, text_model, data, tmp_path) -> None:
+    seen = Seen()
+    start: dict[str, Any] = {"tuning_mode": "prefix", "prompt_init": "vocabulary", "keep_first": keep}
+    make_trainer(tmp_path, seen, max_steps=3).fit(make_module(text_model, **start), datamodule=data)
+    prefix = [name for name in seen.before[0] if ".past." in name]
+    assert prefix
+    for name in prefix:
+        first, last = seen.before[0][name], seen.after[-1][name]
+        assert torch.equal(first[:, :, 0], last[:, :, 0]) is keep
+        assert (first != last)[:, :, 1:].any()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tuning_mode": "deep_ptune", "prompt_init": "vocabulary"},
+        {"tuning_mode": "prefix", "prompt_init": "random"},
+        {"tuning_mode": "prefix", "prompt_init": "vocabulary", "weight_decay": 0.1},
+    ],
+)
+def test_a_first_position_that_cannot_be_kept_is_refused(given) -> None:
+    with pytest.raises(ConfigurationError, match=r"^keep_first=True: "):
+        SequenceClassificationModule("model", keep_first=True, **given)
+
+
 def test_rates_that_are_not_given_are_lr(text_model, data, tmp_path) -> None:
     seen = Seen()
     make_trainer(tmp_path, seen).fit(make_module(text_model, lr=LR, tuning_mode="ptune"), data)

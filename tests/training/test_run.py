@@ -59,7 +59,8 @@ def test_a_run_leaves_its_summary_picture_and_checkpoints(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["val/accuracy"] == accuracy
-    assert (summary["tuning/init"], summary["tuning/init_text"]) == ("random", None)
+    start = "text", "Is this review positive or negative? Review:"
+    assert (summary["tuning/init"], summary["tuning/init_text"]) == start
     assert summary["train/steps"] == 10  # 2 epochs of 40 texts in batches of 8
     assert summary["train/tokens"] > 10 * 8 * 3
     assert Path(summary["checkpoint"]) == tmp_path / "checkpoints" / "best.ckpt"
@@ -240,7 +241,8 @@ def test_callbacks_end_a_run_average_its_weights_and_save_more(
         )
     )
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["tuning/init"], summary["tuning/init_text"]) == ("random", None)
+    start = "text", "Is this review positive or negative? Review:"
+    assert (summary["tuning/init"], summary["tuning/init_text"]) == start
     assert summary["train/steps"] == 10, "nothing gets better by 10: after two epochs it is over"
     assert summary["checkpoint"] == str(tmp_path / "checkpoints" / "best.ckpt")
     assert "averaging_state" in torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=False)
