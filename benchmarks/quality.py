@@ -13,8 +13,8 @@ Each finished run is appended to the results file and not run again, so that a b
 
 Methods: `head` (the classification head alone), `ptune`, `deep_ptune` and `prefix` (with a head, or on dialogues
 without), `verbalized_ptune`, `verbalized_deep_ptune` and `verbalized_prefix` (words of the language model instead of a
-head), and `lora`: PEFT's LoRA on its usual targets (queries and values), rank 8, of a local copy, with a head. The
-start `zero` is for a prefix, and skipped for other methods.
+head), and `lora`: PEFT's LoRA on its usual targets (queries and values), rank 8, of a local copy, with a head; with
+`--servers N`, ours through a swarm. The start `zero` is for a prefix, and skipped for other methods.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +46,7 @@ from petals_lightning.modules import (
     TuningModule,
     VerbalizedClassificationModule,
 )
+from petals_lightning.strategies import LocalSwarm, RemoteBlockStrategy
 
 MODES = ("ptune", "deep_ptune", "prefix")
 PROMPTS = (*MODES, *(f"verbalized_{mode}" for mode in MODES))
@@ -86,6 +88,8 @@ class Case:
     """Validation texts; 0 takes all."""
     dtype: str
     """Of the frozen weights. Prompts, LoRA's factors and heads are float32."""
+    servers: int
+    """On loopback; 0: all blocks in this process."""
 
     @property
     def is_text(self) -> bool:
@@ -125,10 +129,12 @@ def make_module(case: Case) -> TuningModule:
         options |= {"prompt_init": case.start, "prompt_init_text": TEXTS[case.set] if case.start == "text" else None}
     if case.method.startswith("verbalized"):
         return VerbalizedClassificationModule(case.model, verbalizer=WORDS, **options)
+    by_peft = case.method == "lora" and not case.servers
+    if case.method == "lora" and not by_peft:
+        options |= {"tuning_mode": "lora", "r": 8, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"]}
     if case.is_text:
-        kind = LoraClassification if case.method == "lora" else SequenceClassificationModule
-        return kind(case.model, **options)
-    return (LoraCausalLM if case.method == "lora" else CausalLMModule)(case.model, **options)
+        return (LoraClassification if by_peft else SequenceClassificationModule)(case.model, **options)
+    return (LoraCausalLM if by_peft else CausalLMModule)(case.model, **options)
 
 
 def make_data(case: Case, folder: Path) -> TextDataModule:
@@ -165,16 +171,19 @@ def run_case(case: Case, source: Path, accelerator: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_parts(case, source, Path(folder))
         data, module = make_data(case, Path(folder)), make_module(case)
+        swarm = LocalSwarm(case.servers) if case.servers else None
         trainer = pl.Trainer(
+            strategy=RemoteBlockStrategy(swarm) if swarm else "auto",
             max_steps=case.steps, max_epochs=-1, gradient_clip_val=case.clip, accelerator=accelerator, devices=1,
             limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder,
         )  # fmt: skip
-        started = time.monotonic()
-        trainer.fit(module, datamodule=data)
-        seconds = time.monotonic() - started
-        trainer.limit_val_batches = 1.0
-        (scores,) = trainer.validate(module, datamodule=data, verbose=False)
+        with swarm.keep_alive(module.served_model, Path(folder) / "servers") if swarm else nullcontext():
+            started = time.monotonic()
+            trainer.fit(module, datamodule=data)
+            seconds = time.monotonic() - started
+            trainer.limit_val_batches = 1.0
+            (scores,) = trainer.validate(module, datamodule=data, verbose=False)
     return {
         **asdict(case),
         **{name: round(scores[f"val/{name}"], 6) for name in SCORES if f"val/{name}" in scores},
@@ -269,6 +278,7 @@ def main(
     clip: Annotated[float | None, typer.Option(help="norm to which gradients are clipped")] = None,
     limit: Annotated[int, typer.Option(help="Validation texts; 0: all.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the frozen weights.")] = "float32",
+    servers: Annotated[int, typer.Option(help="Servers on loopback; 0: all blocks in this process.")] = 0,
     threads: int = 2,
     accelerator: str = "auto",
     show: Annotated[bool, typer.Option(help="Print the results of earlier runs and run nothing.")] = False,
@@ -285,6 +295,7 @@ def main(
         chosen, _chosen(methods, METHODS, "--methods"), _chosen(starts, STARTS, "--starts"), parse_numbers(shots),
         parse_numbers(seeds), rates, model=model, steps=steps, batch_size=batch_size,
         pre_seq_len=pre_seq_len, lr=lr, head_lr=head_lr, deep_lr=deep_lr, clip=clip, limit=limit, dtype=dtype,
+        servers=servers,
     )  # fmt: skip
     rows = read_rows(output)
     for case in [] if show else cases:
