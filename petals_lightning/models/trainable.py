@@ -46,8 +46,9 @@ def attach_trainable(
 ) -> torch.Tensor | None:
     """Freezes the model, attaches `prompts` and `lora` to its owner and makes its task head (if it has one) trainable.
 
-    All are float32 whatever the model's dtype. They are drawn from torch's global generator in this order, so that one
-    seed gives one start for local and distributed models alike.
+    All are float32 whatever the model's dtype. Prompts, the head and LoRA are drawn from torch's global generator in
+    this order, so that one seed gives one start for local and distributed models alike, and PEFT's for LoRA: PEFT adds
+    it to a model that has its head.
 
     Args:
         lora: its settings; None for none.
@@ -75,8 +76,6 @@ def attach_trainable(
         ).to(embedding.device)
         tokens = start_prompts(prompts, start, model.get_input_embeddings())
         owner.prompts = prompts
-    if lora is not None:
-        owner.lora = Lora(lora, layout).to(embedding.device)
     for head_name, head in _heads(model):
         head.float().requires_grad_(True)
         for name, parameter in head.named_parameters():
@@ -88,6 +87,8 @@ def attach_trainable(
                 else:
                     parameter.normal_(0.0, getattr(config, "initializer_range", None) or 0.02)
         head.register_forward_pre_hook(_cast_to_weight)
+    if lora is not None:
+        owner.lora = Lora(lora, layout).to(embedding.device)
     return tokens
 
 

@@ -36,7 +36,7 @@ WRONG = {
         "error: tuning.mode=bitfit: must be null, ptune, deep_ptune, prefix or lora"
     ),
     "recipe=sst2_ptune tuning.mode=lora {model}": "error: tuning.mode=lora: set the rank too, e.g. tuning.r=8",
-    "recipe=sst2_ptune tuning.init=text tuning.init_text=null {model}": "error: tuning.init=text needs a text: set tuning.init_text, e.g.",
+    "recipe=sst2_ptune tuning.init_text=null {model}": "error: tuning.init=text needs a text: set tuning.init_text,",
     "recipe=dialogue_ptune tuning.mode=null": "error: tuning.mode=null: a language model has no head to train",
     "recipe=sst2_ptune data.batch_size=0": "error: data.batch_size=0: must be at least 1",
     "recipe=sst2_ptune data.encoding=klingon": "error: data.encoding=klingon: no such encoding",
