@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 def by_peft(checkpoint: Path | str, config: LoraConfig, auto: Any = AutoModelForCausalLM, **options: Any) -> PeftModel:
     """PEFT's model on the local one, with B moved off zero; without the head, which is compared by itself."""
     model = auto.from_pretrained(str(checkpoint), **options)
-    torch.manual_seed(1)
+    torch.manual_seed(1)  # not before loading: some families also draw what they then read
+    if hasattr(model, "score"):  # drawn when a model is loaded, so before LoRA
+        torch.nn.init.normal_(model.score.weight, 0.0, 0.02)
     model = get_peft_model(model, copy.deepcopy(config))
     move_off_zero(dict(factors_of_peft(model)))
     return model

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import wandb
 from omegaconf import DictConfig
 
 from petals_lightning.training.run import run
+from tests.helpers.wandb_files import read_wandb, read_wandb_history
 
 
 def test_csv_logs_hold_the_metrics(compose_run: Callable[..., DictConfig], tmp_path: Path) -> None:
@@ -79,28 +78,3 @@ def test_a_continued_run_goes_on_in_the_same_wandb_run(
     run(compose_run(*quick))  # a new run, even in this folder
     wandb.teardown()
     assert len({path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")}) == 2
-
-
-def read_wandb_history(path: Path) -> list[dict]:
-    """The logged rows of an offline run."""
-    items = [record.history.item for record in read_wandb(path) if record.HasField("history")]
-    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in items]
-
-
-def read_wandb(path: Path) -> list[Any]:
-    """The records of an offline run. (W&B 0.31 has no reader in Python; the file is a LevelDB log of protobufs.)"""
-    from wandb.proto import wandb_internal_pb2
-
-    messages: Any = wandb_internal_pb2
-    file, at, record, records = path.read_bytes(), 7, b"", []  # 7 bytes of header
-    while at + 7 <= len(file):
-        if (rest := 2**15 - at % 2**15) < 7:  # blocks of 32 KiB; a chunk's header is not cut in two
-            at += rest
-            continue
-        _, length, kind = struct.unpack("<IHB", file[at : at + 7])
-        record += file[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or its last chunk
-            records.append(messages.Record.FromString(record))
-            record = b""
-    return records

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from tests.training.test_loggers import read_wandb, read_wandb_history
+from tests.helpers.wandb_files import read_wandb_history, read_wandb_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["swarm=none", "data.batch_size=8", "trainer.max_epochs=1", "trainer.log_every_n_steps=1"]
@@ -70,13 +70,3 @@ def test_a_run_that_an_agent_of_wandb_starts_is_its_run(text_model: Path, texts:
     history = [row[sweep["metric"]["name"]] for row in read_wandb_history(path) if "val/accuracy" in row]
     best: Any = OmegaConf.load(tmp_path / "run" / "summary.json")
     assert read_wandb_summary(path)["val/accuracy"] == best["val/accuracy"] == pytest.approx(max(history), abs=1e-6)
-
-
-def read_wandb_summary(path: Path) -> dict[str, Any]:
-    """The last summary of an offline run."""
-    found: dict[str, Any] = {}
-    for record in read_wandb(path):
-        if record.HasField("summary"):
-            for item in record.summary.update:
-                found[item.key or "/".join(item.nested_key)] = yaml.safe_load(item.value_json)
-    return found
