@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 CURVE_FILE = "learning_curve.json"
 """In a run's folder, while it trains and afterwards: title, score, and the points of the plot."""
 
-TRAIN, VALIDATION, SCORE, OTHER = "#9ecae1", "#08519c", "#e6550d", "#969696"
+TRAIN, VALIDATION, SCORE, HEAD_ALONE = "#9ecae1", "#08519c", "#e6550d", "#969696"
 
 
 def validation_of_head_alone(folder: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def draw_learning_curve(
     name, scores = score.removeprefix("val/"), [entry[score] for entry in validation]
     if head_alone := [entry for entry in head_alone if score in entry]:
         beside = [entry[score] for entry in head_alone]
-        right.plot([entry["step"] for entry in head_alone], beside, "o--", color=OTHER, label="head alone")
+        right.plot([entry["step"] for entry in head_alone], beside, "o--", color=HEAD_ALONE, label="head alone")
         right.legend(frameon=False)
     right.plot(at, scores, "o-", color=SCORE)
     for step, value in zip(at, scores, strict=True):

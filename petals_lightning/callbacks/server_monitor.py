@@ -51,12 +51,10 @@ class ServerMonitor(Callback):
         self._figures: dict[str, float] = {}
         self._silent: set[str] = set()
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._read_until_stopped, name="server monitor", daemon=True)
-        self._thread.start()
+        self._stop = threading.Event()  # a thread that still waits for a server's answer ends by its own
+        threading.Thread(target=self._read_until, args=(self._stop,), name="server monitor", daemon=True).start()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,20 +64,19 @@ class ServerMonitor(Callback):
             for name, value in self._figures.items():
                 pl_module.log(name, value, batch_size=1)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
-            self._thread = None
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop.set()
 
-    def _read_until_stopped(self) -> None:
-        while True:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop.set()
+
+    def _read_until(self, stop: threading.Event) -> None:
+        while not stop.is_set():
             figures: dict[str, float] = {}
             for name, url in self._urls.items():
                 figures |= {f"servers/{name}/{figure}": value for figure, value in self._read(name, url).items()}
             self._figures = figures
-            if self._stop.wait(self._period):
-                return
+            stop.wait(self._period)
 
     def _read(self, name: str, url: str) -> dict[str, float]:
         try:

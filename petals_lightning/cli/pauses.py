@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from datetime import datetime, time
 
 from petals_lightning.errors import ConfigurationError
@@ -23,9 +22,9 @@ class QuietHours:
         try:
             self.start, self.end = (time.fromisoformat(each.strip()) for each in text.split("-"))
         except ValueError:
-            raise ConfigurationError(f"quiet_hours={text}: must be two times of day, such as 09:00-17:30") from None
+            raise ConfigurationError(f"--quiet-hours {text}: must be two times of day, such as 09:00-17:30") from None
         if self.start == self.end:
-            raise ConfigurationError(f"quiet_hours={text}: these are no hours, or all; give two different times")
+            raise ConfigurationError(f"--quiet-hours {text}: must be two different times of day")
 
     def contain(self, now: time) -> bool:
         if self.start < self.end:
@@ -38,18 +37,18 @@ class Pause:
 
     Args:
         quiet_hours: None for none.
-        clock: the time of day.
     """
 
-    def __init__(self, quiet_hours: QuietHours | None, clock: Callable[[], time] = lambda: datetime.now().time()):
-        self._quiet_hours, self._clock = quiet_hours, clock
+    def __init__(self, quiet_hours: QuietHours | None):
+        self._quiet_hours = quiet_hours
         self._is_asked_for = False
         signal.signal(signal.SIGUSR1, self._on_signal)
         signal.signal(signal.SIGUSR2, self._on_signal)
 
     @property
     def is_wanted(self) -> bool:
-        return self._is_asked_for or self._is_quiet
+        is_quiet = self._quiet_hours is not None and self._quiet_hours.contain(datetime.now().time())
+        return self._is_asked_for or is_quiet
 
     @property
     def end(self) -> str:
@@ -57,10 +56,6 @@ class Pause:
         if self._is_asked_for or self._quiet_hours is None:
             return "SIGUSR2"
         return self._quiet_hours.end.isoformat("minutes" if not self._quiet_hours.end.second else "seconds")
-
-    @property
-    def _is_quiet(self) -> bool:
-        return self._quiet_hours is not None and self._quiet_hours.contain(self._clock())
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._is_asked_for = number == signal.SIGUSR1

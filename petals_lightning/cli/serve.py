@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -82,6 +81,7 @@ def serve(
     import torch  # after OMP_WAIT_POLICY is set, and not for --help
 
     from petals_lightning.hf import Checkpoint
+    from petals_lightning.server.memory_plan import give_back_memory
     from petals_lightning.server.server import Server
     from petals_lightning.swarm import SwarmNode
 
@@ -126,9 +126,7 @@ def serve(
     goes_on = True
     while goes_on:
         if pause.is_wanted:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back_memory()
             say(f"paused until {pause.end}")
             goes_on = not stop.wait_while(lambda: pause.is_wanted)
         else:

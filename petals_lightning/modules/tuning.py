@@ -128,8 +128,8 @@ class TuningModule(pl.LightningModule):
         check_start(prompt_init, prompt_init_text, tuning_mode)
         if keep_first and (tuning_mode != "prefix" or prompt_init not in ("vocabulary", "text")):
             raise ConfigurationError(
-                "keep_first=True: what the model makes of a first token can be kept with tuning_mode=prefix and "
-                "prompt_init=vocabulary or text only"
+                "keep_first=True: needs a prefix that starts from tokens; set tuning_mode=prefix, and "
+                "prompt_init=vocabulary or text"
             )
         if keep_first and weight_decay > 0:
             raise ConfigurationError(

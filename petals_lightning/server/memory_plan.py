@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -113,6 +114,13 @@ def free_memory(device: torch.device) -> int:
         int(line.split()[1]) for line in parts.splitlines() if line.startswith(("active_file", "inactive_file"))
     )
     return free if limit == "max" else min(free, max(0, int(limit) - int(used) + files))
+
+
+def give_back_memory() -> None:
+    """Returns to the devices what is held for objects that nobody uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _largest(block_bytes: Sequence[int], count: int) -> int:

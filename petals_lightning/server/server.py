@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.execution.compute import ComputeThread
 from petals_lightning.server.loading import forward_seconds, load_adapters, load_span, server_info
-from petals_lightning.server.memory_plan import free_memory, plan_memory, split_blocks
+from petals_lightning.server.memory_plan import free_memory, give_back_memory, plan_memory, split_blocks
 from petals_lightning.server.metrics import ServerMetrics, serve_metrics
 from petals_lightning.server.peer_links import PeerLinks
 from petals_lightning.server.placement import Span, expected_throughput, placed_servers, thinnest_span
@@ -172,9 +171,7 @@ class Server:
             can_move=False,
         )  # fmt: skip
         await server.vacate(joining, self._config.drain_timeout)
-        gc.collect()
-        if any(device.type == "cuda" for device in self._devices):
-            torch.cuda.empty_cache()
+        give_back_memory()
         try:
             resources, record = await in_daemon_thread(lambda: self._hold(span))
         except (PetalsLightningError, OSError) as e:

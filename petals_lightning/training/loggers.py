@@ -130,10 +130,10 @@ def log_results(logger: Logger, folder: Path, name: str, summary: Mapping[str, A
 
 
 def _run_id(path: Path, resume: bool) -> str:
-    """The id of the folder's W&B run, kept in a file: that of the run so far, that of a sweep's run, or a new one."""
+    """The id of the folder's W&B run, kept in a file: that of the run so far, WANDB_RUN_ID, or a new one."""
     if resume and path.is_file():
         return path.read_text(encoding="utf-8").strip()
-    run_id = ("WANDB_SWEEP_ID" in os.environ and os.environ.get("WANDB_RUN_ID")) or secrets.token_hex(4)
+    run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(run_id + "\n", encoding="utf-8")
     return run_id

@@ -82,8 +82,10 @@ def run(cfg: DictConfig, recipe: str = "run") -> float | None:
     announce(cfg, recipe, data)
     is_trial = cfg.dry_run or cfg.trainer.fast_dev_run  # leaves nothing
     logger = _build_logger(cfg, folder) if not is_trial else None
-    facts = {"seed": cfg.seed, "recipe": recipe, "model": cfg.model.name, "data": cfg.data.source}
-    facts |= {"tuning/mode": cfg.tuning.mode}
+    facts = {
+        "seed": cfg.seed, "recipe": recipe, "model": cfg.model.name, "data": cfg.data.source,
+        "tuning/mode": cfg.tuning.mode,
+    }  # fmt: skip
     if cfg.tuning.mode is not None:
         facts |= {"tuning/init": cfg.tuning.init, "tuning/init_text": cfg.tuning.init_text}
     summary = RunSummary(folder, _title(cfg, recipe), facts, score=module.monitor)

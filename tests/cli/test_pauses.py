@@ -37,7 +37,7 @@ def test_quiet_hours_contain_times(hours: str, now: str, inside: bool) -> None:
 
 @pytest.mark.parametrize("hours", ["9-17", "09:00", "09:00-25:00", "09:00-12:00-17:00", "x", "09:00-09:00"])
 def test_what_is_no_quiet_hours_is_refused(hours: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"quiet_hours={hours}: "):
+    with pytest.raises(ConfigurationError, match=f"--quiet-hours {hours}: must be two "):
         QuietHours(hours)
 
 

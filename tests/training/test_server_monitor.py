@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import csv
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
 
 from petals_lightning.callbacks import ServerMonitor
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.training.run import run
+from tests.helpers.lightning import make_module, make_trainer
 from tools.testing.proxy import free_port
 from tools.testing.servers import start_server
 from tools.testing.swarms import PREFIX
@@ -45,6 +51,23 @@ def test_loggers_get_the_figures_of_servers(
     assert not [name for name in logged if "cellar" in name or "created" in name]
     (warning,) = [record.getMessage() for record in caplog.records if "no figures" in record.getMessage()]
     assert f"no figures of server cellar from {silent}: " in warning
+
+
+class Failing(Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        raise RuntimeError("as any callback may")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_reading_ends_with_the_run(fails: bool, text_model: Path, data: Any, tmp_path: Path) -> None:
+    monitor = ServerMonitor({"cellar": f"http://127.0.0.1:{free_port()}/metrics"}, period=0.1)
+    others = [Failing()] if fails else []
+    with pytest.raises(RuntimeError, match="as any") if fails else nullcontext():
+        make_trainer(tmp_path, monitor, *others, max_steps=1).fit(make_module(text_model), datamodule=data)
+    threads = [each for each in threading.enumerate() if each.name == "server monitor"]
+    for each in threads:
+        each.join(10)
+    assert not any(each.is_alive() for each in threads)
 
 
 def read_csv(folder: Path) -> dict[str, list[float]]:
