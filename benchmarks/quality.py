@@ -22,7 +22,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ import typer
 from transformers import PreTrainedModel
 
 from benchmarks.options import parse_numbers
-from benchmarks.rounds import print_table
+from benchmarks.quality_report import SCORES, draw_rows, print_rows
 from petals_lightning.data import DialogueDataModule, TextClassificationDataModule, TextDataModule
 from petals_lightning.modules import (
     CausalLMModule,
@@ -46,13 +45,13 @@ from petals_lightning.modules import (
     TuningModule,
     VerbalizedClassificationModule,
 )
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.strategies import LocalSwarm, RemoteBlockStrategy
 
 MODES = ("ptune", "deep_ptune", "prefix")
 PROMPTS = (*MODES, *(f"verbalized_{mode}" for mode in MODES))
 METHODS = ("head", *PROMPTS, "lora")
 STARTS = ("random", "vocabulary", "text", "zero")
-SCORES = ("accuracy", "macro_f1", "matthews", "perplexity")
 WORDS = {0: " bad", 1: " great"}
 TEMPLATE = "{text} It was"
 VALIDATION = {"sst2": "sst2", "cr": "cr", "dialogue": "dialogue/self_dialogue"}
@@ -90,6 +89,8 @@ class Case:
     """Of the frozen weights. Prompts, LoRA's factors and heads are float32."""
     servers: int
     """On loopback; 0: all blocks in this process."""
+    quant_type: str
+    """Of the servers' weights."""
 
     @property
     def is_text(self) -> bool:
@@ -171,7 +172,7 @@ def run_case(case: Case, source: Path, accelerator: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_parts(case, source, Path(folder))
         data, module = make_data(case, Path(folder)), make_module(case)
-        swarm = LocalSwarm(case.servers) if case.servers else None
+        swarm = LocalSwarm(case.servers, quant_type=case.quant_type) if case.servers else None
         trainer = pl.Trainer(
             strategy=RemoteBlockStrategy(swarm) if swarm else "auto",
             max_steps=case.steps, max_epochs=-1, gradient_clip_val=case.clip, accelerator=accelerator, devices=1,
@@ -218,37 +219,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """A table per set of means over seeds, with the range in brackets."""
-    fields = [name for name in Case.__dataclass_fields__ if name not in ("model", "set", "method", "start", "seed")]
-    for model, name in sorted({(row["model"], row["set"]) for row in rows}):
-        own = [row for row in rows if (row["model"], row["set"]) == (model, name)]
-        varied = [field for field in fields if len({row[field] for row in own}) > 1]
-        scores = [score for score in SCORES if score in own[0]]
-        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        for row in own:
-            groups.setdefault(tuple(row[field] for field in ("method", "start", *fields)), []).append(row)
-        cells = [
-            (
-                " ".join(filter(None, (first["method"], first["start"]))),
-                *(str(first[field]) for field in varied),
-                *(_mean(score, group) for score in scores),
-                f"{first['parameters']:,}", str(len(group)), f"{statistics.mean(row['seconds'] for row in group):.0f}",
-            )
-            for group in groups.values()
-            for first in group[:1]
-        ]  # fmt: skip
-        columns = ("method and start", *varied, *scores, "parameters", "seeds", "seconds")
-        same = ", ".join(f"{field} {own[0][field]}" for field in fields if field not in varied)
-        print_table(f"{name}, {Path(model).name}: {same}", columns, cells)
-
-
-def _mean(score: str, rows: Sequence[dict[str, Any]]) -> str:
-    values = [row[score] for row in rows]
-    spread = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
 def _chosen(names: str, known: Sequence[str], option: str) -> list[str]:
     chosen = names.split(",")
     if unknown := [name for name in chosen if name not in known]:
@@ -279,11 +249,13 @@ def main(
     limit: Annotated[int, typer.Option(help="Validation texts; 0: all.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the frozen weights.")] = "float32",
     servers: Annotated[int, typer.Option(help="Servers on loopback; 0: all blocks in this process.")] = 0,
+    quant_type: Annotated[str, typer.Option(help="Of the servers' weights: none, int8 or nf4.")] = UNQUANTIZED,
     threads: int = 2,
     accelerator: str = "auto",
     show: Annotated[bool, typer.Option(help="Print the results of earlier runs and run nothing.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="PNG to draw the runs of SST-2 into.")] = None,
 ) -> None:
-    """Runs what the results file lacks, and prints tables of it."""
+    """Runs what the results file lacks, prints tables of it, and draws it if asked to."""
     torch.set_num_threads(threads)
     chosen = _chosen(sets, list(VALIDATION), "--sets")
     for name in list(chosen):
@@ -295,7 +267,7 @@ def main(
         chosen, _chosen(methods, METHODS, "--methods"), _chosen(starts, STARTS, "--starts"), parse_numbers(shots),
         parse_numbers(seeds), rates, model=model, steps=steps, batch_size=batch_size,
         pre_seq_len=pre_seq_len, lr=lr, head_lr=head_lr, deep_lr=deep_lr, clip=clip, limit=limit, dtype=dtype,
-        servers=servers,
+        servers=servers, quant_type=quant_type,
     )  # fmt: skip
     rows = read_rows(output)
     for case in [] if show else cases:
@@ -307,6 +279,8 @@ def main(
         unfinished.replace(output)
         print(json.dumps(rows[-1]), flush=True)
     print_rows(rows)
+    if picture is not None:
+        draw_rows(rows, picture)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ Second table: the same weights in bitsandbytes' own modules, in float32. "Blocks
 model that is not quantised, and the same gradient of its output; means over blocks. "Model": gradient of the embeddings
 of the whole model's loss. Cosines are with what is not quantised; the error is that of the gradient to a block with the
 same weights, dequantised.
+
+Third table: what audits meet in a swarm of several kinds. Consecutive blocks with and without quantised weights get the
+same inputs and gradients; differences are relative to the norm, the largest over places in the model.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -31,11 +34,13 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from benchmarks.options import Output
 from benchmarks.rounds import print_table, save_rows
 from benchmarks.servers import even_spans
+from petals_lightning.client.validation import disagreement
 from petals_lightning.hf import Checkpoint, block_bytes, find_blocks
 from petals_lightning.hf.compat import quiet_transformers
 from petals_lightning.hf.decoder import model_class
 from petals_lightning.models import AutoDistributedModelForCausalLM, prompts_of
 from petals_lightning.models.local import LocalModelForCausalLM
+from petals_lightning.models.starts import PromptInit
 from petals_lightning.protocol.quant_types import QUANT_TYPES, UNQUANTIZED
 from petals_lightning.sample import DIALOGUES_DIR, MODEL_DIR
 from tools.testing.swarms import InProcessSwarm
@@ -101,13 +106,13 @@ def passes(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def through_servers(
-    folder: str, given: list[dict[str, torch.Tensor]], prefix: int, plain_bytes: int
+    folder: str, given: list[dict[str, torch.Tensor]], prefix: int, init: PromptInit, plain_bytes: int
 ) -> Iterator[dict[str, Any]]:
     """A row per kind of weights."""
     for kind in QUANT_TYPES:
         torch.manual_seed(0)
         local = LocalModelForCausalLM.from_pretrained(
-            folder, tuning_mode="deep_ptune", pre_seq_len=prefix, dtype="float32"
+            folder, tuning_mode="deep_ptune", pre_seq_len=prefix, prompt_init=init, dtype="float32"
         )
         with torch.no_grad():
             prompts_of(local).deep.normal_(0, 0.1)
@@ -159,10 +164,8 @@ def recorded(model: Any) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def block_gradient(block: nn.Module, given: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    (args, kwargs), leaf = given, given[0][0].detach().requires_grad_()
-    out = block(leaf, *args[1:], **kwargs)
-    out = out[0] if isinstance(out, tuple) else out
-    return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
+    passes = span_passes([block], [given], grad)
+    return passes["output"], passes["gradient"]
 
 
 def embedding_gradient(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -212,20 +215,53 @@ def in_one_process(folder: str, batch: dict[str, torch.Tensor], random: dict[str
             }  # fmt: skip
 
 
+def between_kinds(folder: str, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+    """How far answers of servers differ whose weights are of different kinds: a row per kind and number of blocks."""
+    with quiet_transformers():
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    with recorded(plain) as entered, torch.no_grad():
+        plain(**batch, use_cache=False)
+    torch.manual_seed(0)
+    grad = torch.randn_like(entered[0][0][0])
+    for kind in QUANT_TYPES:
+        if kind == UNQUANTIZED:
+            continue
+        packed = bitsandbytes_model(folder, settings_of(kind)).dequantize().eval().requires_grad_(False)
+        blocks, other = find_blocks(plain).blocks(plain), find_blocks(packed).blocks(packed)
+        for count in sorted({1, len(blocks) // 4, len(blocks) // 2, len(blocks)} - {0}):
+            starts = range(0, len(blocks) - count + 1, max(1, (len(blocks) - count) // 5))
+            spans = [slice(start, start + count) for start in starts]
+            found = [[span_passes(side[span], entered[span], grad) for side in (blocks, other)] for span in spans]
+            yield {
+                "weights": kind, "blocks": count,
+                **{name: max(disagreement({name: a[name]}, {name: b[name]}) for a, b in found) for name in found[0][0]},
+            }  # fmt: skip
+
+
+def span_passes(blocks: Any, entered: list[Any], grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Outputs of consecutive blocks and the gradient of what enters the first one."""
+    hidden = leaf = entered[0][0][0].detach().requires_grad_()
+    for block, (args, kwargs) in zip(blocks, entered, strict=True):
+        hidden = block(hidden, *args[1:], **kwargs)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return {"output": hidden.detach(), "gradient": torch.autograd.grad(hidden, leaf, grad)[0]}
+
+
 def main(
     model: Annotated[Path, typer.Argument(help="Folder of a causal language model.")] = MODEL_DIR,
     data: Annotated[Path, typer.Option(help="Dialogues, a JSON object a line.")] = DIALOGUES_DIR / "test.jsonl",
     texts: int = 64,
     tokens: Annotated[int, typer.Option(help="of a text, at most")] = 128,
     prefix: Annotated[int, typer.Option(help="P, virtual tokens")] = 8,
+    init: Annotated[str, typer.Option(help="Start of input prompts: vocabulary or random.")] = "vocabulary",
     output: Output = None,
 ) -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     folder = str(model)
     given = batches(folder, data, texts, tokens)
     checkpoint = Checkpoint(folder)
     plain_bytes = sum(block_bytes(model_class(AutoModel, checkpoint), checkpoint, "bfloat16"))
-    served = list(through_servers(folder, given, prefix, plain_bytes))
+    served = list(through_servers(folder, given, prefix, cast("PromptInit", init), plain_bytes))
     print_table(
         f"{model.name}, two servers",
         ("weights", "MB", "of bfloat16", "perplexity", "logits", "grad input prompts", "deep prompts", "by rounding"),
@@ -256,7 +292,13 @@ def main(
             for row in local
         ],
     )  # fmt: skip
-    save_rows([*served, *local], output)
+    mixed = list(between_kinds(folder, batch))
+    print_table(
+        "Servers of this kind beside servers that do not quantise, the largest difference",
+        ("weights", "blocks", "output", "gradient"),
+        [(row["weights"], str(row["blocks"]), f"{row['output']:.3f}", f"{row['gradient']:.3f}") for row in mixed],
+    )
+    save_rows([*served, *local, *mixed], output)
 
 
 if __name__ == "__main__":

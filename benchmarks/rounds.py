@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 _WARM_UP = 2
+_FILE_WIDTH = 160  # columns, where no terminal says how many there are
 
 Row = tuple[str, float, float]
 """A case, and what was measured of its two sides."""
@@ -46,7 +48,7 @@ def print_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str
         table.add_column(column, justify="left" if number == 0 else "right")
     for line in cells:
         table.add_row(*line)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(table)
 
 
 def save_rows(rows: Sequence[object], output: Path | None) -> None:

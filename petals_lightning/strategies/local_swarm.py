@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 
 from petals_lightning.errors import CheckpointError, ConfigurationError
 from petals_lightning.options import command_line
+from petals_lightning.protocol.quant_types import UNQUANTIZED
 from petals_lightning.server.config import ServerConfig, parse_block_indices
 from petals_lightning.strategies.server_process import ServerProcess, launch
 from petals_lightning.strategies.swarm_provider import ServedModel, SwarmProvider
@@ -37,11 +39,12 @@ class LocalSwarm(SwarmProvider):
         block_ranges: blocks of each server, e.g. `["0:1", "1:4"]`, instead of an even split.
         threads_per_server: CPU threads of each server; None divides the cores among them.
         device: where servers compute, e.g. `cpu` or `cuda:0`; None lets them choose.
+        quant_type: how servers keep weights: `none`, `int8` or `nf4`. Fewer bits fit larger models on one machine.
         start_timeout: seconds for all servers to load their blocks and announce them.
         **options: of `SwarmProvider`, and of `ClientConfig`. Batches are cut only if `min_microbatch_tokens` is given.
 
     Raises:
-        ConfigurationError: there is no server, or a range is malformed.
+        ConfigurationError: there is no server, a range is malformed, or a value breaks its option's rule.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class LocalSwarm(SwarmProvider):
         block_ranges: Sequence[str] | None = None,
         threads_per_server: int | None = None,
         device: str | None = None,
+        quant_type: str = UNQUANTIZED,
         start_timeout: float = 180.0,
         **options: Any,
     ):
@@ -62,7 +66,8 @@ class LocalSwarm(SwarmProvider):
             if not re.fullmatch(r"\d+:\d+", blocks):
                 raise ConfigurationError(f"block_ranges: {blocks!r} is not a range such as 0:2")
         self.num_servers, self.block_ranges = num_servers, list(block_ranges or ())
-        self.threads_per_server, self.device, self.start_timeout = threads_per_server, device, start_timeout
+        self.threads_per_server, self.start_timeout = threads_per_server, start_timeout
+        self._server_config = ServerConfig(device=device, quant_type=quant_type)
         self._servers: list[ServerProcess] = []
         self._guard: ProcessGuard | None = None
 
@@ -88,10 +93,10 @@ class LocalSwarm(SwarmProvider):
             raise
 
     def _launch(self, number: int, blocks: str, swarm: list[str], model: ServedModel, log_dir: Path) -> ServerProcess:
-        config = ServerConfig(
+        config = replace(
+            self._server_config,
             block_indices=parse_block_indices(blocks),
             dht_prefix=model.dht_prefix,
-            device=self.device,
             dtype=model.dtype,
             threads=self.threads_per_server or max(1, (os.cpu_count() or 1) // self.num_servers),
             public_name=f"local-{number}",

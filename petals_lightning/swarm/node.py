@@ -31,8 +31,9 @@ from petals_lightning.swarm.identity_check import check_identity_is_free
 from petals_lightning.swarm.joining import ClockError, KnownPeers, meet
 from petals_lightning.swarm.loop_thread import LoopThread
 from petals_lightning.swarm.public import is_public
-from petals_lightning.swarm.reachability import CallBack, can_be_called, is_relayed
+from petals_lightning.swarm.reachability import CallBack, can_be_called, relay_of
 from petals_lightning.swarm.record_keeping import RecordRules, use_record_rules
+from petals_lightning.swarm.relays import ENOUGH_BYTES, carried_bytes, start_relay
 
 logger = logging.getLogger(__name__)
 
@@ -231,11 +232,12 @@ class SwarmNode:
         """Joins as a peer that others can call, or that they can call by a relay only."""
         # Peers keep records on peers that they can call.
         client_mode = self._client_mode or using_relay
-        is_reachable = False if using_relay else self._is_relay or None
         async with AsyncExitStack() as started:
-            daemon = await P2PDaemon(
-                **self._daemon_options, dht_server=not client_mode, is_reachable=is_reachable
-            ).start()
+            options = {**self._daemon_options, "dht_server": not client_mode}
+            if self._is_relay and not using_relay:
+                daemon = await start_relay(**options)
+            else:
+                daemon = await P2PDaemon(**options, is_reachable=False if using_relay else None).start()
             started.push_async_callback(daemon.stop)
             async with asyncio.timeout(self._connect_timeout):
                 dht = await DHTNode.create(
@@ -249,7 +251,7 @@ class SwarmNode:
                 if self.initial_peers:
                     await meet(dht, self.initial_peers)
             if using_relay:
-                await _wait_for_relay(daemon.p2p)
+                await _warn_of_short_relays(daemon.p2p, await _wait_for_relay(daemon.p2p))
             elif not client_mode:
                 await CallBack(daemon.p2p).register()
             known_peers = KnownPeers(daemon.p2p, dht, self.initial_peers)
@@ -320,14 +322,29 @@ async def _shut_down(dht: DHTNode) -> None:
         logger.warning("the swarm node did not leave in order: %s", str(e) or type(e).__name__)
 
 
-async def _wait_for_relay(p2p: P2P) -> None:
-    """Waits until a relay takes calls for this peer. Raises SwarmConnectionError if none does."""
+async def _wait_for_relay(p2p: P2P) -> set[PeerID]:
+    """Waits until relays take calls for this peer; returns them. Raises SwarmConnectionError if none does."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_RELAY_TIMEOUT):
-            while not any(map(is_relayed, await p2p.get_visible_maddrs(latest=True))):  # noqa: ASYNC110
+            while True:
+                visible = await p2p.get_visible_maddrs(latest=True)
+                if relays := {relay for maddr in visible if (relay := relay_of(maddr)) is not None}:
+                    return relays
                 await asyncio.sleep(0.2)
-            return
     raise SwarmConnectionError(_NO_RELAY)
+
+
+async def _warn_of_short_relays(p2p: P2P, relays: Iterable[PeerID]) -> None:
+    """Tells of relays that end a connection before it has carried much: clients then retry again and again."""
+    for relay in relays:
+        with suppress(P2PDaemonError, OSError):  # it does not answer: nothing is known of it
+            if (carried := await carried_bytes(p2p, relay)) < ENOUGH_BYTES:
+                logger.warning(
+                    "the relay %s cuts each connection after %d KiB: do not serve through it; start it again, as a "
+                    "`petals-lightning bootstrap`, which sees to that",
+                    relay,
+                    carried // 1024,
+                )
 
 
 async def _keep_meeting(known_peers: KnownPeers) -> None:

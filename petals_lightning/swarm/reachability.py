@@ -104,12 +104,13 @@ async def _greets(host: str, port: int) -> bool:
         return False
 
 
-def is_relayed(maddr: Multiaddr) -> bool:
-    """Whether calls to an address pass a relay."""
-    return "/p2p-circuit" in str(maddr)
+def relay_of(maddr: Multiaddr) -> PeerID | None:
+    """The relay that calls to an address pass; None if they pass none."""
+    before, circuit, _ = str(maddr).partition("/p2p-circuit")
+    return PeerID.from_base58(before.rpartition("/")[2]) if circuit else None
 
 
 def _host_of(maddr: Multiaddr) -> str | None:
-    if is_relayed(maddr):
+    if relay_of(maddr) is not None:
         return None
     return next((maddr[name] for name in ("ip4", "ip6") if name in maddr), None)

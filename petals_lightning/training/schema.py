@@ -66,6 +66,8 @@ class LocalSwarmConfig(ConnectedSwarmConfig):
     """Blocks of each server, e.g. ["0:1","1:4"], instead of an even split."""
     threads_per_server: int | None = None
     device: str | None = None
+    quant_type: str = "none"
+    """How servers keep weights: none, int8 or nf4."""
     start_timeout: float = MISSING
     """Seconds for all servers to load and announce their blocks."""
 

@@ -47,6 +47,20 @@ def test_servers_come_and_go_with_the_swarm(text_model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_servers_hold_the_kind_of_weights_that_was_asked_for(text_model: Path, tmp_path: Path) -> None:
+    swarm = LocalSwarm(num_servers=1, quant_type="int8", allowed_quantization=["int8"])  # no other kind will do
+    model = ServedModel(str(text_model))
+    with swarm.keep_alive(model, tmp_path):
+        arguments = swarm.acquire(model, tmp_path)
+        client = AutoDistributedModelForSequenceClassification.from_pretrained(str(text_model), **arguments)
+        blocks = remote_blocks(client)
+        assert blocks is not None
+        assert len(blocks.route()) == 1
+        blocks.close()
+        swarm.release()
+
+
+@pytest.mark.slow
 def test_a_server_that_fails_to_start_is_quoted_and_nothing_is_left(text_model: Path, tmp_path: Path) -> None:
     swarm = LocalSwarm(block_ranges=["2:9"], start_timeout=60)  # the model has 4 blocks
     before = set(psutil.Process().children(recursive=True))
@@ -66,3 +80,5 @@ def test_settings_out_of_range_are_named() -> None:
         LocalSwarm(num_servers=0)
     with pytest.raises(ConfigurationError, match=r"^block_ranges: 'all'"):
         LocalSwarm(block_ranges=["all"])
+    with pytest.raises(ConfigurationError, match=r"^quant_type is 'fp5': choose none, int8 or nf4"):
+        LocalSwarm(quant_type="fp5")

@@ -1,0 +1,123 @@
+"""Relays that carry enough.
+
+hivemind's daemon starts libp2p's relay service twice: with its own limits, 4 GiB and 30 minutes of a connection, and
+with libp2p's, 128 KiB and two minutes (go-libp2p-daemon: `ConfigureRelayService` in p2pd/main.go, then
+`EnableRelayV2`). Which of the two answers is chance, and stays so until the daemon ends. So a relay is asked, by the
+request with which a peer reserves a place at it, and is started again while its limit is the small one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.unknown_fields import UnknownFieldSet
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
+
+from petals_lightning.errors import SwarmConnectionError
+from petals_lightning.swarm.daemon import P2PDaemon, RunningDaemon
+
+logger = logging.getLogger(__name__)
+
+ENOUGH_BYTES = 1 << 30  # of a connection
+_HOP = "/libp2p/circuit/relay/0.2.0/hop"
+_RESERVE = b"\x02\x08\x00"  # two bytes follow: field 1, the type, is RESERVE
+_LIMIT, _LIMIT_BYTES = 4, 2  # fields of the answer and of the limit in it
+_LONGEST_ANSWER = 1 << 16
+_ANSWER_TIMEOUT = 5.0  # seconds
+_MAX_STARTS = 16  # each has the small limit in one of three
+
+
+async def start_relay(**options: Any) -> RunningDaemon:
+    """Starts a daemon that relays others' calls and carries `ENOUGH_BYTES` of each.
+
+    Args:
+        options: of `P2PDaemon`.
+
+    Raises:
+        SwarmConnectionError, ConfigurationError: as `P2PDaemon.start` does.
+    """
+    for _ in range(_MAX_STARTS):
+        daemon = await P2PDaemon(**options, is_reachable=True).start()
+        try:
+            if await _asked_from_here(daemon, options) >= ENOUGH_BYTES:
+                return daemon
+        except (SwarmConnectionError, P2PDaemonError, TimeoutError, OSError) as e:
+            logger.debug("this relay cannot be asked what it carries: %s", str(e) or type(e).__name__)
+            return daemon
+        except BaseException:
+            await daemon.stop()
+            raise
+        await daemon.stop()
+    logger.warning("this relay cuts each relayed connection after 128 KiB; others should not train through it")
+    return await P2PDaemon(**options, is_reachable=True).start()
+
+
+async def carried_bytes(p2p: P2P, relay: PeerID) -> float:
+    """Bytes of a connection that a relay carries in each direction; infinity if it sets no limit.
+
+    The protocol is libp2p's Circuit Relay v2: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
+
+    Args:
+        p2p: a peer that is connected to the relay. The relay keeps a place for it, which expires.
+        relay: the peer to ask.
+
+    Raises:
+        P2PDaemonError: the peer is no relay.
+        TimeoutError, OSError: it does not answer.
+    """
+    async with asyncio.timeout(_ANSWER_TIMEOUT):
+        _, reader, writer = await p2p._client.stream_open(relay, [_HOP])
+        try:
+            writer.write(_RESERVE)
+            await writer.drain()
+            answer = await reader.readexactly(await _read_length(reader))
+        except asyncio.IncompleteReadError as e:
+            raise ConnectionResetError("the relay has closed the stream") from e
+        finally:
+            writer.close()
+    limit = _fields(answer).get(_LIMIT)
+    found = _fields(limit).get(_LIMIT_BYTES, 0) if limit is not None else 0
+    return found or math.inf  # zero is no limit
+
+
+async def _asked_from_here(relay: RunningDaemon, options: dict[str, Any]) -> float:
+    """What a relay on this machine carries. Another daemon must ask, since none calls itself."""
+    listens: Sequence[str] = options["host_maddrs"]
+    if not options["announce_maddrs"]:  # else these are others' way here, which may not be open from inside
+        listens = [str(maddr).split("/p2p/")[0] for maddr in await relay.p2p.get_visible_maddrs(latest=True)]
+    here = [f"{maddr.replace('/ip4/0.0.0.0/', '/ip4/127.0.0.1/')}/p2p/{relay.p2p.peer_id}" for maddr in listens]
+    asking = P2PDaemon(
+        initial_peers=here, host_maddrs=(), announce_maddrs=(), identity_path=None, dht_server=False,
+        start_timeout=options["start_timeout"],
+    )  # fmt: skip
+    daemon = await asking.start()
+    try:
+        return await carried_bytes(daemon.p2p, relay.p2p.peer_id)
+    finally:
+        await daemon.stop()
+
+
+async def _read_length(reader: asyncio.StreamReader) -> int:
+    """Reads a varint. Raises ConnectionResetError if it is longer than any answer."""
+    length = shift = 0
+    while True:
+        (byte,) = await reader.readexactly(1)
+        length |= (byte & 0x7F) << shift
+        if not byte & 0x80:
+            break
+        shift += 7
+        if shift > 14:
+            raise ConnectionResetError("the relay's answer is too long")
+    if length > _LONGEST_ANSWER:
+        raise ConnectionResetError("the relay's answer is too long")
+    return length
+
+
+def _fields(message: bytes) -> dict[int, Any]:
+    """The fields of a message by number, read without its schema, which hivemind does not ship."""
+    return {field.field_number: field.data for field in UnknownFieldSet(Empty.FromString(message))}
