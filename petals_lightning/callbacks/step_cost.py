@@ -60,8 +60,7 @@ class StepCost(Callback):
         )
         step = f"{_bytes(sent)} sent, {_bytes(received)} received, {_seconds(seconds)}"
         line = f"a step costs {step} (of {measured} measured)"
-        if steps is not None:
-            left = steps - trainer.global_step
+        if steps is not None and (left := steps - trainer.global_step):
             rest = f"{_bytes(left * (sent + received))} and {_seconds(left * seconds)}"
             line += f"; the {left:,} left of {steps:,} about {rest}, without validation"
         get_console().print(line, highlight=False, soft_wrap=True)

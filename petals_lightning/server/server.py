@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-from transformers import AutoModel
 
 from petals_lightning import __version__
-from petals_lightning.errors import ConfigurationError, PetalsLightningError, is_out_of_memory
-from petals_lightning.hf import Checkpoint, block_bytes
+from petals_lightning.errors import ConfigurationError, PetalsLightningError
+from petals_lightning.hf import Checkpoint
 from petals_lightning.hf.adapter_files import adapter_bytes
-from petals_lightning.hf.checkpoint import first_line
-from petals_lightning.hf.decoder import model_class
 from petals_lightning.hf.pruning import num_blocks
 from petals_lightning.hf.quantization import check_can_quantize
 from petals_lightning.protocol.records import STREAM_VERSION, ServerRecord, ServerState
 from petals_lightning.protocol.uids import check_dht_prefix, derive_dht_prefix
-from petals_lightning.server.access.limits import GIB
 from petals_lightning.server.access.rules import AccessRules
 from petals_lightning.server.announcer import Announcer
 from petals_lightning.server.blocks.graphs import measure_graph_cost
@@ -29,8 +25,8 @@ from petals_lightning.server.blocks.held_adapters import HeldAdapters
 from petals_lightning.server.blocks.span import BlockSpan
 from petals_lightning.server.config import ServerConfig
 from petals_lightning.server.execution.compute import ComputeThread
-from petals_lightning.server.loading import forward_seconds, load_adapters, load_span, server_info
-from petals_lightning.server.memory_plan import free_memory, give_back_memory, plan_memory, split_blocks
+from petals_lightning.server.loading import forward_seconds, load_adapters, server_info
+from petals_lightning.server.memory_plan import give_back_memory
 from petals_lightning.server.metrics import ServerMetrics, serve_metrics
 from petals_lightning.server.peer_links import PeerLinks
 from petals_lightning.server.placement import Span, expected_throughput, placed_servers, thinnest_span
@@ -38,6 +34,7 @@ from petals_lightning.server.rebalancing import Rebalancer
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.running_server import RunningServer
 from petals_lightning.server.sessions.session_cache import measure_cache_bytes
+from petals_lightning.server.span_loader import SpanLoader
 from petals_lightning.swarm import SwarmDirectory, SwarmNode
 from petals_lightning.swarm.directory import ModelEntry
 from petals_lightning.swarm.loop_thread import in_daemon_thread
@@ -79,17 +76,13 @@ class Server:
         self._checkpoint, self.node = checkpoint, node
         self._rules = rules or AccessRules.of_files(config.allow_peers, config.token_file)
         self._dht_prefix = check_dht_prefix(config.dht_prefix) if config.dht_prefix is not None else None
-        if config.device is not None and config.devices is not None:
-            raise ConfigurationError("give --device or --devices, not both")
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        self._devices = [torch.device(name) for name in config.devices or (config.device or default,)]
+        self._loader = SpanLoader(checkpoint, config, on_shard)
         if 2 * config.update_period > MAX_LIFETIME:
             raise ConfigurationError(
                 f"update_period={config.update_period:g}: peers take no record that lasts for more than "
                 f"{MAX_LIFETIME:.0f} s, and records live twice as long; use at most {MAX_LIFETIME / 2:.0f}"
             )
         check_can_quantize(config.quant_type)
-        self._on_shard = on_shard
 
     @property
     def dht_prefix(self) -> str:
@@ -121,7 +114,7 @@ class Server:
             started.callback(self.node.close)
             on_joined()
             if config.block_indices is None and config.num_blocks is None:
-                self._config = config = self._fit_memory(config, adapters_bytes)
+                self._config = config = self._loader.plan(adapters_bytes)
             directory = SwarmDirectory(self.node, self._rules.token)
             joining = self._choose_span(directory, prefix, count)
             announcer = Announcer(
@@ -182,9 +175,8 @@ class Server:
 
     def _hold(self, place: Span) -> tuple[ServerResources, ServerRecord]:
         """Loads blocks, measures them and starts what runs them."""
-        self._check_memory(*place)
-        with self._telling_lack_of_memory(*place):
-            span = self._load(*place)
+        with self._loader.telling_lack_of_memory(*place):
+            span = self._loader.load(*place)
             adapters = load_adapters(span, self._checkpoint, self._config.adapters)
             graph_cost = measure_graph_cost(span)
             cache_bytes_per_token = measure_cache_bytes(span) if span.has_sessions else 0.0
@@ -192,7 +184,7 @@ class Server:
         mark = span.transfers.mark if span.transfers.is_asynchronous else None
         resources = ServerResources(
             span,
-            ComputeThread(mark, depth=len(self._devices) + 1).start(),
+            ComputeThread(mark, depth=len(self._loader.devices) + 1).start(),
             self._config,
             info=server_info(span, self._checkpoint, self._config, adapters),
             adapters=adapters,
@@ -204,65 +196,11 @@ class Server:
         )
         return resources, record
 
-    def _load(self, start: int, end: int) -> BlockSpan:
-        return load_span(
-            self._checkpoint,
-            start,
-            end,
-            devices=self._devices_of_blocks(start, end),
-            dtype=self._config.dtype,
-            quant_type=self._config.quant_type,
-            share_prefix=self._config.share_prefix,
-            on_shard=self._on_shard,
-        )
-
-    def _check_memory(self, start: int, end: int) -> None:
-        """Raises ConfigurationError if the weights alone are more than what is free: Linux would kill the process."""
-        weights, free = sum(self._block_bytes()[start:end]), sum(map(free_memory, set(self._devices)))
-        if weights > free:
-            raise self._too_large(start, end, f"their weights take {weights / GIB:.3g} GiB, {free / GIB:.3g} are free")
-
-    @contextmanager
-    def _telling_lack_of_memory(self, start: int, end: int) -> Iterator[None]:
-        try:
-            yield
-        except (MemoryError, OSError, RuntimeError) as e:
-            if not is_out_of_memory(e):
-                raise
-            raise self._too_large(start, end, first_line(e)) from e
-
-    def _too_large(self, start: int, end: int, reason: str) -> ConfigurationError:
-        return ConfigurationError(
-            f"blocks {start}:{end} of {self._checkpoint.name_or_path} do not fit in the memory of this machine's "
-            f"{self._devices[0].type} ({reason}). Hold fewer blocks with --num-blocks or --block-indices, or shrink "
-            "them with --dtype bfloat16 or --quant-type nf4"
-        )
-
     def _check_span(self, start: int, end: int, count: int) -> None:
         if not 0 <= start < end <= count:
             raise ConfigurationError(
                 f"blocks {start}:{end} do not exist: {self._checkpoint.name_or_path} has {count}, numbered 0:{count}"
             )
-
-    def _fit_memory(self, config: ServerConfig, taken: int) -> ServerConfig:
-        """The settings with as many blocks as fit beside `taken` bytes, and with budgets that leave room for them."""
-        free = config.memory if config.memory is not None else sum(map(free_memory, set(self._devices)))
-        plan = plan_memory(self._block_bytes(), config, free - taken, is_gpu=self._devices[0].type == "cuda")
-        logger.info("memory of %s: %s", " and ".join(map(str, self._devices)), plan)
-        return plan.applied_to(config)
-
-    def _block_bytes(self) -> list[int]:
-        config = self._config
-        return block_bytes(model_class(AutoModel, self._checkpoint), self._checkpoint, config.dtype, config.quant_type)
-
-    def _devices_of_blocks(self, start: int, end: int) -> list[torch.device]:
-        if len(self._devices) == 1:
-            return self._devices * (end - start)
-        free = [free_memory(device) for device in self._devices]
-        chosen = split_blocks(self._block_bytes()[start:end], free)
-        for number, device in enumerate(self._devices):
-            logger.info("%s holds %d of the blocks", device, chosen.count(number))
-        return [self._devices[number] for number in chosen]
 
     def _choose_span(self, directory: SwarmDirectory, prefix: str, count: int) -> ServerRecord:
         """The record to announce while blocks are loaded: those that were asked for, or the thinnest of the swarm."""

@@ -150,14 +150,14 @@ def test_a_server_whose_new_blocks_cannot_be_loaded_takes_its_old_ones(servers, 
     servers.start(num_blocks=NUM_BLOCKS)
     mover = servers.start(balance_quality=0.0)
     own = servers.own[id(mover)]
-    load = own._load
+    load = own._loader.load
 
     def fails(start, end):
         if start:
             raise OSError("the disk is full")
         return load(start, end)
 
-    monkeypatch.setattr(own, "_load", fails)
+    monkeypatch.setattr(own._loader, "load", fails)
     mover.node.run(own._move(mover, (2, 4)))
     assert servers.places() == [(0, 2), (0, 4)]
     assert mover.is_alive
