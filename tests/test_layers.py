@@ -34,7 +34,7 @@ SERVER_LAYERS = [
     {"sessions"},
     {"config", "loading", "resources"},
     {"announcer", "memory_plan", "metrics", "placement", "stream_requests", "petals"},
-    {"client_stream", "rebalancing"},
+    {"client_stream", "rebalancing", "span_loader"},
     {"running_server"},
     {"server"},
 ]
