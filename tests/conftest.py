@@ -52,7 +52,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if _is_wanted(item)]
-    items.sort(key=lambda item: item.path.parent.name != "training")  # the longest first: workers end together
+    # The longest first: workers end together.
+    items.sort(key=lambda item: item.path.parent.name != "training" and item.path.stem != "test_notebooks")
     for item in items:
         mark, servers = item.get_closest_marker("ours"), _parameters(item).get("servers")
         if mark is not None and (servers or config.getoption("servers")) != "ours":
