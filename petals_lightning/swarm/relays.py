@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 
@@ -68,7 +69,7 @@ async def carried_bytes(p2p: P2P, relay: PeerID) -> float:
 
     Raises:
         P2PDaemonError: the peer is no relay.
-        TimeoutError, OSError: it does not answer.
+        TimeoutError, OSError: it does not answer, or with something else.
     """
     async with asyncio.timeout(_ANSWER_TIMEOUT):
         _, reader, writer = await p2p._client.stream_open(relay, [_HOP])
@@ -80,8 +81,22 @@ async def carried_bytes(p2p: P2P, relay: PeerID) -> float:
             raise ConnectionResetError("the relay has closed the stream") from e
         finally:
             writer.close()
-    limit = _fields(answer).get(_LIMIT)
-    found = _fields(limit).get(_LIMIT_BYTES, 0) if limit is not None else 0
+    return limit_in(answer)
+
+
+def limit_in(answer: bytes) -> float:
+    """The bytes that a relay's answer allows; infinity if it sets no limit.
+
+    Raises:
+        ConnectionResetError: it is no such answer. A stranger's may be anything.
+    """
+    try:
+        limit = _fields(answer).get(_LIMIT, b"")
+        found = _fields(limit).get(_LIMIT_BYTES, 0)
+    except (DecodeError, TypeError) as e:
+        raise ConnectionResetError("the relay's answer cannot be read") from e
+    if not isinstance(found, int):
+        raise ConnectionResetError("the relay's limit is no number")
     return found or math.inf  # zero is no limit
 
 

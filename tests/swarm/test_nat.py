@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import socket
@@ -28,7 +29,7 @@ from petals_lightning.strategies.server_process import ServerProcess
 from petals_lightning.swarm import SwarmNode, relays
 from petals_lightning.swarm.node import _warn_of_short_relays
 from petals_lightning.swarm.reachability import can_be_called
-from petals_lightning.swarm.relays import carried_bytes
+from petals_lightning.swarm.relays import carried_bytes, limit_in
 from tools.testing.swarms import LOOPBACK, PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +181,26 @@ def test_a_relay_never_has_the_small_limit_of_libp2p():
             relay = stack.enter_context(SwarmNode(host_maddrs=everywhere).start())
             client = stack.enter_context(SwarmNode(relay.visible_maddrs(), host_maddrs=(), client_mode=True).start())
             assert client.run(carried_bytes(client.p2p, relay.peer_id)) == 1 << 32
+
+
+@pytest.mark.parametrize(
+    ("answer", "limit"),
+    [
+        ("08011a022a00220908880e1080808080102864", 1 << 32),
+        ("08011a022a0022060878108080082864", 1 << 17),
+        ("0801286428c801", math.inf),
+        ("", math.inf),
+    ],
+    ids=["large", "small", "refused", "empty"],
+)
+def test_a_limit_is_read_from_a_relays_answer(answer, limit):
+    assert limit_in(bytes.fromhex(answer)) == limit
+
+
+@pytest.mark.parametrize("answer", ["ff", "2205", "2005", "22021200", "220408ffffff", "0b"])
+def test_an_answer_of_a_stranger_that_is_none_is_an_error_of_the_connection(answer):
+    with pytest.raises(ConnectionResetError, match="the relay's"):
+        limit_in(bytes.fromhex(answer))
 
 
 @pytest.mark.slow
