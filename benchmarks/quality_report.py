@@ -73,7 +73,8 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
             right.plot([labels.index(count)] * len(group), [row["accuracy"] for row in group], "o", color=f"C{number}")
     right.set_xticks(range(len(labels)), ["all" if count == math.inf else str(count) for count in labels])
     right.set(title="few labels", xlabel="labels of each class")
-    right.legend(frameon=False)
+    if right.lines:
+        right.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -99,7 +100,7 @@ def _in_words(row: Row) -> str:
     if row["limit"]:
         parts.append(f"{row['limit']} texts of validation")
     if row["servers"]:
-        parts.append(f"{row['servers']} servers with weights {row['quant_type']}")
+        parts.append(f"servers: {row['servers']}, weights: {row['quant_type']}")
     return f"{row['set']}, {Path(row['model']).name}: {', '.join(parts)}"
 
 

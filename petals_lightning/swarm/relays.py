@@ -71,17 +71,17 @@ async def carried_bytes(p2p: P2P, relay: PeerID) -> float:
         P2PDaemonError: the peer is no relay.
         TimeoutError, OSError: it does not answer, or with something else.
     """
-    async with asyncio.timeout(_ANSWER_TIMEOUT):
-        _, reader, writer = await p2p._client.stream_open(relay, [_HOP])
-        try:
-            writer.write(_RESERVE)
-            await writer.drain()
-            answer = await reader.readexactly(await _read_length(reader))
-        except asyncio.IncompleteReadError as e:
-            raise ConnectionResetError("the relay has closed the stream") from e
-        finally:
-            writer.close()
-    return limit_in(answer)
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT):
+            _, reader, writer = await p2p._client.stream_open(relay, [_HOP])
+            try:
+                writer.write(_RESERVE)
+                await writer.drain()
+                return limit_in(await reader.readexactly(await _read_length(reader)))
+            finally:
+                writer.close()
+    except asyncio.IncompleteReadError as e:
+        raise ConnectionResetError("the relay has closed the stream") from e
 
 
 def limit_in(answer: bytes) -> float:
