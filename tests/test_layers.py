@@ -16,7 +16,7 @@ import petals_lightning
 
 PACKAGE = Path(petals_lightning.__file__).parent
 LAYERS = [
-    {"errors", "library_messages"},
+    {"errors", "heap", "library_messages"},
     {"options"},
     {"protocol", "sample"},
     {"swarm"},

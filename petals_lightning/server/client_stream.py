@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.heap import trim_heap
 from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.checks import typed
 from petals_lightning.protocol.framing import MessageReader, MessageWriter
@@ -27,7 +28,6 @@ from petals_lightning.protocol.handover import (
 from petals_lightning.protocol.messages import CHUNK_BYTES, ErrorCode, Message, Method
 from petals_lightning.server.access.quotas import ClientUsage
 from petals_lightning.server.access.rules import Gate
-from petals_lightning.server.execution.malloc_trim import trim_heap
 from petals_lightning.server.refusal import Refusal
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.stream_requests import Handler, RegisteredAdapters, StreamRequests

@@ -12,6 +12,7 @@ from transformers import AutoModel
 
 from petals_lightning import __version__
 from petals_lightning.errors import CheckpointError, ConfigurationError, ProtocolError
+from petals_lightning.heap import trim_heap
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.adapter_files import read_adapter
 from petals_lightning.hf.decoder import model_class
@@ -92,6 +93,7 @@ def load_span(
     span.batches_sessions = span.has_sessions and verify_batched_decoding(span)
     if span.has_sessions and not span.batches_sessions:
         logger.info("steps of several sessions are not batched: this family gave different results when they were")
+    trim_heap()  # of what the tests have freed
     return span
 
 

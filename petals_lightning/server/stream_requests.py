@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from petals_lightning.errors import ProtocolError
+from petals_lightning.heap import trim_heap
 from petals_lightning.protocol.adapters import Adapter
 from petals_lightning.protocol.messages import ErrorCode, Message, Method
 from petals_lightning.protocol.requests import BackwardRequest, ForwardRequest
@@ -19,7 +20,6 @@ from petals_lightning.protocol.steps import StepRequest
 from petals_lightning.protocol.tensors import INT8_BLOCKWISE
 from petals_lightning.server.blocks.span import PrefixRun, SpanGraph, SpanInputs
 from petals_lightning.server.execution.compute import ComputeResult, Priority
-from petals_lightning.server.execution.malloc_trim import trim_heap
 from petals_lightning.server.refusal import Refusal
 from petals_lightning.server.resources import ServerResources
 from petals_lightning.server.sessions.batched_decoding import DecodeStep

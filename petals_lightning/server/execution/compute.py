@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Generic, Self, TypeVar
 
+from petals_lightning.heap import HeapTrimmer
 from petals_lightning.server.execution.fair_queue import LONG_STEP, SHORT_STEP, FairQueue, Ticket
-from petals_lightning.server.execution.malloc_trim import HeapTrimmer
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from petals_lightning.server.execution.malloc_trim import HeapTrimmer
+from petals_lightning.heap import HeapTrimmer
 
 MIB = 1 << 20
 
