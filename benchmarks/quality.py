@@ -273,7 +273,8 @@ def main(
     for case in [] if show else cases:
         if any(asdict(case).items() <= row.items() for row in rows):
             continue
-        rows = [*read_rows(output), run_case(case, data / VALIDATION[case.set], accelerator)]
+        row = run_case(case, data / VALIDATION[case.set], accelerator)
+        rows = [*read_rows(output), row]  # read after the run: another process may have written meanwhile
         unfinished = output.with_suffix(".tmp")
         unfinished.write_text(json.dumps(rows, indent=1) + "\n")
         unfinished.replace(output)

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from petals_lightning.errors import ConfigurationError
+from petals_lightning.heap import trim_heap
 from petals_lightning.server.config import ServerConfig
 
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -117,8 +118,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def give_back_memory() -> None:
-    """Returns to the devices what is held for objects that nobody uses any more."""
+    """Returns to devices and system what is held for objects that nobody uses any more."""
     gc.collect()
+    trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -33,7 +33,7 @@ from petals_lightning.swarm.loop_thread import LoopThread
 from petals_lightning.swarm.public import is_public
 from petals_lightning.swarm.reachability import CallBack, can_be_called, relay_of
 from petals_lightning.swarm.record_keeping import RecordRules, use_record_rules
-from petals_lightning.swarm.relays import ENOUGH_BYTES, carried_bytes, start_relay
+from petals_lightning.swarm.relays import start_relay, warn_of_short_relays
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ class SwarmNode:
                 if self.initial_peers:
                     await meet(dht, self.initial_peers)
             if using_relay:
-                await _warn_of_short_relays(daemon.p2p, await _wait_for_relay(daemon.p2p))
+                await warn_of_short_relays(daemon.p2p, await _wait_for_relay(daemon.p2p))
             elif not client_mode:
                 await CallBack(daemon.p2p).register()
             known_peers = KnownPeers(daemon.p2p, dht, self.initial_peers)
@@ -332,19 +332,6 @@ async def _wait_for_relay(p2p: P2P) -> set[PeerID]:
                     return relays
                 await asyncio.sleep(0.2)
     raise SwarmConnectionError(_NO_RELAY)
-
-
-async def _warn_of_short_relays(p2p: P2P, relays: Iterable[PeerID]) -> None:
-    """Tells of relays that end a connection before it has carried much: clients then retry again and again."""
-    for relay in relays:
-        with suppress(P2PDaemonError, OSError):  # it does not answer: nothing is known of it
-            if (carried := await carried_bytes(p2p, relay)) < ENOUGH_BYTES:
-                logger.warning(
-                    "the relay %s cuts each connection after %d KiB: do not serve through it; start it again, as a "
-                    "`petals-lightning bootstrap`, which sees to that",
-                    relay,
-                    carried // 1024,
-                )
 
 
 async def _keep_meeting(known_peers: KnownPeers) -> None:

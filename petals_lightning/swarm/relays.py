@@ -11,16 +11,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
-from hivemind.p2p import P2P, P2PDaemonError, PeerID
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import read_unsigned_varint
 
 from petals_lightning.errors import SwarmConnectionError
 from petals_lightning.swarm.daemon import P2PDaemon, RunningDaemon
+from petals_lightning.swarm.streams import open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ ENOUGH_BYTES = 1 << 30  # of a connection
 _HOP = "/libp2p/circuit/relay/0.2.0/hop"
 _RESERVE = b"\x02\x08\x00"  # two bytes follow: field 1, the type, is RESERVE
 _LIMIT, _LIMIT_BYTES = 4, 2  # fields of the answer and of the limit in it
-_LONGEST_ANSWER = 1 << 16
+_LENGTH_BITS = 16  # of an answer's length: it has some hundred bytes
 _ANSWER_TIMEOUT = 5.0  # seconds
 _MAX_STARTS = 16  # each has the small limit in one of three
 
@@ -42,20 +44,40 @@ async def start_relay(**options: Any) -> RunningDaemon:
     Raises:
         SwarmConnectionError, ConfigurationError: as `P2PDaemon.start` does.
     """
-    for _ in range(_MAX_STARTS):
-        daemon = await P2PDaemon(**options, is_reachable=True).start()
+    starts = 0
+    while True:
+        daemon, starts = await P2PDaemon(**options, is_reachable=True).start(), starts + 1
         try:
-            if await _asked_from_here(daemon, options) >= ENOUGH_BYTES:
-                return daemon
-        except (SwarmConnectionError, P2PDaemonError, TimeoutError, OSError) as e:
-            logger.debug("this relay cannot be asked what it carries: %s", str(e) or type(e).__name__)
+            carried = await _asked_from_here(daemon, options)
+        except (SwarmConnectionError, OSError) as e:
+            logger.warning("this relay cannot be asked how much it carries: %s", str(e) or type(e).__name__)
             return daemon
         except BaseException:
             await daemon.stop()
             raise
+        if carried >= ENOUGH_BYTES:
+            return daemon
+        if starts == _MAX_STARTS:
+            logger.warning("this relay cuts each relayed connection after 128 KiB; others should not train through it")
+            return daemon
         await daemon.stop()
-    logger.warning("this relay cuts each relayed connection after 128 KiB; others should not train through it")
-    return await P2PDaemon(**options, is_reachable=True).start()
+
+
+async def warn_of_short_relays(p2p: P2P, relays: Iterable[PeerID]) -> None:
+    """Tells of relays that end a connection before it has carried much: clients then retry again and again."""
+    for relay in relays:
+        try:
+            carried = await carried_bytes(p2p, relay)
+        except OSError as e:
+            logger.warning("the relay %s does not say how much it carries: %s", relay, str(e) or type(e).__name__)
+            continue
+        if carried < ENOUGH_BYTES:
+            logger.warning(
+                "the relay %s cuts each connection after %d KiB: do not serve through it; start it again, as a "
+                "`petals-lightning bootstrap`, which sees to that",
+                relay,
+                carried // 1024,
+            )
 
 
 async def carried_bytes(p2p: P2P, relay: PeerID) -> float:
@@ -68,20 +90,18 @@ async def carried_bytes(p2p: P2P, relay: PeerID) -> float:
         relay: the peer to ask.
 
     Raises:
-        P2PDaemonError: the peer is no relay.
-        TimeoutError, OSError: it does not answer, or with something else.
+        OSError: the peer is no relay, does not answer, or answers something else.
     """
-    try:
-        async with asyncio.timeout(_ANSWER_TIMEOUT):
-            _, reader, writer = await p2p._client.stream_open(relay, [_HOP])
-            try:
-                writer.write(_RESERVE)
-                await writer.drain()
-                return limit_in(await reader.readexactly(await _read_length(reader)))
-            finally:
-                writer.close()
-    except asyncio.IncompleteReadError as e:
-        raise ConnectionResetError("the relay has closed the stream") from e
+    async with asyncio.timeout(_ANSWER_TIMEOUT):
+        reader, writer = await open_stream(p2p, relay.to_base58(), _HOP)
+        try:
+            writer.write(_RESERVE)
+            await writer.drain()
+            return limit_in(await reader.readexactly(await read_unsigned_varint(reader, _LENGTH_BITS)))
+        except (EOFError, ValueError) as e:
+            raise ConnectionResetError("the relay's answer ends early, or is too long") from e
+        finally:
+            writer.close()
 
 
 def limit_in(answer: bytes) -> float:
@@ -115,22 +135,6 @@ async def _asked_from_here(relay: RunningDaemon, options: dict[str, Any]) -> flo
         return await carried_bytes(daemon.p2p, relay.p2p.peer_id)
     finally:
         await daemon.stop()
-
-
-async def _read_length(reader: asyncio.StreamReader) -> int:
-    """Reads a varint. Raises ConnectionResetError if it is longer than any answer."""
-    length = shift = 0
-    while True:
-        (byte,) = await reader.readexactly(1)
-        length |= (byte & 0x7F) << shift
-        if not byte & 0x80:
-            break
-        shift += 7
-        if shift > 14:
-            raise ConnectionResetError("the relay's answer is too long")
-    if length > _LONGEST_ANSWER:
-        raise ConnectionResetError("the relay's answer is too long")
-    return length
 
 
 def _fields(message: bytes) -> dict[int, Any]:

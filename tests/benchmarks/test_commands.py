@@ -222,3 +222,21 @@ def test_quality_through_a_swarm_is_the_same(run: Run, tmp_path: Path) -> None:
     for here, there in zip(local, remote, strict=True):
         assert there["loss"] == pytest.approx(here["loss"], rel=1e-4), here["method"]
         assert there["parameters"] == here["parameters"]
+
+
+@pytest.mark.slow
+def test_quality_keeps_what_another_process_has_written_meanwhile(tmp_path: Path, monkeypatch: Any) -> None:
+    shutil.copytree(REVIEWS_DIR, tmp_path / "data" / "cr")
+    output, honest = tmp_path / "rows.json", quality.run_case
+
+    def beside_another(*arguments: Any) -> dict[str, Any]:
+        row = honest(*arguments)
+        output.write_text(json.dumps([{**row, "seed": 7}]))
+        return row
+
+    monkeypatch.setattr(quality, "run_case", beside_another)
+    quality.main(
+        tmp_path / "data", str(MODEL_DIR), output, sets="cr", methods="head", shots="2", seeds="0", steps=1,
+        batch_size=2, limit=4, threads=torch.get_num_threads(), accelerator="cpu",
+    )  # fmt: skip
+    assert [row["seed"] for row in json.loads(output.read_text())] == [7, 0]

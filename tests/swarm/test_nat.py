@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM
 from petals_lightning.errors import ConfigurationError
 from petals_lightning.strategies.server_process import ServerProcess
 from petals_lightning.swarm import SwarmNode, relays
-from petals_lightning.swarm.node import _warn_of_short_relays
 from petals_lightning.swarm.reachability import can_be_called
 from petals_lightning.swarm.relays import carried_bytes, limit_in
 from tools.testing.swarms import LOOPBACK, PREFIX
@@ -216,9 +215,8 @@ def test_a_relay_with_a_small_limit_is_started_again_and_told_of(monkeypatch, ca
     with SwarmNode(host_maddrs=("/ip4/0.0.0.0/tcp/0",)).start() as node:
         assert len(set(asked)) == len(asked) == 2
         assert node.peer_id == asked[1]
-    monkeypatch.setattr("petals_lightning.swarm.node.carried_bytes", answer)
     limits = iter([1 << 17])
-    asyncio.run(_warn_of_short_relays(None, [node.peer_id]))
+    asyncio.run(relays.warn_of_short_relays(None, [node.peer_id]))
     assert f"the relay {node.peer_id} cuts each connection after 128 KiB" in caplog.text
 
 
