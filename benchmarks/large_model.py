@@ -1,36 +1,43 @@
-"""Memory of one server with a model of 8B shape, while it loads and when it is ready.
+"""Memory of servers with a model of 8B shape, while they load and when they are ready, and of a client that trains.
 
-    python -m benchmarks.large_model /work/8b --quant-type nf4        # writes 14 GB there first
+    python -m benchmarks.large_model /work/8b --quant-type nf4                  # writes 14 GB there first
+    python -m benchmarks.large_model /work/8b --servers 2 --case 2x16x8         # half of the blocks each, then a step
 
 The weights are random, written a block at a time, and deleted at the end unless they were there before. "Peak" and
-"ready" are anonymous memory of the server's process, which the kernel cannot take back; "with files" is its largest
-resident memory, with mapped parts of files.
+"ready" are anonymous memory of a server's process, which the kernel cannot take back; "with files" is its largest
+resident memory, with mapped parts of files. The client is this process: its peak is of the time after it has begun to
+load its part of the model, and includes Python's libraries.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from benchmarks.options import Output
+from benchmarks.options import Output, parse_case
 from benchmarks.rounds import print_table, save_rows
-from benchmarks.swarm import PREFIX, peak_memory
+from benchmarks.servers import even_spans
+from benchmarks.swarm import PREFIX, VOCABULARY, batch_of, classifier, optimizer_of, peak_memory, run_step
+from petals_lightning.models import remote_blocks
 from petals_lightning.strategies.server_process import ServerProcess
 from tools.testing.servers import start_server
 
 _PERIOD = 0.05  # seconds between two looks at a process
 
 
-def save_blocks(folder: Path, config: LlamaConfig) -> None:
-    """A checkpoint of the blocks alone, a shard each, in bfloat16."""
+def save_llama(folder: Path, config: LlamaConfig) -> None:
+    """A checkpoint in bfloat16: a shard for each block, and one for embeddings and the final norm."""
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     size, head = config.hidden_size, config.hidden_size // config.num_attention_heads
@@ -54,16 +61,21 @@ def save_blocks(folder: Path, config: LlamaConfig) -> None:
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         names |= dict.fromkeys(tensors, file)
+    rest = {
+        "model.embed_tokens.weight": torch.empty(config.vocab_size, size, dtype=torch.bfloat16).normal_(0, 0.02),
+        "model.norm.weight": torch.ones(size, dtype=torch.bfloat16),
+    }
+    save_file(rest, folder / "model-rest.safetensors", metadata={"format": "pt"})
+    names |= dict.fromkeys(rest, "model-rest.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
 class _Watch(threading.Thread):
-    """Looks at a process's anonymous memory until `stop`."""
+    """Looks at a process's anonymous memory."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
         self._pid, self._stopped, self.peak = pid, threading.Event(), 0
-        self.start()
 
     def run(self) -> None:
         while not self._stopped.wait(_PERIOD):
@@ -72,6 +84,17 @@ class _Watch(threading.Thread):
     def stop(self) -> None:
         self._stopped.set()
         self.join()
+
+
+@contextmanager
+def watched(pid: int) -> Iterator[_Watch]:
+    """Its `peak` is that of the time within `with`."""
+    watch = _Watch(pid)
+    watch.start()
+    try:
+        yield watch
+    finally:
+        watch.stop()
 
 
 def anonymous_memory(pid: int) -> int:
@@ -83,51 +106,84 @@ def anonymous_memory(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
 
 
+def train(folder: Path, maddr: str, case: str) -> dict[str, Any]:
+    """Two steps of deep prompts and a classifier on the same batch; gives the client's peak and what the steps took."""
+    batch_size, tokens, pre_seq_len = parse_case(case)
+    with watched(os.getpid()) as watch:
+        model = classifier(str(folder), maddr, pre_seq_len)
+        optimizer, batch = optimizer_of(model), batch_of(batch_size, tokens)
+        seconds = [run_step(model, optimizer, batch) for _ in range(2)]
+        grads = [prompt.grad for prompt in model.parameters() if prompt.requires_grad]
+        if not all(grad is not None and grad.isfinite().all() and grad.any() for grad in grads):
+            raise RuntimeError("a gradient is missing, zero or not finite")
+        remote_blocks(model).close()
+    return {"client": case, "peak": watch.peak, "seconds": seconds}
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="Where the checkpoint is written; one that is there stays.")],
     quant_type: Annotated[str, typer.Option(help="none, int8 or nf4")] = "nf4",
     hidden: int = 4096,
     intermediate: int = 14336,
     blocks: int = 32,
-    span: Annotated[str | None, typer.Option(help="Blocks of the server, START:END; all by default.")] = None,
+    servers: Annotated[int, typer.Option(help="They hold equal parts of the blocks, and load one after another.")] = 1,
+    case: Annotated[str | None, typer.Option(help="batch×tokens×P of two training steps; none: nobody trains.")] = None,
     threads: int = 2,
     keep: Annotated[bool, typer.Option("--keep", help="Do not delete the checkpoint.")] = False,
     output: Output = None,
 ) -> None:
-    """Prints what the server takes."""
+    """Prints what servers and client take."""
     heads = max(1, hidden // 128)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks, num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4), vocab_size=1000, max_position_embeddings=8192, pad_token_id=0,
+        num_key_value_heads=max(1, heads // 4), vocab_size=VOCABULARY, max_position_embeddings=8192, pad_token_id=0,
         dtype=torch.bfloat16,
     )  # fmt: skip
     is_new = not folder.exists()
     if is_new:
-        save_blocks(folder, config)
+        save_llama(folder, config)
+    rows: list[dict[str, Any]] = []
+    trained: dict[str, Any] | None = None
     try:
-        start, end = (int(part) for part in (span or f"0:{blocks}").split(":"))
-        options = ("--threads", str(threads), "--dht-prefix", PREFIX, "--quant-type", quant_type)
-        server: ServerProcess = start_server(str(folder), (start, end), (), *options)
-        watch = _Watch(server.pid)
-        try:
-            server.wait_until_ready()
-            watch.stop()
-            ready, with_files = anonymous_memory(server.pid), peak_memory(server.pid)
-        finally:
-            server.stop()
+        with ExitStack() as stack:
+            running: list[ServerProcess] = []
+            for span in even_spans(blocks, servers):
+                options = ("--threads", str(threads), "--dht-prefix", PREFIX, "--quant-type", quant_type)
+                server = start_server(str(folder), span, [other.maddr for other in running[:1]], *options)
+                stack.callback(server.stop)
+                with watched(server.pid) as watch:
+                    server.wait_until_ready()
+                running.append(server)
+                rows.append({
+                    "weights": quant_type, "blocks": f"{span[0]}:{span[1]}", "peak": watch.peak,
+                    "ready": anonymous_memory(server.pid), "with_files": peak_memory(server.pid),
+                })  # fmt: skip
+            if case is not None:
+                trained = train(folder, running[0].maddr, case)
     finally:
         if is_new and not keep:
             shutil.rmtree(folder)
-    row = {"weights": quant_type, "peak": watch.peak, "ready": ready, "with_files": with_files}
     print_table(
-        f"Llama {hidden} × {blocks}, blocks {start}:{end}",
-        ("weights", "peak, GiB", "ready, GiB", "ratio", "with files, GiB"),
-        [(
-            quant_type, *(f"{num_bytes / 2**30:.2f}" for num_bytes in (watch.peak, ready)), f"{watch.peak / ready:.2f}",
-            f"{with_files / 2**30:.2f}",
-        )],
+        f"Servers of a Llama {hidden} × {blocks}",
+        ("weights", "blocks", "peak, GiB", "ready, GiB", "ratio", "with files, GiB"),
+        [
+            (
+                row["weights"], row["blocks"], _gib(row["peak"]), _gib(row["ready"]),
+                f"{row['peak'] / row['ready']:.2f}", _gib(row["with_files"]),
+            )
+            for row in rows
+        ],
     )  # fmt: skip
-    save_rows([row], output)
+    if trained is not None:
+        print_table(
+            "A client that trains", ("case", "peak, GiB", "seconds of two steps"),
+            [(trained["client"], _gib(trained["peak"]), ", ".join(f"{each:.0f}" for each in trained["seconds"]))],
+        )  # fmt: skip
+    save_rows([*rows, *([trained] if trained is not None else [])], output)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}"
 
 
 if __name__ == "__main__":

@@ -8,14 +8,29 @@ import time
 from pathlib import Path
 
 _GROWTH, _PERIOD = 4 << 20, 0.1  # bytes, seconds
+_LARGE = 4 << 20  # bytes of a tensor that gets a mapping of its own
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 _STATM = Path("/proc/self/statm")
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if _STATM.exists() else None
+_TRIM, _SET = (
+    getattr(ctypes.CDLL(None), name, None) if _STATM.exists() else None for name in ("malloc_trim", "mallopt")
+)
 
 
 def trim_heap() -> None:
     """Returns all free memory, in about 10 ms; use it after much was freed at once."""
     if _TRIM is not None:
         _TRIM(0)
+
+
+def map_large_tensors() -> None:
+    """Has each tensor of 4 MiB or more go back to the system as soon as it is freed, from now on.
+
+    By itself glibc keeps what is smaller than 32 MiB in its heap once such a tensor was freed. The weights that a
+    quantised block unpacks for a pass then leave holes between activations that stay: 77 MiB a block of 8B shape.
+    Passes of such a block take 1.00 times as long (docs/performance.md). Does nothing with another C library.
+    """
+    if _SET is not None:
+        _SET(_MMAP_THRESHOLD, _LARGE)
 
 
 class HeapTrimmer:

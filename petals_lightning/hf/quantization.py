@@ -22,7 +22,6 @@ from packaging.version import Version
 from torch import nn
 
 from petals_lightning.errors import ConfigurationError
-from petals_lightning.heap import trim_heap
 from petals_lightning.hf.compat import Conv1D, is_bypassed
 from petals_lightning.hf.linears import linear_shape
 from petals_lightning.protocol.quant_types import UNQUANTIZED
@@ -86,7 +85,6 @@ class QuantizedLinear(nn.Module):
             self._parameters.pop(name, None)
             weight = param.detach().t() if self._is_transposed else param.detach()
             self.codes, self.scales = _quantize(weight, self.quant_type, self._device)
-            trim_heap()  # float32 copies leave holes: 32 blocks of 8B shape in int8, 6.5 GiB, took 9.8 GiB without it
             self._is_hf_initialized = True
 
     @property

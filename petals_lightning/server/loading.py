@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from petals_lightning import __version__
 from petals_lightning.errors import CheckpointError, ConfigurationError, ProtocolError
-from petals_lightning.heap import trim_heap
+from petals_lightning.heap import map_large_tensors, trim_heap
 from petals_lightning.hf import Checkpoint, ModelSlice, load_pruned
 from petals_lightning.hf.adapter_files import read_adapter
 from petals_lightning.hf.decoder import model_class
@@ -63,6 +63,8 @@ def load_span(
         UnsupportedModelError: the family cannot be served.
     """
     logger.info("loading blocks %d:%d of %s", start, end, checkpoint.name_or_path)
+    if quant_type != UNQUANTIZED:
+        map_large_tensors()
     model, layout, _ = load_pruned(
         model_class(AutoModel, checkpoint),
         checkpoint,

@@ -32,7 +32,7 @@ COMMANDS = {
     "decode": f"{TINY} --blocks 2 --servers 1,2 --sessions 2 --new-tokens 2 --prefill 16",
     "evaluation": "--repeats 1 --limit 16 --batch-size 4 --eval-batch-size 16 --round-trip 0.01",
     "families": "--family llama --family gemma3 --family qwen3_next --family rwkv",
-    "large_model": "--hidden 64 --intermediate 128 --blocks 2 --threads 1",
+    "large_model": "--hidden 64 --intermediate 128 --blocks 2 --threads 1 --servers 2 --case 2x8x2",
     "lora_step": f"{TINY} --blocks 2 --cases 4x8x2 --rank 2",
     "mechanisms": f"{TINY} --blocks 1 --cases 4x8x2 --data none --only last",
     "memory": "--hidden 64 --few 1 --many 2 --case 4x8x2 --vocabulary 1000 --budget 0.001 --rounds 2 --seconds 0.5",
@@ -114,8 +114,10 @@ def test_a_lora_step_moves_what_it_needs(run: Run) -> None:
 
 @pytest.mark.slow
 def test_a_large_models_memory_is_read(run: Run, tmp_path: Path) -> None:
-    (row,) = run("large_model", COMMANDS["large_model"], str(tmp_path / "model"))
-    assert row["ready"] > 0
+    *servers, client = run("large_model", COMMANDS["large_model"], str(tmp_path / "model"))
+    assert [row["blocks"] for row in servers] == ["0:1", "1:2"]
+    assert all(row["peak"] > 0 and row["ready"] > 0 for row in servers)
+    assert client["peak"] > 0
     assert not (tmp_path / "model").exists()
 
 
@@ -214,11 +216,11 @@ def test_quality_through_a_swarm_is_the_same(run: Run, tmp_path: Path) -> None:
     """The client's LoRA against PEFT's, which is what the local rows of `lora` are."""
     shutil.copytree(REVIEWS_DIR, tmp_path / "data" / "cr")
     sizes = [*COMMANDS["quality"].split(), "--sets", "cr", "--seeds", "0", "--model", str(MODEL_DIR)]
-    sizes += ["--accelerator", "cpu", "--shots", "4", "--starts", "vocabulary", "--methods", "lora,deep_ptune,prefix"]
+    sizes += ["--accelerator", "cpu", "--shots", "4", "--starts", "vocabulary", "--methods", "lora,deep_ptune"]
     rows = run("quality", str(tmp_path / "data"), *sizes, "--steps", "4")
     rows = run("quality", str(tmp_path / "data"), *sizes, "--steps", "4", "--servers", "2")
     local, remote = ([row for row in rows if row["servers"] == servers] for servers in (0, 2))
-    assert [row["method"] for row in local] == [row["method"] for row in remote] == ["lora", "deep_ptune", "prefix"]
+    assert [row["method"] for row in local] == [row["method"] for row in remote] == ["lora", "deep_ptune"]
     for here, there in zip(local, remote, strict=True):
         assert there["loss"] == pytest.approx(here["loss"], rel=1e-4), here["method"]
         assert there["parameters"] == here["parameters"]
