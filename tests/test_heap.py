@@ -37,11 +37,9 @@ from petals_lightning.heap import map_large_tensors
 torch.empty(30 << 20, dtype=torch.uint8)  # freed: from here on glibc keeps what is smaller
 if sys.argv[1] == "mapped":
     map_large_tensors()
-before, kept = psutil.Process().memory_info().rss, []
-for _ in range(40):
-    unpacked = torch.ones(8 << 20, dtype=torch.uint8)
-    kept.append(torch.ones(1 << 20, dtype=torch.uint8))
-    del unpacked
+before = psutil.Process().memory_info().rss
+tensors = [torch.ones((1 + 7 * (number % 2)) << 20, dtype=torch.uint8) for number in range(80)]
+del tensors[1::2]  # those of 8 MiB
 print((psutil.Process().memory_info().rss - before) >> 20)
 """
 
@@ -53,4 +51,4 @@ def test_unpacked_weights_leave_no_holes_between_activations():
         how: int(subprocess.run([sys.executable, "-c", UNPACK, how], capture_output=True, text=True, check=True).stdout)
         for how in ("by itself", "mapped")
     }
-    assert grown["mapped"] < 60 < 100 < grown["by itself"]
+    assert grown["mapped"] < 60 < 200 < grown["by itself"]
