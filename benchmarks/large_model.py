@@ -1,12 +1,12 @@
 """Memory of servers with a model of 8B shape, while they load and when they are ready, and of a client that trains.
 
     python -m benchmarks.large_model /work/8b --quant-type nf4                  # writes 14 GB there first
-    python -m benchmarks.large_model /work/8b --servers 2 --case 2x16x8         # half of the blocks each, then a step
+    python -m benchmarks.large_model /work/8b --servers 2 --case 2x16x8         # half of the blocks each, and two steps
 
 The weights are random, written a block at a time, and deleted at the end unless they were there before. "Peak" and
 "ready" are anonymous memory of a server's process, which the kernel cannot take back; "with files" is its largest
-resident memory, with mapped parts of files. The client is this process: its peak is of the time after it has begun to
-load its part of the model, and includes Python's libraries.
+resident memory, with mapped parts of files. The client is this process; its peak is the largest anonymous memory while
+it loads its part of the model and trains.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 import typer
@@ -71,30 +70,23 @@ def save_llama(folder: Path, config: LlamaConfig) -> None:
 
 
 class _Watch(threading.Thread):
-    """Looks at a process's anonymous memory."""
+    """The largest anonymous memory of a process within `with`: `peak`."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
         self._pid, self._stopped, self.peak = pid, threading.Event(), 0
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
     def run(self) -> None:
         while not self._stopped.wait(_PERIOD):
             self.peak = max(self.peak, anonymous_memory(self._pid))
 
-    def stop(self) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stopped.set()
         self.join()
-
-
-@contextmanager
-def watched(pid: int) -> Iterator[_Watch]:
-    """Its `peak` is that of the time within `with`."""
-    watch = _Watch(pid)
-    watch.start()
-    try:
-        yield watch
-    finally:
-        watch.stop()
 
 
 def anonymous_memory(pid: int) -> int:
@@ -109,11 +101,11 @@ def anonymous_memory(pid: int) -> int:
 def train(folder: Path, maddr: str, case: str) -> dict[str, Any]:
     """Two steps of deep prompts and a classifier on the same batch; gives the client's peak and what the steps took."""
     batch_size, tokens, pre_seq_len = parse_case(case)
-    with watched(os.getpid()) as watch:
+    with _Watch(os.getpid()) as watch:
         model = classifier(str(folder), maddr, pre_seq_len)
         optimizer, batch = optimizer_of(model), batch_of(batch_size, tokens)
         seconds = [run_step(model, optimizer, batch) for _ in range(2)]
-        grads = [prompt.grad for prompt in model.parameters() if prompt.requires_grad]
+        grads = [weight.grad for weight in model.parameters() if weight.requires_grad]
         if not all(grad is not None and grad.isfinite().all() and grad.any() for grad in grads):
             raise RuntimeError("a gradient is missing, zero or not finite")
         remote_blocks(model).close()
@@ -151,7 +143,7 @@ def main(
                 options = ("--threads", str(threads), "--dht-prefix", PREFIX, "--quant-type", quant_type)
                 server = start_server(str(folder), span, [other.maddr for other in running[:1]], *options)
                 stack.callback(server.stop)
-                with watched(server.pid) as watch:
+                with _Watch(server.pid) as watch:
                     server.wait_until_ready()
                 running.append(server)
                 rows.append({

@@ -11,9 +11,8 @@ _GROWTH, _PERIOD = 4 << 20, 0.1  # bytes, seconds
 _LARGE = 4 << 20  # bytes of a tensor that gets a mapping of its own
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 _STATM = Path("/proc/self/statm")
-_TRIM, _SET = (
-    getattr(ctypes.CDLL(None), name, None) if _STATM.exists() else None for name in ("malloc_trim", "mallopt")
-)
+_LIBC = ctypes.CDLL(None) if _STATM.exists() else None
+_TRIM, _MALLOPT = getattr(_LIBC, "malloc_trim", None), getattr(_LIBC, "mallopt", None)
 
 
 def trim_heap() -> None:
@@ -23,14 +22,14 @@ def trim_heap() -> None:
 
 
 def map_large_tensors() -> None:
-    """Has each tensor of 4 MiB or more go back to the system as soon as it is freed, from now on.
+    """From now on, returns each tensor of 4 MiB or more to the system as soon as it is freed.
 
-    By itself glibc keeps what is smaller than 32 MiB in its heap once such a tensor was freed. The weights that a
-    quantised block unpacks for a pass then leave holes between activations that stay: 77 MiB a block of 8B shape.
-    Passes of such a block take 1.00 times as long (docs/performance.md). Does nothing with another C library.
+    By default glibc soon keeps freed memory below 32 MiB in its heap. The weights that a quantised block unpacks for a
+    pass then leave holes between activations that stay: 45 MiB for each block of 8B shape. Passes take 0.97 to 1.04
+    times as long (docs/measuring-log.md). Does nothing with another C library.
     """
-    if _SET is not None:
-        _SET(_MMAP_THRESHOLD, _LARGE)
+    if _MALLOPT is not None:
+        _MALLOPT(_MMAP_THRESHOLD, _LARGE)
 
 
 class HeapTrimmer:

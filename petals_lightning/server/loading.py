@@ -63,7 +63,7 @@ def load_span(
         UnsupportedModelError: the family cannot be served.
     """
     logger.info("loading blocks %d:%d of %s", start, end, checkpoint.name_or_path)
-    if quant_type != UNQUANTIZED:
+    if quant_type != UNQUANTIZED and any(device.type == "cpu" for device in devices):
         map_large_tensors()
     model, layout, _ = load_pruned(
         model_class(AutoModel, checkpoint),

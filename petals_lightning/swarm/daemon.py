@@ -50,8 +50,9 @@ class P2PDaemon:
         identity_path: file of the private key, made if missing; None for a throw-away identity.
         dht_server: take part in libp2p's own DHT as a server (peers that listen do).
         is_reachable: whether others can call this peer; None: libp2p finds out, in some minutes. One that can be called
-            is a relay for others. One that cannot has its calls relayed by initial peers, and tries to get a direct
-            connection to each caller (hole punching).
+            is a relay for others, and uses one processor (GOMAXPROCS in the environment: another number). One that
+            cannot has its calls relayed by initial peers, and tries to get a direct connection to each caller (hole
+            punching).
         start_timeout: seconds until the daemon must answer.
     """
 
@@ -87,8 +88,10 @@ class P2PDaemon:
             options["noListenAddrs"] = 1
         if announce_maddrs:
             options["announceAddrs"] = ",".join(announce_maddrs)
+        self._environment = {"GOLOG_LOG_LEVEL": "error"}
         if is_reachable:
             options["forceReachabilityPublic"] = 1
+            self._environment["GOMAXPROCS"] = "1"  # relays.py says why
         elif is_reachable is not None:
             relays = ",".join(maddr for maddr in initial_peers if "/p2p-circuit" not in maddr)
             options |= {"forceReachabilityPrivate": 1, "autoRelay": 1, "relayDiscovery": 0, "trustedRelays": relays}
@@ -126,7 +129,7 @@ class P2PDaemon:
                     stderr=subprocess.STDOUT,
                     text=True,
                     errors="replace",
-                    env={"GOLOG_LOG_LEVEL": "error", **os.environ},
+                    env=self._environment | os.environ,
                     start_new_session=True,
                 )
             started.callback(_remove, self._socket)

@@ -1,9 +1,10 @@
 """Relays that carry enough.
 
-hivemind's daemon starts libp2p's relay service twice: with its own limits, 4 GiB and 30 minutes of a connection, and
-with libp2p's, 128 KiB and two minutes (go-libp2p-daemon: `ConfigureRelayService` in p2pd/main.go, then
-`EnableRelayV2`). Which of the two answers is chance, and stays so until the daemon ends. So a relay is asked, by the
-request with which a peer reserves a place at it, and is started again while its limit is the small one.
+hivemind's daemon starts libp2p's relay service twice: with its own limits, 4 GiB and 30 minutes of a connection
+(go-libp2p-daemon: `ConfigureRelayService` in p2pd/main.go), and with libp2p's, 128 KiB and two minutes (`EnableRelayV2`
+after it). The first is started by a goroutine of its own, and the later of the two answers until the daemon ends. On
+several processors either may be later; on one (`P2PDaemon`) the goroutine is, but for a few starts in a hundred. So a
+relay is asked, by the request with which a peer reserves a place at it, and is started again while its limit is small.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _RESERVE = b"\x02\x08\x00"  # two bytes follow: field 1, the type, is RESERVE
 _LIMIT, _LIMIT_BYTES = 4, 2  # fields of the answer and of the limit in it
 _LENGTH_BITS = 16  # of an answer's length: it has some hundred bytes
 _ANSWER_TIMEOUT = 5.0  # seconds
-_MAX_STARTS = 16  # each has the small limit in one of three
+_MAX_STARTS = 16
 
 
 async def start_relay(**options: Any) -> RunningDaemon:

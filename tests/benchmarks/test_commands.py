@@ -216,11 +216,11 @@ def test_quality_through_a_swarm_is_the_same(run: Run, tmp_path: Path) -> None:
     """The client's LoRA against PEFT's, which is what the local rows of `lora` are."""
     shutil.copytree(REVIEWS_DIR, tmp_path / "data" / "cr")
     sizes = [*COMMANDS["quality"].split(), "--sets", "cr", "--seeds", "0", "--model", str(MODEL_DIR)]
-    sizes += ["--accelerator", "cpu", "--shots", "4", "--starts", "vocabulary", "--methods", "lora,deep_ptune"]
+    sizes += ["--accelerator", "cpu", "--shots", "4", "--starts", "vocabulary", "--methods", "lora,deep_ptune,prefix"]
     rows = run("quality", str(tmp_path / "data"), *sizes, "--steps", "4")
     rows = run("quality", str(tmp_path / "data"), *sizes, "--steps", "4", "--servers", "2")
     local, remote = ([row for row in rows if row["servers"] == servers] for servers in (0, 2))
-    assert [row["method"] for row in local] == [row["method"] for row in remote] == ["lora", "deep_ptune"]
+    assert [row["method"] for row in local] == [row["method"] for row in remote] == ["lora", "deep_ptune", "prefix"]
     for here, there in zip(local, remote, strict=True):
         assert there["loss"] == pytest.approx(here["loss"], rel=1e-4), here["method"]
         assert there["parameters"] == here["parameters"]
