@@ -212,6 +212,8 @@ def cases_of(
             own = {**same, "lr": rates.get(method, same["lr"])}
             if method not in PROMPTS:
                 own["pre_seq_len"] = None
+            if method == "head":
+                own["lr"] = same["head_lr"] or own["lr"]  # which of the two was given changes no run
             yield Case(set=name, method=method, start=start, shots=few, seed=seed, **own)
 
 

@@ -24,9 +24,9 @@ def trim_heap() -> None:
 def map_large_tensors() -> None:
     """From now on, returns each tensor of 4 MiB or more to the system as soon as it is freed.
 
-    By default glibc soon keeps freed memory below 32 MiB in its heap. The weights that a quantised block unpacks for a
-    pass then leave holes between activations that stay: 45 MiB for each block of 8B shape. Passes take 0.97 to 1.04
-    times as long (docs/measuring-log.md). Does nothing with another C library.
+    By default glibc raises this limit up to 32 MiB as memory is freed. The weights that a quantised block unpacks for a
+    pass then leave holes in the heap, between activations that stay: 45 MiB for each block of 8B shape. Passes take
+    0.97 to 1.04 times as long (docs/measuring-log.md). Does nothing with another C library.
     """
     if _MALLOPT is not None:
         _MALLOPT(_MMAP_THRESHOLD, _LARGE)

@@ -1,10 +1,11 @@
 """Relays that carry enough.
 
-hivemind's daemon starts libp2p's relay service twice: with its own limits, 4 GiB and 30 minutes of a connection
-(go-libp2p-daemon: `ConfigureRelayService` in p2pd/main.go), and with libp2p's, 128 KiB and two minutes (`EnableRelayV2`
-after it). The first is started by a goroutine of its own, and the later of the two answers until the daemon ends. On
-several processors either may be later; on one (`P2PDaemon`) the goroutine is, but for a few starts in a hundred. So a
-relay is asked, by the request with which a peer reserves a place at it, and is started again while its limit is small.
+hivemind's daemon starts libp2p's relay service twice (go-libp2p-daemon, p2pd/main.go). The service of
+`ConfigureRelayService` has the daemon's limits, 4 GiB and 30 minutes of a connection; that of `EnableRelayV2` has
+libp2p's, 128 KiB and two minutes. The one that starts last answers until the daemon ends. The first runs in a goroutine
+of its own (libp2p's `RelayManager`), so on several processors either may be last. `P2PDaemon` gives a relay one
+processor, where the goroutine nearly always is. For the rest a relay is asked, by the request with which a peer
+reserves a place at it, and is started again while its limit is the small one.
 """
 
 from __future__ import annotations

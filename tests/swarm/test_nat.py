@@ -173,7 +173,7 @@ def test_a_server_behind_nat_is_used_by_a_client_behind_nat(machines, tiny_check
 
 @pytest.mark.slow
 def test_a_relay_never_has_the_small_limit_of_libp2p():
-    """On two processors the daemon has it in up to nine of ten starts."""
+    """The daemon by itself, on two idle processors, had it in 54 of 60 starts."""
     everywhere = ("/ip4/0.0.0.0/tcp/0",)
     for _ in range(6):
         with ExitStack() as stack:
